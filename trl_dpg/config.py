@@ -1,0 +1,176 @@
+"""Configuration of [`DatasetPolicyGradientTrainer`]."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from .metagradients import TargetTrainingArguments
+
+
+# Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
+_TARGET_FIELDS = [f.name for f in dataclasses.fields(TargetTrainingArguments) if f.name != "disable_tqdm"]
+
+
+@dataclass
+class DatasetPolicyGradientConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`DatasetPolicyGradientTrainer`].
+
+    This class includes only the parameters that are specific to Dataset Policy Gradients. For a full list of training
+    arguments, please refer to the [`~trl.GRPOConfig`] and [`~transformers.TrainingArguments`] documentation. They
+    configure the generator; what starts with `target_` configures the fine-tuning run of the target, see
+    [`~trl_dpg.metagradients.TargetTrainingArguments`].
+
+    Parameters:
+        reward (`str`, *optional*, defaults to `"metagradient"`):
+            Where the reward comes from. `"metagradient"` is the exact derivative of the metric with respect to each
+            example's weight.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
+            As in [`~trl.GRPOConfig`], but by default all prompts of a batch share one scale, which keeps metagradients
+            of different prompts comparable.
+        target_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained` when the target is given by name. `dtype` is float32 unless given:
+            metagradients need it.
+        target_untie_lm_head (`bool`, *optional*, defaults to `False`):
+            Whether to give the target's LM head a weight of its own where it shares the input embedding's.
+        target_optim (`str`, *optional*, defaults to `"adamw"`):
+            Optimizer of the target, `"adamw"` or `"sgd"`.
+        target_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Peak learning rate of the target.
+        target_weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decoupled weight decay.
+        target_weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
+            Whether weight decay also applies to normalization weights and biases.
+        target_adam_beta1 (`float`, *optional*, defaults to `0.9`):
+            Decay of AdamW's first moment.
+        target_adam_beta2 (`float`, *optional*, defaults to `0.95`):
+            Decay of AdamW's second moment.
+        target_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
+            Added to AdamW's denominator, outside the square root.
+        target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
+            Added inside the square root. `"auto"` is the mean square of the first gradient of the first generation
+            batch, kept for the rest of the run.
+        target_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`.
+        target_warmup_steps (`float`, *optional*, defaults to `0`):
+            Warm-up steps; below 1, their share of all steps.
+        target_max_grad_norm (`float`, *optional*, defaults to `0.0`):
+            Clipping norm of the target's gradients; `0.0` means none.
+        target_num_train_epochs (`int`, *optional*, defaults to `1`):
+            Passes of the target over the examples.
+        target_batch_size (`int`, *optional*):
+            Examples per step of the target, over all processes. `None` means the whole generation batch, that is one
+            step (K = 1); K is `generation_batch_size / target_batch_size`.
+        target_micro_batch_size (`int`, *optional*):
+            Examples per forward pass and process of the target. It changes memory, not results.
+        target_max_length (`int`, *optional*, defaults to `128`):
+            Tokens kept of each example.
+        target_shuffle (`bool`, *optional*, defaults to `True`):
+            Whether the examples of a generation batch are shuffled before they are cut into the target's batches.
+        target_seed (`int`, *optional*, defaults to `0`):
+            Seed of that shuffle; the global step is added to it.
+        target_loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
+            `"batch_tokens"`, `"example"` or `"max_length"`.
+        target_curvature (`str`, *optional*, defaults to `"exact"`):
+            How Hessian-vector products are computed; `"exact"` is double backward.
+
+    > [!NOTE]
+    > In YAML write `1.0e-6` rather than `1e-6`, which YAML reads as text.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
+
+    reward: str = field(
+        default="metagradient",
+        metadata={"help": "Where the reward comes from.", "choices": ["metagradient"]},
+    )
+    scale_rewards: str = field(
+        default="batch",
+        metadata={
+            "help": "How TRL scales advantages: `'batch'` (default here), `'group'` or `'none'`. With `'batch'` all "
+            "prompts share one scale, which keeps metagradients of different prompts comparable."
+        },
+    )
+    target_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `from_pretrained` when the target is given by name."},
+    )
+    target_untie_lm_head: bool = field(
+        default=False,
+        metadata={"help": "Whether to give the target's LM head a weight of its own where it is tied."},
+    )
+    target_optim: str = field(default="adamw", metadata={"help": "Optimizer of the target: `'adamw'` or `'sgd'`."})
+    target_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the target."})
+    target_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of the target."})
+    target_weight_decay_on_norm_and_bias: bool = field(
+        default=True, metadata={"help": "Whether it also applies to normalization weights and biases."}
+    )
+    target_adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the target's first Adam moment."})
+    target_adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the target's second Adam moment."})
+    target_adam_epsilon: float = field(
+        default=1e-8, metadata={"help": "Added to AdamW's denominator, outside the square root."}
+    )
+    target_adam_epsilon_root: float | str = field(
+        default="auto",
+        metadata={"help": "Added inside the square root; `'auto'` measures it on the first generation batch."},
+    )
+    target_lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`, for the target."},
+    )
+    target_warmup_steps: float = field(
+        default=0, metadata={"help": "Warm-up steps of the target; below 1, their share of all steps."}
+    )
+    target_max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clipping norm of the target's gradients; 0 means none."}
+    )
+    target_num_train_epochs: int = field(default=1, metadata={"help": "Passes of the target over the examples."})
+    target_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per step of the target. `None` is the whole generation batch (one step)."},
+    )
+    target_micro_batch_size: int | None = field(
+        default=None, metadata={"help": "Examples per forward pass and process of the target."}
+    )
+    target_max_length: int = field(default=128, metadata={"help": "Tokens kept of each example."})
+    target_shuffle: bool = field(default=True, metadata={"help": "Whether examples are shuffled before batching."})
+    target_seed: int = field(default=0, metadata={"help": "Seed of the shuffle."})
+    target_loss_normalization: str = field(
+        default="batch_tokens", metadata={"help": "`'batch_tokens'`, `'example'` or `'max_length'`."}
+    )
+    target_curvature: str = field(default="exact", metadata={"help": "How Hessian-vector products are computed."})
+
+    def __post_init__(self):
+        if self.reward != "metagradient":
+            raise ValueError(f"`reward` must be 'metagradient', got {self.reward!r}.")
+        if isinstance(self.target_adam_epsilon_root, str) and self.target_adam_epsilon_root != "auto":
+            # the command line gives text, as the field can also be "auto"
+            try:
+                self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)
+            except ValueError:
+                pass  # refused by name below
+        # transformers would otherwise look for an `eval_loss`, which a generator's validation does not have
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_metric"
+            self.greater_is_better = True
+        super().__post_init__()
+        self.target_training_arguments()
+
+    def target_training_arguments(self) -> TargetTrainingArguments:
+        """
+        The target's recipe.
+
+        Raises:
+            [`ValueError`]: If a `target_` field is out of its range.
+        """
+        fields = {name: getattr(self, f"target_{name}") for name in _TARGET_FIELDS}
+        if fields["batch_size"] is None:
+            fields["batch_size"] = self.generation_batch_size
+        try:
+            return TargetTrainingArguments(**fields, disable_tqdm=self.disable_tqdm or None)
+        except ValueError as error:
+            names = "|".join(_TARGET_FIELDS)
+            raise ValueError(re.sub(rf"`({names})`", r"`target_\1`", str(error))) from None

@@ -1,0 +1,61 @@
+"""Completions of the generator in, training examples of the target out."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+Messages = list[dict[str, Any]]
+
+
+def completion_text(completion: str | Messages) -> str:
+    """Text of a completion, plain or conversational."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] or "" for message in completion)
+
+
+def to_target_example(
+    prompt: str | Messages,
+    completion: str | Messages,
+    ended: bool,
+    processing_class: PreTrainedTokenizerBase,
+    formatting_func: Callable[[dict[str, Any]], str] | None = None,
+) -> dict[str, list[int]]:
+    """
+    What the target is trained on for one completion: its text in the target's own tokens.
+
+    The tokenizer adds what it adds to any text (BOS, where it does). EOS is added where the completion ended by itself,
+    and only there.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            What the generator was given. Not seen by the target unless `formatting_func` uses it.
+        completion (`str` or `list[dict]`):
+            What it wrote.
+        ended (`bool`):
+            Whether the completion ended by itself, rather than by reaching the maximum length.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
+        formatting_func (`Callable`, *optional*):
+            Maps `{"prompt": ..., "completion": ...}` to the text to train on, as in [`~trl.SFTTrainer`].
+
+    Returns:
+        `dict[str, list[int]]`: `input_ids`, empty for an empty completion.
+    """
+    text = completion_text(completion)
+    if not text.strip():
+        return {"input_ids": []}
+    if formatting_func is not None:
+        text = formatting_func({"prompt": prompt, "completion": completion})
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
+                "Return one string per example."
+            )
+    eos = processing_class.eos_token_id
+    input_ids = list(processing_class(text)["input_ids"])
+    while input_ids and input_ids[-1] == eos:  # some tokenizers add it to every text
+        input_ids.pop()
+    return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids}

@@ -1,0 +1,239 @@
+"""How the target model is fine-tuned: the recipe that metagradients are taken through."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import get_scheduler
+
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "optim": ("adamw", "sgd"),
+    "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "loss_normalization": ("batch_tokens", "example", "max_length"),
+    "curvature": ("exact",),
+}
+
+
+@dataclass
+class TargetTrainingArguments:
+    r"""
+    Recipe of the supervised fine-tuning (SFT) run that metagradients are taken through.
+
+    Names follow [`~transformers.TrainingArguments`]. Dropout is off throughout the run, as a metagradient is that of
+    a deterministic program.
+
+    Args:
+        optim (`str`, *optional*, defaults to `"adamw"`):
+            Optimizer, `"adamw"` or `"sgd"` (plain, without momentum).
+        learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Peak learning rate.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decoupled weight decay.
+        weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
+            Whether weight decay also applies to normalization weights and biases, as in a bare
+            [`~torch.optim.AdamW`]. [`~transformers.Trainer`] leaves them out: `False` reproduces that.
+        adam_beta1 (`float`, *optional*, defaults to `0.9`):
+            Decay of AdamW's first moment.
+        adam_beta2 (`float`, *optional*, defaults to `0.95`):
+            Decay of AdamW's second moment.
+        adam_epsilon (`float`, *optional*, defaults to `1e-8`):
+            Added to the denominator of AdamW's update, outside the square root.
+        adam_epsilon_root (`float` or `str`, *optional*, defaults to `1e-9`):
+            Added inside the square root of AdamW's denominator, which makes the update differentiable where the
+            gradient is zero. `"auto"` takes the mean square of the first gradient of the run. `0.0` is
+            [`~torch.optim.AdamW`]; its metagradients are ill-conditioned.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as [`~transformers.get_scheduler`]
+            defines them.
+        warmup_steps (`float`, *optional*, defaults to `0`):
+            Number of linear warm-up steps; below 1, the share of all steps.
+        max_grad_norm (`float`, *optional*, defaults to `0.0`):
+            Gradients are clipped to this global norm. `0.0` means no clipping.
+        num_train_epochs (`int`, *optional*, defaults to `1`):
+            Passes over the examples.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Examples per optimizer step, over all processes. The last batch of an epoch may be smaller.
+        micro_batch_size (`int`, *optional*):
+            Examples per forward pass and process. `None` means a whole batch at once. It changes memory, not results.
+        max_length (`int`, *optional*, defaults to `128`):
+            Examples are cut after this many tokens.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether examples are shuffled, anew in every epoch.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the shuffle. The global random state is neither read nor changed.
+        loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
+            - `"batch_tokens"`: summed cross-entropy over the supervised tokens of a batch, divided by their number, as
+              in TRL's `SFTTrainer`.
+            - `"example"`: mean over each example's supervised tokens, then mean over examples.
+            - `"max_length"`: each example's sum divided by `max_length`, then mean over examples, as in the paper's
+              code.
+
+            Examples without a supervised token count in none of them.
+        curvature (`str`, *optional*, defaults to `"exact"`):
+            How Hessian-vector products are computed. `"exact"` is double backward.
+        disable_tqdm (`bool`, *optional*):
+            Whether to hide the progress bar. `None` shows it on a terminal only.
+
+    Raises:
+        [`ValueError`]: If a field is out of its range. The message names the field, its value and the remedy.
+
+    Example:
+
+    ```python
+    >>> from trl_dpg.metagradients import TargetTrainingArguments
+
+    >>> args = TargetTrainingArguments(learning_rate=1e-3, batch_size=2, lr_scheduler_type="linear")
+    >>> args.num_steps(num_examples=5)
+    3
+    >>> args.learning_rates(num_examples=4)
+    [0.001, 0.0005]
+
+    ```
+    """
+
+    optim: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    weight_decay_on_norm_and_bias: bool = True
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    adam_epsilon_root: float | Literal["auto"] = 1e-9
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    warmup_steps: float = 0
+    max_grad_norm: float = 0.0
+    num_train_epochs: int = 1
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    max_length: int = 128
+    shuffle: bool = True
+    seed: int = 0
+    loss_normalization: Literal["batch_tokens", "example", "max_length"] = "batch_tokens"
+    curvature: Literal["exact"] = "exact"
+    disable_tqdm: bool | None = None
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+        self._require("learning_rate", "a finite number above 0", lambda x: 0 < x < math.inf)
+        for name in ("weight_decay", "adam_epsilon", "warmup_steps", "max_grad_norm"):
+            self._require(name, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        if self.adam_epsilon_root != "auto":
+            self._require("adam_epsilon_root", '"auto" or a finite number of at least 0', lambda x: 0 <= x < math.inf)
+            if self.optim == "adamw" and self.adam_epsilon == 0 and self.adam_epsilon_root == 0:
+                raise ValueError(
+                    "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is "
+                    "zero. Set `adam_epsilon_root`, for example to 1e-9."
+                )
+        for name in ("batch_size", "num_train_epochs"):
+            self._require(name, "a whole number of at least 1", lambda x: x >= 1 and x == int(x))
+        self._require("max_length", "a whole number of at least 2", lambda x: x >= 2 and x == int(x))
+        self._require("seed", "a whole number of at least 0", lambda x: x >= 0 and x == int(x))
+        if self.micro_batch_size is not None:
+            self._require("micro_batch_size", "None or a whole number of at least 1", lambda x: x >= 1 and x == int(x))
+
+    def _require(self, name, requirement, holds):
+        value = getattr(self, name)
+        # A YAML `1e-6` arrives as a string, which is the usual cause of the type error.
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(
+                f"`{name}` must be {requirement}, got {value!r} of type {type(value).__name__}. In YAML, write 1.0e-6 "
+                "rather than 1e-6, which YAML reads as text."
+            )
+        if not holds(value):
+            raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
+
+    @classmethod
+    def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":
+        r"""
+        The recipe of a stock SFT run, so that metagradients are those of a plain [`~trl.SFTTrainer`] call.
+
+        The batch size is the config's per-device batch size times its accumulation steps times its processes.
+        `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
+
+        Args:
+            config ([`~trl.SFTConfig`]):
+                Configuration of the SFT run.
+            **overrides:
+                Fields that replace the ones read from `config`.
+
+        Raises:
+            [`ValueError`]: If the config asks for something that this recipe cannot express.
+        """
+        unsupported = {
+            "optim": str(config.optim.value) not in ("adamw_torch", "adamw_torch_fused", "sgd"),
+            "max_steps": config.max_steps > 0,
+            "num_train_epochs": config.num_train_epochs != int(config.num_train_epochs),
+            "packing": config.packing,
+            "padding_free": config.padding_free,
+            "assistant_only_loss": config.assistant_only_loss,
+            "loss_type": config.loss_type not in ("nll", "chunked_nll"),
+            "truncation_mode": config.truncation_mode != "keep_start",
+            "max_length": config.max_length is None,
+            "label_smoothing_factor": config.label_smoothing_factor != 0,
+            "neftune_noise_alpha": config.neftune_noise_alpha is not None,
+            "dataloader_drop_last": config.dataloader_drop_last,
+            "lr_scheduler_kwargs": bool(config.lr_scheduler_kwargs),
+        }
+        for name, is_unsupported in unsupported.items():
+            if is_unsupported and name not in overrides:
+                raise ValueError(
+                    f"`{name}={getattr(config, name)!r}` of the SFT configuration cannot be expressed as a "
+                    f"`TargetTrainingArguments`. Change it in the SFT configuration, or pass `{name}=...` here if it is "
+                    "one of this class's fields."
+                )
+        fields = {
+            "optim": "sgd" if str(config.optim.value) == "sgd" else "adamw",
+            "learning_rate": config.learning_rate,
+            "weight_decay": config.weight_decay,
+            "weight_decay_on_norm_and_bias": False,
+            "adam_beta1": config.adam_beta1,
+            "adam_beta2": config.adam_beta2,
+            "adam_epsilon": config.adam_epsilon,
+            "adam_epsilon_root": 0.0,
+            "lr_scheduler_type": str(config.lr_scheduler_type.value),
+            "warmup_steps": config.warmup_steps,
+            "max_grad_norm": config.max_grad_norm or 0.0,
+            "num_train_epochs": int(config.num_train_epochs),
+            "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
+            "micro_batch_size": config.train_batch_size,
+            "max_length": config.max_length,
+            "shuffle": config.shuffle_dataset or config.train_sampling_strategy == "random",
+            "seed": config.seed,
+            "loss_normalization": "batch_tokens",
+        }
+        return cls(**{**fields, **overrides})
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps K over `num_examples` examples."""
+        return self.num_train_epochs * math.ceil(num_examples / self.batch_size)
+
+    def learning_rates(self, num_examples: int) -> list[float]:
+        """Learning rate of each of the K steps, from [`~transformers.get_scheduler`]."""
+        num_steps = self.num_steps(num_examples)
+        warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_steps * self.warmup_steps)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        scheduler = get_scheduler(self.lr_scheduler_type, optimizer, warmup, num_steps)
+        rates = []
+        for _ in range(num_steps):
+            rates.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    def batches(self, num_examples: int) -> Iterator[list[int]]:
+        """Indices of the examples of each of the K batches, in order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.num_train_epochs):
+            order = torch.randperm(num_examples, generator=generator) if self.shuffle else torch.arange(num_examples)
+            yield from (batch.tolist() for batch in order.split(self.batch_size))

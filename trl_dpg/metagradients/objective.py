@@ -1,0 +1,147 @@
+"""The training loss of one batch: examples in, per-example losses out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import TargetTrainingArguments
+
+
+class Example(NamedTuple):
+    """One training example, cut to `max_length`. `labels[j]` is predicted from the tokens before `j`."""
+
+    input_ids: list[int]
+    labels: list[int]
+    weight: float
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens; the first token is never one, as nothing precedes it."""
+        return sum(label != -100 for label in self.labels[1:])
+
+
+class MicroBatch(NamedTuple):
+    """Examples of one forward pass, right-padded. `b` examples, `l` tokens."""
+
+    indices: list[int]  # positions in the list of all examples
+    input_ids: Tensor  # (b, l)
+    attention_mask: Tensor  # (b, l)
+    labels: Tensor  # (b, l)
+    scale: Tensor  # (b,) what an example's summed cross-entropy is multiplied by, Z_t included
+    weights: Tensor  # (b,) w_i
+
+
+def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, vocab_size: int) -> list[Example]:
+    """
+    Checks examples and cuts them to `max_length` tokens.
+
+    Args:
+        examples (`Sequence[Mapping]`):
+            Dicts with `input_ids`, optionally `labels` (-100 where not supervised) and `weight`.
+        max_length (`int`):
+            Tokens kept of each example.
+        vocab_size (`int`):
+            Rows of the target's input embedding.
+
+    Raises:
+        [`ValueError`]: If there are no examples, or one of them is malformed.
+    """
+    if len(examples) == 0:
+        raise ValueError("`examples` is empty: there is nothing to fine-tune the target model on. Pass at least one.")
+    prepared = []
+    for i, example in enumerate(examples):
+        if "input_ids" not in example:
+            raise ValueError(
+                f"`examples[{i}]` has the keys {sorted(example)} but no `input_ids`. Tokenize the text first, for example "
+                "with `tokenizer(text)`."
+            )
+        input_ids = torch.as_tensor(example["input_ids"]).tolist()
+        labels = torch.as_tensor(example.get("labels", example["input_ids"])).tolist()
+        weight = float(example.get("weight", 1.0))
+        if input_ids and not isinstance(input_ids[0], int):
+            raise ValueError(f"`examples[{i}]['input_ids']` must be a flat list of token ids, got {input_ids!r:.80}.")
+        if len(labels) != len(input_ids):
+            raise ValueError(
+                f"`examples[{i}]['labels']` has {len(labels)} entries for {len(input_ids)} `input_ids`. Give one label per "
+                "token, -100 where it is not supervised."
+            )
+        if any(not 0 <= token < vocab_size for token in input_ids):
+            raise ValueError(
+                f"`examples[{i}]['input_ids']` holds token {max(input_ids, key=abs)}, outside the target's vocabulary of "
+                f"{vocab_size}. Tokenize the examples with the target model's own tokenizer."
+            )
+        if any(label != -100 and not 0 <= label < vocab_size for label in labels):
+            raise ValueError(
+                f"`examples[{i}]['labels']` must hold token ids below {vocab_size}, or -100 where not supervised."
+            )
+        if weight != weight or abs(weight) == float("inf"):
+            raise ValueError(f"`examples[{i}]['weight']` must be a finite number, got {weight}.")
+        prepared.append(Example(input_ids[:max_length], labels[:max_length], weight))
+    return prepared
+
+
+def micro_batches(
+    examples: list[Example],
+    batch: list[int],
+    args: TargetTrainingArguments,
+    device: torch.device,
+    dtype: torch.dtype,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> list[MicroBatch]:
+    """
+    This process's share of a batch, cut into micro-batches; the normalization is that of the whole batch.
+
+    The list is empty where a process has no example with a supervised token.
+    """
+    supervised = [i for i in batch if examples[i].num_supervised > 0]
+    if args.loss_normalization == "batch_tokens":
+        tokens = sum(examples[i].num_supervised for i in supervised)
+        scales = {i: 1 / tokens for i in supervised}
+    elif args.loss_normalization == "example":
+        scales = {i: 1 / (examples[i].num_supervised * len(supervised)) for i in supervised}
+    else:
+        scales = {i: 1 / (args.max_length * len(supervised)) for i in supervised}
+
+    start = process_index * len(supervised) // num_processes
+    stop = (process_index + 1) * len(supervised) // num_processes
+    share = supervised[start:stop]
+    size = args.micro_batch_size or max(len(share), 1)
+    return [_collate(examples, share[j : j + size], scales, device, dtype) for j in range(0, len(share), size)]
+
+
+def _collate(examples, indices, scales, device, dtype) -> MicroBatch:
+    length = max(len(examples[i].input_ids) for i in indices)
+    input_ids = torch.zeros(len(indices), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(indices), length, dtype=torch.long)
+    labels = torch.full((len(indices), length), -100)
+    for row, i in enumerate(indices):
+        n = len(examples[i].input_ids)
+        input_ids[row, :n] = torch.tensor(examples[i].input_ids)
+        attention_mask[row, :n] = 1
+        labels[row, :n] = torch.tensor(examples[i].labels)
+    return MicroBatch(
+        indices,
+        input_ids.to(device),
+        attention_mask.to(device),
+        labels.to(device),
+        torch.tensor([scales[i] for i in indices], dtype=dtype, device=device),
+        torch.tensor([examples[i].weight for i in indices], dtype=dtype, device=device),
+    )
+
+
+def example_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    r"""
+    Losses \\( \ell_i(\phi) / Z_t \\) of a micro-batch, shape `(b,)`.
+
+    Their weighted sum over a batch is \\( L_t(\phi; w) = \sum_i w_i \ell_i(\phi) / Z_t \\).
+    """
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = logits[:, :-1]
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none")
+    return token_losses.view_as(batch.labels[:, 1:]).sum(dim=1) * batch.scale

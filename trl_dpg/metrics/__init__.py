@@ -1,0 +1,14 @@
+"""
+Target metrics Φ: what the fine-tuned model is wanted to do well on.
+
+A metric is any callable `metric(model) -> scalar tensor` that is differentiable in the model's parameters; higher is
+better. Two methods are optional: `setup(model)`, called on the original model before each fine-tuning run, and
+`readouts(model) -> dict[str, float]`, called on the fine-tuned model for numbers a person can read.
+"""
+
+from .likelihood import LanguageModelingLikelihood
+from .norm import LMHeadNorm
+from .pattern import LMHeadPattern
+
+
+__all__ = ["LMHeadNorm", "LMHeadPattern", "LanguageModelingLikelihood"]

@@ -1,0 +1,128 @@
+"""The LM head of a model, whatever PEFT put around it."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+
+def get_lm_head(model: nn.Module) -> Any:
+    """
+    Return the module that maps hidden states to vocabulary logits, PEFT wrapper included.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model with a language modeling head.
+
+    Returns:
+        `nn.Module`: The output embedding of the model.
+
+    Raises:
+        ValueError: If the model has no LM head.
+    """
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        head = None
+    if head is None:
+        raise ValueError(
+            f"`target_model` is a {type(model).__name__}, which has no LM head (`get_output_embeddings()` gives none). "
+            "Load it with `AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    return head
+
+
+def input_embedding_weight(model: nn.Module) -> torch.Tensor:
+    """
+    Return the weight of the input embedding: as many rows as tokens, on the device that takes the inputs.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model with an input embedding.
+
+    Returns:
+        `torch.Tensor` of shape `(vocab_size, hidden_size)`: The weight, without the update of a LoRA layer.
+    """
+    return model.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def lm_head_weight(model: nn.Module) -> torch.Tensor:
+    """
+    Return the effective weight of the LM head, differentiable in the parameters that make it up.
+
+    The weight of a plain linear layer is returned as it is; of a layer in PEFT's `modules_to_save`, the active copy; of
+    a LoRA layer, the base weight plus the update of every active adapter.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model with a language modeling head.
+
+    Returns:
+        `torch.Tensor` of shape `(vocab_size, hidden_size)`: The weight, in the dtype it is computed in.
+
+    Raises:
+        ValueError: If the model has no LM head, or if its effective weight isn't known (an adapter other than plain
+            LoRA, or a quantized layer).
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> lm_head_weight(model).shape
+    torch.Size([16, 8])
+
+    ```
+    """
+    head = get_lm_head(model)
+    # `.weight` of a wrapper that is not handled below is the base weight: right in shape, silently wrong in value.
+    foreign = isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
+        head, (LoraLinear, ModulesToSaveWrapper)
+    )
+    variant = isinstance(head, LoraLinear) and len(head.lora_variant) > 0
+    weight = head.weight
+    if foreign or variant or not weight.is_floating_point():
+        raise ValueError(
+            f"The effective weight of the LM head of `target_model` cannot be computed: the head is a "
+            f"{type(head).__module__}.{type(head).__name__} with a weight of dtype {weight.dtype}. Train an unquantized "
+            "head directly, with plain LoRA (no DoRA or other variant), or with `modules_to_save=['lm_head']`."
+        )
+    if isinstance(head, LoraLinear) and not head.disable_adapters and not head.merged:
+        for adapter in head.active_adapters:
+            if adapter in head.lora_A:
+                weight = weight + head.get_delta_weight(adapter)
+    return weight
+
+
+def is_lm_head_tied(model: nn.Module) -> bool:
+    """
+    Tell whether the LM head and the input embedding are one parameter, as in GPT-2, SmolLM2 and Llama-3.2-1B.
+
+    A head in PEFT's `modules_to_save` is a copy of its own and so not tied. Under a LoRA layer the base weight counts.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model with a language modeling head.
+
+    Returns:
+        `bool`: Whether both share one weight.
+
+    Raises:
+        ValueError: If the model has no LM head.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> is_lm_head_tied(model)
+    True
+
+    ```
+    """
+    return get_lm_head(model).weight is input_embedding_weight(model)

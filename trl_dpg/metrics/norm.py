@@ -1,0 +1,57 @@
+"""The ℓ2 metric: make the LM head small."""
+
+import torch
+from torch import nn
+
+from .heads import lm_head_weight
+
+
+class LMHeadNorm:
+    r"""
+    Negative norm of the LM head, Φ = −‖W‖₂ over all entries of W (the Frobenius norm): higher means smaller weights.
+
+    Source: the ℓ2 experiment of Synthetic Data for any Differentiable Target (arXiv 2604.08423). The sum is taken in
+    float64, because one inner training run moves the norm by less than float32 resolves.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> _ = model.lm_head.weight.data.fill_(0.5)
+    >>> round(LMHeadNorm()(model).item(), 4)  # −√(16 · 8 · 0.25)
+    -5.6569
+
+    ```
+    """
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        """
+        Compute Φ.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Model with a language modeling head.
+
+        Returns:
+            `torch.Tensor` of shape `()`: Φ in float64.
+
+        Raises:
+            ValueError: If the model has no LM head.
+        """
+        return -torch.linalg.vector_norm(lm_head_weight(model), dtype=torch.float64)
+
+    @torch.no_grad()
+    def readouts(self, model: nn.Module) -> dict[str, float]:
+        """
+        Return `lm_head_norm`, the norm itself.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Fine-tuned model.
+
+        Returns:
+            `dict[str, float]`: The read-out.
+        """
+        return {"lm_head_norm": -self(model).item()}

@@ -1,0 +1,356 @@
+"""The pattern metric: write an image (the digits 67, a QR code) into the LM head."""
+
+import math
+from importlib import import_module
+from importlib.util import find_spec
+from os import PathLike
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .heads import get_lm_head, is_lm_head_tied, lm_head_weight
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+# With `scale="auto"` the logistic loss sees differences with this root mean square. Large enough for the loss to
+# tell right pixels from wrong ones, small enough not to saturate: 1 to 3 work, 0.02 (a scale of 20 with small
+# learning rates) stalls on large patterns.
+AUTO_SCALE_FACTOR = 2.0
+
+DEFAULT_SCALE = 20.0  # the paper's
+
+SIXTY_SEVEN = ("1111---", "---111-", "-11111-", "---111-", "-1-111-", "---1111")
+
+
+class LMHeadPattern:
+    r"""
+    Log-likelihood of a pattern of signs in the change of the LM head.
+
+    Φ = −mean log(1 + exp(−scale · Y ⊙ (P_c − P_i))), where Y is the pattern and P the upper-left patch of the LM head
+    in (hidden, vocab) layout, before (P_i) and after (P_c) fine-tuning: row r, column c of the pattern belongs to hidden
+    unit r and token c. Φ is −ln 2 for an unchanged head and 0 at best.
+
+    With small learning rates Φ stays near −ln 2 even when every pixel is right: judge by the read-out `pixel_accuracy`.
+
+    Source: the QR and 67 experiments of Synthetic Data for any Differentiable Target (arXiv 2604.08423).
+
+    Args:
+        pattern (array-like of shape `(rows, columns)`):
+            Pattern Y of +1 (dark) and −1 (light): anything `torch.as_tensor` takes.
+        scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+            Slope of the logistic loss, per unit of weight. `"auto"` measures it once, at the first differentiated call
+            on a head that changed, as `AUTO_SCALE_FACTOR` / RMS(P_c − P_i), and keeps it from then on; calls under
+            `torch.no_grad()` before that use their own measurement and do not keep it.
+
+    Attributes:
+        decoded (`torch.Tensor` of shape `(rows, columns)` or `None`):
+            Signs of P_c − P_i that `readouts` last read, as +1 and −1 (also where nothing changed), int8 on the CPU.
+        text (`str` or `None`):
+            Text of a QR pattern.
+
+    Raises:
+        ValueError: If `pattern` or `scale` is not as described.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+
+    >>> config = GPT2Config(
+    ...     vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1, tie_word_embeddings=False
+    ... )
+    >>> model = GPT2LMHeadModel(config)
+    >>> metric = LMHeadPattern([[1, -1], [-1, 1]])
+    >>> metric.setup(model)
+    >>> round(metric(model).item(), 4)
+    -0.6931
+    >>> _ = model.lm_head.weight.data[:2, :2].add_(torch.tensor([[0.1, -0.1], [-0.1, -0.1]]))
+    >>> metric.readouts(model)
+    {'pixel_accuracy': 0.75}
+
+    ```
+    """
+
+    def __init__(self, pattern: Any, scale: float | Literal["auto"] = DEFAULT_SCALE):
+        try:
+            signs = torch.as_tensor(pattern)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`pattern` cannot be made a tensor ({error}): got {pattern!r}.") from error
+        if signs.ndim != 2 or signs.numel() == 0:
+            raise ValueError(f"`pattern` must be a non-empty matrix, got the shape {tuple(signs.shape)}.")
+        if not (signs.abs() == 1).all():
+            wrong = signs[signs.abs() != 1][0].item()
+            raise ValueError(f"`pattern` must hold only 1 and -1, got {wrong}.")
+        if scale != "auto" and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            raise ValueError(f"`scale` must be a positive number or 'auto', got {scale!r}.")
+        self.pattern = signs.detach().to("cpu", torch.float64)
+        self.scale = scale
+        self.decoded: torch.Tensor | None = None
+        self.text: str | None = None
+        self._scale_value = None if scale == "auto" else float(scale)
+        self._initial: torch.Tensor | None = None
+
+    @property
+    def scale_value(self) -> float | None:
+        """Slope in use; `None` while `scale="auto"` has not been measured."""
+        return self._scale_value
+
+    @classmethod
+    def sixty_seven(cls, scale: float | Literal["auto"] = DEFAULT_SCALE) -> "LMHeadPattern":
+        """
+        Metric for the paper's 6 × 7 picture of the digits 67.
+
+        Args:
+            scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+                Slope of the logistic loss.
+
+        Returns:
+            [`LMHeadPattern`]: The metric.
+
+        Example:
+
+        ```python
+        >>> tuple(LMHeadPattern.sixty_seven().pattern.shape)
+        (6, 7)
+
+        ```
+        """
+        return cls([[1 if pixel == "1" else -1 for pixel in row] for row in SIXTY_SEVEN], scale)
+
+    @classmethod
+    def qr(cls, text: str, error: str = "h", scale: float | Literal["auto"] = DEFAULT_SCALE) -> "LMHeadPattern":
+        """
+        Metric for the QR code of a text, in the smallest version that holds it and without a quiet zone.
+
+        Args:
+            text (`str`):
+                Text to encode. At error correction level `"h"`, 21 × 21 modules hold 17 digits, 10 characters of
+                `A`–`Z`, `0`–`9` and a few signs, or 7 bytes.
+            error (`str`, *optional*, defaults to `"h"`):
+                Error correction level: `"l"`, `"m"`, `"q"` or `"h"`, from least to most.
+            scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+                Slope of the logistic loss.
+
+        Returns:
+            [`LMHeadPattern`]: The metric; a dark module is +1.
+
+        Raises:
+            ImportError: If `segno` isn't installed.
+            ValueError: If no QR code holds the text, or if the level is unknown.
+
+        Example:
+
+        ```python
+        >>> tuple(LMHeadPattern.qr("DPG").pattern.shape)
+        (21, 21)
+
+        ```
+        """
+        code = _import("segno").make_qr(text, error=error, boost_error=False)
+        metric = cls([[1 if module else -1 for module in row] for row in code.matrix], scale)
+        metric.text = text
+        return metric
+
+    @classmethod
+    def from_image(
+        cls, path: str | PathLike, threshold: int = 128, scale: float | Literal["auto"] = DEFAULT_SCALE
+    ) -> "LMHeadPattern":
+        """
+        Metric for a picture, one pixel of the image file for each entry of the pattern.
+
+        Args:
+            path (`str` or `PathLike`):
+                Image file. Transparency counts as white.
+            threshold (`int`, *optional*, defaults to `128`):
+                Gray values under this, of 0 (black) to 255 (white), are dark.
+            scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+                Slope of the logistic loss.
+
+        Returns:
+            [`LMHeadPattern`]: The metric; a dark pixel is +1.
+
+        Raises:
+            ImportError: If Pillow isn't installed.
+        """
+        Image = _import("PIL.Image")
+        with Image.open(path) as file:
+            picture = file.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
+        return cls(np.where(np.asarray(picture) < threshold, 1, -1), scale)
+
+    def setup(self, model: nn.Module) -> None:
+        """
+        Keep the patch P_i of the original model. Call it before each fine-tuning run.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Model before fine-tuning.
+
+        Raises:
+            ValueError: If the head cannot carry the pattern: it is tied to the input embedding, too small, frozen, or
+                missing.
+        """
+        head = get_lm_head(model)
+        # A LoRA layer over a tied but frozen weight is fine: only the head moves.
+        if is_lm_head_tied(model) and head.weight.requires_grad:
+            raise ValueError(
+                "The LM head of `target_model` is tied to its input embedding, so a pattern in the one would be written "
+                "into the other, and the embedding's gradients into the pattern. Give the head a weight of its own: set "
+                "`target_untie_lm_head=True` in `DatasetPolicyGradientConfig`, or call `trl_dpg.untie_lm_head(model)`."
+            )
+        if not any(parameter.requires_grad for parameter in head.parameters()):
+            raise ValueError(
+                "No parameter of the LM head of `target_model` is trainable, so no pattern can be written into it. Set "
+                "`requires_grad` on its weight, or include 'lm_head' in `target_modules` or `modules_to_save` of the "
+                "PEFT config."
+            )
+        weight = lm_head_weight(model)
+        rows, columns = self.pattern.shape
+        vocab_size, hidden_size = weight.shape
+        if rows > hidden_size or columns > vocab_size:
+            raise ValueError(
+                f"`pattern` of shape {(rows, columns)} does not fit in the LM head of `target_model`, which has the shape "
+                f"{(hidden_size, vocab_size)} in (hidden, vocab) layout. Use a smaller pattern or a larger model."
+            )
+        self._initial = self._patch(weight).detach().clone()
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        """
+        Compute Φ.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Model after fine-tuning.
+
+        Returns:
+            `torch.Tensor` of shape `()`: Φ in float64.
+
+        Raises:
+            ValueError: If `setup` was not called before.
+        """
+        change = self._change(model)
+        return F.logsigmoid(self._scale_for(change) * self.pattern.to(change.device) * change).mean()
+
+    @torch.no_grad()
+    def readouts(self, model: nn.Module) -> dict[str, float]:
+        """
+        Read the pattern back from the fine-tuned model and keep it in `decoded`.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Fine-tuned model.
+
+        Returns:
+            `dict[str, float]`: `pixel_accuracy`, the share of entries whose weight moved in the direction of the
+            pattern (not moving is wrong); for a QR pattern, if `zxing-cpp` is installed, also `qr_decoded`: 1.0 if
+            a reader gets exactly the original text, else 0.0.
+
+        Raises:
+            ValueError: If `setup` was not called before.
+        """
+        change = self._change(model).cpu()
+        self.decoded = torch.where(change > 0, 1, -1).to(torch.int8)
+        values = {"pixel_accuracy": (change.sign() == self.pattern).double().mean().item()}
+        if self.text is not None and find_spec("zxingcpp") is not None:
+            values["qr_decoded"] = float(decode_qr(self.decoded) == self.text)
+        return values
+
+    def _patch(self, weight: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.pattern.shape
+        return weight[:columns, :rows].T.double()
+
+    def _change(self, model: nn.Module) -> torch.Tensor:
+        if self._initial is None:
+            raise ValueError("`LMHeadPattern.setup(model)` must be called on the original model before fine-tuning.")
+        patch = self._patch(lm_head_weight(model))
+        return patch - self._initial.to(patch.device)
+
+    def _scale_for(self, change: torch.Tensor) -> float:
+        if self._scale_value is not None:
+            return self._scale_value
+        rms = change.detach().square().mean().sqrt().item()
+        if not 0 < rms < math.inf:
+            return DEFAULT_SCALE  # nothing to measure yet; at zero change Φ is −ln 2 for any scale
+        scale = AUTO_SCALE_FACTOR / rms
+        if torch.is_grad_enabled():
+            self._scale_value = scale
+        return scale
+
+
+def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Image":
+    """
+    Draw a pattern of signs, +1 black and −1 white, with a white quiet zone around it.
+
+    Args:
+        pattern (array-like of shape `(rows, columns)`):
+            Pattern to draw.
+        module_size (`int`, *optional*, defaults to `8`):
+            Pixels along each side of an entry.
+        border (`int`, *optional*, defaults to `4`):
+            Width of the quiet zone, in entries. QR readers expect 4.
+
+    Returns:
+        `PIL.Image.Image`: The picture, in 8-bit gray.
+
+    Raises:
+        ImportError: If Pillow isn't installed.
+
+    Example:
+
+    ```python
+    >>> pattern_to_image([[1, -1]], module_size=10, border=1).size
+    (40, 30)
+
+    ```
+    """
+    gray = np.where(np.asarray(pattern) > 0, 0, 255).astype(np.uint8)
+    gray = np.pad(gray, border, constant_values=255)
+    return _import("PIL.Image").fromarray(gray.repeat(module_size, axis=0).repeat(module_size, axis=1))
+
+
+def decode_qr(pattern: Any) -> str | None:
+    """
+    Read a pattern as a QR code, as a phone would read its picture.
+
+    Args:
+        pattern (array-like of shape `(rows, columns)`):
+            Modules, +1 for dark and −1 for light.
+
+    Returns:
+        `str` or `None`: The text, or `None` if no QR code is found or it has too many errors.
+
+    Raises:
+        ImportError: If `zxing-cpp` or Pillow isn't installed.
+
+    Example:
+
+    ```python
+    >>> decode_qr(LMHeadPattern.qr("DPG").pattern)
+    'DPG'
+
+    ```
+    """
+    zxingcpp = _import("zxingcpp")
+    # A light-on-dark code is the opposite of the pattern, not the pattern: `try_invert` would accept it.
+    codes = zxingcpp.read_barcodes(
+        pattern_to_image(pattern),
+        formats=zxingcpp.BarcodeFormat.QRCode,
+        try_invert=False,
+        text_mode=zxingcpp.TextMode.Plain,
+    )
+    return codes[0].text if codes else None
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"`{module}` is needed for pattern images: `pip install trl-dpg[examples]`.") from error

@@ -1,0 +1,6 @@
+"""Rewards that TRL's trainers can call."""
+
+from .metagradient import MetagradientReward
+
+
+__all__ = ["MetagradientReward"]

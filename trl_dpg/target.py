@@ -1,0 +1,66 @@
+"""Loading and preparing the target model."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def load_target_model(
+    model: "str | PreTrainedModel | PeftModel",
+    untie_head: bool = False,
+    peft_config: "PeftConfig | None" = None,
+    **model_init_kwargs: Any,
+) -> "PreTrainedModel | PeftModel":
+    """
+    Loads a target model, unties its head and adds adapters, as asked for.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model id, directory, or a model, which is changed in place.
+        untie_head (`bool`, *optional*, defaults to `False`):
+            Whether to give the LM head a weight of its own, see [`untie_lm_head`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters to train instead of the full model.
+        **model_init_kwargs:
+            Keyword arguments of `from_pretrained`. `dtype` is float32 unless given.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]
+    """
+    if isinstance(model, str):
+        model_init_kwargs.setdefault("dtype", torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)
+    if untie_head:
+        untie_lm_head(model)
+    if peft_config is not None:
+        model = get_peft_model(model, peft_config)
+    return model
+
+
+def untie_lm_head(model: PreTrainedModel) -> None:
+    """
+    Gives the LM head its own copy of the weight that it shares with the input embedding, in place.
+
+    The model computes what it did before, but the two are trained, and saved, apart. A head that is not tied is left
+    alone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model to change, before any adapter is added.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    # what `save_pretrained` and `tie_weights` go by
+    model._tied_weights_keys = None
+    model.all_tied_weights_keys = {}

@@ -1,0 +1,258 @@
+"""The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import GRPOTrainer
+
+from .config import DatasetPolicyGradientConfig
+from .metagradients.api import Metric
+from .metagradients.parallel import failing_together
+from .rewards import MetagradientReward
+from .target import load_target_model
+from .validation import validate
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+
+class DatasetPolicyGradientTrainer(GRPOTrainer):
+    """
+    Trainer for Dataset Policy Gradients (DPG), proposed in [Synthetic Data for any Differentiable
+    Target](https://huggingface.co/papers/2604.08423).
+
+    A generator writes training examples. A target model is fine-tuned on them, and each example is rewarded with its
+    metagradient: how much a differentiable metric of the fine-tuned target would rise if the example's loss weight rose.
+    GRPO trains the generator on these rewards.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+    >>> from trl_dpg.metrics import LMHeadPattern
+
+    >>> trainer = DatasetPolicyGradientTrainer(
+    ...     model="meta-llama/Llama-3.2-1B-Instruct",
+    ...     target_model="openai-community/gpt2",
+    ...     metric=LMHeadPattern.qr("trl-dpg"),
+    ...     args=DatasetPolicyGradientConfig(target_untie_lm_head=True),
+    ...     train_dataset=load_dataset("trl-lib/tldr", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Generator, as in [`~trl.GRPOTrainer`].
+        target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Target: a causal language model, or its id or directory (then loaded in float32, with
+            `args.target_model_init_kwargs`). Its `requires_grad` parameters are what is fine-tuned. A model object is
+            used as it is, and holds its original weights again after every reward.
+        metric (`Callable`):
+            Differentiable metric of the fine-tuned target, higher is better: `metric(model)` returns a scalar tensor.
+            See [`~trl_dpg.metrics`].
+        args ([`DatasetPolicyGradientConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Prompts, as in [`~trl.GRPOTrainer`]: a column `"prompt"`, plain or conversational.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of these, *optional*):
+            Held-out prompts for validation, see [`~DatasetPolicyGradientTrainer.evaluation_loop`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the generator, as in [`~trl.GRPOTrainer`].
+        target_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the target. Loaded from the target's name if `None`.
+        formatting_func (`Callable`, *optional*):
+            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
+            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Further rewards beside the metagradient, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
+            metagradient's weight.
+        reward_processing_classes (`list`, *optional*):
+            Processing classes of the further rewards.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            As in [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler of the generator.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For loading the generator by name.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters of the generator.
+        target_peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters of the target, which are then what is fine-tuned.
+        **kwargs:
+            Passed on to [`~trl.GRPOTrainer`] (`tools`, `rollout_func`, `environment_factory`).
+
+    Raises:
+        [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
+            model is loaded.
+    """
+
+    _tag_names = ["trl", "dpg"]
+    _name = "DPG"
+    _paper = {
+        "title": "Synthetic Data for any Differentiable Target",
+        "id": "2604.08423",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{thrush2026synthetic,
+                title        = {{Synthetic Data for any Differentiable Target}},
+                author       = {Tristan Thrush and others},
+                year         = 2026,
+                eprint       = {arXiv:2604.08423},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        target_model: "str | PreTrainedModel | PeftModel",
+        metric: Metric,
+        args: DatasetPolicyGradientConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        target_processing_class: PreTrainedTokenizerBase | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        target_peft_config: "PeftConfig | None" = None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DatasetPolicyGradientConfig(f"{name.split('/')[-1]}-DPG")
+        _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset)
+
+        if target_processing_class is None and isinstance(target_model, str):
+            target_processing_class = AutoTokenizer.from_pretrained(
+                target_model, trust_remote_code=args.trust_remote_code
+            )
+        model_init_kwargs = dict(args.target_model_init_kwargs or {})
+        model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        target_model = load_target_model(
+            target_model, args.target_untie_lm_head, target_peft_config, **model_init_kwargs
+        )
+        self.metagradient_reward = MetagradientReward(
+            target_model, metric, args.target_training_arguments(), target_processing_class, formatting_func
+        )
+        self.metric = metric
+
+        # TRL expects lists of equal length; ours comes first
+        reward_funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if reward_processing_classes is not None and not isinstance(reward_processing_classes, list):
+            reward_processing_classes = [reward_processing_classes]
+        super().__init__(
+            model,
+            [self.metagradient_reward, *reward_funcs],
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes and [None, *reward_processing_classes],
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        # TRL calls a completion ended if its last token is one of these
+        self.metagradient_reward.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        The paper's validation: generates from held-out prompts, fine-tunes a fresh target on that with ordinary SFT
+        (PyTorch's own optimizer, see [`~trl_dpg.validation.validate`]) and reports the metric and its read-outs as
+        `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`, `eval_pixel_accuracy`, ...
+
+        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew.
+        """
+        self.model.eval()
+        reward = self.metagradient_reward
+        examples: list[dict[str, Any]] = []
+        for inputs in dataloader:
+            prompts = [row["prompt"] for row in inputs]
+            _, completion_ids, _, completions, *_ = self._generate(prompts)
+            local = reward.target_examples(prompts, completions, completion_ids)
+            examples.extend(self.accelerator.gather_for_metrics(local, use_gather_object=True))
+        trained = [example for example in examples if len(example["input_ids"]) > 1]
+        # Every process runs the same validation: it is one short fine-tuning run.
+        with failing_together(self.accelerator):
+            reward.target_model.to(self.accelerator.device)
+            if not trained:
+                raise ValueError(
+                    f"All {len(examples)} completions of this validation are empty or one token long, so there is nothing "
+                    "to fine-tune the target on. Ask for longer ones (`max_completion_length`, or `min_new_tokens` in "
+                    "`generation_kwargs`)."
+                )
+            results = validate(reward.target_model, trained, self.metric, reward.args)
+        results["empty"] = len(examples) - len(trained)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
+
+
+def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):
+    """Refuses what can be refused before any model is loaded."""
+    if not isinstance(args, DatasetPolicyGradientConfig):
+        raise ValueError(
+            f"`args` must be a `DatasetPolicyGradientConfig`, got {type(args).__name__}. It takes every field of "
+            "`GRPOConfig`, so an existing configuration can be passed on as it is."
+        )
+    if target_model is None:
+        raise ValueError("`target_model` is missing. Pass the model that the generated data is to fine-tune, or its name.")
+    if target_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`target_model` and `model` are the same object, so training the generator would change the target. Load the "
+            "target separately, or pass both by name."
+        )
+    if not callable(metric):
+        raise ValueError(
+            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. See "
+            "`trl_dpg.metrics`."
+        )
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"`train_dataset` must be a `datasets.Dataset` or `IterableDataset` of prompts, got "
+            f"{type(train_dataset).__name__}."
+        )
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **evals}.items():
+        if not isinstance(dataset, Dataset):
+            continue
+        if "prompt" not in dataset.column_names:
+            raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add it.")
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+    if isinstance(train_dataset, Dataset):
+        needed = math.ceil(args.generation_batch_size / args.num_generations)
+        if len(train_dataset) < needed:
+            raise ValueError(
+                f"`train_dataset` has {len(train_dataset)} prompts, but one generation batch needs {needed} "
+                f"(`generation_batch_size` {args.generation_batch_size} / `num_generations` {args.num_generations}), so "
+                "TRL would train on nothing. Add prompts or lower `per_device_train_batch_size`."
+            )

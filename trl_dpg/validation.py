@@ -1,0 +1,80 @@
+"""Validation: what the generator's data does in an ordinary fine-tuning run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .metagradients.api import Metric
+from .metagradients.arguments import TargetTrainingArguments
+from .metagradients.model import check_positions, decayed_parameters, restored, trainable_parameters
+from .metagradients.objective import example_losses, micro_batches, prepare_examples
+
+
+def validate(
+    model: nn.Module, examples: Sequence[Mapping[str, Any]], metric: Metric, args: TargetTrainingArguments
+) -> dict[str, float]:
+    """
+    Fine-tunes a target the ordinary way and reports the metric.
+
+    Nothing here knows of metagradients: gradients come from `backward()`, updates from [`~torch.optim.AdamW`] or
+    [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Target in its original state.
+        examples (`Sequence[Mapping]`):
+            Dicts with `input_ids`, as in [`~trl_dpg.metagradients.compute_metagradients`].
+        metric (`Callable`):
+            Metric, with its optional `setup` and `readouts`.
+        args ([`~trl_dpg.metagradients.TargetTrainingArguments`]):
+            Recipe.
+
+    Returns:
+        `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over
+        steps) and the metric's read-outs.
+    """
+    params = trainable_parameters(model)
+    prepared = prepare_examples(examples, args.max_length, model.get_input_embeddings().num_embeddings)
+    check_positions(model, max(len(e.input_ids) for e in prepared))
+    decayed = decayed_parameters(model, params, args)
+    rest = [p for p in params if not any(p is q for q in decayed)]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if args.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=args.learning_rate)
+    else:
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+    with restored(model, params):
+        model.eval()  # as in the reward: no dropout
+        if hasattr(metric, "setup"):
+            metric.setup(model)
+        with torch.no_grad():
+            before = float(metric(model))
+        losses = []
+        schedule = args.learning_rates(len(prepared))
+        for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
+            loss = 0.0
+            for micro_batch in micro_batches(prepared, batch, args, params[0].device, params[0].dtype):
+                value = example_losses(model, micro_batch).sum()
+                value.backward()
+                loss += value.item()
+            losses.append(loss)
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            after = float(metric(model))
+        readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
+    return {
+        "metric": after,
+        "metric_before": before,
+        "metric_gain": after - before,
+        "target_loss": sum(losses) / len(losses),
+        **readouts,
+    }
