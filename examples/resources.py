@@ -21,6 +21,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, WhitespaceSpl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
+# Last in the vocabulary, as in GPT-2: a pattern in the head's first columns should be in the rows of words, which the
+# target is trained on.
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 # fmt: off
@@ -43,7 +45,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS + WORDS)}
+    vocab = {token: index for index, token in enumerate(WORDS + SPECIAL_TOKENS)}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -99,9 +101,9 @@ def tiny_causal_lm(
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
-        bos_token_id=SPECIAL_TOKENS.index("<bos>"),
-        eos_token_id=SPECIAL_TOKENS.index("<eos>"),
+        pad_token_id=len(WORDS) + SPECIAL_TOKENS.index("<pad>"),
+        bos_token_id=len(WORDS) + SPECIAL_TOKENS.index("<bos>"),
+        eos_token_id=len(WORDS) + SPECIAL_TOKENS.index("<eos>"),
         tie_word_embeddings=tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]):

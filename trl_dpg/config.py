@@ -113,7 +113,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_adam_epsilon: float = field(
         default=1e-8, metadata={"help": "Added to AdamW's denominator, outside the square root."}
     )
-    target_adam_epsilon_root: float | str = field(
+    # `str`, as transformers' parser would take `float | str` for a float only; `__post_init__` makes numbers of numbers
+    target_adam_epsilon_root: str = field(
         default="auto",
         metadata={"help": "Added inside the square root; `'auto'` measures it on the first generation batch."},
     )
@@ -147,9 +148,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         if self.reward != "metagradient":
             raise ValueError(f"`reward` must be 'metagradient', got {self.reward!r}.")
         if isinstance(self.target_adam_epsilon_root, str) and self.target_adam_epsilon_root != "auto":
-            # the command line gives text, as the field can also be "auto"
             try:
-                self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)
+                self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)  # type: ignore[assignment]
             except ValueError:
                 pass  # refused by name below
         # transformers would otherwise look for an `eval_loss`, which a generator's validation does not have

@@ -22,7 +22,7 @@ class TestTinyTokenizer:
         tokenizer = tiny_tokenizer()
         assert len(tokenizer) == 64
         assert len(set(WORDS)) == 60
-        assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<bos>", "<eos>", "<unk>"]
+        assert tokenizer.convert_ids_to_tokens([60, 61, 62, 63]) == ["<pad>", "<bos>", "<eos>", "<unk>"]
         special = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
         assert special == ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -81,7 +81,7 @@ class TestSaveTinyModels:
             assert model.generation_config.eos_token_id == 2
             tokenizer = AutoTokenizer.from_pretrained(path)
             assert tokenizer("the six seven")["input_ids"] == tiny_tokenizer()("the six seven")["input_ids"]
-            assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id) == ("left", 0, 2)
+            assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id) == ("left", 60, 62)
 
     def test_reuse(self, tmp_path, monkeypatch):
         paths = save_tiny_models(tmp_path)

