@@ -32,7 +32,10 @@ class DPGScriptArguments:
     )
     dataset: str = field(
         default="wikipedia",
-        metadata={"help": "Prompts: 'wikipedia' (rephrase a lead) or 'tiny' (three words).", "choices": ["wikipedia", "tiny"]},
+        metadata={
+            "help": "Prompts: 'wikipedia' (rephrase a lead) or 'tiny' (three words).",
+            "choices": ["wikipedia", "tiny"],
+        },
     )
     offline: bool = field(
         default=False,
@@ -50,7 +53,8 @@ class DPGScriptArguments:
     metric_examples: int = field(default=8, metadata={"help": "Leads that 'wikipedia_likelihood' looks at."})
     qr_text: str = field(default="TRL-DPG", metadata={"help": "Text of the QR code."})
     validation_draws: int = field(
-        default=1, metadata={"help": "Validations before and after training, each on fresh samples of held-out prompts."}
+        default=1,
+        metadata={"help": "Validations before and after training, each on fresh samples of held-out prompts."},
     )
     validation_prompts: int = field(default=32, metadata={"help": "Held-out prompts."})
 
@@ -66,7 +70,9 @@ def load_prompts(args: DPGScriptArguments) -> tuple[DatasetDict, list[dict[str, 
         leads = articles.map(lambda article: {"text": article["text"].split("\n\n")[0]})
         leads = leads.select_columns(["title", "text"]).filter(lambda lead: len(lead["text"]) >= 200)
     leads = leads.shuffle(seed=0)
-    texts = [{"text": " ".join(text.split()[: args.max_prompt_words])} for text in leads[: args.metric_examples]["text"]]
+    texts = [
+        {"text": " ".join(text.split()[: args.max_prompt_words])} for text in leads[: args.metric_examples]["text"]
+    ]
     rest = leads.select(range(args.metric_examples, len(leads)))
     return resources.rephrase_prompts(rest, args.max_prompt_words, test_size=args.validation_prompts), texts
 
@@ -93,7 +99,10 @@ def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> 
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
             cells.append({"mean": statistics.fmean(values), "standard_error": error, "draws": values})
         summary[key] = dict(zip(("untrained", "trained"), cells, strict=True))
-        text = [f"{c['mean']:.6g}" + (f" ± {c['standard_error']:.2g}" if c["standard_error"] is not None else "") for c in cells]
+        text = [
+            f"{c['mean']:.6g}" + (f" ± {c['standard_error']:.2g}" if c["standard_error"] is not None else "")
+            for c in cells
+        ]
         lines.append(f"| `{key}` | {text[0]} | {text[1]} |")
     return summary, "\n".join(lines)
 
@@ -129,8 +138,15 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
 
     output_dir = Path(training_args.output_dir)
     summary, table = summarize(before, after)
-    paths = [output_dir / "results.json", output_dir / "results.md", output_dir / "log.jsonl", output_dir / "curve.png"]
-    paths[0].write_text(json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n")
+    paths = [
+        output_dir / "results.json",
+        output_dir / "results.md",
+        output_dir / "log.jsonl",
+        output_dir / "curve.png",
+    ]
+    paths[0].write_text(
+        json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n"
+    )
     paths[1].write_text(table + "\n")
     paths[2].write_text("".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
     plot_learning_curve(trainer.state.log_history, paths[3], readout)

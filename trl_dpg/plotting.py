@@ -28,7 +28,9 @@ def plot_learning_curve(
     """
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1.5], layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1.5], layout="constrained"
+    )
     _draw(top, log_history, f"metagradient/{readout}", "training batches", "-", "tab:blue")
     _draw(top, log_history, f"eval_{readout}", "validation (held-out prompts, torch AdamW)", "o", "tab:orange")
     top.set_ylabel(readout.replace("_", " "))
@@ -61,7 +63,10 @@ def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str]) -> None:
     decoded, pattern = np.asarray(decoded), np.asarray(pattern)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
     accuracy = (decoded == pattern).mean()
-    for axes, signs, title in ((left, pattern, "target pattern"), (right, decoded, f"read from the head: {accuracy:.1%}")):
+    for axes, signs, title in (
+        (left, pattern, "target pattern"),
+        (right, decoded, f"read from the head: {accuracy:.1%}"),
+    ):
         axes.imshow(signs, cmap="gray_r", vmin=-1, vmax=1)
         axes.set_title(title)
         axes.set_xticks(np.arange(signs.shape[1] + 1) - 0.5, labels=[])

@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
+
+from .metagradients.model import TargetModel
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 def load_target_model(
-    model: "str | PreTrainedModel | PeftModel",
+    model: str | TargetModel,
     untie_head: bool = False,
     peft_config: "PeftConfig | None" = None,
     **model_init_kwargs: Any,
-) -> "PreTrainedModel | PeftModel":
+) -> TargetModel:
     """
     Loads a target model, unties its head and adds adapters, as asked for.
 
@@ -44,7 +46,7 @@ def load_target_model(
     return model
 
 
-def untie_lm_head(model: PreTrainedModel) -> None:
+def untie_lm_head(model: TargetModel) -> None:
     """
     Gives the LM head its own copy of the weight that it shares with the input embedding, in place.
 
@@ -58,9 +60,10 @@ def untie_lm_head(model: PreTrainedModel) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    weight: torch.Tensor = head.weight  # type: ignore[assignment]
+    head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
     # what `save_pretrained` and `tie_weights` go by
-    model._tied_weights_keys = None
+    model._tied_weights_keys = None  # type: ignore[assignment]
     model.all_tied_weights_keys = {}

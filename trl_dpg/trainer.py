@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -146,7 +147,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             target_processing_class = AutoTokenizer.from_pretrained(
                 target_model, trust_remote_code=args.trust_remote_code
             )
-        model_init_kwargs = dict(args.target_model_init_kwargs or {})
+        model_init_kwargs = dict(args.target_model_init_kwargs or {})  # type: ignore[arg-type]
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         target_model = load_target_model(
             target_model, args.target_untie_lm_head, target_peft_config, **model_init_kwargs
@@ -157,7 +158,9 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         self.metric = metric
 
         # TRL expects lists of equal length; ours comes first
-        reward_funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        reward_funcs = (
+            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        )
         if reward_processing_classes is not None and not isinstance(reward_processing_classes, list):
             reward_processing_classes = [reward_processing_classes]
         super().__init__(
@@ -192,14 +195,17 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
 
         Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew.
         """
-        self.model.eval()
+        self.model.eval()  # type: ignore[union-attr]
         reward = self.metagradient_reward
         examples: list[dict[str, Any]] = []
         for inputs in dataloader:
             prompts = [row["prompt"] for row in inputs]
             _, completion_ids, _, completions, *_ = self._generate(prompts)
-            local = reward.target_examples(prompts, completions, completion_ids)
-            examples.extend(self.accelerator.gather_for_metrics(local, use_gather_object=True))
+            examples.extend(gather_object(reward.target_examples(prompts, completions, completion_ids)))
+        # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
+        # but TRL's sampler gives every row `num_generations_eval` times.
+        if isinstance(dataloader.dataset, Dataset):
+            examples = examples[: len(dataloader.dataset) * self.num_generations_eval]  # type: ignore[operator]
         trained = [example for example in examples if len(example["input_ids"]) > 1]
         # Every process runs the same validation: it is one short fine-tuning run.
         with failing_together(self.accelerator):
@@ -213,7 +219,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             results = validate(reward.target_model, trained, self.metric, reward.args)
         results["empty"] = len(examples) - len(trained)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))  # type: ignore[arg-type]
 
 
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):
@@ -224,7 +230,9 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             "`GRPOConfig`, so an existing configuration can be passed on as it is."
         )
     if target_model is None:
-        raise ValueError("`target_model` is missing. Pass the model that the generated data is to fine-tune, or its name.")
+        raise ValueError(
+            "`target_model` is missing. Pass the model that the generated data is to fine-tune, or its name."
+        )
     if target_model is model and not isinstance(model, str):
         raise ValueError(
             "`target_model` and `model` are the same object, so training the generator would change the target. Load the "

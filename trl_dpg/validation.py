@@ -4,16 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from .metagradients.api import Metric
 from .metagradients.arguments import TargetTrainingArguments
-from .metagradients.model import check_positions, decayed_parameters, restored, trainable_parameters
+from .metagradients.model import (
+    TargetModel,
+    check_positions,
+    decayed_parameters,
+    restored,
+    trainable_parameters,
+    vocab_size,
+)
 from .metagradients.objective import example_losses, micro_batches, prepare_examples
 
 
 def validate(
-    model: nn.Module, examples: Sequence[Mapping[str, Any]], metric: Metric, args: TargetTrainingArguments
+    model: TargetModel, examples: Sequence[Mapping[str, Any]], metric: Metric, args: TargetTrainingArguments
 ) -> dict[str, float]:
     """
     Fine-tunes a target the ordinary way and reports the metric.
@@ -36,11 +42,12 @@ def validate(
         steps) and the metric's read-outs.
     """
     params = trainable_parameters(model)
-    prepared = prepare_examples(examples, args.max_length, model.get_input_embeddings().num_embeddings)
+    prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     decayed = decayed_parameters(model, params, args)
     rest = [p for p in params if not any(p is q for q in decayed)]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer
     if args.optim == "sgd":
         optimizer = torch.optim.SGD(groups, lr=args.learning_rate)
     else:
@@ -53,12 +60,16 @@ def validate(
             metric.setup(model)
         with torch.no_grad():
             before = float(metric(model))
+        for (
+            param
+        ) in params:  # zero rather than None: a batch without supervised tokens is a step too, as in the reward
+            param.grad = torch.zeros_like(param)
         losses = []
         schedule = args.learning_rates(len(prepared))
         for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
             loss = 0.0
             for micro_batch in micro_batches(prepared, batch, args, params[0].device, params[0].dtype):
-                value = example_losses(model, micro_batch).sum()
+                value = torch.dot(example_losses(model, micro_batch), micro_batch.weights)
                 value.backward()
                 loss += value.item()
             losses.append(loss)
@@ -67,7 +78,7 @@ def validate(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
             after = float(metric(model))
         readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}

@@ -93,10 +93,10 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-ADAMW = dict(optim="adamw", learning_rate=1e-2, adam_epsilon_root=1e-4, weight_decay=0.1)
-SGD = dict(optim="sgd", learning_rate=0.1, weight_decay=0.1)
-K1 = dict(batch_size=6)
-K4 = dict(batch_size=3, num_train_epochs=2)
+ADAMW = {"optim": "adamw", "learning_rate": 1e-2, "adam_epsilon_root": 1e-4, "weight_decay": 0.1}
+SGD = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.1}
+K1 = {"batch_size": 6}
+K4 = {"batch_size": 3, "num_train_epochs": 2}
 CASES = {
     "adamw-k1": (gpt2, {**ADAMW, **K1}),
     "adamw-k4": (gpt2, {**ADAMW, **K4}),

@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
 from .curvature import example_derivatives, gradient, hessian_vector_product, twice_differentiable_attention
-from .model import check_positions, decayed_parameters, restored, trainable_parameters
+from .model import TargetModel, check_positions, decayed_parameters, restored, trainable_parameters, vocab_size
 from .objective import micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
 from .parallel import failing_together, sum_over_processes
 from .trajectory import Tape
 
 
-Metric = Callable[[nn.Module], Tensor]
+Metric = Callable[[Any], Tensor]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class MetagradientOutput:
 
 
 def compute_metagradients(
-    model: nn.Module,
+    model: TargetModel,
     examples: Sequence[Mapping[str, Any]],
     metric: Metric,
     args: TargetTrainingArguments | None = None,
@@ -121,7 +121,7 @@ def compute_metagradients(
     args = args or TargetTrainingArguments()
     with failing_together(accelerator):
         params = trainable_parameters(model)
-        prepared = prepare_examples(examples, args.max_length, model.get_input_embeddings().num_embeddings)
+        prepared = prepare_examples(examples, args.max_length, vocab_size(model))
         check_positions(model, max(len(e.input_ids) for e in prepared))
 
     process = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -226,11 +226,13 @@ def _optimizer(model, params, args, epsilon_root, num_examples) -> Optimizer:
     return Optimizer(args.optim, hyperparameters, args.max_grad_norm)
 
 
-def _evaluate(metric: Metric, model: nn.Module) -> Tensor:
+def _evaluate(metric: Metric, model: TargetModel) -> Tensor:
     value = metric(model)
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise ValueError(f"`metric` must return a scalar tensor, got one of {what}. Reduce it, for example with `.mean()`.")
+        raise ValueError(
+            f"`metric` must return a scalar tensor, got one of {what}. Reduce it, for example with `.mean()`."
+        )
     if not torch.isfinite(value).all():
         raise FloatingPointError(
             f"`metric` returned {value.item()}. Check its formula on this model, and lower `learning_rate` if only the "
@@ -239,7 +241,7 @@ def _evaluate(metric: Metric, model: nn.Module) -> Tensor:
     return value.reshape(())
 
 
-def _metric_gradient(metric: Metric, model: nn.Module, params: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
+def _metric_gradient(metric: Metric, model: TargetModel, params: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
     with torch.enable_grad():
         value = _evaluate(metric, model)
     if not value.requires_grad:
@@ -247,14 +249,14 @@ def _metric_gradient(metric: Metric, model: nn.Module, params: list[nn.Parameter
             "`metric` returned a tensor that is cut off from the model: it does not require a gradient. Compute it from the "
             "model's parameters or outputs without `detach()`, `.item()`, `torch.no_grad()` or NumPy."
         )
-    grads = torch.autograd.grad(value, params, allow_unused=True)
-    if all(g is None or not g.any() for g in grads):
+    parts = torch.autograd.grad(value, params, allow_unused=True)
+    if all(g is None or not g.any() for g in parts):
         raise ValueError(
             "`metric` does not depend on what is trained: its gradient is zero for every trainable parameter, so all "
             "metagradients would be zero. Check that it reads trained parameters (with adapters: the adapted layers), and "
             "that it is not constant or saturated."
         )
-    grads = [torch.zeros_like(p) if g is None else g.detach().clone() for g, p in zip(grads, params, strict=True)]
+    grads = [torch.zeros_like(p) if g is None else g.detach().clone() for g, p in zip(parts, params, strict=True)]
     _check_finite("the gradient of `metric`", grads)
     return value.item(), grads
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ class TargetTrainingArguments:
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
+                )
         self._require("learning_rate", "a finite number above 0", lambda x: 0 < x < math.inf)
         for name in ("weight_decay", "adam_epsilon", "warmup_steps", "max_grad_norm"):
             self._require(name, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
@@ -171,7 +173,7 @@ class TargetTrainingArguments:
             [`ValueError`]: If the config asks for something that this recipe cannot express.
         """
         unsupported = {
-            "optim": str(config.optim.value) not in ("adamw_torch", "adamw_torch_fused", "sgd"),
+            "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),
             "max_steps": config.max_steps > 0,
             "num_train_epochs": config.num_train_epochs != int(config.num_train_epochs),
             "packing": config.packing,
@@ -193,7 +195,7 @@ class TargetTrainingArguments:
                     "one of this class's fields."
                 )
         fields = {
-            "optim": "sgd" if str(config.optim.value) == "sgd" else "adamw",
+            "optim": "sgd" if config.optim == "sgd" else "adamw",
             "learning_rate": config.learning_rate,
             "weight_decay": config.weight_decay,
             "weight_decay_on_norm_and_bias": False,
@@ -201,7 +203,7 @@ class TargetTrainingArguments:
             "adam_beta2": config.adam_beta2,
             "adam_epsilon": config.adam_epsilon,
             "adam_epsilon_root": 0.0,
-            "lr_scheduler_type": str(config.lr_scheduler_type.value),
+            "lr_scheduler_type": SchedulerType(config.lr_scheduler_type).value,
             "warmup_steps": config.warmup_steps,
             "max_grad_norm": config.max_grad_norm or 0.0,
             "num_train_epochs": int(config.num_train_epochs),

@@ -1,6 +1,6 @@
 """Derivatives of one batch's loss: gradient, Hessian-vector product and metagradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,10 +9,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .model import TargetModel
 from .objective import MicroBatch, example_losses
 
 
-def gradient(model: nn.Module, params: list[Tensor], batches: list[MicroBatch]) -> tuple[float, list[Tensor]]:
+def gradient(
+    model: TargetModel, params: Sequence[nn.Parameter], batches: list[MicroBatch]
+) -> tuple[float, list[Tensor]]:
     r"""
     Loss \\( L_t \\) and gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\), summed over this process's micro-batches.
     """
@@ -26,7 +29,11 @@ def gradient(model: nn.Module, params: list[Tensor], batches: list[MicroBatch]) 
 
 
 def hessian_vector_product(
-    model: nn.Module, params: list[Tensor], batches: list[MicroBatch], vector: list[Tensor], metagradients: Tensor
+    model: TargetModel,
+    params: Sequence[nn.Parameter],
+    batches: list[MicroBatch],
+    vector: list[Tensor],
+    metagradients: Tensor,
 ) -> list[Tensor]:
     r"""
     Exact \\( H_t \lambda_g \\) by double backward on the real module.
@@ -45,7 +52,11 @@ def hessian_vector_product(
 
 
 def example_derivatives(
-    model: nn.Module, params: list[Tensor], batches: list[MicroBatch], vector: list[Tensor], metagradients: Tensor
+    model: TargetModel,
+    params: Sequence[nn.Parameter],
+    batches: list[MicroBatch],
+    vector: list[Tensor],
+    metagradients: Tensor,
 ) -> None:
     r"""
     Only \\( \langle \nabla_\phi \ell_i(\phi_t), \lambda_g \rangle / Z_t \\), added to `metagradients`, shape `(n,)`.
@@ -89,11 +100,11 @@ class _Losses(nn.Module):
 def _directional_derivative(model, params, batch, weights, vector) -> Tensor:
     loss = torch.dot(example_losses(model, batch), weights)
     grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-    return sum(torch.sum(g * v) for g, v in zip(grads, vector, strict=True))
+    return torch.stack([torch.sum(g * v) for g, v in zip(grads, vector, strict=True)]).sum()
 
 
 @contextmanager
-def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
+def twice_differentiable_attention(model: TargetModel) -> Iterator[None]:
     """
     Runs attention by kernels that have a second derivative, and restores the model's implementation on leaving.
 
@@ -111,6 +122,6 @@ def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def _accumulate_(totals: list[Tensor], parts: tuple[Tensor, ...]) -> None:
+def _accumulate_(totals: list[Tensor], parts: Sequence[Tensor]) -> None:
     for total, part in zip(totals, parts, strict=True):
         total.add_(part)

@@ -4,20 +4,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_parameter_names
 
 from .arguments import TargetTrainingArguments
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+TargetModel = PreTrainedModel | PeftModel
+
+
+def vocab_size(model: TargetModel) -> int:
+    """Rows of the input embedding."""
+    return model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+
+
+def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
     """
     Parameters that are trained, each distinct one once, so that tied weights are not updated twice.
 
     Raises:
         [`ValueError`]: If the model has no language-modeling head, nothing to train, or half-precision parameters to train.
     """
-    if model.get_output_embeddings() is None:
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
             f"`model` is a {type(model).__name__}, which has no language-modeling head to compute a loss with. Load the "
             "target with `AutoModelForCausalLM.from_pretrained`."
@@ -38,7 +48,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return params
 
 
-def check_positions(model: nn.Module, longest: int) -> None:
+def check_positions(model: TargetModel, longest: int) -> None:
     """Raises a [`ValueError`] if the longest example has more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
@@ -49,7 +59,7 @@ def check_positions(model: nn.Module, longest: int) -> None:
 
 
 def decayed_parameters(
-    model: nn.Module, params: list[nn.Parameter], args: TargetTrainingArguments
+    model: TargetModel, params: list[nn.Parameter], args: TargetTrainingArguments
 ) -> list[nn.Parameter]:
     """Which of `params` weight decay applies to."""
     if args.weight_decay_on_norm_and_bias:
@@ -61,9 +71,12 @@ def decayed_parameters(
 
 
 @contextmanager
-def restored(model: nn.Module, params: list[nn.Parameter]) -> Iterator[None]:
-    """Puts parameters, buffers, train/eval mode and the random state back on leaving."""
+def restored(model: TargetModel, params: list[nn.Parameter]) -> Iterator[None]:
+    """Puts parameters, their `.grad`, buffers, train/eval mode and the random state back on leaving."""
     originals = [p.detach().clone() for p in params]
+    grads = [p.grad for p in params]
+    for param in params:
+        param.grad = None  # a caller's gradient must neither enter the run nor be changed by it
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
     devices = [params[0].device] if params[0].device.type == "cuda" else []
@@ -76,5 +89,7 @@ def restored(model: nn.Module, params: list[nn.Parameter]) -> Iterator[None]:
                     param.copy_(original)
                 for buffer, original in buffers:
                     buffer.copy_(original)
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
             for module, mode in modes:
                 module.training = mode

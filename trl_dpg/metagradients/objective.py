@@ -100,7 +100,7 @@ def micro_batches(
     supervised = [i for i in batch if examples[i].num_supervised > 0]
     if args.loss_normalization == "batch_tokens":
         tokens = sum(examples[i].num_supervised for i in supervised)
-        scales = {i: 1 / tokens for i in supervised}
+        scales = dict.fromkeys(supervised, 1 / tokens if supervised else 0.0)
     elif args.loss_normalization == "example":
         scales = {i: 1 / (examples[i].num_supervised * len(supervised)) for i in supervised}
     else:

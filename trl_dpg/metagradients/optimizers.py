@@ -6,6 +6,7 @@ of the inputs. Both are elementwise, so they are written out here rather than le
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,9 +90,7 @@ def adamw_adjoint(
     denominator = root + hp.epsilon
     step_size = _step_size(hp)
     first = moment_cotangents.first - step_size * cotangent / denominator
-    through_root = step_size * cotangent * moments.first / (
-        2 * denominator.square() * root * (1 - hp.beta2**hp.step)
-    )
+    through_root = step_size * cotangent * moments.first / (2 * denominator.square() * root * (1 - hp.beta2**hp.step))
     # Where the root is zero (epsilon_root = 0 and no gradient so far) m' and g are zero too: nothing flows through it.
     second = moment_cotangents.second + torch.where(root > 0, through_root, 0.0)
     grad_cotangent = (1 - hp.beta1) * first + 2 * (1 - hp.beta2) * grad * second
@@ -133,7 +132,7 @@ def clip_adjoint_(cotangents: list[Tensor], grads: list[Tensor], max_norm: float
     if factor == 1.0:
         return
     inner = sum(torch.sum(c * g, dtype=torch.float64) for c, g in zip(cotangents, grads, strict=True))
-    radial = (factor * inner / ((norm + 1e-6) * norm)).item()
+    radial = (factor * inner / ((norm + 1e-6) * norm)).item() if norm > 0 else 0.0
     for c, g in zip(cotangents, grads, strict=True):
         c.mul_(factor).sub_(g, alpha=radial)
 
@@ -156,13 +155,13 @@ class Optimizer:
         self.hyperparameters = hyperparameters
         self.max_grad_norm = max_grad_norm
 
-    def initial_moments(self, params: list[Tensor]) -> list[Moments]:
+    def initial_moments(self, params: Sequence[Tensor]) -> list[Moments]:
         """Zeros for AdamW, also for its cotangents; nothing for SGD."""
         if self.optim == "sgd":
             return []
         return [Moments(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
 
-    def update_(self, step: int, params: list[Tensor], moments: list[Moments], grads: list[Tensor]) -> None:
+    def update_(self, step: int, params: Sequence[Tensor], moments: list[Moments], grads: list[Tensor]) -> None:
         """Applies step `step` (from 0) to parameters and moments, in place. Gradients are as before clipping."""
         grads = self._clip(grads)
         for i, (param, grad, hp) in enumerate(zip(params, grads, self.hyperparameters[step], strict=True)):

@@ -1,6 +1,7 @@
 """What the forward sweep keeps for the adjoint sweep."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Tape:
         self.checkpoints: list[tuple[list[Tensor], list[Moments]]] = []
         self.segment: list[tuple[list[Tensor], list[Moments]]] = []
 
-    def record(self, params: list[Tensor], moments: list[Moments], grads: list[Tensor]) -> None:
+    def record(self, params: Sequence[Tensor], moments: list[Moments], grads: list[Tensor]) -> None:
         """Keeps the state before a step, and the step's gradient."""
         if len(self.gradients) % self.interval == 0:
             self.checkpoints.append(_copy(params, moments))
@@ -49,5 +50,5 @@ class Tape:
         return params, moments, self.gradients.pop()
 
 
-def _copy(params: list[Tensor], moments: list[Moments]) -> tuple[list[Tensor], list[Moments]]:
+def _copy(params: Sequence[Tensor], moments: list[Moments]) -> tuple[list[Tensor], list[Moments]]:
     return [p.detach().clone() for p in params], [Moments(m.first.clone(), m.second.clone()) for m in moments]

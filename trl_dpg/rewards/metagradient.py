@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Messages, to_target_example
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
+from ..metagradients.model import vocab_size
 from ..metagradients.parallel import failing_together
 from ..target import load_target_model
 
@@ -91,7 +92,7 @@ class MetagradientReward:
         self.formatting_func = formatting_func
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
 
-        rows = self.target_model.get_input_embeddings().num_embeddings
+        rows = vocab_size(self.target_model)
         if len(self.processing_class) > rows:
             raise ValueError(
                 f"`processing_class` has {len(self.processing_class)} tokens, but the target model only {rows} rows in its "
