@@ -24,7 +24,7 @@ real: $(VENV)/.offline-data
 	$(LAUNCH) examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml
 
 test: $(VENV)/.offline-data
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests trl_dpg --doctest-modules -m "not slow"
 
 test-slow: $(VENV)/.offline-data
 	$(BIN)/python -m pytest tests -m slow

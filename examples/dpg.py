@@ -5,7 +5,7 @@ Trains a generator with Dataset Policy Gradients and validates it on held-out pr
     accelerate launch examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml
 
 Any field of `DPGScriptArguments`, `DatasetPolicyGradientConfig` (so also of `GRPOConfig`) or TRL's `ModelConfig` can stand
-in the YAML file or follow as a flag. Everything that is written goes under `output_dir`.
+in the YAML file or follow as a flag. Everything that is written goes under `output_dir` (tables, logs and pictures under `results_dir`, where given).
 """
 
 import json
@@ -55,6 +55,9 @@ class DPGScriptArguments:
     validation_draws: int = field(
         default=1,
         metadata={"help": "Validations before and after training, each on fresh samples of held-out prompts."},
+    )
+    results_dir: str | None = field(
+        default=None, metadata={"help": "Where tables, logs and pictures go. Defaults to `output_dir`."}
     )
     validation_prompts: int = field(default=32, metadata={"help": "Held-out prompts."})
 
@@ -136,13 +139,14 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     if not trainer.is_world_process_zero():
         return
 
-    output_dir = Path(training_args.output_dir)
+    results_dir = Path(script_args.results_dir or training_args.output_dir)
+    results_dir.mkdir(parents=True, exist_ok=True)
     summary, table = summarize(before, after)
     paths = [
-        output_dir / "results.json",
-        output_dir / "results.md",
-        output_dir / "log.jsonl",
-        output_dir / "curve.png",
+        results_dir / "results.json",
+        results_dir / "results.md",
+        results_dir / "log.jsonl",
+        results_dir / "curve.png",
     ]
     paths[0].write_text(
         json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n"
@@ -151,9 +155,14 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     paths[2].write_text("".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
     plot_learning_curve(trainer.state.log_history, paths[3], readout)
     if isinstance(metric, LMHeadPattern):
-        paths.append(output_dir / "pattern.png")
+        paths.append(results_dir / "pattern.png")
         plot_pattern(metric.decoded, metric.pattern, paths[-1])
-    print(f"\n{table}\n\n{seconds:.0f} seconds. Written:", *paths, f"{output_dir} (the generator)", sep="\n")
+    print(
+        f"\n{table}\n\n{seconds:.0f} seconds. Written:",
+        *paths,
+        f"{training_args.output_dir} (the generator)",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
@@ -156,6 +158,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_metric"
             self.greater_is_better = True
+        if self.disable_tqdm is None:  # bars in a log file are noise
+            self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
         super().__post_init__()
         self.target_training_arguments()
 

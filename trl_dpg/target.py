@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .metagradients.model import TargetModel
 
@@ -44,6 +44,36 @@ def load_target_model(
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     return model
+
+
+def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """
+    Loads the tokenizer of a target model.
+
+    Args:
+        name (`str`):
+            Model id or directory.
+        **kwargs:
+            Keyword arguments of `from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]
+
+    Raises:
+        [`ValueError`]: If there is none.
+    """
+    error: Exception | None = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as e:
+        error = e
+    # without tokenizer files, Transformers makes one that knows no word
+    if error is not None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Pass the "
+            "target's tokenizer (`target_processing_class` in the trainer)."
+        ) from error
+    return tokenizer
 
 
 def untie_lm_head(model: TargetModel) -> None:

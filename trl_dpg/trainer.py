@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 
@@ -17,7 +17,7 @@ from .config import DatasetPolicyGradientConfig
 from .metagradients.api import Metric
 from .metagradients.parallel import failing_together
 from .rewards import MetagradientReward
-from .target import load_target_model
+from .target import load_target_model, load_target_tokenizer
 from .validation import validate
 
 
@@ -38,18 +38,18 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
     Example:
 
     ```python
-    >>> from datasets import load_dataset
-    >>> from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-    >>> from trl_dpg.metrics import LMHeadPattern
+    from datasets import load_dataset
+    from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+    from trl_dpg.metrics import LMHeadPattern
 
-    >>> trainer = DatasetPolicyGradientTrainer(
-    ...     model="meta-llama/Llama-3.2-1B-Instruct",
-    ...     target_model="openai-community/gpt2",
-    ...     metric=LMHeadPattern.qr("trl-dpg"),
-    ...     args=DatasetPolicyGradientConfig(target_untie_lm_head=True),
-    ...     train_dataset=load_dataset("trl-lib/tldr", split="train"),
-    ... )
-    >>> trainer.train()
+    trainer = DatasetPolicyGradientTrainer(
+        model="meta-llama/Llama-3.2-1B-Instruct",
+        target_model="openai-community/gpt2",
+        metric=LMHeadPattern.qr("TRL-DPG", scale="auto"),
+        args=DatasetPolicyGradientConfig(target_learning_rate=5e-6, target_untie_lm_head=True),
+        train_dataset=load_dataset("trl-lib/tldr", split="train"),
+    )
+    trainer.train()
     ```
 
     Args:
@@ -143,17 +143,22 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             args = DatasetPolicyGradientConfig(f"{name.split('/')[-1]}-DPG")
         _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset)
 
-        if target_processing_class is None and isinstance(target_model, str):
-            target_processing_class = AutoTokenizer.from_pretrained(
-                target_model, trust_remote_code=args.trust_remote_code
-            )
+        target_args = args.target_training_arguments()
         model_init_kwargs = dict(args.target_model_init_kwargs or {})  # type: ignore[arg-type]
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        if target_processing_class is None and isinstance(target_model, str):
+            target_processing_class = load_target_tokenizer(
+                target_model,
+                trust_remote_code=model_init_kwargs["trust_remote_code"],
+                revision=model_init_kwargs.get("revision"),
+            )
+        # As TRL does for the generator: new adapters are random, and must be alike on every process
+        set_seed(args.seed)
         target_model = load_target_model(
             target_model, args.target_untie_lm_head, target_peft_config, **model_init_kwargs
         )
         self.metagradient_reward = MetagradientReward(
-            target_model, metric, args.target_training_arguments(), target_processing_class, formatting_func
+            target_model, metric, target_args, target_processing_class, formatting_func
         )
         self.metric = metric
 

@@ -60,9 +60,7 @@ def validate(
             metric.setup(model)
         with torch.no_grad():
             before = float(metric(model))
-        for (
-            param
-        ) in params:  # zero rather than None: a batch without supervised tokens is a step too, as in the reward
+        for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
             param.grad = torch.zeros_like(param)
         losses = []
         schedule = args.learning_rates(len(prepared))

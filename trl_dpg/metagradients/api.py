@@ -5,6 +5,7 @@ Metagradients: how much a metric of the fine-tuned model would rise if an exampl
 (https://huggingface.co/papers/2604.08423), top to bottom: train forwards, differentiate the metric, walk backwards.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,12 @@ def compute_metagradients(
     ```
     """
     args = args or TargetTrainingArguments()
+    if args.optim == "adamw" and args.adam_epsilon_root == 0:
+        warnings.warn(
+            "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`: its update has no derivative where a gradient is zero and "
+            'a huge one close by, so metagradients are ill-conditioned. Set `adam_epsilon_root` to 1e-9 or `"auto"`.',
+            stacklevel=2,
+        )
     with failing_together(accelerator):
         params = trainable_parameters(model)
         prepared = prepare_examples(examples, args.max_length, vocab_size(model))
@@ -201,7 +208,8 @@ def _epsilon_root(args: TargetTrainingArguments, grads: list[Tensor]) -> float:
     if squares == 0:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
-            "a supervised token. Give a number, for example 1e-9, or examples with two or more tokens."
+            "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "
+            "tokens."
         )
     return squares / sum(g.numel() for g in grads)
 
@@ -247,7 +255,8 @@ def _metric_gradient(metric: Metric, model: TargetModel, params: list[nn.Paramet
     if not value.requires_grad:
         raise ValueError(
             "`metric` returned a tensor that is cut off from the model: it does not require a gradient. Compute it from the "
-            "model's parameters or outputs without `detach()`, `.item()`, `torch.no_grad()` or NumPy."
+            "model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
+            "`torch.no_grad()` or NumPy."
         )
     parts = torch.autograd.grad(value, params, allow_unused=True)
     if all(g is None or not g.any() for g in parts):

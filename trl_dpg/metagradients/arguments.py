@@ -138,11 +138,14 @@ class TargetTrainingArguments:
                     "zero. Set `adam_epsilon_root`, for example to 1e-9."
                 )
         for name in ("batch_size", "num_train_epochs"):
-            self._require(name, "a whole number of at least 1", lambda x: x >= 1 and x == int(x))
-        self._require("max_length", "a whole number of at least 2", lambda x: x >= 2 and x == int(x))
-        self._require("seed", "a whole number of at least 0", lambda x: x >= 0 and x == int(x))
+            self._require_whole(name, "a whole number of at least 1", 1)
+        self._require_whole("max_length", "a whole number of at least 2", 2)
+        self._require_whole("seed", "a whole number from 0 to 2**64 - 1", 0)
         if self.micro_batch_size is not None:
-            self._require("micro_batch_size", "None or a whole number of at least 1", lambda x: x >= 1 and x == int(x))
+            self._require_whole("micro_batch_size", "None or a whole number of at least 1", 1)
+        for name in ("weight_decay_on_norm_and_bias", "shuffle"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
     def _require(self, name, requirement, holds):
         value = getattr(self, name)
@@ -154,6 +157,10 @@ class TargetTrainingArguments:
             )
         if not holds(value):
             raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
+
+    def _require_whole(self, name, requirement, minimum):
+        self._require(name, requirement, lambda x: minimum <= x < 2**64 and float(x).is_integer())
+        setattr(self, name, int(getattr(self, name)))  # 8.0 is as good as 8
 
     @classmethod
     def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":
@@ -186,6 +193,11 @@ class TargetTrainingArguments:
             "neftune_noise_alpha": config.neftune_noise_alpha is not None,
             "dataloader_drop_last": config.dataloader_drop_last,
             "lr_scheduler_kwargs": bool(config.lr_scheduler_kwargs),
+            "optim_args": bool(config.optim_args),  # SGD's momentum
+            "router_aux_loss_coef": bool(config.router_aux_loss_coef),
+            "accelerator_config": config.accelerator_config.split_batches,
+            "train_sampling_strategy": config.train_sampling_strategy not in ("random", "sequential")
+            and "shuffle" not in overrides,
         }
         for name, is_unsupported in unsupported.items():
             if is_unsupported and name not in overrides:

@@ -1,5 +1,6 @@
 """The training loss of one batch: examples in, per-example losses out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,34 +54,62 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
         raise ValueError("`examples` is empty: there is nothing to fine-tune the target model on. Pass at least one.")
     prepared = []
     for i, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"`examples` must be a sequence of dicts with `input_ids`, but item {i} is of type "
+                f"{type(example).__name__}. Write `[{{'input_ids': ids}} for ids in ...]`."
+            )
         if "input_ids" not in example:
             raise ValueError(
                 f"`examples[{i}]` has the keys {sorted(example)} but no `input_ids`. Tokenize the text first, for example "
                 "with `tokenizer(text)`."
             )
-        input_ids = torch.as_tensor(example["input_ids"]).tolist()
-        labels = torch.as_tensor(example.get("labels", example["input_ids"])).tolist()
-        weight = float(example.get("weight", 1.0))
-        if input_ids and not isinstance(input_ids[0], int):
-            raise ValueError(f"`examples[{i}]['input_ids']` must be a flat list of token ids, got {input_ids!r:.80}.")
+        input_ids = _token_ids(example["input_ids"], i, "input_ids")
+        labels = _token_ids(example.get("labels", input_ids), i, "labels")
+        weight = _weight(example.get("weight", 1.0), i)
         if len(labels) != len(input_ids):
             raise ValueError(
                 f"`examples[{i}]['labels']` has {len(labels)} entries for {len(input_ids)} `input_ids`. Give one label per "
                 "token, -100 where it is not supervised."
             )
-        if any(not 0 <= token < vocab_size for token in input_ids):
+        outside = [token for token in input_ids if not 0 <= token < vocab_size]
+        if outside:
             raise ValueError(
-                f"`examples[{i}]['input_ids']` holds token {max(input_ids, key=abs)}, outside the target's vocabulary of "
+                f"`examples[{i}]['input_ids']` holds token {outside[0]}, outside the target's vocabulary of "
                 f"{vocab_size}. Tokenize the examples with the target model's own tokenizer."
             )
-        if any(label != -100 and not 0 <= label < vocab_size for label in labels):
+        outside = [label for label in labels if label != -100 and not 0 <= label < vocab_size]
+        if outside:
             raise ValueError(
-                f"`examples[{i}]['labels']` must hold token ids below {vocab_size}, or -100 where not supervised."
+                f"`examples[{i}]['labels']` holds {outside[0]}. Give token ids below {vocab_size}, or -100 where not "
+                "supervised."
             )
-        if weight != weight or abs(weight) == float("inf"):
-            raise ValueError(f"`examples[{i}]['weight']` must be a finite number, got {weight}.")
         prepared.append(Example(input_ids[:max_length], labels[:max_length], weight))
     return prepared
+
+
+def _token_ids(values: Any, i: int, key: str) -> list[int]:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if tensor is None or tensor.ndim != 1 or (len(tensor) > 0 and tensor.dtype not in integers):
+        raise ValueError(
+            f"`examples[{i}]['{key}']` must be a flat list of token ids, got {values!r:.80}. Give one example per dict, "
+            "tokenized."
+        )
+    return tensor.tolist()
+
+
+def _weight(value: Any, i: int) -> float:
+    try:
+        weight = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"`examples[{i}]['weight']` must be a finite number, got {value!r}. Leave it out for 1.0.")
+    return weight
 
 
 def micro_batches(

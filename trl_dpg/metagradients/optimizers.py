@@ -86,16 +86,17 @@ def adamw_adjoint(
         `tuple[Tensor, Tensor, Moments]`: Cotangents of the gradient, of the parameter and of the moments before the
         update.
     """
+    # In place where it can be: a fresh vocabulary-sized tensor costs more than the arithmetic on it.
     root = _root(moments.second, hp)
     denominator = root + hp.epsilon
-    step_size = _step_size(hp)
-    first = moment_cotangents.first - step_size * cotangent / denominator
-    through_root = step_size * cotangent * moments.first / (2 * denominator.square() * root * (1 - hp.beta2**hp.step))
+    scaled = (cotangent / denominator).mul_(_step_size(hp))
+    first = moment_cotangents.first - scaled
+    through_root = scaled.mul_(moments.first).div_(denominator.mul_(root).mul_(2 * (1 - hp.beta2**hp.step)))
     # Where the root is zero (epsilon_root = 0 and no gradient so far) m' and g are zero too: nothing flows through it.
-    second = moment_cotangents.second + torch.where(root > 0, through_root, 0.0)
-    grad_cotangent = (1 - hp.beta1) * first + 2 * (1 - hp.beta2) * grad * second
-    param_cotangent = (1 - hp.learning_rate * hp.weight_decay) * cotangent
-    return grad_cotangent, param_cotangent, Moments(hp.beta1 * first, hp.beta2 * second)
+    second = through_root.masked_fill_(root == 0, 0.0).add_(moment_cotangents.second)
+    grad_cotangent = (grad * second).mul_(2 * (1 - hp.beta2)).add_(first, alpha=1 - hp.beta1)
+    param_cotangent = cotangent * (1 - hp.learning_rate * hp.weight_decay)
+    return grad_cotangent, param_cotangent, Moments(first.mul_(hp.beta1), second.mul_(hp.beta2))
 
 
 def _root(second_moment: Tensor, hp: Hyperparameters) -> Tensor:

@@ -10,14 +10,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from ..data import Messages, to_target_example
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
 from ..metagradients.model import vocab_size
 from ..metagradients.parallel import failing_together
-from ..target import load_target_model
+from ..target import load_target_model, load_target_tokenizer
 
 
 class MetagradientReward:
@@ -88,7 +88,7 @@ class MetagradientReward:
         self.target_model = load_target_model(target_model)
         self.metric = metric
         self.args = args or TargetTrainingArguments()
-        self.processing_class = processing_class or _tokenizer_of(self.target_model)
+        self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
 
@@ -201,14 +201,3 @@ class MetagradientReward:
             }.items():
                 log_metric(f"metagradient/{name}", value)
         return [reward if ok else None for reward, ok in zip(rewards[mine].tolist(), finite[mine], strict=True)]
-
-
-def _tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
-    name = model.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Pass the "
-            "target's tokenizer (`target_processing_class` in the trainer)."
-        ) from error

@@ -1,0 +1,149 @@
+"""Run by `torchrun` from `test_two_processes.py`: one scenario, results written by the main process as JSON."""
+
+import json
+import os
+import sys
+import zlib
+
+import torch
+from accelerate import PartialState
+from trl import GRPOConfig, GRPOTrainer
+
+from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metrics import LMHeadPattern
+
+
+COMMON = {
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_steps": 2,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "log_completions": True,
+}
+
+
+def examples(n):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(60, (3 + i % 5,), generator=generator).tolist()} for i in range(n)]
+
+
+def engine(state, directory):
+    """Batches of 5, 5 and 1 example, the last with fewer than there are processes; micro-batches; a process with none."""
+    model = tiny_causal_lm(hidden_size=16, seed=1).double()
+    metric = LMHeadPattern.sixty_seven()
+    results = {}
+    for name, fields in {
+        "adamw": {"adam_epsilon_root": 1e-6, "learning_rate": 1e-3},
+        "auto": {"adam_epsilon_root": "auto", "learning_rate": 1e-3, "max_grad_norm": 0.1, "micro_batch_size": 1},
+        "sgd": {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2, "loss_normalization": "example"},
+    }.items():
+        args = TargetTrainingArguments(batch_size=5, **fields)
+        out = compute_metagradients(model, examples(11), metric, args, accelerator=state)
+        results[name] = [*out.metagradients.tolist(), out.metric_after, *out.losses]
+    return results
+
+
+def deterministic_generation(trainer):
+    """Completions that depend on the prompt and the row in the global batch alone, not on the process's random state."""
+
+    def generate(prompt_ids, images, multimodal_fields, num_generations):
+        first_row = trainer.accelerator.process_index * len(prompt_ids)
+        completions = []
+        for row, ids in enumerate(prompt_ids, start=first_row):
+            seed = zlib.crc32(bytes(ids)) + row % trainer.num_generations
+            generator = torch.Generator().manual_seed(seed)
+            completion = torch.randint(60, (2 + seed % 7,), generator=generator).tolist()
+            completions.append([*completion, trainer.processing_class.eos_token_id] if seed % 2 else completion)
+        return completions, None
+
+    trainer._generate_single_turn = generate
+
+
+def record(trainer):
+    """Rewards, raw metagradients and metrics of every step."""
+    rows = []
+    log = trainer.log
+
+    def recording_log(logs, start_time=None):
+        rewards = {name: list(values) for name, values in trainer._logs["rewards"].items()}
+        raw = list(trainer._logs["extra"]["metagradient_raw"])
+        log(logs, start_time)
+        metrics = {k: v for k, v in logs.items() if "metagradient/" in k or k in ("eval_metric", "eval_empty")}
+        rows.append({"rewards": rewards, "raw": raw, **{k: v for k, v in metrics.items() if "seconds" not in k}})
+
+    trainer.log = recording_log
+    return rows
+
+
+def stock_trainer(state, directory):
+    """6 rows a process on two: a prompt's group of 4 spans both."""
+    world = state.num_processes
+    args = GRPOConfig(directory, **COMMON, per_device_train_batch_size=12 // world, scale_rewards="batch")
+    reward = MetagradientReward(
+        tiny_causal_lm(seed=1),
+        LMHeadPattern.sixty_seven(scale="auto"),
+        TargetTrainingArguments(batch_size=5, learning_rate=1e-3, adam_epsilon_root="auto"),
+        processing_class=tiny_tokenizer(),
+    )
+    policy = tiny_causal_lm(seed=0)
+    dataset = tiny_prompts(12, 3)["train"]
+    trainer = GRPOTrainer(policy, reward, args, dataset, processing_class=tiny_tokenizer())
+    deterministic_generation(trainer)
+    rows = record(trainer)
+    trainer.train()
+    return {"rows": rows}
+
+
+def our_trainer(state, directory):
+    """As above, with validation on an odd number of prompts."""
+    world = state.num_processes
+    args = DatasetPolicyGradientConfig(
+        directory,
+        **COMMON,
+        per_device_train_batch_size=12 // world,
+        per_device_eval_batch_size=8 // world,
+        eval_strategy="steps",
+        eval_steps=1,
+        target_batch_size=5,
+        target_learning_rate=1e-3,
+    )
+    with state.main_process_first():
+        policy, target = save_tiny_models(os.path.join(directory, "models"))
+    prompts = tiny_prompts(12, 3)
+    metric = LMHeadPattern.sixty_seven(scale="auto")
+    trainer = DatasetPolicyGradientTrainer(policy, target, metric, args, prompts["train"], prompts["test"])
+    deterministic_generation(trainer)
+    rows = record(trainer)
+    trainer.train()
+    return {"rows": rows}
+
+
+def failure(state, directory):
+    """A metric that fails on the last process only."""
+
+    def metric(model):
+        if state.process_index == state.num_processes - 1:
+            raise ArithmeticError("planted failure")
+        return -model.lm_head.weight.norm()
+
+    args = TargetTrainingArguments(batch_size=2)
+    return compute_metagradients(tiny_causal_lm(hidden_size=16), examples(4), metric, args, accelerator=state).losses
+
+
+if __name__ == "__main__":
+    scenario, directory, output = sys.argv[1:]
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    results = globals()[scenario](state, directory)
+    if state.is_main_process:
+        with open(output, "w") as file:
+            json.dump(results, file)
+    state.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Forward mode against double backward, and models that only have the latter."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature
+
+
+EXAMPLES = [{"input_ids": [1, 2, 3, 4, 5][: 2 + i % 4]} for i in range(6)]
+
+
+class Cube(torch.autograd.Function):
+    """An activation with a backward, but without a forward-mode derivative, as kernels of quantized layers are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class SmoothCube(nn.Module):
+    def forward(self, x):
+        return x**3
+
+
+class OpaqueCube(nn.Module):
+    def forward(self, x):
+        return Cube.apply(x)
+
+
+def make_model(tied=False, activation=None):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=8, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=tied, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).double()
+    if activation is not None:
+        for block in model.transformer.h:
+            block.mlp.act = activation
+    return model
+
+
+def metric(model):
+    return -(model(input_ids=torch.tensor([[1, 2, 3]])).logits.logsumexp(-1) ** 2).mean()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_first_step_by_forward_mode_equals_double_backward(tied, monkeypatch):
+    args = TargetTrainingArguments(batch_size=6, micro_batch_size=4)
+    forward_mode = compute_metagradients(make_model(tied), EXAMPLES, metric, args).metagradients
+
+    def unavailable(*args):
+        raise NotImplementedError
+
+    monkeypatch.setattr(curvature, "_forward_mode", unavailable)
+    double_backward = compute_metagradients(make_model(tied), EXAMPLES, metric, args).metagradients
+    torch.testing.assert_close(forward_mode, double_backward, rtol=1e-6, atol=0)
+    assert forward_mode.abs().min() > 0
+
+
+def test_model_without_forward_mode_derivative():
+    args = TargetTrainingArguments(batch_size=3, adam_epsilon_root=1e-6)
+    opaque = compute_metagradients(make_model(activation=OpaqueCube()), EXAMPLES, metric, args).metagradients
+    smooth = compute_metagradients(make_model(activation=SmoothCube()), EXAMPLES, metric, args).metagradients
+    torch.testing.assert_close(opaque, smooth, rtol=1e-6, atol=0)
+    assert smooth.abs().min() > 0
+
+
+def test_first_step_builds_no_graph(monkeypatch):
+    """At K = 1 no second-order graph is built, so the memory is that of ordinary training."""
+    monkeypatch.setattr(curvature, "_directional_derivative", None)
+    compute_metagradients(make_model(), EXAMPLES, metric, TargetTrainingArguments(batch_size=6))
