@@ -76,7 +76,9 @@ def record(trainer):
         rewards = {name: list(values) for name, values in trainer._logs["rewards"].items()}
         raw = list(trainer._logs["extra"]["metagradient_raw"])
         log(logs, start_time)
-        metrics = {k: v for k, v in logs.items() if "metagradient/" in k or k in ("eval_metric", "eval_empty")}
+        metrics = {
+            k: v for k, v in logs.items() if k.startswith("metagradient/") or k in ("eval_metric", "eval_empty")
+        }
         rows.append({"rewards": rewards, "raw": raw, **{k: v for k, v in metrics.items() if "seconds" not in k}})
 
     trainer.log = recording_log
