@@ -20,7 +20,9 @@ from trl_dpg.metagradients import TargetTrainingArguments
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, {platform.machine()}, CPU. Tiny random GPT-2, ragged and partly unsupervised examples.")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, CPU. Tiny random GPT-2, ragged and partly unsupervised examples."
+    )
     print("Relative error: norm of the difference from fourth-order central differences over their norm.\n")
     print("| case | float64 metagradients |\n|---|---|")
     for name, (make_model, fields) in CASES.items():

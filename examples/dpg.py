@@ -152,8 +152,9 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n"
     )
     paths[1].write_text(table + "\n")
-    paths[2].write_text("".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
-    plot_learning_curve(trainer.state.log_history, paths[3], readout)
+    log = [{"step": 0, **row} for row in before] + trainer.state.log_history  # `train` starts the history anew
+    paths[2].write_text("".join(json.dumps(row) + "\n" for row in log))
+    plot_learning_curve(log, paths[3], readout)
     if isinstance(metric, LMHeadPattern):
         paths.append(results_dir / "pattern.png")
         plot_pattern(metric.decoded, metric.pattern, paths[-1])

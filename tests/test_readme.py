@@ -52,4 +52,6 @@ def test_configurations_hold_known_fields(path):
     """Every example configuration is in the README, and no number in it is text."""
     assert path.stem in README
     for name, value in yaml.safe_load(path.read_text()).items():
-        assert not (isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", value)) or name == "metric"
+        assert (
+            not (isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", value)) or name == "metric"
+        )

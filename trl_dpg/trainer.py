@@ -90,8 +90,10 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             Adapters of the generator.
         target_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the target, which are then what is fine-tuned.
-        **kwargs:
-            Passed on to [`~trl.GRPOTrainer`] (`tools`, `rollout_func`, `environment_factory`).
+        tools (list of `Callable`, *optional*):
+            As in [`~trl.GRPOTrainer`].
+        rollout_func (`RolloutFunc`, *optional*):
+            As in [`~trl.GRPOTrainer`].
 
     Raises:
         [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
@@ -136,7 +138,8 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
         target_peft_config: "PeftConfig | None" = None,
-        **kwargs,
+        tools: list[Callable] | None = None,
+        rollout_func: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -180,7 +183,8 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            **kwargs,
+            tools=tools,
+            rollout_func=rollout_func,
         )
         # TRL calls a completion ended if its last token is one of these
         self.metagradient_reward.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
@@ -206,7 +210,9 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         for inputs in dataloader:
             prompts = [row["prompt"] for row in inputs]
             _, completion_ids, _, completions, *_ = self._generate(prompts)
-            examples.extend(gather_object(reward.target_examples(prompts, completions, completion_ids)))
+            with failing_together(self.accelerator):
+                local = reward.target_examples(prompts, completions, completion_ids)
+            examples.extend(gather_object(local))
         # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
         # but TRL's sampler gives every row `num_generations_eval` times.
         if isinstance(dataloader.dataset, Dataset):
@@ -214,7 +220,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         trained = [example for example in examples if len(example["input_ids"]) > 1]
         # Every process runs the same validation: it is one short fine-tuning run.
         with failing_together(self.accelerator):
-            reward.target_model.to(self.accelerator.device)
+            reward.place_target(self.accelerator.device)
             if not trained:
                 raise ValueError(
                     f"All {len(examples)} completions of this validation are empty or one token long, so there is nothing "

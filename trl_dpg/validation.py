@@ -54,7 +54,7 @@ def validate(
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
-    with restored(model, params):
+    with restored(model, params), torch.enable_grad():
         model.eval()  # as in the reward: no dropout
         if hasattr(metric, "setup"):
             metric.setup(model)

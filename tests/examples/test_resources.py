@@ -78,7 +78,7 @@ class TestSaveTinyModels:
             expected = tiny_causal_lm(seed=seed).state_dict()
             assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
             assert model.lm_head.weight is not model.transformer.wte.weight
-            assert model.generation_config.eos_token_id == 2
+            assert model.generation_config.eos_token_id == 62
             tokenizer = AutoTokenizer.from_pretrained(path)
             assert tokenizer("the six seven")["input_ids"] == tiny_tokenizer()("the six seven")["input_ids"]
             assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id) == ("left", 60, 62)

@@ -66,8 +66,8 @@ def compute_metagradients(
     r"""
     Fine-tunes a model on examples and returns each example's metagradient, exactly.
 
-    With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\) and weights
-    \\( w \\) (Algorithm 1 of the paper, which calls them data weights):
+    With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\) and example weights
+    \\( w \\):
 
     $$ g_t = \nabla_\phi L_t(\phi_t; w), \quad L_t = \sum_{i \in B_t} w_i \ell_i(\phi_t) / Z_t, \quad
        (\phi_{t+1}, s_{t+1}) = U(\phi_t, s_t, g_t) $$
@@ -139,7 +139,7 @@ def compute_metagradients(
     def local_batches(step):
         return micro_batches(prepared, batches[step], args, device, dtype, *process)
 
-    with restored(model, params), _progress(args, accelerator, 2 * num_steps) as progress:
+    with restored(model, params), torch.enable_grad(), _progress(args, accelerator, 2 * num_steps) as progress:
         model.eval()  # no dropout: the run must be a deterministic function of the weights
         with failing_together(accelerator):
             if hasattr(metric, "setup"):

@@ -195,7 +195,7 @@ class TargetTrainingArguments:
             "lr_scheduler_kwargs": bool(config.lr_scheduler_kwargs),
             "optim_args": bool(config.optim_args),  # SGD's momentum
             "router_aux_loss_coef": bool(config.router_aux_loss_coef),
-            "accelerator_config": config.accelerator_config.split_batches,
+            "accelerator_config": config.accelerator_config.split_batches,  # type: ignore[union-attr]
             "train_sampling_strategy": config.train_sampling_strategy not in ("random", "sequential")
             and "shuffle" not in overrides,
         }

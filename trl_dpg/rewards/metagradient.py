@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from ..data import Messages, to_target_example
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
-from ..metagradients.model import vocab_size
+from ..metagradients.model import trainable_parameters, vocab_size
 from ..metagradients.parallel import failing_together
 from ..target import load_target_model, load_target_tokenizer
 
@@ -92,6 +92,10 @@ class MetagradientReward:
         self.formatting_func = formatting_func
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
 
+        # What cannot be trained or measured is refused here rather than after the first generation.
+        trainable_parameters(self.target_model)
+        if hasattr(metric, "setup"):
+            metric.setup(self.target_model)
         rows = vocab_size(self.target_model)
         if len(self.processing_class) > rows:
             raise ValueError(
@@ -110,6 +114,12 @@ class MetagradientReward:
             example = to_target_example(prompt, completion, ended, self.processing_class, self.formatting_func)
             examples.append({**example, "ended": ended})
         return examples
+
+    def place_target(self, device: torch.device) -> None:
+        """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if next(self.target_model.parameters()).device != device:
+            self.target_model.to(device)  # type: ignore[arg-type]
 
     def __call__(
         self,
@@ -139,8 +149,7 @@ class MetagradientReward:
         state = PartialState()
         with failing_together(state):
             local = self.target_examples(prompts, completions, completion_ids)
-            if next(self.target_model.parameters()).device.type != state.device.type:
-                self.target_model.to(state.device)
+            self.place_target(state.device)
         # Rank r holds the r-th slice of the batch, so this order does not depend on the number of processes.
         counts = gather_object([len(local)])
         examples = gather_object(local)

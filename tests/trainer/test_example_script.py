@@ -1,0 +1,79 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def run_example(monkeypatch, tmp_path):
+    """Runs `examples/dpg.py` with a configuration and flags, in an empty directory."""
+
+    def run(config, *flags):
+        arguments = ["dpg.py", "--config", str(EXAMPLES / "configs" / config), *flags]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(str(EXAMPLES / "dpg.py"), run_name="__main__")
+
+    return run
+
+
+FLAGS = {
+    "--max_steps": 2,
+    "--per_device_train_batch_size": 16,
+    "--per_device_eval_batch_size": 16,
+    "--eval_steps": 1,
+    "--logging_steps": 1,
+    "--max_completion_length": 8,
+    "--validation_prompts": 3,
+    "--use_cpu": "true",
+}
+
+
+def test_tiny_67(run_example, tmp_path, capsys):
+    flags = [str(item) for pair in FLAGS.items() for item in pair]
+    run_example("tiny_67.yaml", *flags, "--output_dir", "there", "--validation_draws", "2")
+    output_dir = tmp_path / "there"
+
+    results = json.loads((output_dir / "results.json").read_text())
+    assert results["steps"] == 2
+    for stage in ("untrained", "trained"):
+        accuracy = results["eval_pixel_accuracy"][stage]
+        assert len(accuracy["draws"]) == 2
+        assert accuracy["mean"] == sum(accuracy["draws"]) / 2
+        assert 0 <= accuracy["mean"] <= 1 and accuracy["standard_error"] >= 0
+        assert results["eval_metric"][stage]["mean"] < 0
+
+    table = (output_dir / "results.md").read_text()
+    assert table.startswith("| validation | untrained generator | trained generator |\n|---|---|---|\n")
+    assert "| `eval_pixel_accuracy` |" in table
+    assert table in capsys.readouterr().out
+
+    log = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    assert len([row for row in log if "metagradient/pixel_accuracy" in row]) == 2
+    assert len([row for row in log if "eval_pixel_accuracy" in row]) == 4  # 2 during training and 2 after
+
+    for name in ("curve.png", "pattern.png"):
+        with Image.open(output_dir / name) as picture:
+            assert min(picture.size) > 100
+            assert len(set(picture.convert("L").resize((64, 64)).getdata())) > 1
+
+    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    assert model.config.vocab_size == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "there"]  # "runs" has the tiny models
+
+
+def test_norm_has_no_pattern(run_example, tmp_path):
+    flags = [str(item) for pair in FLAGS.items() for item in pair]
+    run_example("tiny_67.yaml", *flags, "--output_dir", "norm", "--metric", "lm_head_norm", "--max_steps", "1")
+    written = {path.name for path in (tmp_path / "norm").iterdir()}
+    assert {"results.json", "results.md", "log.jsonl", "curve.png"} <= written
+    assert "pattern.png" not in written
+    assert "eval_lm_head_norm" in json.loads((tmp_path / "norm" / "results.json").read_text())
