@@ -11,12 +11,12 @@ in the YAML file or follow as a flag. Everything that is written goes under `out
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import resources
 from datasets import DatasetDict, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
@@ -60,6 +60,23 @@ class DPGScriptArguments:
         default=None, metadata={"help": "Where tables, logs and pictures go. Defaults to `output_dir`."}
     )
     validation_prompts: int = field(default=32, metadata={"help": "Held-out prompts."})
+
+    def __post_init__(self):
+        self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number, and does not look at `choices`
+        for f in fields(self):
+            choices = f.metadata.get("choices")
+            if choices is not None and getattr(self, f.name) not in choices:
+                raise ValueError(f"`{f.name}` must be one of {choices}, got {getattr(self, f.name)!r}.")
+
+
+def resolve_model(name: str, args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig) -> str:
+    """A model's name, or the directory of one that is built here."""
+    if name in ("tiny/generator", "tiny/target"):
+        directories = resources.save_tiny_models(Path(training_args.output_dir) / "models")
+        return directories[("tiny/generator", "tiny/target").index(name)]
+    if args.offline and name == "HuggingFaceTB/SmolLM2-135M-Instruct":
+        return resources.smollm2()
+    return name
 
 
 def load_prompts(args: DPGScriptArguments) -> tuple[DatasetDict, list[dict[str, str]]]:
@@ -111,13 +128,14 @@ def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> 
 
 
 def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig, model_args: ModelConfig) -> None:
-    names = [model_args.model_name_or_path, script_args.target_model_name_or_path]
-    tiny = dict(zip(("tiny/generator", "tiny/target"), resources.save_tiny_models("runs/models"), strict=True))
-    smollm2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    generator, target = (
-        tiny[name] if name in tiny else resources.smollm2() if script_args.offline and name == smollm2 else name
-        for name in names
-    )
+    generator = resolve_model(model_args.model_name_or_path, script_args, training_args)
+    target = resolve_model(script_args.target_model_name_or_path, script_args, training_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype or "float32",
+        **(training_args.model_init_kwargs or {}),
+    }
     prompts, texts = load_prompts(script_args)
     metric, readout = make_metric(script_args, texts)
     trainer = DatasetPolicyGradientTrainer(
@@ -127,6 +145,7 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         args=training_args,
         train_dataset=prompts["train"],
         eval_dataset=prompts["test"],
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
 

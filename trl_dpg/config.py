@@ -33,6 +33,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             As in [`~trl.GRPOConfig`], but by default all prompts of a batch share one scale, which keeps metagradients
             of different prompts comparable.
+        disable_tqdm (`bool`, *optional*):
+            As in [`~transformers.TrainingArguments`], but by default bars show on a terminal or in a notebook only.
         target_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained` when the target is given by name. `dtype` is float32 unless given:
             metagradients need it.
@@ -68,8 +70,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             step (K = 1); K is `generation_batch_size / target_batch_size`.
         target_micro_batch_size (`int`, *optional*):
             Examples per forward pass and process of the target. It changes memory, not results.
-        target_max_length (`int`, *optional*, defaults to `128`):
-            Tokens kept of each example.
+        target_max_length (`int`, *optional*):
+            Tokens kept of each example. `None` means `max_completion_length` plus one for a BOS token. Count
+            `metagradient/cut` in the logs where the target's tokenizer makes more tokens of a text than the generator's.
         target_shuffle (`bool`, *optional*, defaults to `True`):
             Whether the examples of a generation batch are shuffled before they are cut into the target's batches.
         target_seed (`int`, *optional*, defaults to `0`):
@@ -78,9 +81,6 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             `"batch_tokens"`, `"example"` or `"max_length"`.
         target_curvature (`str`, *optional*, defaults to `"exact"`):
             How Hessian-vector products are computed; `"exact"` is double backward.
-
-    > [!NOTE]
-    > In YAML write `1.0e-6` rather than `1e-6`, which YAML reads as text.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
@@ -138,7 +138,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_micro_batch_size: int | None = field(
         default=None, metadata={"help": "Examples per forward pass and process of the target."}
     )
-    target_max_length: int = field(default=128, metadata={"help": "Tokens kept of each example."})
+    target_max_length: int | None = field(
+        default=None, metadata={"help": "Tokens kept of each example. `None` is `max_completion_length` + 1."}
+    )
     target_shuffle: bool = field(default=True, metadata={"help": "Whether examples are shuffled before batching."})
     target_seed: int = field(default=0, metadata={"help": "Seed of the shuffle."})
     target_loss_normalization: str = field(
@@ -171,6 +173,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             [`ValueError`]: If a `target_` field is out of its range.
         """
         fields = {name: getattr(self, f"target_{name}") for name in _TARGET_FIELDS}
+        if fields["max_length"] is None:
+            fields["max_length"] = max(2, (self.max_completion_length or 511) + 1)
         if fields["batch_size"] is None:
             fields["batch_size"] = self.generation_batch_size
         try:

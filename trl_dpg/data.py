@@ -59,3 +59,20 @@ def to_target_example(
     while input_ids and input_ids[-1] == eos:  # some tokenizers add it to every text
         input_ids.pop()
     return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids}
+
+
+def indices_to_train_on(examples: list[dict[str, Any]]) -> list[int]:
+    """
+    Which examples have something to train on: two tokens or more, as the first has nothing before it.
+
+    Raises:
+        [`ValueError`]: If there are none.
+    """
+    indices = [i for i, example in enumerate(examples) if len(example["input_ids"]) > 1]
+    if not indices:
+        raise ValueError(
+            f"All {len(examples)} completions are empty or one token long, so there is nothing to fine-tune the target on. "
+            "Ask for longer ones (`max_completion_length`, or `min_new_tokens` in `generation_kwargs`), or lower the "
+            "generator's `learning_rate` if it collapsed to this."
+        )
+    return indices

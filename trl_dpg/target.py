@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -70,7 +70,7 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     # without tokenizer files, Transformers makes one that knows no word
     if error is not None or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(
-            f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Pass the "
+            f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Check the name, or pass the "
             "target's tokenizer (`target_processing_class` in the trainer)."
         ) from error
     return tokenizer
@@ -90,6 +90,11 @@ def untie_lm_head(model: TargetModel) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "`model` has adapters on top of a tied head, which can no longer be untied under them. Call `untie_lm_head` on "
+            "the base model before `get_peft_model`, or pass it with `target_peft_config` and `target_untie_lm_head=True`."
+        )
     weight: torch.Tensor = head.weight  # type: ignore[assignment]
     head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     model.config.get_text_config().tie_word_embeddings = False

@@ -1,8 +1,10 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
+import json
 import math
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +12,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import GRPOTrainer
 
 from .config import DatasetPolicyGradientConfig
+from .data import indices_to_train_on
 from .metagradients.api import Metric
 from .metagradients.parallel import failing_together
-from .rewards import MetagradientReward
+from .rewards import MetagradientReward, check_metric
 from .target import load_target_model, load_target_tokenizer
 from .validation import validate
 
@@ -24,6 +27,9 @@ from .validation import validate
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
+
+
+STATE_FILE = "dpg_state.json"  # in every checkpoint: what `"auto"` settings were measured to be
 
 
 class DatasetPolicyGradientTrainer(GRPOTrainer):
@@ -202,7 +208,8 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         (PyTorch's own optimizer, see [`~trl_dpg.validation.validate`]) and reports the metric and its read-outs as
         `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`, `eval_pixel_accuracy`, ...
 
-        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew.
+        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is the
+        reward's, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
         """
         self.model.eval()  # type: ignore[union-attr]
         reward = self.metagradient_reward
@@ -217,20 +224,25 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         # but TRL's sampler gives every row `num_generations_eval` times.
         if isinstance(dataloader.dataset, Dataset):
             examples = examples[: len(dataloader.dataset) * self.num_generations_eval]  # type: ignore[operator]
-        trained = [example for example in examples if len(example["input_ids"]) > 1]
         # Every process runs the same validation: it is one short fine-tuning run.
         with failing_together(self.accelerator):
             reward.place_target(self.accelerator.device)
-            if not trained:
-                raise ValueError(
-                    f"All {len(examples)} completions of this validation are empty or one token long, so there is nothing "
-                    "to fine-tune the target on. Ask for longer ones (`max_completion_length`, or `min_new_tokens` in "
-                    "`generation_kwargs`)."
-                )
+            trained = [examples[i] for i in indices_to_train_on(examples)]
             results = validate(reward.target_model, trained, self.metric, reward.args)
         results["empty"] = len(examples) - len(trained)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))  # type: ignore[arg-type]
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / STATE_FILE).write_text(json.dumps(self.metagradient_reward.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / STATE_FILE).exists():
+            self.metagradient_reward.load_state_dict(json.loads((Path(checkpoint) / STATE_FILE).read_text()))
 
 
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):
@@ -238,7 +250,7 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
     if not isinstance(args, DatasetPolicyGradientConfig):
         raise ValueError(
             f"`args` must be a `DatasetPolicyGradientConfig`, got {type(args).__name__}. It takes every field of "
-            "`GRPOConfig`, so an existing configuration can be passed on as it is."
+            "`GRPOConfig`, so `DatasetPolicyGradientConfig` can stand in for it where it is made."
         )
     if target_model is None:
         raise ValueError(
@@ -249,11 +261,7 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             "`target_model` and `model` are the same object, so training the generator would change the target. Load the "
             "target separately, or pass both by name."
         )
-    if not callable(metric):
-        raise ValueError(
-            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. See "
-            "`trl_dpg.metrics`."
-        )
+    check_metric(metric)
     if not isinstance(train_dataset, (Dataset, IterableDataset)):
         raise ValueError(
             f"`train_dataset` must be a `datasets.Dataset` or `IterableDataset` of prompts, got "

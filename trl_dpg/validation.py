@@ -39,7 +39,7 @@ def validate(
 
     Returns:
         `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over
-        steps) and the metric's read-outs.
+        steps), `target_steps` (K) and the metric's read-outs.
     """
     params = trainable_parameters(model)
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
@@ -85,5 +85,6 @@ def validate(
         "metric_before": before,
         "metric_gain": after - before,
         "target_loss": sum(losses) / len(losses),
+        "target_steps": len(losses),
         **readouts,
     }

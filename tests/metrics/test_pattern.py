@@ -99,19 +99,27 @@ def test_auto_scale(gpt2, move):
 
     move(gpt2, 1e-3)
     with torch.no_grad():
-        unfrozen = metric(gpt2)
-    assert metric.scale_value is None
-
+        first = metric(gpt2)
     value = metric(gpt2)
     change = (gpt2.lm_head.weight.detach() - before)[:7, :6]
     expected = AUTO_SCALE_FACTOR / change.square().mean().sqrt().item()
     assert metric.scale_value == pytest.approx(expected, rel=1e-12)
-    assert value.item() == unfrozen.item()
+    assert value.item() == first.item()
 
     metric.setup(gpt2)
     move(gpt2, 1e-2, seed=1)
     metric(gpt2)
     assert metric.scale_value == pytest.approx(expected, rel=1e-12)
+
+
+def test_auto_scale_survives_a_checkpoint(gpt2, move):
+    metric = LMHeadPattern.sixty_seven(scale="auto")
+    metric.setup(gpt2)
+    move(gpt2, 1e-3)
+    metric(gpt2)
+    resumed = LMHeadPattern.sixty_seven(scale="auto")
+    resumed.load_state_dict(metric.state_dict())
+    assert resumed.scale_value == metric.scale_value is not None
 
 
 def test_auto_scale_does_not_keep_a_failed_measurement(gpt2):

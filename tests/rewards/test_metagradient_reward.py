@@ -140,6 +140,7 @@ class TestValues:
             "nonfinite": 0,
             "empty": 0,
             "truncated": 6,
+            "cut": 0,
             **out.readouts,
         }
         assert log.metrics.pop("seconds") > 0
@@ -296,13 +297,23 @@ class TestUnscorable:
 
     @pytest.mark.parametrize("texts", [["", "", ""], ["sun", "", "sky"]])
     def test_nothing_to_train_on(self, make_reward, call, texts):
-        with pytest.raises(ValueError, match="All 3 completions of this generation batch are empty or one token long"):
+        with pytest.raises(ValueError, match="All 3 completions are empty or one token long"):
             call(make_reward(), texts)
 
     def test_truncated_are_counted(self, make_reward, tokenizer, log):
         ids = [*ids_of(tokenizer, TEXTS[:2], ended=True), *ids_of(tokenizer, TEXTS[2:])]
         make_reward()(prompts=[""] * 6, completions=TEXTS, completion_ids=ids, **log.hooks)
         assert log.metrics["truncated"] == 4
+
+    def test_cut_are_counted(self, make_reward, call, log):
+        args = TargetTrainingArguments(batch_size=4, max_length=3)
+        call(make_reward(args=args), ["cat dog sun red", "cat dog sun", "cat dog", "red sun"], **log.hooks)
+        assert log.metrics["cut"] == 1
+
+    def test_unknown_eos_is_noticed(self, make_reward, call):
+        """Completions of different lengths of which none ended: the generator's EOS must be another."""
+        with pytest.warns(UserWarning, match="`eos_token_ids`"):
+            call(make_reward(), ["cat dog", "cat dog sun"])
 
     def test_one_nonfinite_metagradient(self, make_reward, call, log, monkeypatch):
         def broken(*args, **kwargs):
@@ -394,6 +405,15 @@ class TestConstruction:
     def test_tokenizer_of_another_model(self, causal_lm, tokenizer):
         with pytest.raises(ValueError, match="`processing_class` has 64 tokens, but the target model only 63 rows"):
             MetagradientReward(causal_lm(vocab_size=63), LMHeadNorm(), processing_class=tokenizer)
+
+    def test_frozen_target(self, causal_lm, make_reward):
+        """Refused at once, not after the first generation."""
+        with pytest.raises(ValueError, match="no trainable parameter"):
+            make_reward(target_model=causal_lm().requires_grad_(False))
+
+    def test_metric_class_instead_of_instance(self, make_reward):
+        with pytest.raises(ValueError, match="`metric` must be .*instance"):
+            make_reward(metric=LMHeadNorm)
 
     def test_metric_must_be_callable(self, causal_lm, tokenizer):
         with pytest.raises(ValueError, match="`metric` must be a function.*got 'lm_head_norm'"):

@@ -137,25 +137,22 @@ class TestOnceTheTargetIsThere:
 
     def test_target_without_a_head(self, make_trainer, causal_lm):
         with pytest.raises(ValueError, match="GPT2Model, which has no language-modeling head"):
-            make_trainer(target_model=causal_lm().transformer).train()
+            make_trainer(target_model=causal_lm().transformer)
 
-    @pytest.mark.parametrize("run", ["train", "evaluate"])
-    def test_tied_head(self, make_trainer, causal_lm, run):
+    def test_tied_head(self, make_trainer, causal_lm):
         target = causal_lm(seed=1, tie_word_embeddings=True)
-        trainer = make_trainer(target_model=target, metric=LMHeadPattern([[1, -1]]))
         with pytest.raises(ValueError, match="tied to its input embedding.*`target_untie_lm_head=True`"):
-            getattr(trainer, run)()
+            make_trainer(target_model=target, metric=LMHeadPattern([[1, -1]]))
 
-    @pytest.mark.parametrize("run", ["train", "evaluate"])
-    def test_nothing_to_train(self, make_trainer, causal_lm, run):
+    def test_nothing_to_train(self, make_trainer, causal_lm):
         """As in a quantized model without adapters."""
         target = causal_lm(seed=1).requires_grad_(False)
         with pytest.raises(ValueError, match="no trainable parameter.*quantized.*`target_peft_config=LoraConfig"):
-            getattr(make_trainer(target_model=target, metric=LMHeadNorm()), run)()
+            make_trainer(target_model=target, metric=LMHeadNorm())
 
     def test_half_precision_target(self, make_trainer, causal_lm):
         with pytest.raises(ValueError, match="bfloat16, too coarse.*`dtype=torch.float32`"):
-            make_trainer(target_model=causal_lm(seed=1).bfloat16()).train()
+            make_trainer(target_model=causal_lm(seed=1).bfloat16())
 
     def test_metric_that_does_not_depend_on_the_target(self, make_trainer):
         with pytest.raises(ValueError, match="`metric` returned a tensor that is cut off from the model"):
@@ -168,7 +165,7 @@ class TestOnceTheTargetIsThere:
     def test_pattern_larger_than_the_head(self, make_trainer):
         metric = LMHeadPattern([[1] * 3] * 17)
         with pytest.raises(ValueError, match=r"`pattern` of shape \(17, 3\) does not fit"):
-            make_trainer(metric=metric).train()
+            make_trainer(metric=metric)
 
     def test_completions_longer_than_the_target(self, make_trainer, causal_lm):
         target = causal_lm(seed=1, max_position_embeddings=4)
@@ -177,5 +174,5 @@ class TestOnceTheTargetIsThere:
 
     def test_empty_completions(self, make_trainer):
         suppressed = [token for token in range(64) if token != 62]
-        with pytest.raises(ValueError, match="All 8 completions of this generation batch are empty or one token long"):
+        with pytest.raises(ValueError, match="All 8 completions are empty or one token long"):
             make_trainer(generation_kwargs={"suppress_tokens": suppressed}).train()

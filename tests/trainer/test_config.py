@@ -67,7 +67,7 @@ class TestDefaults:
         assert config.scale_rewards == "batch"
         assert config.target_adam_epsilon_root == "auto"
         assert config.target_batch_size is None
-        recipe = TargetTrainingArguments(adam_epsilon_root="auto", batch_size=8, disable_tqdm=True)
+        recipe = TargetTrainingArguments(adam_epsilon_root="auto", batch_size=8, max_length=7, disable_tqdm=True)
         assert config.target_training_arguments() == recipe
 
     def test_every_field_of_the_recipe_is_there(self, make_config):

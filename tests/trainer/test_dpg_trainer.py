@@ -355,7 +355,7 @@ class TestEvaluation:
     def test_all_empty_is_an_error(self, make_trainer):
         suppressed = [token for token in range(64) if token != 62]
         trainer = make_trainer(generation_kwargs={"suppress_tokens": suppressed})
-        with pytest.raises(ValueError, match="All 12 completions of this validation are empty or one token long"):
+        with pytest.raises(ValueError, match="All 12 completions are empty or one token long"):
             trainer.evaluate()
 
     def test_during_training(self, make_trainer):
@@ -411,6 +411,17 @@ class TestSaving:
         assert rows(resumed, "metagradient/std")[:2] == rows(first, "metagradient/std")
         assert len(rows(resumed, "metagradient/std")) == 3
         assert (tmp_path / "dpg" / "checkpoint-3" / "model.safetensors").is_file()
+
+    def test_resume_keeps_what_auto_measured(self, make_trainer):
+        """Measured anew on the resumed run's first batch, the objective would change on the way."""
+        config = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+        first = make_trainer(**config, max_steps=2, metric=LMHeadPattern([[1, -1]], scale="auto"))
+        first.train()
+        resumed = make_trainer(**config, max_steps=3, metric=LMHeadPattern([[1, -1]], scale="auto"))
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.metric.scale_value == first.metric.scale_value is not None
+        roots = rows(resumed, "metagradient/adam_epsilon_root")
+        assert len(roots) == 3 and len(set(roots)) == 1
 
     def test_checkpoint_has_a_card(self, make_trainer, tmp_path):
         make_trainer(save_strategy="steps", save_steps=1, max_steps=1).train()

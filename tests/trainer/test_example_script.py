@@ -58,7 +58,7 @@ def test_tiny_67(run_example, tmp_path, capsys):
 
     log = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
     assert len([row for row in log if "metagradient/pixel_accuracy" in row]) == 2
-    assert len([row for row in log if "eval_pixel_accuracy" in row]) == 4  # 2 during training and 2 after
+    assert len([row for row in log if "eval_pixel_accuracy" in row]) == 6  # 2 before training, 2 during and 2 after
 
     for name in ("curve.png", "pattern.png"):
         with Image.open(output_dir / name) as picture:
@@ -77,3 +77,12 @@ def test_norm_has_no_pattern(run_example, tmp_path):
     assert {"results.json", "results.md", "log.jsonl", "curve.png"} <= written
     assert "pattern.png" not in written
     assert "eval_lm_head_norm" in json.loads((tmp_path / "norm" / "results.json").read_text())
+
+
+@pytest.mark.parametrize(("flag", "value"), [("metric", "l2_norm"), ("dataset", "wiki")])
+def test_unknown_choice_in_yaml(run_example, tmp_path, flag, value):
+    """YAML values do not pass the command line's own check."""
+    config = tmp_path / "wrong.yaml"
+    config.write_text(f"{flag}: {value}\n")
+    with pytest.raises(ValueError, match=f"`{flag}` must be one of .*{value}"):
+        run_example(config, "--bf16", "false")

@@ -111,7 +111,14 @@ class TestValidate:
     def test_readouts(self, model):
         pattern = LMHeadPattern([[1, -1], [-1, 1]])
         results = validate(model, EXAMPLES, pattern, TargetTrainingArguments(learning_rate=1e-2))
-        assert set(results) == {"metric", "metric_before", "metric_gain", "target_loss", "pixel_accuracy"}
+        assert set(results) == {
+            "metric",
+            "metric_before",
+            "metric_gain",
+            "target_loss",
+            "target_steps",
+            "pixel_accuracy",
+        }
         assert results["pixel_accuracy"] == (pattern.decoded == pattern.pattern).double().mean().item()
 
     @pytest.mark.parametrize("fails", [False, True])

@@ -239,7 +239,7 @@ def _evaluate(metric: Metric, model: TargetModel) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise ValueError(
-            f"`metric` must return a scalar tensor, got one of {what}. Reduce it, for example with `.mean()`."
+            f"`metric` must return a scalar tensor, got one of {what}. Reduce it, for example with `.mean()`, and return it as a tensor, without `.item()` or `float()`."
         )
     if not torch.isfinite(value).all():
         raise FloatingPointError(

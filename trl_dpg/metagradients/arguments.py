@@ -152,8 +152,8 @@ class TargetTrainingArguments:
         # A YAML `1e-6` arrives as a string, which is the usual cause of the type error.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(
-                f"`{name}` must be {requirement}, got {value!r} of type {type(value).__name__}. In YAML, write 1.0e-6 "
-                "rather than 1e-6, which YAML reads as text."
+                f"`{name}` must be {requirement}, got {value!r} of type {type(value).__name__}. Give a number; in YAML, "
+                "write 1.0e-6, as some readers take 1e-6 for text."
             )
         if not holds(value):
             raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
@@ -169,6 +169,11 @@ class TargetTrainingArguments:
 
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
+
+        Of [`~trl.SFTTrainer`], three things are not in its config's fields and are not reproduced: dropout and mixed
+        precision; that it drops examples without any label before it forms batches; and that, for models whose class is
+        not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the loss's denominator,
+        although nothing predicts it. Set that label to -100 to have the two agree.
 
         Args:
             config ([`~trl.SFTConfig`]):

@@ -65,8 +65,9 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
                 "with `tokenizer(text)`."
             )
         input_ids = _token_ids(example["input_ids"], i, "input_ids")
-        labels = _token_ids(example.get("labels", input_ids), i, "labels")
-        weight = _weight(example.get("weight", 1.0), i)
+        # a `datasets.Dataset` fills up missing fields with None
+        labels = input_ids if example.get("labels") is None else _token_ids(example["labels"], i, "labels")
+        weight = 1.0 if example.get("weight") is None else _weight(example["weight"], i)
         if len(labels) != len(input_ids):
             raise ValueError(
                 f"`examples[{i}]['labels']` has {len(labels)} entries for {len(input_ids)} `input_ids`. Give one label per "

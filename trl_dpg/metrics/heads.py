@@ -21,7 +21,7 @@ def get_lm_head(model: nn.Module) -> Any:
         `nn.Module`: The output embedding of the model.
 
     Raises:
-        ValueError: If the model has no LM head.
+        [`ValueError`]: If the model has no LM head.
     """
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]
@@ -64,7 +64,7 @@ def lm_head_weight(model: nn.Module) -> torch.Tensor:
         `torch.Tensor` of shape `(vocab_size, hidden_size)`: The weight, in the dtype it is computed in.
 
     Raises:
-        ValueError: If the model has no LM head, or if its effective weight isn't known (an adapter other than plain
+        [`ValueError`]: If the model has no LM head, or if its effective weight isn't known (an adapter other than plain
             LoRA, or a quantized layer).
 
     Example:
@@ -112,7 +112,7 @@ def is_lm_head_tied(model: nn.Module) -> bool:
         `bool`: Whether both share one weight.
 
     Raises:
-        ValueError: If the model has no LM head.
+        [`ValueError`]: If the model has no LM head.
 
     Example:
 

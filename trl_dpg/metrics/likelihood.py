@@ -45,7 +45,7 @@ class LanguageModelingLikelihood:
             Longest row in tokens; the rest is cut off at the end. If `None`, nothing is cut off.
 
     Raises:
-        ValueError: If the dataset is empty, has other columns, or has a row without any supervised token.
+        [`ValueError`]: If the dataset is empty, has other columns, or has a row without any supervised token.
 
     Example:
 
@@ -93,7 +93,7 @@ class LanguageModelingLikelihood:
                 Model before fine-tuning.
 
         Raises:
-            ValueError: If the tokenizer cannot be loaded, if a row has no supervised token or more tokens than the
+            [`ValueError`]: If the tokenizer cannot be loaded, if a row has no supervised token or more tokens than the
                 model has positions, or if a token is out of the vocabulary.
         """
         config: Any = model.config
@@ -133,7 +133,7 @@ class LanguageModelingLikelihood:
             `torch.Tensor` of shape `()`: Φ in nats per token, in float64.
 
         Raises:
-            ValueError: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
+            [`ValueError`]: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
         for logits, targets, _ in self._scores(model):
@@ -158,7 +158,7 @@ class LanguageModelingLikelihood:
             does not stop at EOS.
 
         Raises:
-            ValueError: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
+            [`ValueError`]: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
         exact = torch.ones(len(self._examples), dtype=torch.bool)

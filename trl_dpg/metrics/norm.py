@@ -38,7 +38,7 @@ class LMHeadNorm:
             `torch.Tensor` of shape `()`: Φ in float64.
 
         Raises:
-            ValueError: If the model has no LM head.
+            [`ValueError`]: If the model has no LM head.
         """
         return -torch.linalg.vector_norm(lm_head_weight(model), dtype=torch.float64)
 

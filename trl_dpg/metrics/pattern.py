@@ -45,9 +45,9 @@ class LMHeadPattern:
         pattern (array-like of shape `(rows, columns)`):
             Pattern Y of +1 (dark) and −1 (light): anything `torch.as_tensor` takes.
         scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
-            Slope of the logistic loss, per unit of weight. `"auto"` measures it once, at the first differentiated call
-            on a head that changed, as `AUTO_SCALE_FACTOR` / RMS(P_c − P_i), and keeps it from then on; calls under
-            `torch.no_grad()` before that use their own measurement and do not keep it.
+            Slope of the logistic loss, per unit of weight. `"auto"` measures it once, at the first call on a head that
+            changed, as `AUTO_SCALE_FACTOR` / RMS(P_c − P_i), and keeps it from then on, so that all values of Φ compare:
+            make a new metric for another recipe.
 
     Attributes:
         decoded (`torch.Tensor` of shape `(rows, columns)` or `None`):
@@ -56,7 +56,7 @@ class LMHeadPattern:
             Text of a QR pattern.
 
     Raises:
-        ValueError: If `pattern` or `scale` is not as described.
+        [`ValueError`]: If `pattern` or `scale` is not as described.
 
     Example:
 
@@ -143,8 +143,8 @@ class LMHeadPattern:
             [`LMHeadPattern`]: The metric; a dark module is +1.
 
         Raises:
-            ImportError: If `segno` isn't installed.
-            ValueError: If no QR code holds the text, or if the level is unknown.
+            [`ImportError`]: If `segno` isn't installed.
+            [`ValueError`]: If no QR code holds the text, or if the level is unknown.
 
         Example:
 
@@ -178,7 +178,7 @@ class LMHeadPattern:
             [`LMHeadPattern`]: The metric; a dark pixel is +1.
 
         Raises:
-            ImportError: If Pillow isn't installed.
+            [`ImportError`]: If Pillow isn't installed.
         """
         Image = _import("PIL.Image")
         with Image.open(path) as file:
@@ -195,7 +195,7 @@ class LMHeadPattern:
                 Model before fine-tuning.
 
         Raises:
-            ValueError: If the head cannot carry the pattern: it is tied to the input embedding, too small, frozen, or
+            [`ValueError`]: If the head cannot carry the pattern: it is tied to the input embedding, too small, frozen, or
                 missing.
         """
         head = get_lm_head(model)
@@ -234,7 +234,7 @@ class LMHeadPattern:
             `torch.Tensor` of shape `()`: Φ in float64.
 
         Raises:
-            ValueError: If `setup` was not called before.
+            [`ValueError`]: If `setup` was not called before.
         """
         change = self._change(model)
         return F.logsigmoid(self._scale_for(change) * self.pattern.to(change.device) * change).mean()
@@ -254,7 +254,7 @@ class LMHeadPattern:
             a reader gets exactly the original text, else 0.0.
 
         Raises:
-            ValueError: If `setup` was not called before.
+            [`ValueError`]: If `setup` was not called before.
         """
         change = self._change(model).cpu()
         self.decoded = torch.where(change > 0, 1, -1).to(torch.int8)
@@ -279,10 +279,16 @@ class LMHeadPattern:
         rms = change.detach().square().mean().sqrt().item()
         if not 0 < rms < math.inf:
             return DEFAULT_SCALE  # nothing to measure yet; at zero change Φ is −ln 2 for any scale
-        scale = AUTO_SCALE_FACTOR / rms
-        if torch.is_grad_enabled():
-            self._scale_value = scale
-        return scale
+        self._scale_value = AUTO_SCALE_FACTOR / rms
+        return self._scale_value
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What was measured, for a checkpoint."""
+        return {"scale_value": self._scale_value}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Takes up what [`~LMHeadPattern.state_dict`] gave."""
+        self._scale_value = state["scale_value"]
 
 
 def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Image":
@@ -301,7 +307,7 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Im
         `PIL.Image.Image`: The picture, in 8-bit gray.
 
     Raises:
-        ImportError: If Pillow isn't installed.
+        [`ImportError`]: If Pillow isn't installed.
 
     Example:
 
@@ -328,7 +334,7 @@ def decode_qr(pattern: Any) -> str | None:
         `str` or `None`: The text, or `None` if no QR code is found or it has too many errors.
 
     Raises:
-        ImportError: If `zxing-cpp` or Pillow isn't installed.
+        [`ImportError`]: If `zxing-cpp` or Pillow isn't installed.
 
     Example:
 

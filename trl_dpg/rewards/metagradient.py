@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from ..data import Messages, to_target_example
+from ..data import Messages, indices_to_train_on, to_target_example
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
 from ..metagradients.model import trainable_parameters, vocab_size
@@ -35,7 +35,8 @@ class MetagradientReward:
 
     - An empty completion is not trained on and has a raw metagradient of exactly 0, which is its effect. A batch of
       nothing else is an error.
-    - A truncated completion is trained on like any other, but without EOS.
+    - A truncated completion is trained on like any other, but without EOS. What is longer than `args.max_length` in the
+      target's tokens is cut there.
     - A completion whose own metagradient is not finite gets `None`, which TRL leaves out of the baseline and gives no
       advantage. A loss, gradient or metric that is not finite is an error.
 
@@ -47,8 +48,8 @@ class MetagradientReward:
         metric (`Callable`):
             Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
         args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
-            Recipe of the fine-tuning run. `adam_epsilon_root="auto"` is measured in the first call and then kept. The
-            shuffle's seed is `seed` plus the trainer's global step.
+            Recipe of the fine-tuning run. By default `adam_epsilon_root` is `"auto"`, which is measured in the first
+            call and then kept. The shuffle's seed is `seed` plus the trainer's global step.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
@@ -60,11 +61,13 @@ class MetagradientReward:
     Example:
 
     ```python
+    from transformers import AutoTokenizer
     from trl import GRPOTrainer
     from trl_dpg import MetagradientReward
     from trl_dpg.metrics import LMHeadNorm
 
-    reward = MetagradientReward("openai-community/gpt2", metric=LMHeadNorm())
+    tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+    reward = MetagradientReward("openai-community/gpt2", LMHeadNorm(), eos_token_ids=[tokenizer.eos_token_id])
     trainer = GRPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=reward, train_dataset=dataset)
     ```
     """
@@ -80,14 +83,10 @@ class MetagradientReward:
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         eos_token_ids: list[int] | None = None,
     ):
-        if not callable(metric):
-            raise ValueError(
-                f"`metric` must be a function of the fine-tuned model that returns a scalar tensor, got {metric!r}. See "
-                "`trl_dpg.metrics`."
-            )
+        check_metric(metric)
         self.target_model = load_target_model(target_model)
         self.metric = metric
-        self.args = args or TargetTrainingArguments()
+        self.args = args or TargetTrainingArguments(adam_epsilon_root="auto")
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
@@ -107,13 +106,27 @@ class MetagradientReward:
     def target_examples(
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
-        """Training examples of these completions, with `ended` beside `input_ids`."""
+        """Training examples of these completions: `input_ids`, and whether it `ended` and its `length` when generated."""
         examples = []
         for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
             ended = len(ids) > 0 and ids[-1] in self.eos_token_ids
             example = to_target_example(prompt, completion, ended, self.processing_class, self.formatting_func)
-            examples.append({**example, "ended": ended})
+            examples.append({**example, "ended": ended, "length": len(ids)})
         return examples
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured in the first call, for a checkpoint."""
+        state = {"adam_epsilon_root": self.args.adam_epsilon_root}
+        if hasattr(self.metric, "state_dict"):
+            state["metric"] = self.metric.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what [`~MetagradientReward.state_dict`] gave, where this run measures it too."""
+        if self.args.adam_epsilon_root == "auto":
+            self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
+        if hasattr(self.metric, "load_state_dict"):
+            self.metric.load_state_dict(state["metric"])
 
     def place_target(self, device: torch.device) -> None:
         """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
@@ -154,12 +167,13 @@ class MetagradientReward:
         counts = gather_object([len(local)])
         examples = gather_object(local)
 
-        trained = [i for i, example in enumerate(examples) if len(example["input_ids"]) > 1]
-        if not trained:
-            raise ValueError(
-                f"All {len(examples)} completions of this generation batch are empty or one token long, so there is nothing "
-                "to fine-tune the target on. Ask for longer ones (`max_completion_length`, or `min_new_tokens` in "
-                "`generation_kwargs`), or lower the generator's `learning_rate` if it collapsed to this."
+        trained = indices_to_train_on(examples)
+        if not any(example["ended"] for example in examples) and len({example["length"] for example in examples}) > 1:
+            warnings.warn(
+                "Completions of different lengths, but none ends in one of `eos_token_ids` "
+                f"({self.eos_token_ids}), so the target is taught no end. Pass the generator's end-of-sequence tokens as "
+                "`eos_token_ids` of `MetagradientReward`.",
+                stacklevel=2,
             )
         args = self.args
         if trainer_state is not None:
@@ -200,6 +214,7 @@ class MetagradientReward:
                 "nonfinite": (~finite).sum().item(),
                 "empty": len(examples) - len(trained),
                 "truncated": sum(not example["ended"] for example in examples),
+                "cut": sum(len(example["input_ids"]) > args.max_length for example in examples),
                 "metric_before": out.metric_before,
                 "metric_after": out.metric_after,
                 "metric_gain": out.metric_after - out.metric_before,
@@ -210,3 +225,12 @@ class MetagradientReward:
             }.items():
                 log_metric(f"metagradient/{name}", value)
         return [reward if ok else None for reward, ok in zip(rewards[mine].tolist(), finite[mine], strict=True)]
+
+
+def check_metric(metric: Any) -> None:
+    """Refuses what is no metric, before anything is loaded."""
+    if not callable(metric) or isinstance(metric, type):
+        raise ValueError(
+            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "
+            "function, or an instance of one of the classes in `trl_dpg.metrics`."
+        )
