@@ -237,12 +237,12 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(self.metagradient_reward.state_dict()))
+            (folder / STATE_FILE).write_text(json.dumps(self.metagradient_reward.state()))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STATE_FILE).exists():
-            self.metagradient_reward.load_state_dict(json.loads((Path(checkpoint) / STATE_FILE).read_text()))
+            self.metagradient_reward.load_state(json.loads((Path(checkpoint) / STATE_FILE).read_text()))
 
 
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):

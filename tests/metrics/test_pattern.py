@@ -118,7 +118,7 @@ def test_auto_scale_survives_a_checkpoint(gpt2, move):
     move(gpt2, 1e-3)
     metric(gpt2)
     resumed = LMHeadPattern.sixty_seven(scale="auto")
-    resumed.load_state_dict(metric.state_dict())
+    resumed.load_state(metric.state())
     assert resumed.scale_value == metric.scale_value is not None
 
 

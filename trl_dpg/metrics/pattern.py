@@ -282,12 +282,12 @@ class LMHeadPattern:
         self._scale_value = AUTO_SCALE_FACTOR / rms
         return self._scale_value
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state(self) -> dict[str, float | None]:
         """What was measured, for a checkpoint."""
         return {"scale_value": self._scale_value}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Takes up what [`~LMHeadPattern.state_dict`] gave."""
+    def load_state(self, state: dict[str, float | None]) -> None:
+        """Takes up what [`~LMHeadPattern.state`] gave."""
         self._scale_value = state["scale_value"]
 
 

@@ -114,19 +114,19 @@ class MetagradientReward:
             examples.append({**example, "ended": ended, "length": len(ids)})
         return examples
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What was measured in the first call, for a checkpoint."""
         state = {"adam_epsilon_root": self.args.adam_epsilon_root}
-        if hasattr(self.metric, "state_dict"):
-            state["metric"] = self.metric.state_dict()
+        if hasattr(self.metric, "state"):
+            state["metric"] = self.metric.state()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what [`~MetagradientReward.state_dict`] gave, where this run measures it too."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what [`~MetagradientReward.state`] gave, where this run measures it too."""
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
-        if hasattr(self.metric, "load_state_dict"):
-            self.metric.load_state_dict(state["metric"])
+        if hasattr(self.metric, "load_state"):
+            self.metric.load_state(state["metric"])
 
     def place_target(self, device: torch.device) -> None:
         """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
