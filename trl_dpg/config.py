@@ -30,9 +30,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         reward (`str`, *optional*, defaults to `"metagradient"`):
             Where the reward comes from. `"metagradient"` is the exact derivative of the metric with respect to each
             example's weight.
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
-            As in [`~trl.GRPOConfig`], but by default all prompts of a batch share one scale, which keeps metagradients
-            of different prompts comparable.
+        scale_rewards (`str`, *optional*, defaults to `"none"`):
+            As in [`~trl.GRPOConfig`], but by default left to the reward, which standardizes over the whole batch, see
+            [`MetagradientReward`].
         disable_tqdm (`bool`, *optional*):
             As in [`~transformers.TrainingArguments`], but by default bars show on a terminal or in a notebook only.
         target_model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -90,10 +90,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         metadata={"help": "Where the reward comes from.", "choices": ["metagradient"]},
     )
     scale_rewards: str = field(
-        default="batch",
+        default="none",
         metadata={
-            "help": "How TRL scales advantages: `'batch'` (default here), `'group'` or `'none'`. With `'batch'` all "
-            "prompts share one scale, which keeps metagradients of different prompts comparable."
+            "help": "How TRL scales advantages: `'none'` (default here, as the reward standardizes over the batch), "
+            "`'batch'` or `'group'`."
         },
     )
     target_model_init_kwargs: dict[str, Any] | str | None = field(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from trl_dpg import MetagradientReward
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
 
@@ -156,6 +156,16 @@ class TestValues:
     def test_readouts_are_logged(self, make_reward, call, log):
         call(make_reward(metric=LMHeadPattern([[1, -1]])), TEXTS, **log.hooks)
         assert 0 <= log.metrics["pixel_accuracy"] <= 1
+
+    def test_small_deviations_are_not_blown_up(self, make_reward, call, monkeypatch):
+        """Below 5 % of the largest deviation so far, rewards shrink with it."""
+        raw = torch.tensor([1.0, -1.0, 3.0, -3.0])
+        stds = [1.0, 0.1, 1e-3]
+        outputs = iter(MetagradientOutput(raw * s, 0.0, 1.0, 1e-6, [1.0]) for s in stds)
+        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", lambda *a, **k: next(outputs))
+        reward = make_reward()
+        spreads = [np.std(call(reward, ["cat dog"] * 4, ended=True)) for _ in stds]
+        assert spreads == pytest.approx([1, 1, 1e-3 / 0.05])
 
     def test_equal_metagradients(self, make_reward, call, log):
         with pytest.warns(UserWarning, match="All metagradients of this generation batch are equal"):

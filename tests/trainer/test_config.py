@@ -64,7 +64,7 @@ class TestDefaults:
     def test_recipe(self, make_config):
         config = make_config()
         assert config.reward == "metagradient"
-        assert config.scale_rewards == "batch"
+        assert config.scale_rewards == "none"
         assert config.target_adam_epsilon_root == "auto"
         assert config.target_batch_size is None
         recipe = TargetTrainingArguments(adam_epsilon_root="auto", batch_size=8, max_length=7, disable_tqdm=True)

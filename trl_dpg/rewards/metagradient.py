@@ -20,6 +20,9 @@ from ..metagradients.parallel import failing_together
 from ..target import load_target_model, load_target_tokenizer
 
 
+STD_FLOOR = 0.05  # of the largest standard deviation so far
+
+
 class MetagradientReward:
     r"""
     Reward of a completion: how much training the target on it improves the metric.
@@ -27,9 +30,11 @@ class MetagradientReward:
     Fine-tunes the target, from its original weights, on the completions of the whole generation batch, over all
     processes, and returns each completion's metagradient (see [`~trl_dpg.metagradients.compute_metagradients`]),
     standardized over the batch to mean 0 and standard deviation 1: raw ones, of the order of 1e-9 to 1e-4, would drown in
-    the 1e-4 that TRL adds to a standard deviation. Scaling is the same for every prompt, so groups stay comparable; with
-    `scale_rewards="batch"` or `"none"` in [`~trl.GRPOConfig`] they do so in the advantages too. The raw values go into
-    the logs and, as column `metagradient_raw`, into the completions table.
+    the 1e-4 that TRL adds to a standard deviation. Where the deviation falls below 5 % of the largest so far, as it does
+    once the goal is reached, it is no longer divided out: what is left is noise, and a generator that is driven by noise
+    at full strength unlearns. Scaling is the same for every prompt, so groups stay comparable. With
+    `scale_rewards="none"` in [`~trl.GRPOConfig`] all of this holds for the advantages too. The raw values go into the
+    logs and, as column `metagradient_raw`, into the completions table.
 
     Rules for what cannot be scored:
 
@@ -89,6 +94,7 @@ class MetagradientReward:
         self.args = args or TargetTrainingArguments(adam_epsilon_root="auto")
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
+        self.largest_std = 0.0
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
 
         # What cannot be trained or measured is refused here rather than after the first generation.
@@ -115,14 +121,15 @@ class MetagradientReward:
         return examples
 
     def state(self) -> dict[str, Any]:
-        """What was measured in the first call, for a checkpoint."""
-        state = {"adam_epsilon_root": self.args.adam_epsilon_root}
+        """What was measured so far, for a checkpoint."""
+        state = {"adam_epsilon_root": self.args.adam_epsilon_root, "largest_std": self.largest_std}
         if hasattr(self.metric, "state"):
             state["metric"] = self.metric.state()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what [`~MetagradientReward.state`] gave, where this run measures it too."""
+        self.largest_std = state["largest_std"]
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
         if hasattr(self.metric, "load_state"):
@@ -193,13 +200,15 @@ class MetagradientReward:
                 "`target_adam_epsilon_root`."
             )
         mean, std = raw[finite].mean(), raw[finite].std(correction=0)
+        self.largest_std = max(self.largest_std, std.item())
         if std == 0:
             warnings.warn(
                 "All metagradients of this generation batch are equal, so its rewards are zero and the generator learns "
                 "nothing from it. Are all completions the same? Raise `temperature` or lower `learning_rate`.",
                 stacklevel=2,
             )
-        rewards = torch.where(std > 0, (raw - mean) / std, 0.0)
+        scale = max(std.item(), STD_FLOOR * self.largest_std)
+        rewards = (raw - mean) / scale if std > 0 else torch.zeros_like(raw)
 
         first = sum(counts[: state.process_index])
         mine = slice(first, first + len(local))
