@@ -5,10 +5,12 @@ import re
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.objective import prepare_examples
 from trl_dpg.validation import validate
 
 
@@ -66,7 +68,7 @@ def test_every_argument_is_checked():
 @pytest.mark.parametrize("name", NUMBERS + WHOLE_NUMBERS)
 def test_number_as_text_names_the_cause(name):
     """YAML reads 1e-6 as text."""
-    with pytest.raises(ValueError, match="In YAML, write 1.0e-6"):
+    with pytest.raises(ValueError, match="in YAML, write 1.0e-6"):
         TargetTrainingArguments(**{name: "1e-6"})
 
 
@@ -122,7 +124,6 @@ BAD_EXAMPLES = {
     "many-labels": ([{**GOOD, "labels": [1] * 4}], r"`examples\[0\]\['labels'\]` has 4 entries for 3 `input_ids`"),
     "nested-labels": ([{**GOOD, "labels": [[1, 2, 3]]}], r"`examples\[0\]\['labels'\]` must be a flat list"),
     "fraction-labels": ([{**GOOD, "labels": [1.5, 2.0, 3.0]}], r"`examples\[0\]\['labels'\]` must be a flat list"),
-    "null-labels": ([{**GOOD, "labels": None}], r"`examples\[0\]\['labels'\]` must be a flat list"),
     "label-above": ([{**GOOD, "labels": [1, 2, VOCAB]}], rf"\['labels'\]` holds {VOCAB}.*below {VOCAB}, or -100"),
     "label-below": ([{**GOOD, "labels": [1, 2, -1]}], rf"\['labels'\]` holds -1.*below {VOCAB}, or -100"),
     "weight-nan": (
@@ -134,7 +135,6 @@ BAD_EXAMPLES = {
         [{**GOOD, "weight": "a lot"}],
         r"`examples\[0\]\['weight'\]` must be a finite number, got 'a lot'",
     ),
-    "weight-null": ([{**GOOD, "weight": None}], r"`examples\[0\]\['weight'\]` must be a finite number, got None"),
     "weight-vector": ([{**GOOD, "weight": [1.0, 2.0]}], r"`examples\[0\]\['weight'\]` must be a finite number"),
     "too-long": (
         [{"input_ids": [1] * 17}],
@@ -408,3 +408,12 @@ def test_nothing_to_learn_at_all(recipe, loss_normalization):
     decay = 1 - args.learning_rate * args.weight_decay
     assert out.metric_after == pytest.approx(decay**2 * out.metric_before, rel=1e-12)
     assert validate(gpt2(), UNLEARNABLE, metric, args)["metric"] == pytest.approx(out.metric_after, rel=1e-12)
+
+
+def test_missing_fields_of_a_dataset_are_defaults():
+    """A `datasets.Dataset` fills up what some rows lack with None."""
+    rows = [{**GOOD, "labels": [-100, *GOOD["input_ids"][1:]], "weight": 2.0}, GOOD]
+    dataset = Dataset.from_list(rows)
+    assert dataset[1]["weight"] is None
+    prepared = prepare_examples(dataset, max_length=16, vocab_size=VOCAB)
+    assert prepared == prepare_examples(rows, max_length=16, vocab_size=VOCAB)
