@@ -11,6 +11,7 @@ from .metagradients.model import (
     TargetModel,
     check_positions,
     decayed_parameters,
+    make_deterministic,
     restored,
     trainable_parameters,
     vocab_size,
@@ -55,7 +56,7 @@ def validate(
         optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
     with restored(model, params), torch.enable_grad():
-        model.eval()  # as in the reward: no dropout
+        make_deterministic(model)  # as in the reward
         if hasattr(metric, "setup"):
             metric.setup(model)
         with torch.no_grad():

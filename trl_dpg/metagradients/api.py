@@ -17,7 +17,15 @@ from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
 from .curvature import example_derivatives, gradient, hessian_vector_product, twice_differentiable_attention
-from .model import TargetModel, check_positions, decayed_parameters, restored, trainable_parameters, vocab_size
+from .model import (
+    TargetModel,
+    check_positions,
+    decayed_parameters,
+    make_deterministic,
+    restored,
+    trainable_parameters,
+    vocab_size,
+)
 from .objective import micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
 from .parallel import failing_together, sum_over_processes
@@ -140,7 +148,7 @@ def compute_metagradients(
         return micro_batches(prepared, batches[step], args, device, dtype, *process)
 
     with restored(model, params), torch.enable_grad(), _progress(args, accelerator, 2 * num_steps) as progress:
-        model.eval()  # no dropout: the run must be a deterministic function of the weights
+        make_deterministic(model)
         with failing_together(accelerator):
             if hasattr(metric, "setup"):
                 metric.setup(model)

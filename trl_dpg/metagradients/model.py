@@ -70,6 +70,18 @@ def decayed_parameters(
     return [p for name, p in model.named_parameters() if name in names and p.requires_grad]
 
 
+def make_deterministic(model: TargetModel) -> None:
+    """
+    Turns dropout off, as in evaluation.
+
+    bitsandbytes layers stay in training mode: out of it they use kernels on the CPU that have no derivative.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+
+
 @contextmanager
 def restored(model: TargetModel, params: list[nn.Parameter]) -> Iterator[None]:
     """Puts parameters, their `.grad`, buffers, train/eval mode and the random state back on leaving."""
