@@ -16,6 +16,7 @@ from pathlib import Path
 
 import resources
 from datasets import DatasetDict, load_dataset
+from transformers import TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
@@ -127,9 +128,21 @@ def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> 
     return summary, "\n".join(lines)
 
 
+class ValidateFirst(TrainerCallback):
+    """Validates the untrained generator as `train` begins: what shards it has put it in place only then."""
+
+    def __init__(self, trainer: DatasetPolicyGradientTrainer, draws: int):
+        self.trainer, self.draws = trainer, draws
+        self.results: list[dict[str, float]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.results = [self.trainer.evaluate() for _ in range(self.draws)]
+
+
 def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig, model_args: ModelConfig) -> None:
-    generator = resolve_model(model_args.model_name_or_path, script_args, training_args)
-    target = resolve_model(script_args.target_model_name_or_path, script_args, training_args)
+    with training_args.main_process_first(desc="models that are built here"):
+        generator = resolve_model(model_args.model_name_or_path, script_args, training_args)
+        target = resolve_model(script_args.target_model_name_or_path, script_args, training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -150,7 +163,8 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     )
 
     start_time = time.perf_counter()
-    before = [trainer.evaluate() for _ in range(script_args.validation_draws)]
+    before = ValidateFirst(trainer, script_args.validation_draws)
+    trainer.add_callback(before)
     trainer.train()
     trainer.save_model()
     after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
@@ -160,7 +174,7 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
 
     results_dir = Path(script_args.results_dir or training_args.output_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
-    summary, table = summarize(before, after)
+    summary, table = summarize(before.results, after)
     paths = [
         results_dir / "results.json",
         results_dir / "results.md",
@@ -171,9 +185,8 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n"
     )
     paths[1].write_text(table + "\n")
-    log = [{"step": 0, **row} for row in before] + trainer.state.log_history  # `train` starts the history anew
-    paths[2].write_text("".join(json.dumps(row) + "\n" for row in log))
-    plot_learning_curve(log, paths[3], readout)
+    paths[2].write_text("".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+    plot_learning_curve(trainer.state.log_history, paths[3], readout)
     if isinstance(metric, LMHeadPattern):
         paths.append(results_dir / "pattern.png")
         plot_pattern(metric.decoded, metric.pattern, paths[-1])

@@ -79,8 +79,19 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             Seed of that shuffle; the global step is added to it.
         target_loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
             `"batch_tokens"`, `"example"` or `"max_length"`.
+        target_bf16 (`bool`, *optional*, defaults to `False`):
+            Whether the target runs under bfloat16 autocast; its metagradients are then several per cent or more off.
+        target_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Whether the target's activations are computed again in the backward pass.
         target_curvature (`str`, *optional*, defaults to `"exact"`):
-            How Hessian-vector products are computed; `"exact"` is double backward.
+            How Hessian-vector products are computed: `"exact"` (double backward) or `"central_difference"` (cheaper, in
+            the memory of ordinary training, to about three digits).
+        target_curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
+            Largest estimated relative error of a central difference; a step with a larger one is repeated exactly.
+        target_tape (`str`, *optional*, defaults to `"auto"`):
+            Where the gradients of the target's K steps are kept: `"device"`, `"host"`, `"disk"`, or the first with room.
+        target_tape_dir (`str`, *optional*):
+            Directory of the tape on disk. The system's directory for temporary files if `None`.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
@@ -146,7 +157,25 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_loss_normalization: str = field(
         default="batch_tokens", metadata={"help": "`'batch_tokens'`, `'example'` or `'max_length'`."}
     )
-    target_curvature: str = field(default="exact", metadata={"help": "How Hessian-vector products are computed."})
+    target_bf16: bool = field(
+        default=False, metadata={"help": "Whether the target runs under bfloat16 autocast, which costs accuracy."}
+    )
+    target_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether the target's activations are computed again in the backward pass."}
+    )
+    target_curvature: str = field(
+        default="exact",
+        metadata={"help": "How Hessian-vector products are computed: `'exact'` or `'central_difference'`."},
+    )
+    target_curvature_tolerance: float = field(
+        default=1e-2,
+        metadata={"help": "Largest estimated error of a central difference that is not repeated exactly."},
+    )
+    target_tape: str = field(
+        default="auto",
+        metadata={"help": "Where the target's gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`."},
+    )
+    target_tape_dir: str | None = field(default=None, metadata={"help": "Directory of the tape on disk."})
 
     def __post_init__(self):
         if self.reward != "metagradient":

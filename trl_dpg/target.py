@@ -1,11 +1,16 @@
 """Loading and preparing the target model."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from .metagradients.model import TargetModel
 
@@ -34,16 +39,66 @@ def load_target_model(
             Keyword arguments of `from_pretrained`. `dtype` is float32 unless given.
 
     Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all of its weights on this process, see
+        [`whole_weights`].
+
+    Raises:
+        [`ValueError`]: If a model was passed whose weights are not all on this process.
     """
-    if isinstance(model, str):
-        model_init_kwargs.setdefault("dtype", torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)
-    if untie_head:
-        untie_lm_head(model)
-    if peft_config is not None:
-        model = get_peft_model(model, peft_config)
+    with whole_weights():
+        if isinstance(model, str):
+            model_init_kwargs.setdefault("dtype", torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)
+        _check_whole(model)
+        if untie_head:
+            untie_lm_head(model)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
     return model
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """
+    Lets `from_pretrained` load all weights on every process, whatever the generator is trained with.
+
+    Once a configuration is made, Transformers takes every model that it loads for one that Accelerate will prepare. With
+    DeepSpeed ZeRO-3 each process then gets a part of the weights, with FSDP's `cpu_ram_efficient_loading` only the first
+    process of a machine is sure to get them. The target is never prepared.
+
+    Example:
+
+    ```python
+    from transformers import AutoModelForCausalLM
+    from trl_dpg.target import whole_weights
+
+    with whole_weights():
+        target_model = AutoModelForCausalLM.from_pretrained("openai-community/gpt2", dtype="float32")
+    ```
+    """
+    zero3 = hf_deepspeed._hf_deepspeed_config_weak_ref
+    efficient_loading = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    hf_deepspeed.unset_hf_deepspeed_config()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = zero3
+        if efficient_loading is None:
+            del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+        else:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient_loading
+
+
+def _check_whole(model: TargetModel) -> None:
+    for name, param in model.named_parameters():
+        # `ds_id` is how DeepSpeed marks what it has partitioned
+        if param.is_meta or isinstance(param, DTensor) or hasattr(param, "ds_id"):
+            where = "on the meta device" if param.is_meta else "sharded over processes"
+            raise ValueError(
+                f"`target_model` must have all of its weights on every process, but {name!r} is {where}. Pass the target by "
+                "name, or load it inside `with trl_dpg.target.whole_weights():`."
+            )
 
 
 def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -9,14 +9,16 @@ from .metagradients.api import Metric
 from .metagradients.arguments import TargetTrainingArguments
 from .metagradients.model import (
     TargetModel,
+    check_model,
     check_positions,
     decayed_parameters,
     make_deterministic,
     restored,
+    restored_parameters,
     trainable_parameters,
     vocab_size,
 )
-from .metagradients.objective import example_losses, micro_batches, prepare_examples
+from .metagradients.objective import ExampleLosses, micro_batches, prepare_examples
 
 
 def validate(
@@ -42,6 +44,7 @@ def validate(
         `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over
         steps), `target_steps` (K) and the metric's read-outs.
     """
+    check_model(model)
     params = trainable_parameters(model)
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
@@ -55,7 +58,7 @@ def validate(
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
-    with restored(model, params), torch.enable_grad():
+    with restored(model), restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
         if hasattr(metric, "setup"):
             metric.setup(model)
@@ -63,12 +66,13 @@ def validate(
             before = float(metric(model))
         for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
             param.grad = torch.zeros_like(param)
+        example_losses = ExampleLosses(model, args.bf16)
         losses = []
         schedule = args.learning_rates(len(prepared))
         for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
             loss = 0.0
             for micro_batch in micro_batches(prepared, batch, args, params[0].device, params[0].dtype):
-                value = torch.dot(example_losses(model, micro_batch), micro_batch.weights)
+                value = torch.dot(example_losses(micro_batch), micro_batch.weights)
                 value.backward()
                 loss += value.item()
             losses.append(loss)

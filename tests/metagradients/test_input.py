@@ -37,10 +37,10 @@ def metric(model):
 # Arguments
 
 NUMBERS = ["learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_epsilon_root"]
-NUMBERS += ["warmup_steps", "max_grad_norm"]
+NUMBERS += ["warmup_steps", "max_grad_norm", "curvature_tolerance"]
 WHOLE_NUMBERS = ["num_train_epochs", "batch_size", "micro_batch_size", "max_length", "seed"]
-CHOICES = ["optim", "lr_scheduler_type", "loss_normalization", "curvature"]
-SWITCHES = ["weight_decay_on_norm_and_bias", "shuffle"]
+CHOICES = ["optim", "lr_scheduler_type", "loss_normalization", "curvature", "tape"]
+SWITCHES = ["weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing"]
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, "1e-6", "", [1], -1]
 
 BAD_ARGUMENTS = [(name, value) for name in NUMBERS + WHOLE_NUMBERS for value in NOT_NUMBERS]
@@ -51,6 +51,7 @@ BAD_ARGUMENTS += [(name, 0) for name in WHOLE_NUMBERS if name != "seed"]
 BAD_ARGUMENTS += [("max_length", 1), ("seed", 2**64)]
 BAD_ARGUMENTS += [(name, value) for name in CHOICES for value in ("nonsense", "", None, 1, math.nan, True, ["adamw"])]
 BAD_ARGUMENTS += [(name, value) for name in SWITCHES for value in ("false", 0, 1, None, math.nan)]
+BAD_ARGUMENTS += [("tape_dir", value) for value in ("no/such/directory", "", 1, ["/tmp"], __file__)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS)
@@ -305,7 +306,7 @@ def test_diverging_loss():
     model = gpt2()
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match="the loss or the gradient of step 1.*Lower `learning_rate`"):
+    with pytest.raises(FloatingPointError, match="the loss of step 1.*Lower `learning_rate`"):
         compute_metagradients(model, [GOOD], lambda m: m.transformer.wte.weight.sum())
 
 

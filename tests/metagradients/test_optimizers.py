@@ -1,4 +1,4 @@
-"""Updates against `torch.optim`, adjoints against autograd, and the tape against naively stored states."""
+"""Updates against `torch.optim`, adjoints against autograd."""
 
 import math
 
@@ -15,16 +15,21 @@ from trl_dpg.metagradients.optimizers import (
     sgd_adjoint,
     sgd_update_,
 )
-from trl_dpg.metagradients.trajectory import Tape
 
 
 SHAPES = [(3, 4), (5,), (2, 1, 2)]
+SIZE, DECAYED = 11, 6  # of flat tensors
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 
 
 def tensors(seed, scale=1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return [scale * torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+
+
+def flat_tensor(seed, scale=1.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(SIZE, generator=generator, dtype=dtype)
 
 
 def hyperparameters(step, learning_rate=0.1, weight_decay=0.3, epsilon=EPSILON, epsilon_root=0.0):
@@ -59,30 +64,30 @@ def reference_clip(grads, max_norm):
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 def test_update_is_that_of_torch(optim, max_grad_norm):
-    """Five steps at changing learning rates, one parameter without weight decay, gradients of changing scale."""
-    decays = [0.3, 0.0, 0.3]
+    """Five steps at changing learning rates, some elements without weight decay, gradients of changing scale."""
     rates = [0.01, 0.1, 0.1, 0.05, 0.02]
-    theirs = [torch.nn.Parameter(p) for p in tensors(0)]
-    groups = [{"params": [p], "weight_decay": w} for p, w in zip(theirs, decays, strict=True)]
+    values = flat_tensor(0)
+    theirs = [torch.nn.Parameter(part.clone()) for part in values.split([DECAYED, SIZE - DECAYED])]
+    groups = [{"params": [p], "weight_decay": w} for p, w in zip(theirs, [0.3, 0.0], strict=True)]
     if optim == "adamw":
         stock = torch.optim.AdamW(groups, lr=1.0, betas=(BETA1, BETA2), eps=EPSILON)
     else:
         stock = torch.optim.SGD(groups, lr=1.0)
-    table = [[hyperparameters(step + 1, lr, w) for w in decays] for step, lr in enumerate(rates)]
-    ours = Optimizer(optim, table, max_grad_norm)
-    params = tensors(0)
-    moments = ours.initial_moments(params)
+    table = [hyperparameters(step + 1, lr) for step, lr in enumerate(rates)]
+    ours = Optimizer(optim, table, DECAYED, max_grad_norm)
+    moments = ours.initial_moments(values)
     for step, lr in enumerate(rates):
-        grads = tensors(step + 1, scale=10.0 ** (step - 3))
-        for param, grad in zip(theirs, grads, strict=True):
-            param.grad = grad.clone()
+        grad = flat_tensor(step + 1, scale=10.0 ** (step - 3))
+        for param, part in zip(theirs, grad.split([DECAYED, SIZE - DECAYED]), strict=True):
+            param.grad = part.clone()
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
         for group in stock.param_groups:
             group["lr"] = lr
         stock.step()
-        ours.update_(step, params, moments, grads)
-        assert relative_error(params, theirs) < 1e-12
+        ours.measure(grad)
+        ours.update_(step, values, moments, grad)
+        assert relative_error([values], [torch.cat([p.detach() for p in theirs])]) < 1e-12
 
 
 @pytest.mark.parametrize("epsilon_root", [1e-9, 1e-4, 1.0])
@@ -153,78 +158,81 @@ def test_adamw_adjoint_where_no_gradient_ever_was():
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])
 def test_clip_adjoint(max_norm):
-    """Against autograd through the global norm of all tensors."""
-    grads = [g.requires_grad_() for g in tensors(0)]
-    cotangents = tensors(1)
-    expected = torch.autograd.grad(reference_clip(grads, max_norm), grads, cotangents)
-    actual = [c.clone() for c in cotangents]
-    clip_adjoint_(actual, [g.detach() for g in grads], max_norm)
-    assert relative_error(actual, expected) < 1e-10
-    assert (relative_error(actual, cotangents) > 0.1) == (max_norm == 0.5)
+    """Against autograd through the global norm."""
+    grad, cotangent = flat_tensor(0).requires_grad_(), flat_tensor(1)
+    (expected,) = torch.autograd.grad(reference_clip([grad], max_norm), grad, cotangent)
+    actual, grad = cotangent.clone(), grad.detach()
+    clip_adjoint_(actual, grad, torch.dot(cotangent, grad).item(), grad.norm().item(), max_norm)
+    assert relative_error([actual], [expected]) < 1e-10
+    assert (relative_error([actual], [cotangent]) > 0.1) == (max_norm == 0.5)
 
 
 @pytest.mark.parametrize("max_norm", [1e-8, 1.0])
 def test_clip_adjoint_of_a_zero_gradient(max_norm):
     """Around a gradient of zero clipping multiplies by min(1, M / 1e-6)."""
-    cotangents = tensors(1)
-    actual = [c.clone() for c in cotangents]
-    clip_adjoint_(actual, tensors(0, scale=0.0), max_norm)
-    expected = [c * min(1.0, max_norm / 1e-6) for c in cotangents]
-    assert relative_error(actual, expected) < 1e-12
+    cotangent = flat_tensor(1)
+    actual = cotangent.clone()
+    clip_adjoint_(actual, torch.zeros(SIZE), 0.0, 0.0, max_norm)
+    assert relative_error([actual], [cotangent * min(1.0, max_norm / 1e-6)]) < 1e-12
+
+
+@pytest.fixture(params=[None, 3], ids=["whole", "chunks of 3"])
+def chunk(request, monkeypatch):
+    if request.param is not None:
+        monkeypatch.setattr(Optimizer, "CHUNK", {"cpu": request.param})
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
-def test_optimizer_adjoint(optim, max_grad_norm):
+def test_optimizer_adjoint(optim, max_grad_norm, chunk):
     """The adjoint of a whole step, the last of three, against autograd: every input from every output."""
-    decays = [0.3, 0.0, 0.1]
-    table = [[hyperparameters(step, 0.1 / step, w, epsilon_root=1e-3) for w in decays] for step in (1, 2, 3)]
-    optimizer = Optimizer(optim, table, max_grad_norm)
-    params = tensors(0)
-    moments = optimizer.initial_moments(params)
+    table = [hyperparameters(step, 0.1 / step, 0.3, epsilon_root=1e-3) for step in (1, 2, 3)]
+    decay = 0.3 * (torch.arange(SIZE) < DECAYED).double()
+    optimizer = Optimizer(optim, table, DECAYED, max_grad_norm)
+    values, moments = flat_tensor(0), optimizer.initial_moments(flat_tensor(0))
     for step in (0, 1):
-        optimizer.update_(step, params, moments, tensors(10 + step))
-    params = [p.requires_grad_() for p in params]
-    firsts = [m.first.requires_grad_() for m in moments]
-    seconds = [m.second.requires_grad_() for m in moments]
-    grads = [g.requires_grad_() for g in tensors(12)]
-    cotangents, moment_cotangents = tensors(20), [Moments(*c) for c in zip(tensors(21), tensors(22), strict=True)]
-
-    clipped = reference_clip(grads, max_grad_norm)
+        optimizer.measure(flat_tensor(10 + step))
+        optimizer.update_(step, values, moments, flat_tensor(10 + step))
+    values, grad = values.requires_grad_(), flat_tensor(12).requires_grad_()
+    cotangents = [flat_tensor(seed) for seed in (20, 21, 22)]
+    (clipped,) = reference_clip([grad], max_grad_norm)
+    hp = table[2]._replace(weight_decay=decay)
     if optim == "sgd":
-        outputs = [reference_sgd(p, g, hp) for p, g, hp in zip(params, clipped, table[2], strict=True)]
-        inputs, output_cotangents, moment_cotangents = [*grads, *params], cotangents, []
+        outputs, inputs, cotangents = [reference_sgd(values, clipped, hp)], [grad, values], cotangents[:1]
     else:
-        steps = zip(params, firsts, seconds, clipped, table[2], strict=True)
-        outputs = [output for inputs in steps for output in reference_adamw(*inputs)]
-        output_cotangents = [t for c, m in zip(cotangents, moment_cotangents, strict=True) for t in (c, *m)]
-        inputs = [*grads, *params, *firsts, *seconds]
-    expected = torch.autograd.grad(outputs, inputs, output_cotangents)
+        inputs = [grad, values, *(m.requires_grad_() for m in moments)]
+        outputs = reference_adamw(values, *moments, clipped, hp)
+    expected = torch.autograd.grad(outputs, inputs, cotangents)
 
-    detached = [g.detach() for g in grads]
-    after = [Moments(m.first.detach().clone(), m.second.detach().clone()) for m in moments]
-    optimizer.update_(2, [p.detach().clone() for p in params], after, detached)
-    of_grads, of_params, of_moments = optimizer.adjoint(2, cotangents, moment_cotangents, detached, after)
-    actual = [*of_grads, *of_params, *(m.first for m in of_moments), *(m.second for m in of_moments)]
-    assert relative_error(actual, expected) < 1e-10
+    grad = grad.detach()
+    optimizer.measure(grad)
+    moment_cotangents = Moments(*cotangents[1:]) if optim == "adamw" else None
+    before = Moments(*(m.detach().clone() for m in moments)) if optim == "adamw" else None
+    of_grad, inner = optimizer.adjoint_(2, cotangents[0], moment_cotangents, grad.clone(), before)
+    assert relative_error([of_grad, cotangents[0], *(moment_cotangents or ())], expected) < 1e-10
+    assert inner == pytest.approx(torch.dot(of_grad, grad).item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("num_steps", range(1, 11))
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
-def test_tape_replays_to_the_last_bit(optim, num_steps):
-    """States and gradients of every step, walked backwards, equal those copied on the way."""
-    table = [[hyperparameters(k + 1, 0.1 / (k + 1), epsilon_root=1e-6) for _ in SHAPES] for k in range(num_steps)]
-    optimizer = Optimizer(optim, table, max_grad_norm=2.0)
-    tape = Tape(optimizer, num_steps)
-    params = tensors(0, dtype=torch.float32)
-    moments = optimizer.initial_moments(params)
-    naive = []
-    for step in range(num_steps):
-        grads = tensors(step + 1, dtype=torch.float32)
-        naive.append([t.clone() for t in (*params, *(t for m in moments for t in m), *grads)])
-        tape.record(params, moments, grads)
-        optimizer.update_(step, params, moments, grads)
-    for expected in reversed(naive):
-        state, saved_moments, grads = tape.rewind()
-        actual = [*state, *(t for m in saved_moments for t in m), *grads]
-        assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
+def test_shards(optim, max_grad_norm):
+    """Updates and adjoints of two parts are those of the whole."""
+    optimizer = Optimizer(optim, [hyperparameters(1, epsilon_root=1e-3)], DECAYED, max_grad_norm)
+    optimizer.measure(flat_tensor(1))
+
+    def step(optimizer, part, total=float):
+        values, grad, cotangent = (flat_tensor(seed)[part].clone() for seed in (0, 1, 2))
+        moments, moment_cotangents = (optimizer.initial_moments(values) for _ in range(2))
+        optimizer.update_(0, values, moments, grad)
+        of_grad, inner = optimizer.adjoint_(
+            0, cotangent, moment_cotangents, grad, optimizer.initial_moments(values), total
+        )
+        return [values, cotangent, of_grad, *(moments or ()), *(moment_cotangents or ())], inner
+
+    inners = []
+    whole, inner = step(optimizer, slice(None), lambda x: inners.append(x) or x)
+    parts = [step(optimizer.shard(*bounds), slice(*bounds), lambda x: inners[0]) for bounds in ((0, 4), (4, SIZE))]
+    joined = [torch.cat(pair) for pair in zip(*(tensors for tensors, _ in parts), strict=True)]
+    for actual, expected in zip(joined, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert sum(inner for _, inner in parts) == pytest.approx(inner, rel=1e-10)

@@ -12,13 +12,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.curvature import (
-    example_derivatives,
-    gradient,
-    hessian_vector_product,
-    twice_differentiable_attention,
-)
-from trl_dpg.metagradients.objective import micro_batches, prepare_examples
+from trl_dpg.metagradients.curvature import Exact, gradient
+from trl_dpg.metagradients.flat import FlatParameters
+from trl_dpg.metagradients.objective import ExampleLosses, micro_batches, prepare_examples
+from trl_dpg.metagradients.parallel import Processes
 from trl_dpg.validation import validate
 
 
@@ -182,11 +179,11 @@ def test_state_after_a_failing_metric(function, phase):
 
 @pytest.mark.parametrize(
     ("function", "fail_at"),
-    [(compute_metagradients, n) for n in range(1, 9)] + [(validate, n) for n in range(1, 5)],
+    [(compute_metagradients, n) for n in range(1, 10)] + [(validate, n) for n in range(1, 5)],
     ids=lambda value: value if isinstance(value, int) else value.__name__,
 )
 def test_state_after_a_failing_forward_pass(function, fail_at):
-    """Any of the forward passes: K = 4 of training, then 4 of the adjoint, the last of which is the first step's."""
+    """Any of the forward passes: one that measures memory, K = 4 of training, 4 of the adjoint, the first step's last."""
     model = prepared_model()
     calls = train_forwards(model, fail_at)
     before = snapshot(model)
@@ -253,11 +250,12 @@ def test_attention_implementations_agree(fields, custom_attention):
     }
     assert relative_error(results["sdpa"], results["eager"]) < 1e-6
     assert relative_error(results["custom"], results["eager"]) < 1e-6
-    # one layer: once in each training step, never in the adjoint
-    assert len(custom_attention) == fields.get("num_train_epochs", 1) * 6 // fields["batch_size"]
+    # one layer: once in each training step and once to measure memory, never in the adjoint
+    steps = fields.get("num_train_epochs", 1) * 6 // fields["batch_size"]
+    assert len(custom_attention) == steps + (steps > 1)
 
 
-@pytest.mark.parametrize("fail_at", [None, 5, 8])
+@pytest.mark.parametrize("fail_at", [None, 6, 9])
 def test_attention_implementation_is_put_back(fail_at, custom_attention):
     model = prepared_model()
     model.set_attn_implementation("custom")
@@ -296,19 +294,25 @@ def test_micro_batches(fields, loss_normalization):
 def test_derivatives_over_micro_batches(size):
     """Gradient, Hessian-vector product and metagradients of a batch, before any rounding to float32."""
     model = gpt2().eval()
-    params, examples = list(model.parameters()), prepare_examples(make_examples(), 16, VOCAB)
-    vector = [torch.ones_like(p) for p in params]
+    losses, processes, examples = (
+        ExampleLosses(model, False),
+        Processes(None),
+        prepare_examples(make_examples(), 16, VOCAB),
+    )
     results = []
-    for micro_batch_size in (None, size):
-        args = TargetTrainingArguments(micro_batch_size=micro_batch_size)
-        batches = micro_batches(examples, list(range(6)), args, torch.device("cpu"), torch.float64)
-        double_backward, forward_mode = torch.zeros(2, 6, dtype=torch.float64)
-        with twice_differentiable_attention(model):
-            product = hessian_vector_product(model, params, batches, vector, double_backward)
-            example_derivatives(model, params, batches, vector, forward_mode)
-        assert relative_error(forward_mode, double_backward) < 1e-12
-        derivatives = [*gradient(model, params, batches)[1], *product, double_backward]
-        results.append(torch.cat([t.flatten() for t in derivatives]))
+    with FlatParameters(list(model.parameters()), []) as flat:
+        vector = torch.ones_like(flat.values)
+        for micro_batch_size in (None, size):
+            args = TargetTrainingArguments(micro_batch_size=micro_batch_size)
+            batches = micro_batches(examples, list(range(6)), args, torch.device("cpu"), torch.float64)
+            values, double_backward, forward_mode = torch.zeros(3, 6, dtype=torch.float64)
+            grad = flat.accumulate_into()
+            gradient(losses, flat, batches, values)
+            exact = Exact(losses, flat, processes)
+            product = exact(batches, vector, 0.0, values, double_backward, product_needed=True)
+            assert exact(batches, vector, 0.0, values, forward_mode, product_needed=False) is None
+            assert relative_error(forward_mode, double_backward) < 1e-12
+            results.append(torch.cat([grad[: flat.size], product, double_backward, values]))
     assert relative_error(results[1], results[0]) < 1e-12
 
 

@@ -46,6 +46,11 @@ OUT_OF_RANGE = [
     ("target_seed", -1),
     ("target_loss_normalization", "tokens"),
     ("target_curvature", "approximate"),
+    ("target_curvature_tolerance", -1.0),
+    ("target_bf16", "yes"),
+    ("target_gradient_checkpointing", 1),
+    ("target_tape", "cloud"),
+    ("target_tape_dir", "no/such/directory"),
 ]
 
 
@@ -93,11 +98,17 @@ class TestDefaults:
             "target_shuffle": False,
             "target_seed": 7,
             "target_loss_normalization": "example",
+            "target_gradient_checkpointing": True,
+            "target_curvature": "central_difference",
+            "target_curvature_tolerance": 0.5,
+            "target_tape": "disk",
+            "target_tape_dir": "tests",
         }
         recipe = make_config(**values).target_training_arguments()
         for name, value in values.items():
             assert getattr(recipe, RECIPE[name]) == value
-        assert set(RECIPE) - set(values) == {"target_curvature"}
+        assert set(RECIPE) - set(values) == {"target_bf16"}  # not with central differences
+        assert make_config(target_bf16=True).target_training_arguments().bf16
 
     @pytest.mark.parametrize(
         ("config", "size"),

@@ -5,32 +5,41 @@ Metagradients: how much a metric of the fine-tuned model would rise if an exampl
 (https://huggingface.co/papers/2604.08423), top to bottom: train forwards, differentiate the metric, walk backwards.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
-from .curvature import example_derivatives, gradient, hessian_vector_product, twice_differentiable_attention
+from .curvature import CentralDifference, Exact, gradient
+from .flat import FlatParameters
+from .memory import MemoryPlan, plan_memory
 from .model import (
     TargetModel,
+    check_model,
     check_positions,
+    checkpointed,
     decayed_parameters,
     make_deterministic,
     restored,
     trainable_parameters,
     vocab_size,
 )
-from .objective import micro_batches, prepare_examples
+from .objective import ExampleLosses, MicroBatch, micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
-from .parallel import failing_together, sum_over_processes
+from .parallel import Processes
+from .storage import open_storage
 from .trajectory import Tape
 
+
+logger = logging.getLogger(__name__)
 
 Metric = Callable[[Any], Tensor]
 
@@ -54,6 +63,12 @@ class MetagradientOutput:
             Training loss of each step.
         readouts (`dict[str, float]`):
             What the metric's `readouts` returned on the fine-tuned model; empty without one.
+        plan ([`~trl_dpg.metagradients.memory.MemoryPlan`]):
+            Predicted memory, and where the tape was; `None` for a run of one step, which needs no tape.
+        curvature_errors (`list[float]`):
+            Estimated relative error of each step's central difference; empty with `curvature="exact"`.
+        num_exact_fallbacks (`int`):
+            Steps whose estimate was above `curvature_tolerance`, so that they were repeated exactly.
     """
 
     metagradients: Tensor
@@ -62,6 +77,9 @@ class MetagradientOutput:
     adam_epsilon_root: float
     losses: list[float] = field(default_factory=list)
     readouts: dict[str, float] = field(default_factory=dict)
+    plan: MemoryPlan | None = None
+    curvature_errors: list[float] = field(default_factory=list)
+    num_exact_fallbacks: int = 0
 
 
 def compute_metagradients(
@@ -131,115 +149,217 @@ def compute_metagradients(
     if args.optim == "adamw" and args.adam_epsilon_root == 0:
         warnings.warn(
             "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`: its update has no derivative where a gradient is zero and "
-            'a huge one close by, so metagradients are ill-conditioned. Set `adam_epsilon_root` to 1e-9 or `"auto"`.',
+            'a huge one close by, so metagradients are ill-conditioned. Set `adam_epsilon_root` to `"auto"`, or to 1e-9.',
             stacklevel=2,
         )
-    with failing_together(accelerator):
-        params = trainable_parameters(model)
-        prepared = prepare_examples(examples, args.max_length, vocab_size(model))
-        check_positions(model, max(len(e.input_ids) for e in prepared))
-
-    process = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    device, dtype = params[0].device, params[0].dtype
-    num_steps = args.num_steps(len(prepared))
-    batches = list(args.batches(len(prepared)))
-
-    def local_batches(step):
-        return micro_batches(prepared, batches[step], args, device, dtype, *process)
-
-    with restored(model, params), torch.enable_grad(), _progress(args, accelerator, 2 * num_steps) as progress:
-        make_deterministic(model)
-        with failing_together(accelerator):
-            if hasattr(metric, "setup"):
-                metric.setup(model)
-            with torch.no_grad():
-                metric_before = _evaluate(metric, model).item()
-
-        # Forward sweep: fine-tune, keeping what the adjoint needs.
-        losses = []
-        for step in range(num_steps):
-            with failing_together(accelerator):
-                loss, grads = gradient(model, params, local_batches(step))
-            *grads, total = sum_over_processes([*grads, grads[0].new_tensor([loss])], accelerator)
-            losses.append(total.item())
-            _check_finite(f"the loss or the gradient of step {step + 1}", [total, *grads])
-            if step == 0:
-                epsilon_root = _epsilon_root(args, grads)
-                optimizer = _optimizer(model, params, args, epsilon_root, len(prepared))
-                moments = optimizer.initial_moments(params)
-                tape = Tape(optimizer, num_steps)
-            tape.record(params, moments, grads)
-            with torch.no_grad():
-                optimizer.update_(step, params, moments, grads)
-            progress.update()
+    with _Run(model, examples, metric, args, accelerator) as run:
+        run.train(keep_tape=True)
 
         # The metric of the fine-tuned model, and its gradient.
-        with failing_together(accelerator):
-            value, cotangents = _metric_gradient(metric, model, params)
+        flat, processes, optimizer = run.flat, run.processes, run.optimizer.shard(*run.shard)
+        with processes.failing_together():
+            value, cotangent = _metric_gradient(metric, model, flat)
             readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
+        cotangent = cotangent[slice(*run.shard)].clone()
+        moment_cotangents = optimizer.initial_moments(cotangent)
 
-        # Adjoint sweep: walk the run backwards.
-        metagradients = torch.zeros(len(prepared), dtype=torch.float64, device=device)
-        moment_cotangents = optimizer.initial_moments(params)
-        for step in reversed(range(num_steps)):
-            moments_after = moments
-            state, moments, grads = tape.rewind()
-            with torch.no_grad():
-                for param, saved in zip(params, state, strict=True):
-                    param.copy_(saved)
-                grad_cotangents, cotangents, moment_cotangents = optimizer.adjoint(
-                    step, cotangents, moment_cotangents, grads, moments_after
-                )
-            _check_finite(f"the cotangent of the gradient of step {step + 1}", grad_cotangents)
-            with failing_together(accelerator), twice_differentiable_attention(model):
-                local = local_batches(step)
-                if step == 0:  # nothing lies before: only the metagradients are needed
-                    example_derivatives(model, params, local, grad_cotangents, metagradients)
-                else:
-                    product = hessian_vector_product(model, params, local, grad_cotangents, metagradients)
-            if step > 0:
-                product = sum_over_processes(product, accelerator)
+        # Adjoint sweep: walk the run backwards. Each process does its share of the elementwise work.
+        exact = Exact(run.losses, flat, processes)
+        central = CentralDifference(exact, args.curvature_tolerance)
+        products = exact if args.curvature == "exact" else central
+        metagradients = torch.zeros(len(run.examples), dtype=torch.float64, device=flat.device)
+        for step in reversed(range(run.num_steps)):
+            state, moments, grad = run.tape.rewind()
+            grad_cotangent, inner = optimizer.adjoint_(
+                step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
+            )
+            del grad, moments
+            state, grad_cotangent = processes.gather(state, grad_cotangent)
+            _check_finite(f"the cotangent of the gradient of step {step + 1}", grad_cotangent)
+            flat.values.copy_(state)
+            del state
+            product = products(
+                run.local_batches(step),
+                grad_cotangent,
+                inner,
+                run.example_losses[step * args.num_train_epochs // run.num_steps],
+                metagradients,
+                step > 0,
+            )
+            if product is not None:  # nothing lies before the first step: only the metagradients are needed
                 _check_finite(f"the Hessian-vector product of step {step + 1}", product)
-                for cotangent, part in zip(cotangents, product, strict=True):
-                    cotangent.add_(part)
-            progress.update()
+                cotangent += product[slice(*run.shard)]
+            run.progress.update()
+        processes.sum_(metagradients)
 
-    (metagradients,) = sum_over_processes([metagradients], accelerator)
-    return MetagradientOutput(metagradients.float().cpu(), metric_before, value, epsilon_root, losses, readouts)
+    return MetagradientOutput(
+        metagradients.float().cpu(),
+        run.metric_before,
+        value,
+        run.epsilon_root,
+        run.training_losses,
+        readouts,
+        run.plan,
+        central.errors[::-1],
+        central.num_fallbacks,
+    )
 
 
-def _epsilon_root(args: TargetTrainingArguments, grads: list[Tensor]) -> float:
+def train_and_measure(
+    model: TargetModel,
+    examples: Sequence[Mapping[str, Any]],
+    metric: Metric,
+    args: TargetTrainingArguments | None = None,
+    accelerator: Accelerator | PartialState | None = None,
+) -> float:
+    """
+    The metric after the run that [`compute_metagradients`] differentiates, without its derivatives.
+
+    Takes the same arguments, and leaves the model as it was.
+    """
+    with _Run(model, examples, metric, args or TargetTrainingArguments(), accelerator) as run:
+        run.train(keep_tape=False)
+        with run.processes.failing_together(), torch.no_grad():
+            return _evaluate(metric, model).item()
+
+
+class _Run:
+    """One fine-tuning run: what it needs while it is open, and its forward sweep."""
+
+    def __init__(
+        self,
+        model: TargetModel,
+        examples: Sequence[Mapping[str, Any]],
+        metric: Metric,
+        args: TargetTrainingArguments,
+        accelerator: Accelerator | PartialState | None,
+    ):
+        self.model, self.metric, self.args = model, metric, args
+        self.processes = Processes(accelerator)
+        with self.processes.failing_together():
+            check_model(model)
+            self.params = trainable_parameters(model)
+            self.examples = prepare_examples(examples, args.max_length, vocab_size(model))
+            check_positions(model, max(len(e.input_ids) for e in self.examples))
+        self.epsilon_root: float
+        self.optimizer: Optimizer
+        self.num_steps = args.num_steps(len(self.examples))
+        self.batches = list(args.batches(len(self.examples)))
+
+    def __enter__(self) -> "_Run":
+        with ExitStack() as stack:
+            stack.enter_context(restored(self.model))
+            stack.enter_context(torch.enable_grad())
+            make_deterministic(self.model)
+            with self.processes.failing_together():
+                stack.enter_context(checkpointed(self.model, self.args.gradient_checkpointing))
+                if hasattr(self.metric, "setup"):
+                    self.metric.setup(self.model)
+                with torch.no_grad():
+                    self.metric_before = _evaluate(self.metric, self.model).item()
+                decayed = decayed_parameters(self.model, self.params, self.args)
+                self.losses = ExampleLosses(self.model, self.args.bf16)
+            self.flat = stack.enter_context(FlatParameters(self.params, decayed, self.processes.count))
+            first = self.processes.index * self.flat.shard_size
+            self.shard = (first, first + self.flat.shard_size)
+            self.progress = stack.enter_context(_progress(self.args, self.processes, 2 * self.num_steps))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.__exit__(*exception)
+
+    def local_batches(self, step: int) -> list[MicroBatch]:
+        """This process's micro-batches of a step."""
+        place = self.flat.device, self.flat.dtype, self.processes.index, self.processes.count
+        return micro_batches(self.examples, self.batches[step], self.args, *place)
+
+    def train(self, keep_tape: bool) -> None:
+        """Fine-tunes the model; with `keep_tape`, keeps what the adjoint sweep needs."""
+        flat = self.flat
+        self.plan: MemoryPlan | None = None
+        self.training_losses: list[float] = []
+        shape = self.args.num_train_epochs, len(self.examples)
+        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=flat.device)
+        if keep_tape:
+            self._open_tape_storage()
+        shard = slice(*self.shard)
+        taken_over = keep_tape and self.processes.count == 1
+        buffer = None
+        for step in range(self.num_steps):
+            losses = self.example_losses[step * self.args.num_train_epochs // self.num_steps]
+            buffer = flat.accumulate_into(None if taken_over else buffer)
+            total = [0.0]
+            with self.processes.summing(buffer, total):
+                total[0] = gradient(self.losses, flat, self.local_batches(step), losses)
+            grad = buffer[: flat.size]
+            _check_finite(f"the loss of step {step + 1}", torch.tensor(total))
+            _check_finite(f"the gradient of step {step + 1}", grad)
+            if step == 0:
+                self.epsilon_root = _epsilon_root(self.args, grad, sum(p.numel() for p in self.params))
+                self.optimizer = _optimizer(self.args, self.epsilon_root, len(self.examples), flat.num_decayed)
+                moments = self.optimizer.initial_moments(flat.values)
+                if keep_tape:
+                    self.tape = Tape(
+                        self.optimizer.shard(*self.shard),
+                        self.num_steps,
+                        lambda: flat.originals()[shard],
+                        self.storage,
+                    )
+            self.optimizer.measure(grad)
+            if keep_tape:
+                state = [t[shard] for t in (flat.values, *(moments or ()))]
+                self.tape.record(state, grad if taken_over else grad[shard].clone())
+            self.optimizer.update_(step, flat.values, moments, grad)
+            self.training_losses.append(total[0])
+            self.progress.update()
+        flat.release_gradients()  # a metric may call `backward()`
+
+    def _open_tape_storage(self) -> None:
+        with self.processes.failing_together():
+            location = "device"
+            if self.num_steps > 1:  # one step leaves nothing but its gradient
+                largest = max(range(self.num_steps), key=lambda step: _tokens(self, step))
+                self.plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, self.local_batches(largest))
+                location = self.plan.tape
+                logger.log(logging.INFO if location == "device" else logging.WARNING, str(self.plan))
+            self.storage = open_storage(location, self.args.tape_dir, self.flat.device)
+        self._stack.callback(self.storage.close)
+
+
+def _tokens(run: _Run, step: int) -> int:
+    batch = run.batches[step]
+    return len(batch) * max(len(run.examples[i].input_ids) for i in batch)
+
+
+def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: int) -> float:
     """`"auto"`: the mean square of the first gradient, so that \\( \\sqrt{r} \\) is its root mean square."""
     if args.adam_epsilon_root != "auto":
         return float(args.adam_epsilon_root)
-    squares = sum(g.double().square().sum().item() for g in grads)
-    if squares == 0:
+    square = grad.norm(dtype=torch.float64).item() ** 2
+    if square == 0:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
             "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "
             "tokens."
         )
-    return squares / sum(g.numel() for g in grads)
+    return square / num_parameters
 
 
-def _optimizer(model, params, args, epsilon_root, num_examples) -> Optimizer:
-    decayed = {id(p) for p in decayed_parameters(model, params, args)}
+def _optimizer(args: TargetTrainingArguments, epsilon_root: float, num_examples: int, num_decayed: int) -> Optimizer:
     hyperparameters = [
-        [
-            Hyperparameters(
-                step + 1,
-                learning_rate,
-                args.weight_decay if id(p) in decayed else 0.0,
-                args.adam_beta1,
-                args.adam_beta2,
-                args.adam_epsilon,
-                epsilon_root,
-            )
-            for p in params
-        ]
+        Hyperparameters(
+            step + 1,
+            learning_rate,
+            args.weight_decay,
+            args.adam_beta1,
+            args.adam_beta2,
+            args.adam_epsilon,
+            epsilon_root,
+        )
         for step, learning_rate in enumerate(args.learning_rates(num_examples))
     ]
-    return Optimizer(args.optim, hyperparameters, args.max_grad_norm)
+    return Optimizer(args.optim, hyperparameters, num_decayed, args.max_grad_norm)
 
 
 def _evaluate(metric: Metric, model: TargetModel) -> Tensor:
@@ -257,7 +377,7 @@ def _evaluate(metric: Metric, model: TargetModel) -> Tensor:
     return value.reshape(())
 
 
-def _metric_gradient(metric: Metric, model: TargetModel, params: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
+def _metric_gradient(metric: Metric, model: TargetModel, flat: FlatParameters) -> tuple[float, Tensor]:
     with torch.enable_grad():
         value = _evaluate(metric, model)
     if not value.requires_grad:
@@ -266,28 +386,26 @@ def _metric_gradient(metric: Metric, model: TargetModel, params: list[nn.Paramet
             "model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
             "`torch.no_grad()` or NumPy."
         )
-    parts = torch.autograd.grad(value, params, allow_unused=True)
-    if all(g is None or not g.any() for g in parts):
+    grad = flat.flatten(torch.autograd.grad(value, flat.params, allow_unused=True))
+    if not grad.any():
         raise ValueError(
             "`metric` does not depend on what is trained: its gradient is zero for every trainable parameter, so all "
             "metagradients would be zero. Check that it reads trained parameters (with adapters: the adapted layers), and "
             "that it is not constant or saturated."
         )
-    grads = [torch.zeros_like(p) if g is None else g.detach().clone() for g, p in zip(parts, params, strict=True)]
-    _check_finite("the gradient of `metric`", grads)
-    return value.item(), grads
+    _check_finite("the gradient of `metric`", grad)
+    return value.item(), grad
 
 
-def _check_finite(what: str, tensors: list[Tensor]) -> None:
-    if not all(torch.isfinite(t.sum()) or torch.isfinite(t).all() for t in tensors):
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
         raise FloatingPointError(
             f"Not finite: {what}. Lower `learning_rate`, clip with `max_grad_norm`, raise `adam_epsilon_root`, or look for a "
             "broken example."
         )
 
 
-def _progress(args, accelerator, total) -> tqdm:
-    hidden = args.disable_tqdm
-    if total == 2 or (accelerator is not None and accelerator.process_index != 0):
-        hidden = True  # one step is not worth a bar
+def _progress(args: TargetTrainingArguments, processes: Processes, total: int) -> tqdm:
+    # one step is not worth a bar
+    hidden = True if total == 2 or processes.index != 0 else args.disable_tqdm
     return tqdm(total=total, desc="Target", leave=False, disable=hidden)

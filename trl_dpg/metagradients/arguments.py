@@ -1,6 +1,7 @@
 """How the target model is fine-tuned: the recipe that metagradients are taken through."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +18,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optim": ("adamw", "sgd"),
     "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
     "loss_normalization": ("batch_tokens", "example", "max_length"),
-    "curvature": ("exact",),
+    "curvature": ("exact", "central_difference"),
+    "tape": ("auto", "device", "host", "disk"),
 }
 
 
@@ -48,7 +50,8 @@ class TargetTrainingArguments:
         adam_epsilon_root (`float` or `str`, *optional*, defaults to `1e-9`):
             Added inside the square root of AdamW's denominator, which makes the update differentiable where the
             gradient is zero. `"auto"` takes the mean square of the first gradient of the run. `0.0` is
-            [`~torch.optim.AdamW`]; its metagradients are ill-conditioned.
+            [`~torch.optim.AdamW`]; its metagradients are ill-conditioned. `"auto"` is the safe choice: far below the squares of
+            the gradients, \\( \Phi \\) is hardly a smooth function of the weights, see [`check_metagradients`].
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as [`~transformers.get_scheduler`]
             defines them.
@@ -76,8 +79,26 @@ class TargetTrainingArguments:
               code.
 
             Examples without a supervised token count in none of them.
+        bf16 (`bool`, *optional*, defaults to `False`):
+            Whether the model runs under bfloat16 autocast. Its metagradients then differ from those in float32, by several
+            per cent or more, see `benchmarks/results/accuracy.md`.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Whether activations are computed again in the backward pass instead of kept. It saves memory with
+            `curvature="central_difference"`, and hardly any with `"exact"`.
         curvature (`str`, *optional*, defaults to `"exact"`):
-            How Hessian-vector products are computed. `"exact"` is double backward.
+            How Hessian-vector products are computed.
+
+            - `"exact"`: double backward, see [`~trl_dpg.metagradients.curvature.Exact`].
+            - `"central_difference"`: from two gradients on either side, see
+              [`~trl_dpg.metagradients.curvature.CentralDifference`]. Cheaper, in the memory of ordinary training, and to
+              about three digits in float32.
+        curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
+            Largest estimated relative error of a central difference. A step with a larger one is repeated exactly.
+        tape (`str`, *optional*, defaults to `"auto"`):
+            Where the gradients of all steps are kept for the way back: in the `"device"`'s memory, the `"host"`'s, or on
+            `"disk"`, 1.1 times the trained parameters per step at most. `"auto"` takes the first that has room.
+        tape_dir (`str`, *optional*):
+            Directory of the tape on disk. The system's directory for temporary files if `None`.
         disable_tqdm (`bool`, *optional*):
             Whether to hide the progress bar. `None` shows it on a terminal only.
 
@@ -116,7 +137,12 @@ class TargetTrainingArguments:
     shuffle: bool = True
     seed: int = 0
     loss_normalization: Literal["batch_tokens", "example", "max_length"] = "batch_tokens"
-    curvature: Literal["exact"] = "exact"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    curvature: Literal["exact", "central_difference"] = "exact"
+    curvature_tolerance: float = 1e-2
+    tape: Literal["auto", "device", "host", "disk"] = "auto"
+    tape_dir: str | None = None
     disable_tqdm: bool | None = None
 
     def __post_init__(self):
@@ -126,7 +152,7 @@ class TargetTrainingArguments:
                     f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
                 )
         self._require("learning_rate", "a finite number above 0", lambda x: 0 < x < math.inf)
-        for name in ("weight_decay", "adam_epsilon", "warmup_steps", "max_grad_norm"):
+        for name in ("weight_decay", "adam_epsilon", "warmup_steps", "max_grad_norm", "curvature_tolerance"):
             self._require(name, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
@@ -143,7 +169,14 @@ class TargetTrainingArguments:
         self._require_whole("seed", "a whole number from 0 to 2**64 - 1", 0)
         if self.micro_batch_size is not None:
             self._require_whole("micro_batch_size", "None or a whole number of at least 1", 1)
-        for name in ("weight_decay_on_norm_and_bias", "shuffle"):
+        if self.tape_dir is not None and not (isinstance(self.tape_dir, str) and os.path.isdir(self.tape_dir)):
+            raise ValueError(f"`tape_dir` must be None or an existing directory, got {self.tape_dir!r}. Create it.")
+        if self.bf16 and self.curvature == "central_difference":
+            raise ValueError(
+                "`bf16=True` and `curvature='central_difference'` do not go together: differences of losses vanish in "
+                'bfloat16\'s rounding. Set one of `bf16=False` and `curvature="exact"`.'
+            )
+        for name in ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 

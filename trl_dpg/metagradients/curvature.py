@@ -1,106 +1,255 @@
-"""Derivatives of one batch's loss: gradient, Hessian-vector product and metagradients."""
+"""
+Derivatives of one batch's loss: its gradient, and, by double backward or by central differences, the Hessian-vector product
+\\( H_t \\lambda_g \\) and every example's \\( \\langle \\nabla_\\phi \\ell_i(\\phi_t), \\lambda_g \\rangle / Z_t \\).
+"""
 
-from collections.abc import Iterator, Sequence
+import math
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .flat import TAIL, FlatParameters
 from .model import TargetModel
-from .objective import MicroBatch, example_losses
+from .objective import ExampleLosses, MicroBatch
+from .parallel import Processes
 
 
-def gradient(
-    model: TargetModel, params: Sequence[nn.Parameter], batches: list[MicroBatch]
-) -> tuple[float, list[Tensor]]:
+def gradient(losses: ExampleLosses, flat: FlatParameters, batches: list[MicroBatch], example_losses: Tensor) -> float:
     r"""
-    Loss \\( L_t \\) and gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\), summed over this process's micro-batches.
+    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of this process's micro-batches, and returns their loss.
+
+    The \\( \ell_i(\phi_t) / Z_t \\) are written into `example_losses`, shape `(n,)`.
     """
-    loss = 0.0
-    grads = [torch.zeros_like(p) for p in params]
+    total = 0.0
     for batch in batches:
-        value = torch.dot(example_losses(model, batch), batch.weights)
-        loss += value.item()
-        _accumulate_(grads, torch.autograd.grad(value, params, materialize_grads=True))
-    return loss, grads
+        values = losses(batch)
+        values.backward(batch.weights, inputs=flat.params)
+        example_losses[batch.indices] = values.detach().to(example_losses)
+        total += torch.dot(values.detach(), batch.weights).item()
+    return total
 
 
-def hessian_vector_product(
-    model: TargetModel,
-    params: Sequence[nn.Parameter],
-    batches: list[MicroBatch],
-    vector: list[Tensor],
-    metagradients: Tensor,
-) -> list[Tensor]:
+class Exact:
     r"""
-    Exact \\( H_t \lambda_g \\) by double backward on the real module.
+    Double backward on the real module: any twice differentiable model, to rounding error.
 
-    The weights \\( w \\) are a leaf of the same graph, so the pass also gives every example's
-    \\( \langle \nabla_\phi \ell_i(\phi_t), \lambda_g \rangle / Z_t \\), which is added to `metagradients`, shape `(n,)`.
+    Costs 9 forward passes (plain training: 3) and about three times the memory of a training step's activations. At the
+    first step, where no product is needed, forward-mode differentiation costs 3 and no graph.
+
+    Args:
+        losses ([`ExampleLosses`]): Losses of the model.
+        flat ([`FlatParameters`]): Its trained parameters.
+        processes ([`Processes`]): Who shares the work.
     """
-    product = [torch.zeros_like(p) for p in params]
-    for batch in batches:
-        weights = batch.weights.clone().requires_grad_()
-        inner = _directional_derivative(model, params, batch, weights, vector)
-        *parts, example_parts = torch.autograd.grad(inner, [*params, weights], materialize_grads=True)
-        _accumulate_(product, parts)
-        metagradients[batch.indices] += example_parts.to(metagradients)
-    return product
 
+    def __init__(self, losses: ExampleLosses, flat: FlatParameters, processes: Processes):
+        self.losses = losses
+        self.flat = flat
+        self.processes = processes
+        self._buffer: Tensor | None = None
 
-def example_derivatives(
-    model: TargetModel,
-    params: Sequence[nn.Parameter],
-    batches: list[MicroBatch],
-    vector: list[Tensor],
-    metagradients: Tensor,
-) -> None:
-    r"""
-    Only \\( \langle \nabla_\phi \ell_i(\phi_t), \lambda_g \rangle / Z_t \\), added to `metagradients`, shape `(n,)`.
+    def __call__(
+        self,
+        batches: list[MicroBatch],
+        vector: Tensor,
+        inner: float,
+        example_losses: Tensor,
+        metagradients: Tensor,
+        product_needed: bool,
+    ) -> Tensor | None:
+        r"""
+        Derivatives of one batch along \\( \lambda_g \\), at the parameters' values.
 
-    This is all that the first step needs, as nothing lies before it. One forward pass with forward-mode differentiation
-    gives it for all examples, without a graph; double backward does where an operation has no forward-mode derivative.
-    """
-    for batch in batches:
-        try:
-            example_parts = _forward_mode(model, params, batch, vector)
-        except NotImplementedError:
+        Args:
+            batches (`list[MicroBatch]`): This process's part of the batch.
+            vector (`Tensor`): \\( \lambda_g \\), shape `(size,)`.
+            inner (`float`): This process's part of \\( \langle \lambda_g, g_t \rangle \\), to compare with.
+            example_losses (`Tensor`): \\( \ell_i(\phi_t) / Z_t \\) of the forward sweep, shape `(n,)`, to compare with.
+            metagradients (`Tensor`): The examples' derivatives are added to it, shape `(n,)`.
+            product_needed (`bool`): Whether \\( H_t \lambda_g \\) is wanted too.
+
+        Returns:
+            `Tensor`: \\( H_t \lambda_g \\) over all processes, shape `(size,)`, or `None`. The next call overwrites it.
+        """
+        parts = torch.zeros_like(metagradients)
+        if product_needed:
+            self._buffer = buffer = self.flat.accumulate_into(self._buffer)
+        else:
+            buffer = self.flat.zeros(TAIL)
+        sums = [inner, 0.0, 0.0]
+        with self.processes.summing(buffer, sums), twice_differentiable_attention(self.losses.model):
+            if product_needed:
+                self._product(batches, vector, parts)
+            else:
+                self._example_derivatives(batches, vector, parts)
+            for batch in batches:
+                weighted = parts[batch.indices] * batch.weights.to(parts)
+                sums[1] += weighted.sum().item()
+                sums[2] += weighted.abs().sum().item()
+        expected, found, size = sums
+        if abs(found - expected) > 0.1 * size and not self.losses.bf16:
+            warnings.warn(
+                f"The examples' derivatives sum to {found:.3g}, but the training gradient says {expected:.3g}. Either they are "
+                "nothing but rounding error (raise `learning_rate` or `adam_epsilon_root`), or the model's gradient is not "
+                "the derivative of its loss, and its metagradients are wrong. `check_metagradients` tells which.",
+                stacklevel=3,
+            )
+        metagradients += parts
+        return buffer[: self.flat.size] if product_needed else None
+
+    def _product(self, batches, vector, metagradients) -> None:
+        vectors = self.flat.views(vector)
+        for batch in batches:
+            # The weights w are a leaf of the same graph, so the pass also gives the examples' derivatives.
             weights = batch.weights.clone().requires_grad_()
-            inner = _directional_derivative(model, params, batch, weights, vector)
-            (example_parts,) = torch.autograd.grad(inner, weights)
-        metagradients[batch.indices] += example_parts.to(metagradients)
+            loss = torch.dot(self.losses(batch), weights)
+            grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
+            # <g, vector> is differentiated without being computed.
+            reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+            if reached:
+                outputs, directions = zip(*reached, strict=True)
+                torch.autograd.backward(outputs, directions, inputs=[*self.flat.params, weights])
+                del outputs
+            del loss, grads, reached  # their graph
+            if weights.grad is not None:
+                metagradients[batch.indices] += weights.grad.to(metagradients)
+
+    def _example_derivatives(self, batches, vector, metagradients) -> None:
+        vectors = self.flat.views(vector)
+        for batch in batches:
+            try:
+                parts = self._forward_mode(batch, vectors)
+            except NotImplementedError:  # an operation without a forward-mode derivative
+                weights = batch.weights.clone().requires_grad_()
+                loss = torch.dot(self.losses(batch), weights)
+                grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, materialize_grads=True)
+                inner = torch.stack([torch.sum(g * v) for g, v in zip(grads, vectors, strict=True)]).sum()
+                (parts,) = torch.autograd.grad(inner, weights)
+            metagradients[batch.indices] += parts.to(metagradients)
+
+    def _forward_mode(self, batch, vectors) -> Tensor:
+        tangents = {id(p): v for p, v in zip(self.flat.params, vectors, strict=True)}
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {
+                name: forward_ad.make_dual(p.detach(), tangents[id(p)])
+                for name, p in self.losses.named_parameters()
+                if id(p) in tangents
+            }
+            return forward_ad.unpack_dual(functional_call(self.losses, duals, (batch,))).tangent
 
 
-def _forward_mode(model, params, batch, vector) -> Tensor:
-    tangents = {id(p): v for p, v in zip(params, vector, strict=True)}
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = {
-            name: forward_ad.make_dual(p.detach(), tangents[id(p)])
-            for name, p in model.named_parameters()
-            if id(p) in tangents
-        }
-        losses = functional_call(_Losses(model), {f"model.{name}": dual for name, dual in duals.items()}, (batch,))
-        return forward_ad.unpack_dual(losses).tangent
+class CentralDifference:
+    r"""
+    Two gradients at \\( \phi_t \pm \epsilon \lambda_g \\): first-order operations only, so that any kernel will do (fused
+    attention, compiled models, quantized base layers), with the memory of a training step.
 
+    $$ H_t \lambda_g \approx \frac{\nabla L_t(\phi_t + \epsilon \lambda_g) - \nabla L_t(\phi_t - \epsilon \lambda_g)}{2 \epsilon},
+       \quad \langle \nabla \ell_i, \lambda_g \rangle \approx
+       \frac{\ell_i(\phi_t + \epsilon \lambda_g) - \ell_i(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
 
-class _Losses(nn.Module):
-    """`example_losses` as a module, which is what `functional_call` takes."""
+    Costs 6 forward passes a step (plain training: 3), 2 at the first step.
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+    The error is estimated from what is at hand. With \\( \Delta = \tfrac{1}{2} \mathrm{mean}_i |\ell_i^+ - \ell_i^-| \\) in nats per token
+    and \\( \ell_i \\) from the forward sweep, it is the largest of
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        return example_losses(self.model, batch)
+    - truncation, \\( 2 \rho^2 \\) with \\( \rho = \sum_i |\ell_i^+ - 2 \ell_i + \ell_i^-| / \sum_i |\ell_i^+ - \ell_i^-| \\);
+    - rounding, \\( \nu / \Delta \\), where \\( \nu \\) is the mean loss in nats per token times the floating-point precision;
+    - what the weighted sum of the examples' derivatives misses of \\( \langle g_t, \lambda_g \rangle \\), which the optimizer's
+      adjoint knows.
 
+    \\( \epsilon \\) is chosen where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
+    smallest sum, as measured at the step treated before; at the first one on a few examples. A step whose error is estimated
+    above the tolerance is repeated by [`Exact`].
 
-def _directional_derivative(model, params, batch, weights, vector) -> Tensor:
-    loss = torch.dot(example_losses(model, batch), weights)
-    grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-    return torch.stack([torch.sum(g * v) for g, v in zip(grads, vector, strict=True)]).sum()
+    Args:
+        exact ([`Exact`]): What to fall back to.
+        tolerance (`float`): Largest accepted estimate.
+    """
+
+    def __init__(self, exact: Exact, tolerance: float):
+        self.exact = exact
+        self.losses, self.flat, self.processes = exact.losses, exact.flat, exact.processes
+        self.tolerance = tolerance
+        self.errors: list[float] = []
+        self.num_fallbacks = 0
+        self._distance: float | None = None  # epsilon times the norm of lambda_g
+        self._buffer: Tensor | None = None
+
+    def __call__(
+        self,
+        batches: list[MicroBatch],
+        vector: Tensor,
+        inner: float,
+        example_losses: Tensor,
+        metagradients: Tensor,
+        product_needed: bool,
+    ) -> Tensor | None:
+        """As of [`Exact`]."""
+        norm = vector.norm(dtype=torch.float64).item()
+        if norm == 0:
+            return self.flat.zeros(self.flat.size) if product_needed else None
+        differences = torch.zeros_like(metagradients)
+        if self._distance is None:
+            # Far from the best distance the estimate of it is rough, so it is made twice.
+            self._distance = 1e-4 * self.flat.values.norm(dtype=torch.float64).item()
+            few = [batch.rows(max(1, len(batch.indices) // 8)) for batch in batches[:1]]
+            for _ in range(2):
+                self._run(few, vector, norm, 0.0, example_losses, differences, self.flat.zeros(TAIL), False)
+        if product_needed:
+            self._buffer = buffer = self.flat.accumulate_into(self._buffer)
+        else:
+            buffer = self.flat.zeros(TAIL)
+        epsilon = self._distance / norm
+        error = self._run(batches, vector, norm, inner, example_losses, differences, buffer, product_needed)
+        self.errors.append(error)
+        if not error <= self.tolerance:  # also where it is not a number
+            self.num_fallbacks += 1
+            return self.exact(batches, vector, inner, example_losses, metagradients, product_needed)
+        metagradients += differences / (2 * epsilon)
+        return buffer[: self.flat.size] if product_needed else None
+
+    def _run(self, batches, vector, norm, inner, example_losses, differences, buffer, product_needed) -> float:
+        """Fills `differences` and `buffer`, chooses the next distance and returns the estimated error."""
+        epsilon = self._distance / norm
+        sums = [0.0, 0.0, 0.0, 0.0, 0.0, inner, 0.0]
+        with self.processes.summing(buffer, sums):
+            differences.zero_()
+            seconds = torch.zeros_like(differences)
+            for sign, shift in ((1, epsilon), (-1, -2 * epsilon)):
+                self.flat.values.add_(vector, alpha=shift)
+                for batch in batches:
+                    with torch.set_grad_enabled(product_needed):
+                        values = self.losses(batch)
+                    if product_needed:
+                        values.backward(batch.weights * (sign / (2 * epsilon)), inputs=self.flat.params)
+                    values = (values.detach() - example_losses[batch.indices]).to(differences)
+                    differences[batch.indices] += sign * values
+                    seconds[batch.indices] += values
+            self.flat.values.add_(vector, alpha=epsilon)  # to rounding; every step reads its state from the tape
+            for batch in batches:
+                nats = 1 / (batch.scale * batch.num_supervised).to(differences)
+                first, second = differences[batch.indices], seconds[batch.indices]
+                weighted = first * batch.weights.to(first) / (2 * epsilon)
+                sums[0] += len(batch.indices)
+                sums[1] += (example_losses[batch.indices] * nats).sum().item()
+                sums[2] += (first * nats).abs().sum().item()
+                sums[3] += (second * nats).abs().sum().item()
+                sums[4] += weighted.sum().item()
+                sums[6] += weighted.abs().sum().item()
+        count, loss, first, second, found, expected, size = sums
+        if first == 0:
+            return math.inf if self.tolerance > 0 else math.nan
+        truncation = 2 * (second / first) ** 2
+        rounding = torch.finfo(self.flat.dtype).eps * 2 * loss / first
+        factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
+        self._distance *= min(max(factor, 0.1), 10.0)
+        return max(truncation, rounding, abs(found - expected) / size)
 
 
 @contextmanager
@@ -120,8 +269,3 @@ def twice_differentiable_attention(model: TargetModel) -> Iterator[None]:
     finally:
         if replaced:
             model.set_attn_implementation(implementation)
-
-
-def _accumulate_(totals: list[Tensor], parts: Sequence[Tensor]) -> None:
-    for total, part in zip(totals, parts, strict=True):
-        total.add_(part)

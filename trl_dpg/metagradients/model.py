@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import get_parameter_names
 
 from .arguments import TargetTrainingArguments
@@ -25,13 +29,8 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
     Parameters that are trained, each distinct one once, so that tied weights are not updated twice.
 
     Raises:
-        [`ValueError`]: If the model has no language-modeling head, nothing to train, or half-precision parameters to train.
+        [`ValueError`]: If the model has nothing to train, or parameters to train in half precision or on several devices.
     """
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(
-            f"`model` is a {type(model).__name__}, which has no language-modeling head to compute a loss with. Load the "
-            "target with `AutoModelForCausalLM.from_pretrained`."
-        )
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError(
@@ -45,13 +44,69 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
                 f"`model` has the trainable parameter `{name}` in {param.dtype}, too coarse for metagradients: a step's "
                 "update would be rounded away. Load the target with `dtype=torch.float32`."
             )
+        if param.requires_grad and (param.device, param.dtype) != (params[0].device, params[0].dtype):
+            raise ValueError(
+                f"`model` has the trainable parameter `{name}` on {param.device} in {param.dtype}, but others on "
+                f"{params[0].device} in {params[0].dtype}. Load the target on one device, in one dtype."
+            )
     return params
+
+
+_CHECKED: "WeakSet[nn.Module]" = WeakSet()
+
+
+def check_model(model: TargetModel) -> None:
+    """
+    Raises a [`ValueError`] for models whose metagradients would be silently wrong, once per model.
+
+    - Encoder-decoders, and models whose logits at a token depend on later ones: these see what they are to predict.
+    - Models that write to their own weights in the forward pass, or cut their own gradient.
+    """
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, which has no language-modeling head to compute a loss with. Load the "
+            "target with `AutoModelForCausalLM.from_pretrained`."
+        )
+    if model in _CHECKED:
+        return
+    config, name = model.config.get_text_config(), type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` is a {name}, an encoder-decoder: its encoder would see the labels. Load a causal language model with "
+            "`AutoModelForCausalLM.from_pretrained`."
+        )
+    if config.model_type == "rwkv" and config.num_hidden_layers > config.rescale_every > 0:
+        raise ValueError(
+            f"`model` is a {name}, which changes its own parameters in evaluation mode (`config.rescale_every` is "
+            f"{config.rescale_every}). Load it with `rescale_every=0`."
+        )
+    if config.model_type == "hrm_text":
+        raise ValueError(
+            f"`model` is a {name}, which computes a part of its forward pass without gradient: its gradient is not the "
+            "derivative of its loss, and metagradients of it would be wrong. Use another target model."
+        )
+    ids = torch.tensor([[0, 1, 0, 1], [0, 1, 0, 0]], device=next(model.parameters()).device)
+    modes = [(m, m.training) for m in model.modules()]
+    make_deterministic(model)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            one, other = logits[:, :3].float()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not torch.allclose(one, other, rtol=0, atol=1e-4 * one.abs().max().item()):
+        raise ValueError(
+            f"`model` is a {name} that is not causal: its predictions depend on later tokens, so it sees its labels. Load a "
+            "causal language model (of BERT-like ones, with `is_decoder=True`)."
+        )
+    _CHECKED.add(model)
 
 
 def check_positions(model: TargetModel, longest: int) -> None:
     """Raises a [`ValueError`] if the longest example has more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    if limit is not None and 0 < limit < longest:
         raise ValueError(
             f"An example has {longest} tokens, but `model` has {limit} positions (`config.max_position_embeddings`). Set "
             f"`max_length` to {limit} or less."
@@ -83,25 +138,65 @@ def make_deterministic(model: TargetModel) -> None:
 
 
 @contextmanager
-def restored(model: TargetModel, params: list[nn.Parameter]) -> Iterator[None]:
-    """Puts parameters, their `.grad`, buffers, train/eval mode and the random state back on leaving."""
-    originals = [p.detach().clone() for p in params]
-    grads = [p.grad for p in params]
-    for param in params:
-        param.grad = None  # a caller's gradient must neither enter the run nor be changed by it
+def restored(model: TargetModel) -> Iterator[None]:
+    """
+    Puts buffers, every `.grad`, train/eval mode and the random state back on leaving.
+
+    Until then there is no `.grad`: a caller's gradient must neither enter the run nor be changed by it.
+    """
+    device = next(model.parameters()).device
+    grads = [(p, p.grad) for p in model.parameters()]
+    for param, _ in grads:
+        param.grad = None
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
-    devices = [params[0].device] if params[0].device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             with torch.no_grad():
-                for param, original in zip(params, originals, strict=True):
-                    param.copy_(original)
                 for buffer, original in buffers:
                     buffer.copy_(original)
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
             for module, mode in modes:
                 module.training = mode
+            for param, grad in grads:
+                param.grad = grad
+
+
+@contextmanager
+def restored_parameters(params: list[nn.Parameter]) -> Iterator[None]:
+    """Puts parameters back on leaving."""
+    originals = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for param, original in zip(params, originals, strict=True):
+                param.grad = None
+                param.copy_(original)
+
+
+@contextmanager
+def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
+    """
+    Recomputes the activations of every layer in the backward pass, if `enabled`.
+
+    Transformers' own switch acts in training mode only, which would bring dropout back.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    if enabled and not layers:
+        raise ValueError(
+            f"`gradient_checkpointing` is on, but `model` ({type(model).__name__}) has no layers that Transformers can "
+            "checkpoint. Turn it off, and lower `micro_batch_size` to save memory."
+        )
+    hooked = [layer.__dict__.get("forward") for layer in layers]  # Accelerate's hooks replace it on the instance
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, hooked, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

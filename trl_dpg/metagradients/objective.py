@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import TargetTrainingArguments
+from .model import TargetModel, vocab_size
+from .vocabulary import WHOLE, decoder_and_head, has_plain_head, token_losses
 
 
 class Example(NamedTuple):
@@ -32,7 +34,13 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, l)
     labels: Tensor  # (b, l)
     scale: Tensor  # (b,) what an example's summed cross-entropy is multiplied by, Z_t included
+    num_supervised: Tensor  # (b,)
     weights: Tensor  # (b,) w_i
+
+    def rows(self, n: int) -> "MicroBatch":
+        """The first `n` examples."""
+        indices, *tensors = self
+        return MicroBatch(indices[:n], *(tensor[:n] for tensor in tensors))  # type: ignore[arg-type, misc]
 
 
 def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, vocab_size: int) -> list[Example]:
@@ -159,19 +167,50 @@ def _collate(examples, indices, scales, device, dtype) -> MicroBatch:
         attention_mask.to(device),
         labels.to(device),
         torch.tensor([scales[i] for i in indices], dtype=dtype, device=device),
+        torch.tensor([examples[i].num_supervised for i in indices], device=device),
         torch.tensor([examples[i].weight for i in indices], dtype=dtype, device=device),
     )
 
 
-def example_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+class ExampleLosses(nn.Module):
     r"""
-    Losses \\( \ell_i(\phi) / Z_t \\) of a micro-batch, shape `(b,)`.
+    Losses \\( \ell_i(\phi) / Z_t \\) of a micro-batch, shape `(b,)`, as a function of it.
 
-    Their weighted sum over a batch is \\( L_t(\phi; w) = \sum_i w_i \ell_i(\phi) / Z_t \\).
+    Their weighted sum over a batch is \\( L_t(\phi; w) = \sum_i w_i \ell_i(\phi) / Z_t \\). Logits are computed chunk by chunk
+    where the model allows it, see [`~trl_dpg.metagradients.vocabulary.has_plain_head`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model, in the state (evaluation mode, attention implementation) in which it will be run.
+        bf16 (`bool`):
+            Whether it runs under bfloat16 autocast.
     """
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    logits = logits[:, :-1]
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none")
-    return token_losses.view_as(batch.labels[:, 1:]).sum(dim=1) * batch.scale
+
+    def __init__(self, model: TargetModel, bf16: bool):
+        super().__init__()
+        self.model = model
+        self.bf16 = bf16
+        self._plain_head: bool | None = None  # not known yet
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        labels = batch.labels[:, 1:]
+        if self._by_chunks(labels.numel()):
+            decoder, head = decoder_and_head(self.model)
+            hidden = decoder(**inputs).last_hidden_state[:, :-1]
+            rows, columns = (labels != -100).nonzero(as_tuple=True)
+            losses = token_losses(hidden[rows, columns], head.weight, labels[rows, columns])
+            return losses.new_zeros(len(labels)).index_add(0, rows, losses) * batch.scale
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(**inputs).logits[:, :-1]
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view_as(labels).sum(dim=1) * batch.scale
+
+    def _by_chunks(self, num_tokens: int) -> bool:
+        if self.bf16 or num_tokens * vocab_size(self.model) <= WHOLE:
+            return False
+        if self._plain_head is None:
+            self._plain_head = has_plain_head(self.model)
+        return self._plain_head

@@ -1,12 +1,12 @@
 """
-SGD and AdamW on one parameter tensor: each update beside its adjoint.
+SGD and AdamW on one tensor: each update beside its adjoint.
 
 An update maps `(param, state, grad)` to the next `(param, state)`. Its adjoint maps the cotangents of the outputs to those
 of the inputs. Both are elementwise, so they are written out here rather than left to autograd.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -110,101 +110,142 @@ def _step_size(hp: Hyperparameters) -> float:
     return hp.learning_rate / (1 - hp.beta1**hp.step)
 
 
-def clip_factor(grads: list[Tensor], max_norm: float) -> tuple[float, Tensor]:
+def clip_factor(norm: float, max_norm: float) -> float:
     r"""
-    Factor \\( c = \min(1, M / (\lVert g \rVert + 10^{-6})) \\) of [`~torch.nn.utils.clip_grad_norm_`], and the norm.
+    Factor \\( c = \min(1, M / (\lVert g \rVert + 10^{-6})) \\) of [`~torch.nn.utils.clip_grad_norm_`].
 
     `max_norm = 0` means no clipping (`c = 1`).
     """
-    norm = torch.nn.utils.get_total_norm(grads)
-    if max_norm == 0.0:
-        return 1.0, norm
-    return min(1.0, (max_norm / (norm + 1e-6)).item()), norm
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
 
 
-def clip_adjoint_(cotangents: list[Tensor], grads: list[Tensor], max_norm: float) -> None:
+def clip_adjoint_(cotangent: Tensor, grad: Tensor, inner: float, norm: float, max_norm: float) -> None:
     r"""
     Adjoint of clipping \\( g' = c(g)\, g \\), in place on \\( \lambda_{g'} \\).
 
     $$ \lambda_g = c\, \lambda_{g'} - \frac{c\, \langle \lambda_{g'}, g \rangle}{(\lVert g \rVert + 10^{-6}) \lVert g \rVert}
        g \quad \text{where clipping is active } (c < 1). $$
+
+    `inner` and `norm` are \\( \langle \lambda_{g'}, g \rangle \\) and \\( \lVert g \rVert \\) over all processes.
     """
-    factor, norm = clip_factor(grads, max_norm)
-    if factor == 1.0:
-        return
-    inner = sum(torch.sum(c * g, dtype=torch.float64) for c, g in zip(cotangents, grads, strict=True))
-    radial = (factor * inner / ((norm + 1e-6) * norm)).item() if norm > 0 else 0.0
-    for c, g in zip(cotangents, grads, strict=True):
-        c.mul_(factor).sub_(g, alpha=radial)
+    factor = clip_factor(norm, max_norm)
+    if factor < 1.0:
+        radial = factor * inner / ((norm + 1e-6) * norm) if norm > 0 else 0.0
+        cotangent.mul_(factor).sub_(grad, alpha=radial)
 
 
 class Optimizer:
     r"""
-    The update \\( U \\) of a whole run and its adjoint: clipping, then SGD or AdamW on every parameter.
+    The update \\( U \\) of a whole run and its adjoint, on flat tensors: clipping, then SGD or AdamW.
+
+    Elementwise work goes through the tensors in chunks: what it allocates stays in the cache, where fresh tensors of the
+    size of a model cost more than the arithmetic on them.
 
     Args:
         optim (`str`):
             `"sgd"` or `"adamw"`.
-        hyperparameters (`list[list[Hyperparameters]]`):
-            Scalars of every step, per parameter.
+        hyperparameters (`list[Hyperparameters]`):
+            Scalars of every step.
+        num_decayed (`int`):
+            Weight decay applies to this many elements from the start.
         max_grad_norm (`float`):
             Global norm that gradients are clipped to; `0.0` means no clipping.
     """
 
-    def __init__(self, optim: str, hyperparameters: list[list[Hyperparameters]], max_grad_norm: float):
+    CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements
+
+    def __init__(self, optim: str, hyperparameters: list[Hyperparameters], num_decayed: int, max_grad_norm: float):
         self.optim = optim
         self.hyperparameters = hyperparameters
+        self.num_decayed = num_decayed
         self.max_grad_norm = max_grad_norm
+        self.norms: list[float] = []  # of the gradients before clipping
 
-    def initial_moments(self, params: Sequence[Tensor]) -> list[Moments]:
-        """Zeros for AdamW, also for its cotangents; nothing for SGD."""
-        if self.optim == "sgd":
-            return []
-        return [Moments(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    def shard(self, start: int, stop: int) -> "Optimizer":
+        """The same run on the elements from `start` to `stop` alone; gradient norms stay those of all elements."""
+        part = Optimizer(
+            self.optim,
+            self.hyperparameters,
+            min(max(self.num_decayed - start, 0), stop - start),
+            self.max_grad_norm,
+        )
+        part.norms = self.norms
+        return part
 
-    def update_(self, step: int, params: Sequence[Tensor], moments: list[Moments], grads: list[Tensor]) -> None:
-        """Applies step `step` (from 0) to parameters and moments, in place. Gradients are as before clipping."""
-        grads = self._clip(grads)
-        for i, (param, grad, hp) in enumerate(zip(params, grads, self.hyperparameters[step], strict=True)):
-            if self.optim == "sgd":
-                sgd_update_(param, grad, hp)
+    def measure(self, grad: Tensor) -> None:
+        """Notes the next step's gradient norm, if clipping needs it."""
+        self.norms.append(grad.norm().item() if self.max_grad_norm > 0 else 0.0)
+
+    def initial_moments(self, values: Tensor) -> Moments | None:
+        """Zeros for AdamW, also for its cotangents; `None` for SGD."""
+        return None if self.optim == "sgd" else Moments(torch.zeros_like(values), torch.zeros_like(values))
+
+    @torch.no_grad()
+    def update_(self, step: int, values: Tensor, moments: Moments | None, grad: Tensor) -> None:
+        """Applies step `step` (from 0) to parameters and moments, in place. The gradient is as before clipping."""
+        factor = clip_factor(self.norms[step], self.max_grad_norm)
+        for part, hp in self._parts(step, values):
+            piece = grad[part] if factor == 1.0 else grad[part] * factor
+            if moments is None:
+                sgd_update_(values[part], piece, hp)
             else:
-                adamw_update_(param, grad, moments[i], hp)
+                adamw_update_(values[part], piece, Moments(moments.first[part], moments.second[part]), hp)
 
-    def adjoint(
+    @torch.no_grad()
+    def adjoint_(
         self,
         step: int,
-        cotangents: list[Tensor],
-        moment_cotangents: list[Moments],
-        grads: list[Tensor],
-        moments: list[Moments],
-    ) -> tuple[list[Tensor], list[Tensor], list[Moments]]:
-        """
-        Adjoint of [`~Optimizer.update_`].
+        cotangent: Tensor,
+        moment_cotangents: Moments | None,
+        grad: Tensor,
+        moments: Moments | None,
+        sum_over_processes: Callable[[float], float] = float,
+    ) -> tuple[Tensor, float]:
+        r"""
+        Adjoint of [`~Optimizer.update_`], in place.
 
         Args:
             step (`int`): Step, from 0.
-            cotangents (`list[Tensor]`): Of the parameters after the step.
-            moment_cotangents (`list[Moments]`): Of the moments after the step.
-            grads (`list[Tensor]`): The step's gradients before clipping.
-            moments (`list[Moments]`): Moments after the step.
+            cotangent (`Tensor`): Of the parameters after the step; becomes that before it.
+            moment_cotangents ([`Moments`]): Of the moments after the step; become those before it.
+            grad (`Tensor`): The step's gradient before clipping; overwritten where nothing was clipped.
+            moments ([`Moments`]): Moments before the step; overwritten.
+            sum_over_processes (`Callable`, *optional*): Sums a number; asked for only where a gradient was clipped.
 
         Returns:
-            `tuple`: Cotangents of the gradients (before clipping), of the parameters and of the moments before the step.
+            `tuple[Tensor, float]`: Cotangent \\( \lambda_g \\) of the gradient (before clipping), and
+            \\( \langle \lambda_g, g \rangle \\) over the elements at hand.
         """
-        clipped = self._clip(grads)
-        grad_cotangents, param_cotangents, new_moment_cotangents = [], [], []
-        for i, (cotangent, grad, hp) in enumerate(zip(cotangents, clipped, self.hyperparameters[step], strict=True)):
-            if self.optim == "sgd":
-                of_grad, of_param = sgd_adjoint(cotangent, hp)
+        factor = clip_factor(self.norms[step], self.max_grad_norm)
+        of_grad = grad if factor == 1.0 else torch.empty_like(grad)
+        inner = torch.zeros((), dtype=torch.float64, device=grad.device)
+        for part, hp in self._parts(step, cotangent):
+            piece = grad[part] if factor == 1.0 else grad[part] * factor
+            if moments is None or moment_cotangents is None:
+                of_piece, of_values = sgd_adjoint(cotangent[part], hp)
             else:
-                of_grad, of_param, of_moments = adamw_adjoint(cotangent, moment_cotangents[i], grad, moments[i], hp)
-                new_moment_cotangents.append(of_moments)
-            grad_cotangents.append(of_grad)
-            param_cotangents.append(of_param)
-        clip_adjoint_(grad_cotangents, grads, self.max_grad_norm)
-        return grad_cotangents, param_cotangents, new_moment_cotangents
+                first, second = moments.first[part], moments.second[part]
+                first.lerp_(piece, 1 - hp.beta1)  # the moments after the step
+                second.mul_(hp.beta2).addcmul_(piece, piece, value=1 - hp.beta2)
+                after = Moments(moment_cotangents.first[part], moment_cotangents.second[part])
+                of_piece, of_values, before = adamw_adjoint(cotangent[part], after, piece, Moments(first, second), hp)
+                after.first.copy_(before.first)
+                after.second.copy_(before.second)
+            inner += torch.dot(of_piece, grad[part])
+            of_grad[part] = of_piece
+            cotangent[part] = of_values
+        if factor < 1.0:
+            whole = sum_over_processes(inner.item())
+            clip_adjoint_(of_grad, grad, whole, self.norms[step], self.max_grad_norm)
+            inner = torch.dot(of_grad, grad)
+        return of_grad, inner.item()
 
-    def _clip(self, grads: list[Tensor]) -> list[Tensor]:
-        factor, _ = clip_factor(grads, self.max_grad_norm)
-        return grads if factor == 1.0 else [g * factor for g in grads]
+    def _parts(self, step: int, values: Tensor) -> Iterator[tuple[slice, Hyperparameters]]:
+        hp = self.hyperparameters[step]
+        chunk = self.CHUNK.get(values.device.type, len(values))
+        for start, stop, scalars in (
+            (0, self.num_decayed, hp),
+            (self.num_decayed, len(values), hp._replace(weight_decay=0.0)),
+        ):
+            for position in range(start, stop, chunk):
+                yield slice(position, min(position + chunk, stop)), scalars

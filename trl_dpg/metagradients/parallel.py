@@ -5,35 +5,97 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from .flat import TAIL
 
-@contextmanager
-def failing_together(state: Accelerator | PartialState | None) -> Iterator[None]:
+
+class Processes:
     """
-    Runs a block without collectives; if it raises on any process, raises on every process.
+    The processes that share a run, through Accelerate.
 
-    A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause, instead of
-    waiting forever in their next collective.
+    Args:
+        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):
+            `None` for a run of this process alone, also where there are others.
     """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as e:
-        error = e
-    if state is not None and state.num_processes > 1:
-        message = None if error is None else f"{type(error).__name__} on process {state.process_index}: {error}"
-        messages = [m for m in gather_object([message]) if m is not None]
-        if error is None and messages:
-            raise RuntimeError(f"The run ends because another process failed. {messages[0]}")
-    if error is not None:
-        raise error
+
+    def __init__(self, state: Accelerator | PartialState | None):
+        self.index = 0 if state is None else state.process_index
+        self.count = 1 if state is None else state.num_processes
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """
+        Runs a block without collectives; if it raises on any process, raises on every process.
+
+        A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause, instead of
+        waiting forever in their next collective.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        self._raise_any(error)
+
+    @contextmanager
+    def summing(self, buffer: Tensor, scalars: list[float]) -> Iterator[None]:
+        """
+        Runs a block that fills `buffer` and `scalars`; then both hold their sums over all processes, by one collective.
+
+        Fails together like [`~Processes.failing_together`]: whether a process failed is summed along. `buffer` has shape
+        `(n + TAIL,)`; `scalars` fit into the tail.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        if self.count > 1:
+            tail = buffer[-TAIL:]
+            tail.zero_()
+            tail[0] = error is not None
+            tail[1 : len(scalars) + 1] = torch.tensor(scalars)
+            if error is not None:
+                buffer[:-TAIL] = 0
+            torch.distributed.all_reduce(buffer)
+            failures, *sums = tail[: len(scalars) + 1].tolist()
+            scalars[:] = sums
+            if failures == 0:
+                return
+        self._raise_any(error)
+
+    def gather(self, *shards: Tensor) -> tuple[Tensor, ...]:
+        """Whole tensors from every process's shards of shape `(n,)`, by one collective."""
+        if self.count == 1:
+            return shards
+        mine = torch.cat(shards)
+        gathered = mine.new_empty(self.count * len(mine))
+        torch.distributed.all_gather_into_tensor(gathered, mine)
+        parts = gathered.view(self.count, len(shards), -1)
+        return tuple(parts[:, i].reshape(-1) for i in range(len(shards)))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_float(self, number: float, device: torch.device) -> float:
+        """Sum over all processes."""
+        return self.sum_(torch.tensor(number, dtype=torch.float64, device=device)).item()
+
+    def _raise_any(self, error: Exception | None) -> None:
+        if self.count > 1:
+            message = None if error is None else f"{type(error).__name__} on process {self.index}: {error}"
+            messages = [m for m in gather_object([message]) if m is not None]
+            if error is None and messages:
+                raise RuntimeError(f"The run ends because another process failed. {messages[0]}")
+        if error is not None:
+            raise error
 
 
-def sum_over_processes(tensors: list[Tensor], state: Accelerator | PartialState | None) -> list[Tensor]:
-    """Sums each tensor over all processes, in one collective."""
-    if state is None or state.num_processes == 1:
-        return tensors
-    flat = reduce(torch.cat([t.reshape(-1) for t in tensors]), "sum")
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+def failing_together(state: Accelerator | PartialState | None):
+    """[`~Processes.failing_together`] of the processes of `state`."""
+    return Processes(state).failing_together()

@@ -1,54 +1,100 @@
 """What the forward sweep keeps for the adjoint sweep."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from .optimizers import Moments, Optimizer
+from .storage import Storage
+
+
+OVERHEAD = 0.1  # of the gradients' own size, for states
+TENSORS_OF_A_STATE = {"adamw": 3, "sgd": 1}
+
+
+def tape_tensors(num_steps: int, optim: str) -> int:
+    """The most tensors of the size of the trained parameters that a [`Tape`] ever holds."""
+    states = int(OVERHEAD * num_steps) // TENSORS_OF_A_STATE[optim]
+    return num_steps + states * TENSORS_OF_A_STATE[optim]
 
 
 class Tape:
     r"""
     Record of a training run that can be walked backwards.
 
-    Every step's gradient is kept, but parameters and moments only at every `s`-th step, \\( s = \lceil \sqrt{K} \rceil \\);
-    the states between are rebuilt by replaying the elementwise updates, without a model call and to the last bit. Beside
-    the model this stores \\( K + 6 \sqrt{K} \\) times the trainable parameters instead of \\( 4K \\).
+    Every step's gradient is kept. A state (parameters and, for AdamW, two moments) is kept only where there is room for it
+    within 1.1 times the gradients' size; all others are rebuilt from the nearest kept one, or from the original parameters,
+    by replaying the elementwise updates: no model call, and equal to the last bit. On a replay, and in the forward sweep,
+    states at halves of the way are kept (bisection), so that K steps cost about \\( \tfrac{1}{2} K \log_2 K \\) updates.
+    Gradients that were walked over make room for more of them.
 
     Args:
         optimizer ([`Optimizer`]):
             The update rule to replay.
         num_steps (`int`):
             Steps K of the run.
+        originals (`Callable`):
+            Returns a copy of this process's part of the parameters before the first step, shape `(n,)`.
+        storage ([`Storage`]):
+            Where tensors are kept.
     """
 
-    def __init__(self, optimizer: Optimizer, num_steps: int):
+    def __init__(self, optimizer: Optimizer, num_steps: int, originals: Callable[[], Tensor], storage: Storage):
         self.optimizer = optimizer
-        self.interval = math.isqrt(num_steps - 1) + 1
-        self.gradients: list[list[Tensor]] = []
-        self.checkpoints: list[tuple[list[Tensor], list[Moments]]] = []
-        self.segment: list[tuple[list[Tensor], list[Moments]]] = []
+        self.num_steps = num_steps
+        self.originals = originals
+        self.storage = storage
+        self.gradients: list[Any] = []
+        self.states: list[tuple[int, list[Any]]] = []  # (step before which it holds, its tensors), in order
+        self._limit = tape_tensors(num_steps, optimizer.optim)
+        self._next_kept = (num_steps + 1) // 2
 
-    def record(self, params: Sequence[Tensor], moments: list[Moments], grads: list[Tensor]) -> None:
-        """Keeps the state before a step, and the step's gradient."""
-        if len(self.gradients) % self.interval == 0:
-            self.checkpoints.append(_copy(params, moments))
-        self.gradients.append(grads)
+    def record(self, state: list[Tensor], gradient: Tensor) -> None:
+        """
+        Keeps a step's gradient, which is taken over, and now and then the state before the step, which is copied: parameters
+        and moments.
+        """
+        step = len(self.gradients)
+        if step == self._next_kept and self._has_room(self.num_steps):
+            self._keep(step, state)
+            self._next_kept = (step + self.num_steps + 1) // 2
+        self.gradients.append(self.storage.put(gradient))
 
-    def rewind(self) -> tuple[list[Tensor], list[Moments], list[Tensor]]:
-        """Takes the last step off the tape: parameters and moments before it, and its gradient."""
-        if not self.segment:
-            state = self.checkpoints.pop()
-            first = len(self.checkpoints) * self.interval
-            self.segment.append(state)
-            for step in range(first, len(self.gradients) - 1):
-                state = _copy(*state)
-                self.optimizer.update_(step, *state, self.gradients[step])
-                self.segment.append(state)
-        params, moments = self.segment.pop()
-        return params, moments, self.gradients.pop()
+    def rewind(self) -> tuple[Tensor, Moments | None, Tensor]:
+        """Takes the last step off the tape: parameters and moments before it, and its gradient. The caller owns them."""
+        target = len(self.gradients) - 1
+        while self.states and self.states[-1][0] > target:
+            self._drop_last_state()
+        step, values, moments = self._load_last_state()
+        while step < target:
+            middle = (step + target + 1) // 2
+            for position in range(step, middle):
+                gradient = self.storage.get(self.gradients[position], ahead=self.gradients[position + 1])
+                self.optimizer.update_(position, values, moments, gradient)
+            step = middle
+            if step < target and self._has_room(len(self.gradients)):
+                self._keep(step, [values, *(moments or ())])
+        key = self.gradients.pop()
+        gradient = self.storage.get(key)
+        self.storage.drop(key)
+        return values, moments, gradient
 
+    def _has_room(self, num_gradients: int) -> bool:
+        states = (len(self.states) + 1) * TENSORS_OF_A_STATE[self.optimizer.optim]
+        return num_gradients + states <= self._limit
 
-def _copy(params: Sequence[Tensor], moments: list[Moments]) -> tuple[list[Tensor], list[Moments]]:
-    return [p.detach().clone() for p in params], [Moments(m.first.clone(), m.second.clone()) for m in moments]
+    def _keep(self, step: int, state: list[Tensor]) -> None:
+        self.states.append((step, [self.storage.put(t.clone()) for t in state]))
+
+    def _load_last_state(self) -> tuple[int, Tensor, Moments | None]:
+        if not self.states:
+            values = self.originals()
+            return 0, values, self.optimizer.initial_moments(values)
+        step, keys = self.states[-1]
+        values, *rest = [self.storage.get(key).clone() for key in keys]
+        return step, values, Moments(*rest) if rest else None
+
+    def _drop_last_state(self) -> None:
+        for key in self.states.pop()[1]:
+            self.storage.drop(key)

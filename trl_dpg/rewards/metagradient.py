@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from ..data import Messages, indices_to_train_on, to_target_example
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
-from ..metagradients.model import trainable_parameters, vocab_size
+from ..metagradients.model import check_model, trainable_parameters, vocab_size
 from ..metagradients.parallel import failing_together
 from ..target import load_target_model, load_target_tokenizer
 
@@ -98,6 +98,7 @@ class MetagradientReward:
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
 
         # What cannot be trained or measured is refused here rather than after the first generation.
+        check_model(self.target_model)
         trainable_parameters(self.target_model)
         if hasattr(metric, "setup"):
             metric.setup(self.target_model)
@@ -210,6 +211,10 @@ class MetagradientReward:
         scale = max(std.item(), STD_FLOOR * self.largest_std)
         rewards = (raw - mean) / scale if std > 0 else torch.zeros_like(raw)
 
+        curvature: dict[str, float] = {}
+        if out.curvature_errors:
+            curvature = {"curvature_error": max(out.curvature_errors), "exact_fallbacks": out.num_exact_fallbacks}
+
         first = sum(counts[: state.process_index])
         mine = slice(first, first + len(local))
         if log_extra is not None:
@@ -228,6 +233,7 @@ class MetagradientReward:
                 "metric_after": out.metric_after,
                 "metric_gain": out.metric_after - out.metric_before,
                 "adam_epsilon_root": out.adam_epsilon_root,
+                **curvature,
                 "target_loss": sum(out.losses) / len(out.losses),
                 "seconds": time.perf_counter() - start_time,
                 **out.readouts,

@@ -1,0 +1,119 @@
+"""Central differences against double backward: result, error estimate, and when it falls back."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature
+
+
+CENTRAL = {"curvature": "central_difference"}
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float64(name):
+    make_model, fields = CASES[name]
+    model, examples = make_model(), make_examples()
+    exact = compute_metagradients(model, examples, metric, TargetTrainingArguments(**fields))
+    central = compute_metagradients(model, examples, metric, TargetTrainingArguments(**fields, **CENTRAL))
+    assert relative_error(central.metagradients, exact.metagradients.double()) < 1e-6
+    assert central.num_exact_fallbacks == 0
+    assert len(central.curvature_errors) == len(central.losses) and max(central.curvature_errors) < 1e-6
+    assert exact.curvature_errors == []
+
+
+@pytest.mark.parametrize("epsilon_root", [1e-9, "auto"])
+@pytest.mark.parametrize("num_steps", [1, 8])
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_float32(spread, num_steps, epsilon_root):
+    """Against float64 double backward; the estimate is of the error's order or above it."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=spread, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    examples = [{"input_ids": torch.randint(64, (16,), generator=generator).tolist()} for _ in range(32)]
+    fields = {"batch_size": 32 // num_steps, "learning_rate": 1e-4, "adam_epsilon_root": epsilon_root}
+    model = GPT2LMHeadModel(config)
+    central = compute_metagradients(model, examples, metric, TargetTrainingArguments(**fields, **CENTRAL))
+    exact = compute_metagradients(model.double(), examples, metric, TargetTrainingArguments(**fields))
+    error = relative_error(central.metagradients, exact.metagradients.double())
+    assert cosine(central.metagradients, exact.metagradients) > 0.9999
+    assert error < 10 * max(central.curvature_errors)
+
+
+def test_a_step_that_is_too_rough_is_repeated_exactly():
+    make_model, fields = CASES["adamw-k4"]
+    exact = compute_metagradients(make_model(), make_examples(), metric, TargetTrainingArguments(**fields))
+    args = TargetTrainingArguments(**fields, **CENTRAL, curvature_tolerance=0.0)
+    out = compute_metagradients(make_model(), make_examples(), metric, args)
+    assert out.num_exact_fallbacks == 4
+    assert relative_error(out.metagradients, exact.metagradients.double()) < 1e-6
+
+
+def test_a_kink_is_noticed():
+    """An activation that jumps has no derivative to be found: its steps fall back."""
+
+    class Staircase(torch.nn.Module):
+        def forward(self, x):
+            return x + 0.05 * torch.floor(x * 1e4)
+
+    make_model, fields = CASES["adamw-k4"]
+    model = make_model()
+    model.transformer.h[0].mlp.act = Staircase()
+    out = compute_metagradients(model, make_examples(), metric, TargetTrainingArguments(**fields, **CENTRAL))
+    assert out.num_exact_fallbacks > 0 and max(out.curvature_errors) > 1e-2
+
+
+def test_first_order_operations_only(monkeypatch):
+    """No double backward and no forward mode, and attention by a kernel that has neither."""
+    for name in ("_product", "_example_derivatives"):
+        monkeypatch.setattr(curvature.Exact, name, None)
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    args = TargetTrainingArguments(batch_size=3, learning_rate=1e-4, adam_epsilon_root=1e-6, **CENTRAL)
+    examples = [{"input_ids": [1 + i, 2, 3, 4 + i, 5, 6]} for i in range(6)]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = compute_metagradients(model, examples, lambda m: -m.lm_head.weight.norm(), args)
+    assert out.metagradients.all() and out.num_exact_fallbacks == 0
+
+
+@pytest.mark.parametrize("way", ["gradient_checkpointing", "compile"])
+def test_as_without(way):
+    make_model, fields = CASES["adamw-k4"]
+    expected = compute_metagradients(
+        make_model(), make_examples(), metric, TargetTrainingArguments(**fields, **CENTRAL)
+    )
+    model = make_model()
+    if way == "compile":
+        model.compile(backend="aot_eager", dynamic=True)
+    else:
+        fields = {**fields, "gradient_checkpointing": True}
+    out = compute_metagradients(model, make_examples(), metric, TargetTrainingArguments(**fields, **CENTRAL))
+    assert relative_error(out.metagradients, expected.metagradients.double()) < 1e-5
+    assert "forward" not in vars(model.transformer.h[0])
+
+
+def test_nothing_to_differentiate_along():
+    """At lambda = 0, here behind a learning rate schedule that ends at 0, metagradients are 0."""
+    args = TargetTrainingArguments(
+        batch_size=6, optim="sgd", lr_scheduler_type="constant_with_warmup", warmup_steps=1, **CENTRAL
+    )
+    make_model, _ = CASES["sgd-k1"]
+    assert not compute_metagradients(make_model(), make_examples(), metric, args).metagradients.any()
+
+
+def test_bf16_is_refused():
+    with pytest.raises(ValueError, match="`bf16=True` and `curvature='central_difference'`"):
+        TargetTrainingArguments(bf16=True, **CENTRAL)

@@ -1,0 +1,183 @@
+"""The tape against naively stored states, its size, and what is left of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, memory
+from trl_dpg.metagradients.optimizers import Hyperparameters, Optimizer
+from trl_dpg.metagradients.storage import DeviceStorage, open_storage
+from trl_dpg.metagradients.trajectory import Tape, tape_tensors
+
+
+SIZE = 7
+CPU = torch.device("cpu")
+
+
+def make_optimizer(optim, num_steps):
+    table = [Hyperparameters(k + 1, 0.1 / (k + 1), 0.1, 0.9, 0.95, 1e-8, 1e-6) for k in range(num_steps)]
+    return Optimizer(optim, table, num_decayed=4, max_grad_norm=2.0)
+
+
+def record(tape, optimizer, num_steps):
+    """Records a run on random gradients; returns every step's state and gradient, copied on the way."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.arange(float(SIZE))
+    moments = optimizer.initial_moments(values)
+    naive = []
+    for step in range(num_steps):
+        grad = torch.randn(SIZE, generator=generator)
+        state = [values, *(moments or ())]
+        naive.append([t.clone() for t in (*state, grad)])
+        optimizer.measure(grad)
+        tape.record(state, grad.clone())
+        optimizer.update_(step, values, moments, grad)
+    return naive
+
+
+@pytest.mark.parametrize("location", ["device", "host", "disk"])
+@pytest.mark.parametrize("num_steps", [*range(1, 11), 31, 64, 96])
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_replays_to_the_last_bit(optim, num_steps, location, tmp_path):
+    """States and gradients of every step, walked backwards and written to, equal those copied on the way."""
+    optimizer, storage = make_optimizer(optim, num_steps), open_storage(location, str(tmp_path), CPU)
+    tape = Tape(optimizer, num_steps, lambda: torch.arange(float(SIZE)), storage)
+    for expected in reversed(record(tape, optimizer, num_steps)):
+        values, moments, grad = tape.rewind()
+        actual = [values, *(moments or ()), grad]
+        assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
+        for tensor in actual:  # they are the caller's
+            tensor.fill_(torch.nan)
+    storage.close()
+
+
+class CountingStorage(DeviceStorage):
+    def __init__(self):
+        self.count = self.peak = 0
+
+    def put(self, tensor):
+        self.count += 1
+        self.peak = max(self.peak, self.count)
+        return super().put(tensor)
+
+    def drop(self, key):
+        self.count -= 1
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 30, 32, 96, 200])
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_size_and_cost(optim, num_steps, monkeypatch):
+    """At most 1.1 tensors a step, replays included, and replays that grow like a logarithm where there is room."""
+    optimizer, storage = make_optimizer(optim, num_steps), CountingStorage()
+    tape = Tape(optimizer, num_steps, lambda: torch.arange(float(SIZE)), storage)
+    record(tape, optimizer, num_steps)
+    updates = []
+    update = optimizer.update_
+    monkeypatch.setattr(optimizer, "update_", lambda *args: updates.append(1) or update(*args))
+    for _ in range(num_steps):
+        tape.rewind()
+    assert storage.count == 0
+    assert num_steps <= storage.peak <= tape_tensors(num_steps, optim) <= 1.1 * num_steps
+    assert len(updates) <= 5 * num_steps
+
+
+def model():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+EXAMPLES = [{"input_ids": [1 + i % 9, 2, 3, 4 + i % 5]} for i in range(8)]
+
+
+def metric(model):
+    return -model.lm_head.weight.norm()
+
+
+@pytest.mark.parametrize("tape", ["device", "host", "disk"])
+def test_location_changes_no_bit(tape, tmp_path):
+    args = {"batch_size": 2, "num_train_epochs": 3, "learning_rate": 1e-3}
+    expected = compute_metagradients(model(), EXAMPLES, metric, TargetTrainingArguments(**args))
+    args = TargetTrainingArguments(**args, tape=tape, tape_dir=str(tmp_path))
+    out = compute_metagradients(model(), EXAMPLES, metric, args)
+    assert torch.equal(out.metagradients, expected.metagradients)
+    assert out.plan.tape == tape and os.listdir(tmp_path) == []
+
+
+def test_the_file_has_no_name(tmp_path):
+    storage = open_storage("disk", str(tmp_path), CPU)
+    keys = [storage.put(torch.full((3,), float(i))) for i in range(3)]
+    assert [storage.get(key).tolist() for key in keys] == [[i] * 3 for i in range(3)]
+    assert os.fstat(storage.file.fileno()).st_size == 36 and os.listdir(tmp_path) == []
+    storage.close()
+
+
+def test_a_killed_process_leaves_nothing(tmp_path):
+    """Killed in the middle of a run, with the tape on disk."""
+    code = f"""
+        import time, torch
+        from tests.metagradients.test_tape import EXAMPLES, model
+        from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+        class Metric:
+            def __call__(self, model): return -model.lm_head.weight.norm()
+            def readouts(self, model):  # between the sweeps
+                print("recorded", flush=True); time.sleep(600)
+        args = TargetTrainingArguments(batch_size=2, tape="disk", tape_dir={str(tmp_path)!r})
+        compute_metagradients(model(), EXAMPLES, Metric(), args)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "recorded\n"
+        open_files = os.listdir(f"/proc/{process.pid}/fd") if os.path.exists("/proc") else []
+        links = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in open_files]
+        assert not open_files or any(str(tmp_path) in link for link in links)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert os.listdir(tmp_path) == []
+
+
+# Prediction
+
+
+def test_auto_takes_what_has_room(monkeypatch, tmp_path):
+    args = TargetTrainingArguments(batch_size=1, num_train_epochs=20, tape_dir=str(tmp_path))
+    out = compute_metagradients(model(), EXAMPLES, metric, args)
+    assert out.plan.tape == "device"
+    assert out.plan.tape_bytes >= 160 * 4 * sum(p.numel() for p in model().parameters())
+    room = out.plan.peak_bytes - out.plan.tape_bytes // 2
+    monkeypatch.setattr(memory, "_free_memory", lambda device: room)
+    assert compute_metagradients(model(), EXAMPLES, metric, args).plan.tape == "disk"
+
+
+@pytest.mark.parametrize("tape", ["auto", "device", "disk"])
+def test_too_little_room_is_an_error_before_the_first_step(tape, monkeypatch, tmp_path):
+    target = model()
+    args = TargetTrainingArguments(batch_size=4, num_train_epochs=20, tape=tape, tape_dir=str(tmp_path))
+    plan = compute_metagradients(target, EXAMPLES, metric, replace(args, tape="disk")).plan
+    calls = []
+    target.register_forward_hook(lambda *args: calls.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.activation_bytes // 2)
+    with pytest.raises(MemoryError, match=r"needs .* MB .*micro_batch_size.*adapters"):
+        compute_metagradients(target, EXAMPLES, metric, args)
+    assert len(calls) == 1  # the pass that measures
+
+
+def test_too_little_room_names_the_place_that_has_it(monkeypatch):
+    args = TargetTrainingArguments(batch_size=1, num_train_epochs=20, tape="device")
+    plan = compute_metagradients(model(), EXAMPLES, metric, args).plan
+    monkeypatch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.tape_bytes // 2)
+    with pytest.raises(MemoryError, match='set `tape="disk"`'):
+        compute_metagradients(model(), EXAMPLES, metric, args)
+
+
+def test_psutil_is_what_is_asked():
+    assert 0 < memory._free_memory(CPU) <= psutil.virtual_memory().total

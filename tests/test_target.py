@@ -1,0 +1,119 @@
+"""The target is loaded whole, whatever the generator is sharded with."""
+
+import os
+
+import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from trl_dpg.target import load_target_model, whole_weights
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint without the LM head that its configuration asks for, which `from_pretrained` then makes up."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return str(tmp_path)
+
+
+def load(load_model, checkpoint):
+    torch.manual_seed(0)
+    return {name: tensor.detach() for name, tensor in load_model(checkpoint, dtype=torch.float32).named_parameters()}
+
+
+@pytest.fixture
+def second_process_under_fsdp(monkeypatch):
+    """What Transformers looks at to tell that it loads a model for FSDP, on a process that is not a machine's first."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert is_fsdp_enabled()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def under_zero3():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    set_hf_deepspeed_config(config)
+    assert is_deepspeed_zero3_enabled()
+    yield
+    unset_hf_deepspeed_config()
+
+
+def test_whole_under_fsdp(checkpoint, request):
+    expected = load(AutoModelForCausalLM.from_pretrained, checkpoint)
+    request.getfixturevalue("second_process_under_fsdp")
+
+    empty = load(AutoModelForCausalLM.from_pretrained, checkpoint)
+    assert any(tensor.is_meta or not tensor.equal(expected[name]) for name, tensor in empty.items())
+
+    target = load(load_target_model, checkpoint)
+    assert target.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in target.items())
+    assert is_fsdp_enabled()  # again, for the generator
+
+
+def test_whole_under_zero3(checkpoint, request):
+    """Loading for ZeRO-3 needs DeepSpeed, which is not installed here: that it does not ask for it shows that it is off."""
+    expected = load(AutoModelForCausalLM.from_pretrained, checkpoint)
+    request.getfixturevalue("under_zero3")
+
+    with pytest.raises(ModuleNotFoundError, match="deepspeed"):
+        load(AutoModelForCausalLM.from_pretrained, checkpoint)
+
+    target = load(load_target_model, checkpoint)
+    assert all(tensor.equal(expected[name]) for name, tensor in target.items())
+    adapted = load_target_model(checkpoint, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    assert any("lora_A" in name for name, _ in adapted.named_parameters())
+    assert is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_environment_is_restored_after_an_error(monkeypatch, before):
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with pytest.raises(OSError, match="no/such/model"):
+        load_target_model("no/such/model", local_files_only=True)
+    assert os.environ.get(name) == before
+
+
+def test_meta_weights_are_refused(checkpoint, second_process_under_fsdp):
+    empty = AutoModelForCausalLM.from_pretrained(checkpoint).to("meta")
+    with pytest.raises(ValueError, match="all of its weights on every process, but .* is on the meta device"):
+        load_target_model(empty)
+    with whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert load_target_model(model) is model
+
+
+def test_sharded_weights_are_refused(checkpoint, second_process_under_fsdp):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    mesh = init_device_mesh("cpu", (1,))
+    model.lm_head.weight = nn.Parameter(distribute_tensor(torch.zeros(32, 16), mesh))
+    with pytest.raises(ValueError, match="'lm_head.weight' is sharded over processes"):
+        load_target_model(model)
+
+
+def test_partitioned_weights_are_refused(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.lm_head.weight.ds_id = 0  # DeepSpeed's mark
+    with pytest.raises(ValueError, match="'lm_head.weight' is sharded over processes"):
+        load_target_model(model)

@@ -1,0 +1,150 @@
+"""What a run will need, before it starts: memory of the device and of the host, room on disk."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from .arguments import TargetTrainingArguments
+from .flat import FlatParameters
+from .objective import ExampleLosses, MicroBatch
+from .trajectory import tape_tensors
+
+
+# Activations of a pass over those of a forward pass, measured by `python -m benchmarks.memory`.
+ACTIVATIONS = {"gradient": 1.4, "exact": 3.3, "central_difference": 1.4}
+
+
+@dataclass
+class MemoryPlan:
+    """
+    Predicted needs of one process, in bytes, beyond the model's own weights.
+
+    Attributes:
+        tape (`str`):
+            Where the tape lies: `"device"`, `"host"` or `"disk"`.
+        tape_bytes (`int`):
+            The most that the tape takes up there.
+        peak_bytes (`int`):
+            Peak of the device's memory; with the tape, if it lies there.
+        activation_bytes (`int`):
+            What one forward pass over a micro-batch keeps for its backward pass.
+    """
+
+    tape: str
+    tape_bytes: int
+    peak_bytes: int
+    activation_bytes: int
+
+    def __str__(self) -> str:
+        return f"tape of {_gigabytes(self.tape_bytes)} on {self.tape}, peak of {_gigabytes(self.peak_bytes)} beyond the model"
+
+
+def plan_memory(
+    losses: ExampleLosses,
+    flat: FlatParameters,
+    args: TargetTrainingArguments,
+    num_steps: int,
+    batches: list[MicroBatch],
+) -> MemoryPlan:
+    """
+    Predicts what a run needs and decides where its tape goes.
+
+    Args:
+        losses ([`ExampleLosses`]): Losses of the model; run forwards once, on one example.
+        flat ([`FlatParameters`]): Its trained parameters.
+        args ([`TargetTrainingArguments`]): `tape="auto"` takes the first of device, host and disk that has room.
+        num_steps (`int`): Steps K.
+        batches (`list[MicroBatch]`): This process's part of the largest batch.
+
+    Raises:
+        [`MemoryError`]: If there is not enough room; the message names settings that need less.
+    """
+    of_parameters = flat.size * flat.values.element_size()
+    of_shard = flat.shard_size * flat.values.element_size()
+    tape = tape_tensors(num_steps, args.optim) * of_shard
+    rows = len(batches[0].indices) if batches else 0
+    activations = _activation_bytes(losses, batches[0].rows(1)) * rows if batches else 0
+    moments = 2 if args.optim == "adamw" else 0
+    # trained parameters, gradient and moments; then cotangents in place of moments, and lambda_g
+    training = (2 + moments) * of_parameters + int(ACTIVATIONS["gradient"] * activations)
+    adjoint = 3 * of_parameters + (1 + moments) * of_shard + int(ACTIVATIONS[args.curvature] * activations)
+    if args.curvature == "exact":
+        adjoint += of_parameters  # the gradient inside the graph
+    replay = 2 * of_parameters + (3 + 2 * moments) * of_shard
+    working = max(training, adjoint, replay)
+
+    device, host = _free_memory(flat.device), psutil.virtual_memory().available
+    directory = args.tape_dir or tempfile.gettempdir()
+    free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free}
+    plans = {}
+    for place in ("device", "host", "disk"):
+        on_device = place == "device" or (place == "host" and flat.device.type == "cpu")
+        plans[place] = MemoryPlan(place, tape, working + tape if on_device else working, activations)
+    fits = {
+        place: plan.peak_bytes <= device and (plan.peak_bytes > working or tape <= free[place])
+        for place, plan in plans.items()
+    }
+    if args.tape != "auto":
+        if fits[args.tape]:
+            return plans[args.tape]
+    else:
+        for place, plan in plans.items():
+            if fits[place]:
+                return plan
+
+    advice = []
+    if args.tape != "auto" and any(fits.values()):
+        place = next(place for place in fits if fits[place])
+        advice.append(f'set `tape="{place}"`')
+    if working > device and rows > 1:
+        spare = device - (working - int(ACTIVATIONS[args.curvature] * activations))
+        fitting = int(spare / (ACTIVATIONS[args.curvature] * activations / rows))
+        if fitting >= 1:
+            advice.append(f"set `micro_batch_size` to {fitting} or less")
+    if working > device and not args.gradient_checkpointing:
+        advice.append("set `gradient_checkpointing`")
+    if working > device and args.curvature == "exact":
+        advice.append('set `curvature="central_difference"`')
+    if tape > free["disk"]:
+        advice.append(
+            f"point `tape_dir` to a disk with {_gigabytes(tape)} free, or raise `batch_size` for fewer steps"
+        )
+    advice.append("train adapters instead of all parameters")
+    raise MemoryError(
+        f"This run of {num_steps} steps needs {_gigabytes(working)} of the device's memory beyond the model and "
+        f"{_gigabytes(tape)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
+        f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory}). To make it fit: "
+        f"{'; '.join(advice)}."
+    )
+
+
+def _activation_bytes(losses: ExampleLosses, example: MicroBatch) -> int:
+    """Bytes that a forward pass over one example keeps, other than parameters."""
+    own = {p.untyped_storage().data_ptr() for p in losses.parameters()}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        values = losses(example)
+    total = sum(kept.values())
+    del values
+    return total
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"

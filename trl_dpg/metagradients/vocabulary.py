@@ -1,0 +1,150 @@
+"""
+Cross-entropy of an LM head in chunks, so that logits of the whole batch never exist: not in the loss, not in its gradient
+and not in its second derivative.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from .model import TargetModel
+
+
+WHOLE = 1 << 23  # logits up to this many are computed at once, by ordinary autograd
+CHUNK = 1 << 21  # logits of one chunk
+
+
+def decoder_and_head(model: TargetModel) -> tuple[nn.Module, Any]:
+    """The model without its LM head, and the head."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.base_model, base.get_output_embeddings()
+
+
+def has_plain_head(model: TargetModel) -> bool:
+    """
+    Whether the logits are the head's product with the decoder's last hidden state, and nothing more.
+
+    This is tried out on two tokens, as some models scale or cap their logits. A compiled model is left whole.
+    """
+    decoder, head = decoder_and_head(model)
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if type(head) is not nn.Linear or head.bias is not None or not isinstance(decoder, PreTrainedModel) or compiled:
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        hidden = decoder(**inputs).last_hidden_state
+        return hidden.shape[-1] == head.in_features and torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-4)
+
+
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    r"""
+    Cross-entropies \\( \ell_j = \log \sum_k e^{z_{jk}} - z_{j y_j} \\), \\( z_j = W h_j \\), shape `(n,)`, twice differentiable.
+
+    Args:
+        hidden (`Tensor`): \\( h \\), shape `(n, d)`.
+        weight (`Tensor`): \\( W \\), shape `(v, d)`.
+        labels (`Tensor`): \\( y \\), shape `(n,)`.
+    """
+    if torch.is_grad_enabled():
+        return _TokenLosses.apply(hidden, weight, labels)
+    chunk = max(1, CHUNK // len(weight))  # forward-mode derivatives go through these operations
+    return torch.cat(
+        [
+            F.cross_entropy(h @ weight.T, y, reduction="none")
+            for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        ]
+    )
+
+
+def _chunks(hidden: Tensor, weight: Tensor):
+    size = max(1, CHUNK // len(weight))
+    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+
+
+def _error_(logits: Tensor, labels: Tensor) -> Tensor:
+    """\\( p_j - e_{y_j} \\), in place of the logits."""
+    torch.softmax(logits, dim=1, out=logits)
+    logits[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return logits
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        ctx.save_for_backward(hidden, weight, labels)
+        return torch.cat(
+            [F.cross_entropy(hidden[c] @ weight.T, labels[c], reduction="none") for c in _chunks(hidden, weight)]
+        )
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        hidden, weight, labels = ctx.saved_tensors
+        of_hidden, of_weight = _TokenLossGradients.apply(
+            cotangent, hidden, weight, labels, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        )
+        return of_hidden, of_weight, None
+
+
+class _TokenLossGradients(torch.autograd.Function):
+    r"""
+    With \\( c_j \\) the cotangent of \\( \ell_j \\) and \\( e_j = p_j - \mathrm{onehot}(y_j) \\): the gradients
+    \\( a_j = c_j W^\top e_j \\) of \\( h_j \\) and \\( B = \sum_j c_j e_j h_j^\top \\) of \\( W \\).
+
+    Backward, from their cotangents \\( \alpha_j, \beta \\), with \\( u_j = W \alpha_j + \beta h_j \\) (the change of the logits) and
+    \\( q_j = p_j \odot u_j - p_j \langle p_j, u_j \rangle \\):
+    \\( \bar c_j = \langle e_j, u_j \rangle \\), \\( \bar h_j = c_j (W^\top q_j + \beta^\top e_j) \\),
+    \\( \bar W = \sum_j c_j (q_j h_j^\top + e_j \alpha_j^\top) \\).
+    """
+
+    @staticmethod
+    def forward(ctx, cotangent, hidden, weight, labels, for_hidden, for_weight):
+        ctx.save_for_backward(cotangent, hidden, weight, labels)
+        ctx.set_materialize_grads(False)
+        of_hidden = torch.empty_like(hidden) if for_hidden else None
+        of_weight = torch.zeros_like(weight) if for_weight else None
+        for c in _chunks(hidden, weight):
+            error = _error_(hidden[c] @ weight.T, labels[c]).mul_(cotangent[c, None])
+            if for_hidden:
+                torch.mm(error, weight, out=of_hidden[c])
+            if for_weight:
+                of_weight.addmm_(error.T, hidden[c])
+        return of_hidden, of_weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, alpha, beta):
+        cotangent, hidden, weight, labels = ctx.saved_tensors
+        if alpha is None and beta is None:
+            return None, None, None, None, None, None
+        of_cotangent = torch.empty_like(cotangent)
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+        for c in _chunks(hidden, weight):
+            h, factor = hidden[c], cotangent[c, None]
+            change = 0
+            if alpha is not None:
+                change = alpha[c] @ weight.T
+            if beta is not None:
+                change = torch.addmm(change, h, beta.T) if alpha is not None else h @ beta.T
+            logits = h @ weight.T
+            p = torch.softmax(logits, dim=1)
+            error = _error_(logits, labels[c])
+            of_cotangent[c] = (error * change).sum(dim=1)
+            q = change.sub_((p * change).sum(dim=1, keepdim=True)).mul_(p).mul_(factor)
+            error.mul_(factor)
+            if of_hidden is not None:
+                torch.mm(q, weight, out=of_hidden[c])
+                if beta is not None:
+                    of_hidden[c].addmm_(error, beta)
+            if of_weight is not None:
+                of_weight.addmm_(q.T, h)
+                if alpha is not None:
+                    of_weight.addmm_(error.T, alpha[c])
+        return of_cotangent, of_hidden, of_weight, None, None, None
