@@ -9,13 +9,13 @@ TORCH ?= torch==2.13.0
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no $(CPU)
 
-.PHONY: demo real test test-slow lint clean
+.PHONY: demo real test test-slow bench lint clean
 
 # OpenMP threads that spin while they wait slow every other process down.
-demo real test test-slow: export HF_HUB_OFFLINE := 1
-demo real test test-slow: export OMP_WAIT_POLICY := passive
-demo real test test-slow: export OMP_NUM_THREADS := 2
-demo real test test-slow: export TOKENIZERS_PARALLELISM := false
+demo real test test-slow bench: export HF_HUB_OFFLINE := 1
+demo real test test-slow bench: export OMP_WAIT_POLICY := passive
+demo real test test-slow bench: export OMP_NUM_THREADS := 2
+demo real test test-slow bench: export TOKENIZERS_PARALLELISM := false
 
 demo: $(VENV)/.installed
 	$(LAUNCH) examples/dpg.py --config examples/configs/tiny_67.yaml
@@ -29,6 +29,20 @@ test: $(VENV)/.offline-data
 test-slow: $(VENV)/.offline-data
 	$(BIN)/python -m pytest tests -m slow
 
+# Cost, FLOPs, memory and accuracy of the engine: hours on two cores. Results go to benchmarks/results; on a GPU,
+# `make bench DEVICE=cuda RESULTS=benchmarks/results/NAME`.
+DEVICE ?= cpu
+RESULTS ?= benchmarks/results
+bench: $(VENV)/.offline-data
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m benchmarks.flops > $(RESULTS)/flops.md
+	$(BIN)/python -m benchmarks.accuracy > $(RESULTS)/accuracy.md
+	$(BIN)/python -m benchmarks.precision --device $(DEVICE) > $(RESULTS)/precision.md
+	$(BIN)/python -m benchmarks.memory --device $(DEVICE) > $(RESULTS)/memory.md
+	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model gpt2-shaped $(if $(filter cpu,$(DEVICE)),--peers) > $(RESULTS)/cost_gpt2-shaped.md
+	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model smollm2 > $(RESULTS)/cost_smollm2.md
+	$(BIN)/python -m benchmarks.long_run --device $(DEVICE) > $(RESULTS)/long_run.md
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +50,7 @@ lint: $(VENV)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find trl_dpg examples tests -name __pycache__ -prune -exec rm -rf {} +
+	find trl_dpg examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,11 +1,21 @@
-"""Targets with 4-bit layers from bitsandbytes."""
+"""Targets with 4-bit and 8-bit layers from bitsandbytes, and adapters of every kind."""
+
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
 from trl_dpg.validation import validate
 
 
@@ -17,21 +27,29 @@ def metric(model):
     return -model(input_ids=torch.tensor([[1, 2, 3]])).logits.double().logsumexp(-1).mean()
 
 
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+INT8 = BitsAndBytesConfig(load_in_8bit=True)
+CENTRAL = replace(ARGS, curvature="central_difference")
+
+
 @pytest.fixture
 def load(tmp_path):
-    """Loads the same tiny Llama in 4 bits, every time."""
+    """Loads the same tiny Llama, in 4 bits unless told otherwise, every time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return lambda: AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, dtype=torch.float32)
+
+    def load(quantization=NF4):
+        return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+
+    return load
 
 
-def with_adapters(model):
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+def with_adapters(model, **kwargs):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **kwargs))
     generator = torch.Generator().manual_seed(1)
     for name, param in model.named_parameters():
         if "lora_" in name:
@@ -54,3 +72,71 @@ def test_adapters_on_4_bits_equal_adapters_on_the_dequantized_model(load):
     after = validate(quantized, EXAMPLES, metric, ARGS)["metric"]
     assert after == pytest.approx(validate(dense, EXAMPLES, metric, ARGS)["metric"], rel=1e-6)
     assert after != out.metric_before
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def test_central_differences_on_4_bits(load):
+    exact = compute_metagradients(with_adapters(load()), EXAMPLES, metric, ARGS)
+    args = replace(CENTRAL, curvature_tolerance=0.1)
+    central = compute_metagradients(with_adapters(load()), EXAMPLES, metric, args)
+    assert cosine(central.metagradients, exact.metagradients) > 0.9999
+    assert central.num_exact_fallbacks == 0
+
+
+@pytest.mark.parametrize("args", [ARGS, CENTRAL], ids=["exact", "central"])
+def test_8_bits(load, args):
+    """
+    The kernel rounds activations to 8 bits and hands gradients through, so its derivatives are near those of the
+    dequantized model, no more.
+    """
+    quantized, dense = with_adapters(load(INT8)), with_adapters(load(INT8).dequantize())
+    expected = compute_metagradients(dense, EXAMPLES, metric, ARGS)
+    with warnings.catch_warnings(action="ignore"):
+        out = compute_metagradients(quantized, EXAMPLES, metric, args)
+    assert cosine(out.metagradients, expected.metagradients) > 0.99
+
+
+ADAPTERS = {
+    "dora": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "rslora-bias": {"use_rslora": True, "bias": "lora_only"},
+}
+
+
+def with_gpt2_adapters(name):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=17, n_embd=16, n_layer=2, n_head=2, n_positions=8, initializer_range=0.3, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    lora = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **ADAPTERS[name])
+    model = get_peft_model(GPT2LMHeadModel(config), lora)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data += torch.randn(param.shape) * 0.2
+    return model.double()
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_against_finite_differences(name, num_steps, optim):
+    model = with_gpt2_adapters(name)
+    args = replace(ARGS, optim=optim, batch_size=3, num_train_epochs=num_steps, adam_epsilon_root=1e-4)
+    out = compute_metagradients(model, EXAMPLES, metric, args)
+    for i, value in enumerate(out.metagradients.tolist()):
+        moved = []
+        for shift in (-1e-4, 1e-4):
+            examples = [dict(e) for e in EXAMPLES]
+            examples[i]["weight"] = 1 + shift
+            moved.append(train_and_measure(model, examples, metric, args))
+        assert value == pytest.approx((moved[1] - moved[0]) / 2e-4, rel=1e-5, abs=1e-7)
+
+    central = compute_metagradients(model, EXAMPLES, metric, replace(args, curvature="central_difference"))
+    assert cosine(central.metagradients, out.metagradients) > 0.999999
+    # DoRA's gradient is not the derivative of its loss, so differences of losses do not give its metagradients.
+    assert central.num_exact_fallbacks == (num_steps if name == "dora" else 0)
+    assert all("forward" not in vars(module) for module in model.modules())

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
 from .curvature import CentralDifference, Exact, gradient
+from .dora import ThroughDetached, dora_under
 from .flat import FlatParameters
 from .memory import MemoryPlan, plan_memory
 from .model import (
@@ -378,7 +379,7 @@ def _evaluate(metric: Metric, model: TargetModel) -> Tensor:
 
 
 def _metric_gradient(metric: Metric, model: TargetModel, flat: FlatParameters) -> tuple[float, Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), dora_under(model, ThroughDetached()):
         value = _evaluate(metric, model)
     if not value.requires_grad:
         raise ValueError(

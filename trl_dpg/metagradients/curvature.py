@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
 from .model import TargetModel
 from .objective import ExampleLosses, MicroBatch
@@ -108,19 +109,23 @@ class Exact:
         for batch in batches:
             # The weights w are a leaf of the same graph, so the pass also gives the examples' derivatives.
             weights = batch.weights.clone().requires_grad_()
-            loss = torch.dot(self.losses(batch), weights)
-            grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
-            # <g, vector> is differentiated without being computed.
-            reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
-            if reached:
-                outputs, directions = zip(*reached, strict=True)
-                torch.autograd.backward(outputs, directions, inputs=[*self.flat.params, weights])
-                del outputs
-            del loss, grads, reached  # their graph
+            detached = DetachedOnce()
+            with dora_under(self.losses.model, detached):
+                loss = torch.dot(self.losses(batch), weights)
+                grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
+                # <g, vector> is differentiated without being computed.
+                reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+                if reached:
+                    outputs, directions = zip(*reached, strict=True)
+                    detached.backward(outputs, directions, [*self.flat.params, weights])
+                    del outputs
+            del loss, grads, reached, detached  # their graph
             if weights.grad is not None:
                 metagradients[batch.indices] += weights.grad.to(metagradients)
 
     def _example_derivatives(self, batches, vector, metagradients) -> None:
+        if vector.untyped_storage().nbytes() != self.flat.values.untyped_storage().nbytes():
+            vector = self.flat.zeros(self.flat.size + TAIL)[: self.flat.size].copy_(vector)
         vectors = self.flat.views(vector)
         for batch in batches:
             try:
@@ -134,6 +139,8 @@ class Exact:
             metagradients[batch.indices] += parts.to(metagradients)
 
     def _forward_mode(self, batch, vectors) -> Tensor:
+        # A tangent whose storage is laid out as its primal's is used as it is; any other is copied together with a storage
+        # of that size, here that of all parameters, for every parameter.
         tangents = {id(p): v for p, v in zip(self.flat.params, vectors, strict=True)}
         with torch.no_grad(), forward_ad.dual_level():
             duals = {
@@ -178,7 +185,7 @@ class CentralDifference:
         self.tolerance = tolerance
         self.errors: list[float] = []
         self.num_fallbacks = 0
-        self._distance: float | None = None  # epsilon times the norm of lambda_g
+        self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
         self._buffer: Tensor | None = None
 
     def __call__(
@@ -195,12 +202,14 @@ class CentralDifference:
         if norm == 0:
             return self.flat.zeros(self.flat.size) if product_needed else None
         differences = torch.zeros_like(metagradients)
-        if self._distance is None:
-            # Far from the best distance the estimate of it is rough, so it is made twice.
+        if self._distance == 0:
             self._distance = 1e-4 * self.flat.values.norm(dtype=torch.float64).item()
             few = [batch.rows(max(1, len(batch.indices) // 8)) for batch in batches[:1]]
-            for _ in range(2):
+            for _ in range(4):
+                distance = self._distance
                 self._run(few, vector, norm, 0.0, example_losses, differences, self.flat.zeros(TAIL), False)
+                if 0.3 * distance < self._distance < 3 * distance:
+                    break
         if product_needed:
             self._buffer = buffer = self.flat.accumulate_into(self._buffer)
         else:
@@ -243,12 +252,14 @@ class CentralDifference:
                 sums[4] += weighted.sum().item()
                 sums[6] += weighted.abs().sum().item()
         count, loss, first, second, found, expected, size = sums
-        if first == 0:
-            return math.inf if self.tolerance > 0 else math.nan
-        truncation = 2 * (second / first) ** 2
+        if first == 0:  # nothing moved beyond rounding
+            self._distance *= 100
+            return math.inf
         rounding = torch.finfo(self.flat.dtype).eps * 2 * loss / first
+        truncation = 2 * max((second / first) ** 2 - rounding**2, 0.0)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
-        self._distance *= min(max(factor, 0.1), 10.0)
+        # Of a change that is little more than rounding, the second difference says nothing.
+        self._distance *= min(max(factor, 0.1), max(10.0, rounding / 1e-3))
         return max(truncation, rounding, abs(found - expected) / size)
 
 

@@ -43,7 +43,7 @@ class FlatParameters:
 
     def __enter__(self) -> "FlatParameters":
         self._originals = [(p, p.data) for p in self.params]
-        self.values = self.zeros(self.size)
+        self.values = self.zeros(self.size + TAIL)[: self.size]  # the storage's size is that of gradient buffers
         for param, view in zip(self.params, self.views(self.values), strict=True):
             view.copy_(param.data)
             param.data = view

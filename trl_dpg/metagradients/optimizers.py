@@ -6,7 +6,7 @@ of the inputs. Both are elementwise, so they are written out here rather than le
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,14 +39,15 @@ def sgd_update_(param: Tensor, grad: Tensor, hp: Hyperparameters) -> None:
     param.mul_(1 - hp.learning_rate * hp.weight_decay).add_(grad, alpha=-hp.learning_rate)
 
 
-def sgd_adjoint(cotangent: Tensor, hp: Hyperparameters) -> tuple[Tensor, Tensor]:
+def sgd_adjoint_(cotangent: Tensor, hp: Hyperparameters) -> Tensor:
     r"""
     Adjoint of [`sgd_update_`]: \\( \lambda_g = -\eta \lambda_{\phi'} \\), \\( \lambda_\phi = (1 - \eta w) \lambda_{\phi'} \\).
 
-    Returns:
-        `tuple[Tensor, Tensor]`: Cotangents of the gradient and of the parameter.
+    `cotangent` becomes that of the parameter; that of the gradient is returned.
     """
-    return cotangent * -hp.learning_rate, cotangent * (1 - hp.learning_rate * hp.weight_decay)
+    of_grad = cotangent * -hp.learning_rate
+    cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
+    return of_grad
 
 
 def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparameters) -> None:
@@ -62,11 +63,16 @@ def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparame
     param.addcdiv_(moments.first, _root(moments.second, hp).add_(hp.epsilon), value=-_step_size(hp))
 
 
-def adamw_adjoint(
-    cotangent: Tensor, moment_cotangents: Moments, grad: Tensor, moments: Moments, hp: Hyperparameters
-) -> tuple[Tensor, Tensor, Moments]:
+def adamw_adjoint_(
+    cotangent: Tensor,
+    moment_cotangents: Moments,
+    grad: Tensor,
+    moments: Moments,
+    hp: Hyperparameters,
+    scratch: Sequence[Tensor],
+) -> Tensor:
     r"""
-    Adjoint of [`adamw_update_`].
+    Adjoint of [`adamw_update_`], in place: cotangents of what came out of the update become those of what went in.
 
     With \\( d = \sqrt{v' / (1 - \beta_2^t) + r} + \epsilon \\) and \\( s = \eta / (1 - \beta_1^t) \\):
 
@@ -76,27 +82,36 @@ def adamw_adjoint(
        \lambda_v = \beta_2 \nu, \quad \lambda_\phi = (1 - \eta w) \lambda_{\phi'} $$
 
     Args:
-        cotangent (`Tensor`): \\( \lambda_{\phi'} \\).
-        moment_cotangents ([`Moments`]): \\( \lambda_{m'}, \lambda_{v'} \\).
+        cotangent (`Tensor`): \\( \lambda_{\phi'} \\); becomes \\( \lambda_\phi \\).
+        moment_cotangents ([`Moments`]): \\( \lambda_{m'}, \lambda_{v'} \\); become \\( \lambda_m, \lambda_v \\).
         grad (`Tensor`): Gradient that the update was given.
-        moments ([`Moments`]): Moments *after* the update, \\( m', v' \\).
+        moments ([`Moments`]): Moments *before* the update; become those after it.
         hp ([`Hyperparameters`]): Scalars of the step.
+        scratch (`Sequence[Tensor]`): Three tensors of the same size: fresh ones would cost more than the arithmetic.
 
     Returns:
-        `tuple[Tensor, Tensor, Moments]`: Cotangents of the gradient, of the parameter and of the moments before the
-        update.
+        `Tensor`: \\( \lambda_g \\), the last tensor of `scratch`.
     """
-    # In place where it can be: a fresh vocabulary-sized tensor costs more than the arithmetic on it.
-    root = _root(moments.second, hp)
-    denominator = root + hp.epsilon
-    scaled = (cotangent / denominator).mul_(_step_size(hp))
-    first = moment_cotangents.first - scaled
-    through_root = scaled.mul_(moments.first).div_(denominator.mul_(root).mul_(2 * (1 - hp.beta2**hp.step)))
-    # Where the root is zero (epsilon_root = 0 and no gradient so far) m' and g are zero too: nothing flows through it.
-    second = through_root.masked_fill_(root == 0, 0.0).add_(moment_cotangents.second)
-    grad_cotangent = (grad * second).mul_(2 * (1 - hp.beta2)).add_(first, alpha=1 - hp.beta1)
-    param_cotangent = cotangent * (1 - hp.learning_rate * hp.weight_decay)
-    return grad_cotangent, param_cotangent, Moments(first.mul_(hp.beta1), second.mul_(hp.beta2))
+    root, denominator, of_grad = scratch
+    correction, size = 1 - hp.beta2**hp.step, _step_size(hp)
+    moments.first.lerp_(grad, 1 - hp.beta1)
+    moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
+    torch.div(moments.second, correction, out=root).add_(hp.epsilon_root).sqrt_()
+    torch.add(root, hp.epsilon, out=denominator)
+
+    ratio = torch.div(cotangent, denominator, out=of_grad)
+    mu = moment_cotangents.first.add_(ratio, alpha=-size)
+    through_root = ratio.mul_(moments.first).div_(denominator.mul_(root))
+    if hp.epsilon_root == 0.0:
+        # Where the root is zero (no gradient so far) m' and g are zero too: nothing flows through it.
+        through_root.masked_fill_(root == 0, 0.0)
+    nu = moment_cotangents.second.add_(through_root, alpha=size / (2 * correction))
+
+    torch.mul(grad, nu, out=of_grad).mul_(2 * (1 - hp.beta2)).add_(mu, alpha=1 - hp.beta1)
+    mu.mul_(hp.beta1)
+    nu.mul_(hp.beta2)
+    cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
+    return of_grad
 
 
 def _root(second_moment: Tensor, hp: Hyperparameters) -> Tensor:
@@ -152,7 +167,7 @@ class Optimizer:
             Global norm that gradients are clipped to; `0.0` means no clipping.
     """
 
-    CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements
+    CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements
 
     def __init__(self, optim: str, hyperparameters: list[Hyperparameters], num_decayed: int, max_grad_norm: float):
         self.optim = optim
@@ -219,30 +234,34 @@ class Optimizer:
         factor = clip_factor(self.norms[step], self.max_grad_norm)
         of_grad = grad if factor == 1.0 else torch.empty_like(grad)
         inner = torch.zeros((), dtype=torch.float64, device=grad.device)
+        scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(3)]
         for part, hp in self._parts(step, cotangent):
             piece = grad[part] if factor == 1.0 else grad[part] * factor
             if moments is None or moment_cotangents is None:
-                of_piece, of_values = sgd_adjoint(cotangent[part], hp)
+                of_piece = sgd_adjoint_(cotangent[part], hp)
             else:
-                first, second = moments.first[part], moments.second[part]
-                first.lerp_(piece, 1 - hp.beta1)  # the moments after the step
-                second.mul_(hp.beta2).addcmul_(piece, piece, value=1 - hp.beta2)
-                after = Moments(moment_cotangents.first[part], moment_cotangents.second[part])
-                of_piece, of_values, before = adamw_adjoint(cotangent[part], after, piece, Moments(first, second), hp)
-                after.first.copy_(before.first)
-                after.second.copy_(before.second)
+                of_piece = adamw_adjoint_(
+                    cotangent[part],
+                    Moments(moment_cotangents.first[part], moment_cotangents.second[part]),
+                    piece,
+                    Moments(moments.first[part], moments.second[part]),
+                    hp,
+                    [t[: len(piece)] for t in scratch],
+                )
             inner += torch.dot(of_piece, grad[part])
             of_grad[part] = of_piece
-            cotangent[part] = of_values
         if factor < 1.0:
             whole = sum_over_processes(inner.item())
             clip_adjoint_(of_grad, grad, whole, self.norms[step], self.max_grad_norm)
             inner = torch.dot(of_grad, grad)
         return of_grad, inner.item()
 
+    def _chunk(self, values: Tensor) -> int:
+        return self.CHUNK.get(values.device.type, len(values))
+
     def _parts(self, step: int, values: Tensor) -> Iterator[tuple[slice, Hyperparameters]]:
         hp = self.hyperparameters[step]
-        chunk = self.CHUNK.get(values.device.type, len(values))
+        chunk = self._chunk(values)
         for start, stop, scalars in (
             (0, self.num_decayed, hp),
             (self.num_decayed, len(values), hp._replace(weight_decay=0.0)),

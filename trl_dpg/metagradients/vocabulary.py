@@ -17,6 +17,7 @@ from .model import TargetModel
 
 WHOLE = 1 << 23  # logits up to this many are computed at once, by ordinary autograd
 CHUNK = 1 << 21  # logits of one chunk
+ADJUSTMENTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 def decoder_and_head(model: TargetModel) -> tuple[nn.Module, Any]:
@@ -29,18 +30,24 @@ def has_plain_head(model: TargetModel) -> bool:
     """
     Whether the logits are the head's product with the decoder's last hidden state, and nothing more.
 
-    This is tried out on two tokens, as some models scale or cap their logits. A compiled model is left whole.
+    Models say in their configuration that they scale or cap logits; what else they may do is tried out on a few tokens. A
+    compiled model is left whole.
     """
     decoder, head = decoder_and_head(model)
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     if type(head) is not nn.Linear or head.bias is not None or not isinstance(decoder, PreTrainedModel) or compiled:
         return False
-    ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    config = model.config.get_text_config().to_dict()
+    if any(config.get(name) not in (None, 1.0) for name in ADJUSTMENTS):
+        return False
+    ids = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.no_grad():
         logits = model(**inputs).logits
         hidden = decoder(**inputs).last_hidden_state
-        return hidden.shape[-1] == head.in_features and torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-4)
+        if hidden.shape[-1] != head.in_features or not logits.any():
+            return False
+        return torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
 
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""
+Prints, as Markdown tables, peak memory beside plain training and beside what was predicted, and the size of the tape. Each
+figure comes from a process of its own.
+
+    python -m benchmarks.memory > benchmarks/results/memory.md
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.common import load, machine, make_args, make_examples, with_lora
+from benchmarks.peers.measure import measured
+from trl_dpg.metagradients import compute_metagradients, train_and_measure
+
+
+def metric(model):
+    return -sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+
+
+def measure(name: str, method: str, num_steps: int, batch_size: int, tape: str, lora: bool, device: str) -> dict:
+    """Peak bytes of one run, the model's own included, and what was predicted."""
+    length = {"gpt2-shaped": 64, "smollm2": 128}[name]
+    examples = make_examples(name, num_steps * batch_size, length)
+    model = load(name, device)
+    if lora:
+        model = with_lora(model)
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    curvature = "exact" if method == "plain" else method
+    args = make_args(name, num_steps, curvature=curvature, tape=tape)
+    args.batch_size, args.max_length = batch_size, length
+    function = train_and_measure if method == "plain" else compute_metagradients
+    train_and_measure(model, examples[:1], metric, args)  # what libraries load once
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = function(model, examples, metric, args)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        out, _, peak = measured(lambda: function(model, examples, metric, args))
+    result = {"peak": peak + weights, "trained": trained}
+    if method != "plain" and out.plan is not None:
+        result |= {"predicted": out.plan.peak_bytes + weights, "tape": out.plan.tape_bytes, "place": out.plan.tape}
+    return result
+
+
+def in_a_process(**job) -> dict:
+    command = [sys.executable, "-m", "benchmarks.memory", "--job", json.dumps(job)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="+", default=["gpt2-shaped", "smollm2"])
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        print(json.dumps(measure(**json.loads(options.job))))
+        return
+
+    print(f"{machine(options.device)}\n")
+    print("Peak of the memory in use, the model included, in MB; over that of plain training of as many steps.\n")
+    print("| model | method | tape | K | peak | over plain training | predicted | tape, trained parameters a step |")
+    print("|---|---|---|---|---|---|---|---|")
+    off_device = "disk" if options.device == "cpu" else "host"
+    for name in options.models:
+        batch_size, many = {"gpt2-shaped": (64, [2, 8, 32]), "smollm2": (24, [2, 4])}[name]
+        for lora in (False, True):
+            for num_steps in many if not lora else many[:1]:
+                common = {"name": name, "num_steps": num_steps, "batch_size": batch_size, "lora": lora}
+                common["device"] = options.device
+                plain = in_a_process(method="plain", tape="device", **common)
+                label = f"{name}{', LoRA' if lora else ''}"
+                print(f"| {label} | plain | | {num_steps} | {plain['peak'] / 1e6:.0f} | | | |", flush=True)
+                for method in ("exact", "central_difference"):
+                    for tape in ["device", off_device] if num_steps == many[-1] or lora else [off_device]:
+                        out = in_a_process(method=method, tape=tape, **common)
+                        print(
+                            f"| {label} | {method} | {out['place']} | {num_steps} | {out['peak'] / 1e6:.0f} | "
+                            f"{out['peak'] / plain['peak']:.2f} | {out['predicted'] / 1e6:.0f} | "
+                            f"{out['tape'] / out['trained'] / num_steps:.2f} |",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()
