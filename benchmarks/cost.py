@@ -56,7 +56,7 @@ def rows(options, model, lora, metric, queries, examples, num_steps):
         "exact": lambda: compute_metagradients(model, examples, metric, exact),
         "central differences": lambda: compute_metagradients(model, examples, metric, central),
     }
-    if num_steps <= 8:
+    if num_steps == 1 or (options.model == "gpt2-shaped" and num_steps <= 8):
         methods |= {
             "LoRA, plain": lambda: train_and_measure(lora, examples, metric, exact),
             "LoRA, exact": lambda: compute_metagradients(lora, examples, metric, exact),

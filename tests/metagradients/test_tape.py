@@ -27,6 +27,10 @@ def make_optimizer(optim, num_steps):
     return Optimizer(optim, table, num_decayed=4, max_grad_norm=2.0)
 
 
+def load_originals(values):
+    torch.arange(float(SIZE), out=values)
+
+
 def record(tape, optimizer, num_steps):
     """Records a run on random gradients; returns every step's state and gradient, copied on the way."""
     generator = torch.Generator().manual_seed(0)
@@ -49,9 +53,10 @@ def record(tape, optimizer, num_steps):
 def test_replays_to_the_last_bit(optim, num_steps, location, tmp_path):
     """States and gradients of every step, walked backwards and written to, equal those copied on the way."""
     optimizer, storage = make_optimizer(optim, num_steps), open_storage(location, str(tmp_path), CPU)
-    tape = Tape(optimizer, num_steps, lambda: torch.arange(float(SIZE)), storage)
+    tape = Tape(optimizer, num_steps, load_originals, storage)
     for expected in reversed(record(tape, optimizer, num_steps)):
-        values, moments, grad = tape.rewind()
+        values = torch.full((SIZE,), torch.nan)
+        moments, grad = tape.rewind(values)
         actual = [values, *(moments or ()), grad]
         assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
         for tensor in actual:  # they are the caller's
@@ -77,13 +82,13 @@ class CountingStorage(DeviceStorage):
 def test_size_and_cost(optim, num_steps, monkeypatch):
     """At most 1.1 tensors a step, replays included, and replays that grow like a logarithm where there is room."""
     optimizer, storage = make_optimizer(optim, num_steps), CountingStorage()
-    tape = Tape(optimizer, num_steps, lambda: torch.arange(float(SIZE)), storage)
+    tape = Tape(optimizer, num_steps, load_originals, storage)
     record(tape, optimizer, num_steps)
     updates = []
     update = optimizer.update_
     monkeypatch.setattr(optimizer, "update_", lambda *args: updates.append(1) or update(*args))
     for _ in range(num_steps):
-        tape.rewind()
+        tape.rewind(torch.empty(SIZE))
     assert storage.count == 0
     assert num_steps <= storage.peak <= tape_tensors(num_steps, optim) <= 1.1 * num_steps
     assert len(updates) <= 5 * num_steps

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,16 +170,17 @@ def compute_metagradients(
         central = CentralDifference(exact, args.curvature_tolerance)
         products = exact if args.curvature == "exact" else central
         metagradients = torch.zeros(len(run.examples), dtype=torch.float64, device=flat.device)
+        state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
         for step in reversed(range(run.num_steps)):
-            state, moments, grad = run.tape.rewind()
+            moments, grad = run.tape.rewind(state)
             grad_cotangent, inner = optimizer.adjoint_(
                 step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
             )
             del grad, moments
-            state, grad_cotangent = processes.gather(state, grad_cotangent)
+            if processes.count > 1:
+                values, grad_cotangent = processes.gather(state, grad_cotangent)
+                flat.values.copy_(values)
             _check_finite(f"the cotangent of the gradient of step {step + 1}", grad_cotangent)
-            flat.values.copy_(state)
-            del state
             product = products(
                 run.local_batches(step),
                 grad_cotangent,
@@ -304,7 +306,7 @@ class _Run:
                     self.tape = Tape(
                         self.optimizer.shard(*self.shard),
                         self.num_steps,
-                        lambda: flat.originals()[shard],
+                        partial(flat.load_originals, self.shard[0]),
                         self.storage,
                     )
             self.optimizer.measure(grad)

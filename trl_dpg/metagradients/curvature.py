@@ -21,6 +21,9 @@ from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
 
 
+FIRST_DISTANCE = 1e-4  # relative; where central differences begin to look for their step size
+
+
 def gradient(losses: ExampleLosses, flat: FlatParameters, batches: list[MicroBatch], example_losses: Tensor) -> float:
     r"""
     Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of this process's micro-batches, and returns their loss.
@@ -172,7 +175,7 @@ class CentralDifference:
 
     \\( \epsilon \\) is chosen where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
     smallest sum, as measured at the step treated before; at the first one on a few examples. A step whose error is estimated
-    above the tolerance is repeated by [`Exact`].
+    above the tolerance is repeated, with a better \\( \epsilon \\) if there is one, or else by [`Exact`].
 
     Args:
         exact ([`Exact`]): What to fall back to.
@@ -198,28 +201,32 @@ class CentralDifference:
         product_needed: bool,
     ) -> Tensor | None:
         """As of [`Exact`]."""
-        norm = vector.norm(dtype=torch.float64).item()
+        norm = vector.norm().item()
         if norm == 0:
             return self.flat.zeros(self.flat.size) if product_needed else None
         differences = torch.zeros_like(metagradients)
         if self._distance == 0:
-            self._distance = 1e-4 * self.flat.values.norm(dtype=torch.float64).item()
+            self._distance = FIRST_DISTANCE * self.flat.values.norm().item()
             few = [batch.rows(max(1, len(batch.indices) // 8)) for batch in batches[:1]]
             for _ in range(4):
                 distance = self._distance
                 self._run(few, vector, norm, 0.0, example_losses, differences, self.flat.zeros(TAIL), False)
                 if 0.3 * distance < self._distance < 3 * distance:
                     break
-        if product_needed:
-            self._buffer = buffer = self.flat.accumulate_into(self._buffer)
-        else:
-            buffer = self.flat.zeros(TAIL)
-        epsilon = self._distance / norm
-        error = self._run(batches, vector, norm, inner, example_losses, differences, buffer, product_needed)
+        for _ in range(2):
+            if product_needed:
+                self._buffer = buffer = self.flat.accumulate_into(self._buffer)
+            else:
+                buffer = self.flat.zeros(TAIL)
+            distance = self._distance
+            error = self._run(batches, vector, norm, inner, example_losses, differences, buffer, product_needed)
+            if error <= self.tolerance or distance / 1.5 < self._distance < 1.5 * distance:
+                break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
         self.errors.append(error)
         if not error <= self.tolerance:  # also where it is not a number
             self.num_fallbacks += 1
             return self.exact(batches, vector, inner, example_losses, metagradients, product_needed)
+        epsilon = distance / norm
         metagradients += differences / (2 * epsilon)
         return buffer[: self.flat.size] if product_needed else None
 

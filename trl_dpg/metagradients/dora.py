@@ -27,7 +27,7 @@ class DetachedOnce(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.pairs = list[tuple[Tensor, Tensor]]()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -59,7 +59,7 @@ def dora_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
         return run
 
     for layer in layers:
-        layer.forward = under_mode(layer.forward)
+        layer.forward = under_mode(layer.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:

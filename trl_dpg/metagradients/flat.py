@@ -79,9 +79,12 @@ class FlatParameters:
         for param in self.params:
             param.grad = None
 
-    def originals(self) -> Tensor:
-        """The parameters' values before the context was entered, as a new flat tensor."""
-        return self.flatten([data for _, data in self._originals])
+    def load_originals(self, start: int, shard: Tensor) -> None:
+        """Writes the values that the parameters had before the context was entered, from element `start` on, into `shard`."""
+        for offset, (_, data) in zip(self.offsets, self._originals, strict=True):
+            first, last = max(offset, start), min(offset + data.numel(), start + len(shard))
+            if first < last:
+                shard[first - start : last - start] = data.reshape(-1)[first - offset : last - offset]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat tensor of one tensor per parameter; `None` is zeros."""

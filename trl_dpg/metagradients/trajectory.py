@@ -34,16 +34,18 @@ class Tape:
             The update rule to replay.
         num_steps (`int`):
             Steps K of the run.
-        originals (`Callable`):
-            Returns a copy of this process's part of the parameters before the first step, shape `(n,)`.
+        load_originals (`Callable`):
+            Writes this process's part of the parameters before the first step into a tensor of shape `(n,)`.
         storage ([`Storage`]):
             Where tensors are kept.
     """
 
-    def __init__(self, optimizer: Optimizer, num_steps: int, originals: Callable[[], Tensor], storage: Storage):
+    def __init__(
+        self, optimizer: Optimizer, num_steps: int, load_originals: Callable[[Tensor], None], storage: Storage
+    ):
         self.optimizer = optimizer
         self.num_steps = num_steps
-        self.originals = originals
+        self.load_originals = load_originals
         self.storage = storage
         self.gradients: list[Any] = []
         self.states: list[tuple[int, list[Any]]] = []  # (step before which it holds, its tensors), in order
@@ -61,12 +63,15 @@ class Tape:
             self._next_kept = (step + self.num_steps + 1) // 2
         self.gradients.append(self.storage.put(gradient))
 
-    def rewind(self) -> tuple[Tensor, Moments | None, Tensor]:
-        """Takes the last step off the tape: parameters and moments before it, and its gradient. The caller owns them."""
+    def rewind(self, values: Tensor) -> tuple[Moments | None, Tensor]:
+        """
+        Takes the last step off the tape: writes the parameters before it into `values`, shape `(n,)`, and returns the moments
+        before it and its gradient, which the caller owns.
+        """
         target = len(self.gradients) - 1
         while self.states and self.states[-1][0] > target:
             self._drop_last_state()
-        step, values, moments = self._load_last_state()
+        step, moments = self._load_last_state(values)
         while step < target:
             middle = (step + target + 1) // 2
             for position in range(step, middle):
@@ -78,7 +83,7 @@ class Tape:
         key = self.gradients.pop()
         gradient = self.storage.get(key)
         self.storage.drop(key)
-        return values, moments, gradient
+        return moments, gradient
 
     def _has_room(self, num_gradients: int) -> bool:
         states = (len(self.states) + 1) * TENSORS_OF_A_STATE[self.optimizer.optim]
@@ -87,13 +92,14 @@ class Tape:
     def _keep(self, step: int, state: list[Tensor]) -> None:
         self.states.append((step, [self.storage.put(t.clone()) for t in state]))
 
-    def _load_last_state(self) -> tuple[int, Tensor, Moments | None]:
+    def _load_last_state(self, values: Tensor) -> tuple[int, Moments | None]:
         if not self.states:
-            values = self.originals()
-            return 0, values, self.optimizer.initial_moments(values)
-        step, keys = self.states[-1]
-        values, *rest = [self.storage.get(key).clone() for key in keys]
-        return step, values, Moments(*rest) if rest else None
+            self.load_originals(values)
+            return 0, self.optimizer.initial_moments(values)
+        step, (first, *rest) = self.states[-1]
+        values.copy_(self.storage.get(first))
+        moments = [self.storage.get(key).clone() for key in rest]
+        return step, Moments(*moments) if moments else None
 
     def _drop_last_state(self) -> None:
         for key in self.states.pop()[1]:

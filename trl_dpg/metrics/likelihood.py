@@ -205,6 +205,7 @@ class LanguageModelingLikelihood:
                 input_ids=context,
                 attention_mask=torch.ones_like(context),
                 do_sample=False,
+                synced_gpus=False,  # every process generates for itself, also where the generator is sharded
                 num_beams=1,
                 repetition_penalty=1.0,
                 eos_token_id=None,
