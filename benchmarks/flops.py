@@ -30,7 +30,7 @@ def count(function) -> int:
 
 def metric(model):
     """Without a matrix product, so that only training is counted."""
-    return -sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+    return -sum(p.sin().sum() for p in model.parameters() if p.requires_grad)
 
 
 def main() -> None:
