@@ -18,7 +18,7 @@ from trl_dpg.metagradients import compute_metagradients, train_and_measure
 
 
 def metric(model):
-    return -sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+    return -sum(p.sin().sum() for p in model.parameters() if p.requires_grad)
 
 
 def measure(name: str, method: str, num_steps: int, batch_size: int, tape: str, lora: bool, device: str) -> dict:

@@ -34,7 +34,7 @@ def main() -> None:
     print("| model | K | epsilon_root | method | 1 - cosine | relative error | estimate | steps repeated |")
     print("|---" * 8 + "|")
     for name in options.models:
-        batch_size, length, all_steps = {"gpt2-shaped": (4, 64, (1, 8, 32)), "smollm2": (4, 48, (1, 4))}[name]
+        batch_size, length, all_steps = {"gpt2-shaped": (4, 64, (1, 8, 32)), "smollm2": (2, 32, (1, 4))}[name]
         metric = LanguageModelingLikelihood(make_examples(name, 4, length, skip=2000))
         for num_steps in all_steps:
             examples = make_examples(name, batch_size * num_steps, length)

@@ -111,7 +111,7 @@ class DiskStorage:
         self.device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trl_dpg-tape")
         self._writing: Future | None = None
-        self._ahead: tuple[int, Future] | None = None
+        self._ahead: tuple[int, Tensor, Future] | None = None
         self._free: list[int] = []
         self._end = 0
 
@@ -126,19 +126,18 @@ class DiskStorage:
         return key
 
     def get(self, key: int, ahead: int | None = None) -> Tensor:
-        if self._ahead is not None and self._ahead[0] == key:
-            tensor = self._ahead[1].result()
-        else:
-            tensor = self._thread.submit(self._read, key).result()
-        self._ahead = None if ahead is None else (ahead, self._thread.submit(self._read, ahead))
+        if self._ahead is None or self._ahead[0] != key:
+            self._ahead = self._read(key)
+        _, tensor, reading = self._ahead
+        reading.result()
+        self._ahead = None if ahead is None else self._read(ahead)
         if self._writing is not None and self._writing.done():
             self._writing.result()
         return tensor.to(self.device)
 
-    def _read(self, key: int) -> Tensor:
-        data = torch.empty(self._shape, dtype=self._dtype)
-        self._transfer(os.preadv, data, key)
-        return data
+    def _read(self, key: int) -> tuple[int, Tensor, Future]:
+        data = torch.empty(self._shape, dtype=self._dtype)  # not in the thread, whose heap would keep the memory
+        return key, data, self._thread.submit(self._transfer, os.preadv, data, key)
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], data: Tensor, offset: int) -> None:
         view = memoryview(data.numpy()).cast("B")  # type: ignore[arg-type]
