@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
 from .curvature import CentralDifference, Exact, gradient
-from .dora import ThroughDetached, dora_under
+from .dora import ThroughDetached, dora_under, has_dora
 from .flat import FlatParameters
 from .memory import MemoryPlan, plan_memory
 from .model import (
@@ -241,6 +241,11 @@ class _Run:
         self.processes = Processes(accelerator)
         with self.processes.failing_together():
             check_model(model)
+            if args.curvature == "central_difference" and has_dora(model):
+                raise ValueError(
+                    "`curvature='central_difference'` does not go with DoRA, whose gradient is not the derivative of its loss: "
+                    'differences of losses are not its metagradients. Set `curvature="exact"`.'
+                )
             self.params = trainable_parameters(model)
             self.examples = prepare_examples(examples, args.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))

@@ -46,6 +46,11 @@ class DetachedOnce(TorchFunctionMode):
                 torch.autograd.backward(original, leaf.grad, inputs=[*inputs, *leaves], retain_graph=True)
 
 
+def has_dora(model: nn.Module) -> bool:
+    """Whether the model has DoRA layers."""
+    return any(isinstance(m, DoraLinearLayer) for m in model.modules())
+
+
 @contextmanager
 def dora_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
     """Runs the model's DoRA layers under a mode."""
