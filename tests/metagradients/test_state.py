@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.curvature import Exact, gradient
 from trl_dpg.metagradients.flat import FlatParameters
+from trl_dpg.metagradients.model import check_model
 from trl_dpg.metagradients.objective import ExampleLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.parallel import Processes
 from trl_dpg.validation import validate
@@ -34,7 +35,9 @@ def gpt2(dtype=torch.float64, attention="sdpa"):
         vocab_size=VOCAB, n_positions=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.1, attn_pdrop=0.1,
         tie_word_embeddings=False, initializer_range=0.3, bos_token_id=0, eos_token_id=0, attn_implementation=attention,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype)
+    model = GPT2LMHeadModel(config).to(dtype)
+    check_model(model)  # runs it once
+    return model
 
 
 def make_examples(n=6):
