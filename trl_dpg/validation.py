@@ -44,8 +44,8 @@ def validate(
         `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over
         steps), `target_steps` (K) and the metric's read-outs.
     """
-    check_model(model)
     params = trainable_parameters(model)
+    check_model(model)
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     decayed = decayed_parameters(model, params, args)

@@ -63,7 +63,7 @@ def test_a_kink_is_noticed():
 
     class Staircase(torch.nn.Module):
         def forward(self, x):
-            return x + 0.05 * torch.floor(x * 1e4)
+            return x + 0.5e-9 * torch.floor(x * 1e9)
 
     make_model, fields = CASES["adamw-k4"]
     model = make_model()

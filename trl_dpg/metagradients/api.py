@@ -240,13 +240,13 @@ class _Run:
         self.model, self.metric, self.args = model, metric, args
         self.processes = Processes(accelerator)
         with self.processes.failing_together():
+            self.params = trainable_parameters(model)
             check_model(model)
             if args.curvature == "central_difference" and has_dora(model):
                 raise ValueError(
                     "`curvature='central_difference'` does not go with DoRA, whose gradient is not the derivative of its loss: "
                     'differences of losses are not its metagradients. Set `curvature="exact"`.'
                 )
-            self.params = trainable_parameters(model)
             self.examples = prepare_examples(examples, args.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
         self.epsilon_root: float

@@ -98,8 +98,8 @@ class MetagradientReward:
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
 
         # What cannot be trained or measured is refused here rather than after the first generation.
-        check_model(self.target_model)
         trainable_parameters(self.target_model)
+        check_model(self.target_model)
         if hasattr(metric, "setup"):
             metric.setup(self.target_model)
         rows = vocab_size(self.target_model)
