@@ -117,3 +117,68 @@ def test_nothing_to_differentiate_along():
 def test_bf16_is_refused():
     with pytest.raises(ValueError, match="`bf16=True` and `curvature='central_difference'`"):
         TargetTrainingArguments(bf16=True, **CENTRAL)
+
+
+def tiny(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def likelihood(model):
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    return -torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1].double(), ids[0, 1:])
+
+
+def token_row(model):
+    """Depends on the embedding of a token that only the first batch has."""
+    return model.transformer.wte.weight[31].double().sum()
+
+
+def batches_of_two(last):
+    generator = torch.Generator().manual_seed(1)
+    examples = [{"input_ids": torch.randint(30, (10,), generator=generator).tolist()} for _ in range(6)]
+    examples[0]["input_ids"][3] = 31
+    return [*examples, *last]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("metric", "last"),
+    [
+        (likelihood, [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 2),
+        (likelihood, [{"input_ids": [1, 2, 3], "weight": 0.0}] * 2),
+        (token_row, [{"input_ids": [1, 2, 3]}] * 2),
+    ],
+    ids=["unsupervised", "zero-weights", "sparse-metric"],
+)
+def test_batches_without_an_effect(metric, last, optim):
+    """Nothing moves along lambda in the batches treated first, which must not spoil the others."""
+    args = TargetTrainingArguments(
+        optim=optim, batch_size=2, shuffle=False, learning_rate=1e-3, adam_epsilon_root="auto"
+    )
+    exact = compute_metagradients(tiny(torch.float64), batches_of_two(last), metric, args)
+    args = TargetTrainingArguments(**{**vars(args), **CENTRAL})
+    central = compute_metagradients(tiny(), batches_of_two(last), metric, args)
+    assert relative_error(central.metagradients, exact.metagradients.double()) < 2e-2
+    assert len(central.curvature_errors) == 4
+
+
+def test_parameters_of_zero():
+    """A trained part that is all zeros gives no length to begin with."""
+    model = tiny(torch.float64).requires_grad_(False)
+    model.transformer.h[0].mlp.c_fc.bias.requires_grad_()
+    assert not model.transformer.h[0].mlp.c_fc.bias.any()
+    args = TargetTrainingArguments(batch_size=6, learning_rate=1e-3, adam_epsilon_root="auto")
+    exact = compute_metagradients(model, batches_of_two([]), likelihood, args)
+    args = TargetTrainingArguments(**{**vars(args), **CENTRAL})
+    central = compute_metagradients(model, batches_of_two([]), likelihood, args)
+    assert relative_error(central.metagradients, exact.metagradients.double()) < 1e-2
+
+
+def test_autocast_of_the_caller_plays_no_part():
+    args = TargetTrainingArguments(batch_size=3, learning_rate=1e-3)
+    expected = compute_metagradients(tiny(), batches_of_two([]), likelihood, args)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compute_metagradients(tiny(), batches_of_two([]), likelihood, args)
+    assert torch.equal(out.metagradients, expected.metagradients)

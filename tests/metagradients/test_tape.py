@@ -186,3 +186,15 @@ def test_too_little_room_names_the_place_that_has_it(monkeypatch):
 
 def test_psutil_is_what_is_asked():
     assert 0 < memory._free_memory(CPU) <= psutil.virtual_memory().total
+
+
+def test_a_failed_write_is_an_error_and_no_hang(monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    storage = open_storage("disk", str(tmp_path), CPU)
+    key = storage.put(torch.ones(3))
+    with pytest.raises(OSError, match="No space left|ends early"):
+        storage.get(key)
+    storage.close()

@@ -258,6 +258,8 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(restored(self.model))
             stack.enter_context(torch.enable_grad())
+            device = self.params[0].device.type  # `bf16` decides about autocast, not the caller's context
+            stack.enter_context(torch.autocast(device, enabled=False))
             make_deterministic(self.model)
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.args.gradient_checkpointing))

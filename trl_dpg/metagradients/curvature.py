@@ -201,12 +201,14 @@ class CentralDifference:
         product_needed: bool,
     ) -> Tensor | None:
         """As of [`Exact`]."""
-        norm = vector.norm().item()
+        norm = vector.norm(dtype=torch.float64).item()
         if norm == 0:
+            self.errors.append(0.0)
             return self.flat.zeros(self.flat.size) if product_needed else None
         differences = torch.zeros_like(metagradients)
         if self._distance == 0:
-            self._distance = FIRST_DISTANCE * self.flat.values.norm().item()
+            size = self.flat.values.norm().item() or 1.0
+            self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
             few = [batch.rows(max(1, len(batch.indices) // 8)) for batch in batches[:1]]
             for _ in range(4):
                 distance = self._distance
@@ -234,6 +236,7 @@ class CentralDifference:
         """Fills `differences` and `buffer`, chooses the next distance and returns the estimated error."""
         epsilon = self._distance / norm
         sums = [0.0, 0.0, 0.0, 0.0, 0.0, inner, 0.0]
+        values_here = self.flat.values.clone()
         with self.processes.summing(buffer, sums):
             differences.zero_()
             seconds = torch.zeros_like(differences)
@@ -247,7 +250,7 @@ class CentralDifference:
                     values = (values.detach() - example_losses[batch.indices]).to(differences)
                     differences[batch.indices] += sign * values
                     seconds[batch.indices] += values
-            self.flat.values.add_(vector, alpha=epsilon)  # to rounding; every step reads its state from the tape
+            self.flat.values.copy_(values_here)  # to the last bit, as an exact step may follow
             for batch in batches:
                 nats = 1 / (batch.scale * batch.num_supervised).to(differences)
                 first, second = differences[batch.indices], seconds[batch.indices]
@@ -259,15 +262,20 @@ class CentralDifference:
                 sums[4] += weighted.sum().item()
                 sums[6] += weighted.abs().sum().item()
         count, loss, first, second, found, expected, size = sums
+        if count == 0:  # no example with a supervised token on any process: all derivatives are 0
+            return 0.0
+        if not math.isfinite(first + second + loss + found):
+            self._distance /= 10
+            return math.inf
         if first == 0:  # nothing moved beyond rounding
-            self._distance *= 100
+            self._distance = min(100 * self._distance, self._farthest)
             return math.inf
         rounding = torch.finfo(self.flat.dtype).eps * 2 * loss / first
         truncation = 2 * max((second / first) ** 2 - rounding**2, 0.0)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
         # Of a change that is little more than rounding, the second difference says nothing.
-        self._distance *= min(max(factor, 0.1), max(10.0, rounding / 1e-3))
-        return max(truncation, rounding, abs(found - expected) / size)
+        self._distance = min(self._distance * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
+        return max(truncation, rounding, abs(found - expected) / size if size > 0 else 0.0)
 
 
 @contextmanager

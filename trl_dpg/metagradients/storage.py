@@ -126,13 +126,13 @@ class DiskStorage:
         return key
 
     def get(self, key: int, ahead: int | None = None) -> Tensor:
+        if self._writing is not None and self._writing.done():
+            self._writing.result()  # raises its error, such as a full disk
         if self._ahead is None or self._ahead[0] != key:
             self._ahead = self._read(key)
         _, tensor, reading = self._ahead
         reading.result()
         self._ahead = None if ahead is None else self._read(ahead)
-        if self._writing is not None and self._writing.done():
-            self._writing.result()
         return tensor.to(self.device)
 
     def _read(self, key: int) -> tuple[int, Tensor, Future]:
@@ -143,6 +143,8 @@ class DiskStorage:
         view = memoryview(data.numpy()).cast("B")  # type: ignore[arg-type]
         while len(view) > 0:
             done = call(self.file.fileno(), [view], offset)
+            if done == 0:
+                raise OSError("The tape's file ends early: it was not written whole. Is the disk of `tape_dir` full?")
             view, offset = view[done:], offset + done
 
     def drop(self, key: int) -> None:
