@@ -6,9 +6,10 @@ better. Two methods are optional: `setup(model)`, called on the original model b
 `readouts(model) -> dict[str, float]`, called on the fine-tuned model for numbers a person can read.
 """
 
+from .decode import decode_pattern
 from .likelihood import LanguageModelingLikelihood
 from .norm import LMHeadNorm
 from .pattern import LMHeadPattern
 
 
-__all__ = ["LMHeadNorm", "LMHeadPattern", "LanguageModelingLikelihood"]
+__all__ = ["LMHeadNorm", "LMHeadPattern", "LanguageModelingLikelihood", "decode_pattern"]
