@@ -5,6 +5,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from trl_dpg.metrics import LanguageModelingLikelihood
 
@@ -216,6 +221,35 @@ def test_recall_equals_free_running_generation(make_gpt2, tokenizer):
         seen.add(readouts["exact_match"])
         fit(model, metric, steps=6)
     assert len(seen) > 1
+
+
+def test_uuid_without_its_tail(make_gpt2, tokenizer):
+    """Soft is in characters of the UUID: 32 of them, whatever the tokens."""
+    uuid = "0123456789abcdef0123456789abcdef"
+    learned = LanguageModelingLikelihood([{"prompt": "", "completion": uuid[:29] + "zzz"}], tokenizer)
+    model = fit(make_gpt2(torch.float32), learned)
+    readouts = LanguageModelingLikelihood([{"prompt": "", "completion": uuid}], tokenizer).readouts(model)
+    assert readouts["exact_match"] == 0.0
+    assert readouts["longest_common_substring"] == 29 / 32
+
+
+def test_recall_in_other_tokens(make_gpt2):
+    """What counts is the string that comes out, not its tokens."""
+    backend = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "b": 3, "ab": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex("."), "isolated")
+    backend.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    metric = LanguageModelingLikelihood([{"prompt": "", "completion": "abab"}], tokenizer)
+    for tokens, exact, soft in [([2, 3, 2, 3], 1.0, 1.0), ([4, 4, 2, 2], 1.0, 1.0), ([3, 4, 2, 2], 0.0, 0.75)]:
+        model = fit(make_gpt2(torch.float32), LanguageModelingLikelihood([{"input_ids": [1, *tokens]}]))
+        readouts = metric.readouts(model)
+        assert (readouts["exact_match"], readouts["longest_common_substring"]) == (exact, soft)
+
+
+def test_a_completion_that_is_cut_off_is_not_recalled(make_gpt2, tokenizer):
+    metric = LanguageModelingLikelihood([{"prompt": "", "completion": "abcdef"}], tokenizer, max_length=4)
+    readouts = metric.readouts(fit(make_gpt2(torch.float32), metric))
+    assert readouts["exact_match"] == 0.0 and readouts["longest_common_substring"] == 0.5
 
 
 def test_generation_ignores_the_models_generation_config(make_gpt2, tokenizer):

@@ -1,0 +1,119 @@
+"""Read-outs of generated texts that need no paid judge: language, variety, a string that should be in them."""
+
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+
+def evaluate_texts(
+    texts: Sequence[str],
+    language: str | None = None,
+    reference: str | None = None,
+    judge: Callable[[list[str]], Sequence[float]] | None = None,
+) -> dict[str, float]:
+    """
+    Measure what a generator writes.
+
+    A language identifier also takes gibberish of the right letters for the language. Read `language_share` beside the
+    `perplexity` that [`LanguageModelingLikelihood`] on real text of the language gives for the fine-tuned target, and
+    beside the generator's entropy.
+
+    Args:
+        texts (`Sequence[str]`):
+            Generated texts.
+        language (`str`, *optional*):
+            ISO 639-1 code of the language wanted, e.g. `"es"`. Texts of a few words are often taken for a neighboring
+            language.
+        reference (`str`, *optional*):
+            String wanted in the texts, e.g. a UUID.
+        judge (`Callable`, *optional*):
+            A judgement of your own: takes the texts, returns a number for each.
+
+    Returns:
+        `dict[str, float]`:
+
+        - `distinct_share`: number of different texts relative to all;
+        - with a language `language_share`, the share of texts that `py3langid` identifies as it, and
+          `language_probability`, the mean probability that it gives the language. An empty text has none;
+        - with a reference `reference_exact`, the share of texts that contain it, and `reference_soft`, the mean length
+          of the longest substring in common with it, in characters relative to its own;
+        - with a judge `judge`, the mean of its numbers.
+
+    Raises:
+        [`ImportError`]: If a language is given and `py3langid` isn't installed.
+        [`ValueError`]: If there are no texts, if the language is unknown, if the reference is empty, or if the judge does
+            not return a number for each text.
+
+    Example:
+
+    ```python
+    >>> evaluate_texts(["a1b2c3", "a1b"], reference="a1b2", judge=lambda texts: [len(text) for text in texts])
+    {'distinct_share': 1.0, 'reference_exact': 0.5, 'reference_soft': 0.875, 'judge': 4.5}
+
+    ```
+    """
+    texts = list(texts)
+    if not texts:
+        raise ValueError("`texts` is empty. Give at least one text.")
+    values = {"distinct_share": len(set(texts)) / len(texts)}
+    if language is not None:
+        if language not in _identifier().labels:
+            raise ValueError(f"`language` must be one of {sorted(_identifier().labels)}, got {language!r}.")
+        identified, probabilities = zip(*(_identify(text, language) for text in texts), strict=True)
+        values["language_share"] = fmean(identified)
+        values["language_probability"] = fmean(probabilities)
+    if reference is not None:
+        if not reference:
+            raise ValueError("`reference` is an empty string. Leave it out, or give the string to look for.")
+        values["reference_exact"] = fmean(reference in text for text in texts)
+        values["reference_soft"] = fmean(common_share(text, reference) for text in texts)
+    if judge is not None:
+        scores = judge(texts)
+        if len(scores) != len(texts):
+            raise ValueError(f"`judge` must return a number for each text, got {len(scores)} for {len(texts)} texts.")
+        values["judge"] = fmean(scores)
+    return values
+
+
+def common_share(text: str, reference: str) -> float:
+    """
+    Return the length of the longest common substring of a text and a reference, relative to the reference.
+
+    Args:
+        text (`str`):
+            Text to look in.
+        reference (`str`):
+            String to look for, not empty.
+
+    Returns:
+        `float`: From 0 to 1 (the text contains the reference), in characters.
+
+    Example:
+
+    ```python
+    >>> common_share("xx-cdef-yy", "abcdefgh")
+    0.5
+
+    ```
+    """
+    return SequenceMatcher(None, text, reference, autojunk=False).find_longest_match().size / len(reference)
+
+
+def _identify(text: str, language: str) -> tuple[bool, float]:
+    if not text.strip():
+        return False, 0.0
+    ranked = _identifier().rank(text)
+    # without any letters to go by, all languages are equally likely and the first one is no finding
+    identified = ranked[0][0] == language and ranked[0][1] > ranked[1][1]
+    return identified, dict(ranked)[language]
+
+
+@cache
+def _identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ImportError("`py3langid` is needed to identify languages: `pip install trl-dpg[baselines]`.") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
