@@ -15,6 +15,8 @@ from .metagradients import TargetTrainingArguments
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
 _TARGET_FIELDS = [f.name for f in dataclasses.fields(TargetTrainingArguments) if f.name != "disable_tqdm"]
 
+_REWARDS = ["metagradient", "naive", "embedding_similarity", "edit_distance", "language_identification"]
+
 
 @dataclass
 class DatasetPolicyGradientConfig(GRPOConfig):
@@ -28,8 +30,23 @@ class DatasetPolicyGradientConfig(GRPOConfig):
 
     Parameters:
         reward (`str`, *optional*, defaults to `"metagradient"`):
-            Where the reward comes from. `"metagradient"` is the exact derivative of the metric with respect to each
-            example's weight.
+            Where the reward comes from. Validation is the same for all of them.
+
+            - `"metagradient"`: derivative of the metric with respect to each example's weight, see [`MetagradientReward`].
+            - `"naive"`: the metric of a target fine-tuned on the example's dataset, one of `num_generations` that the
+              generation batch is split into; the advantage is taken over the whole batch, not per prompt. See
+              [`~rewards.NaiveReward`].
+            - `"embedding_similarity"`, `"edit_distance"`: similarity to the trainer's `reference_texts`. See
+              [`~rewards.EmbeddingSimilarityReward`] and [`~rewards.EditDistanceReward`].
+            - `"language_identification"`: probability that the text is in `reward_language`. See
+              [`~rewards.LanguageIdentificationReward`].
+
+            The last three train no target. They need the extra `trl-dpg[baselines]`.
+        cross_group_batching (`bool`, *optional*, defaults to `True`):
+            Whether the metagradients of a generation batch come from one run of the target on all of it. If `False`, there
+            are `num_generations` runs, each on one completion per prompt. Has no effect on other rewards.
+        reward_language (`str`, *optional*):
+            Language for `reward="language_identification"`, as a code such as `"es"`.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
             As in [`~trl.GRPOConfig`], but by default left to the reward, which standardizes over the whole batch, see
             [`MetagradientReward`].
@@ -67,7 +84,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             Passes of the target over the examples.
         target_batch_size (`int`, *optional*):
             Examples per step of the target, over all processes. `None` means the whole generation batch, that is one
-            step (K = 1); K is `generation_batch_size / target_batch_size`.
+            step (K = 1); K is `generation_batch_size / target_batch_size`, and a `num_generations`-th of that where the
+            batch is split (`reward="naive"`, `cross_group_batching=False`).
         target_micro_batch_size (`int`, *optional*):
             Examples per forward pass and process of the target. It changes memory, not results.
         target_max_length (`int`, *optional*):
@@ -98,7 +116,18 @@ class DatasetPolicyGradientConfig(GRPOConfig):
 
     reward: str = field(
         default="metagradient",
-        metadata={"help": "Where the reward comes from.", "choices": ["metagradient"]},
+        metadata={"help": "Where the reward comes from.", "choices": _REWARDS},
+    )
+    cross_group_batching: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether one run of the target is on the whole generation batch, rather than one run for each rollout "
+            "index on one completion per prompt. For `reward='metagradient'`."
+        },
+    )
+    reward_language: str | None = field(
+        default=None,
+        metadata={"help": "Language for `reward='language_identification'`, as a code such as 'es'."},
     )
     scale_rewards: str = field(
         default="none",
@@ -178,8 +207,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_tape_dir: str | None = field(default=None, metadata={"help": "Directory of the tape on disk."})
 
     def __post_init__(self):
-        if self.reward != "metagradient":
-            raise ValueError(f"`reward` must be 'metagradient', got {self.reward!r}.")
+        if self.reward not in _REWARDS:
+            raise ValueError(f"`reward` must be {' or '.join(map(repr, _REWARDS))}, got {self.reward!r}.")
+        if self.reward == "language_identification" and self.reward_language is None:
+            raise ValueError(
+                "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."
+            )
         if isinstance(self.target_adam_epsilon_root, str) and self.target_adam_epsilon_root != "auto":
             try:
                 self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)  # type: ignore[assignment]

@@ -14,12 +14,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import GRPOTrainer
+from trl.trainer.utils import nanstd
 
 from .config import DatasetPolicyGradientConfig
-from .data import indices_to_train_on
+from .data import completion_text, indices_to_train_on
 from .metagradients.api import Metric
 from .metagradients.parallel import failing_together
-from .rewards import MetagradientReward, check_metric
+from .rewards import (
+    EditDistanceReward,
+    EmbeddingSimilarityReward,
+    LanguageIdentificationReward,
+    MetagradientReward,
+    NaiveReward,
+    TargetTraining,
+    check_metric,
+)
 from .target import load_target_model, load_target_tokenizer
 from .validation import validate
 
@@ -39,7 +48,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
 
     A generator writes training examples. A target model is fine-tuned on them, and each example is rewarded with its
     metagradient: how much a differentiable metric of the fine-tuned target would rise if the example's loss weight rose.
-    GRPO trains the generator on these rewards.
+    GRPO trains the generator on these rewards. `args.reward` chooses other rewards to compare with.
 
     Example:
 
@@ -82,8 +91,8 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
             [`~trl.SFTTrainer`]. By default it is the completion's text alone.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
-            Further rewards beside the metagradient, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
-            metagradient's weight.
+            Further rewards beside that of `args.reward`, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
+            weight of `args.reward`.
         reward_processing_classes (`list`, *optional*):
             Processing classes of the further rewards.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
@@ -100,6 +109,9 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             As in [`~trl.GRPOTrainer`].
         rollout_func (`RolloutFunc`, *optional*):
             As in [`~trl.GRPOTrainer`].
+        reference_texts (`list[str]`, *optional*):
+            What completions are compared to with `args.reward` `"embedding_similarity"` or `"edit_distance"`: of several,
+            the most similar one counts. Not used by other rewards.
 
     Raises:
         [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
@@ -146,11 +158,19 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         target_peft_config: "PeftConfig | None" = None,
         tools: list[Callable] | None = None,
         rollout_func: Any = None,
+        reference_texts: list[str] | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DatasetPolicyGradientConfig(f"{name.split('/')[-1]}-DPG")
         _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset)
+        reward: Any = None
+        if args.reward == "embedding_similarity":
+            reward = EmbeddingSimilarityReward(reference_texts)  # type: ignore[arg-type]
+        elif args.reward == "edit_distance":
+            reward = EditDistanceReward(reference_texts)  # type: ignore[arg-type]
+        elif args.reward == "language_identification":
+            reward = LanguageIdentificationReward(args.reward_language)  # type: ignore[arg-type]
 
         target_args = args.target_training_arguments()
         model_init_kwargs = dict(args.target_model_init_kwargs or {})  # type: ignore[arg-type]
@@ -166,9 +186,17 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         target_model = load_target_model(
             target_model, args.target_untie_lm_head, target_peft_config, **model_init_kwargs
         )
-        self.metagradient_reward = MetagradientReward(
-            target_model, metric, target_args, target_processing_class, formatting_func
-        )
+        target = target_model, metric, target_args, target_processing_class, formatting_func
+        # What validation needs, too: a reward that fine-tunes the target is one with its training
+        self.target_training: TargetTraining
+        if args.reward == "metagradient":
+            reward = self.target_training = self.metagradient_reward = MetagradientReward(
+                *target, cross_group_batching=args.cross_group_batching, num_generations=args.num_generations
+            )
+        elif args.reward == "naive":
+            reward = self.target_training = NaiveReward(*target, num_generations=args.num_generations)  # type: ignore[arg-type]
+        else:
+            self.target_training = TargetTraining(*target)
         self.metric = metric
 
         # TRL expects lists of equal length; ours comes first
@@ -179,7 +207,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             reward_processing_classes = [reward_processing_classes]
         super().__init__(
             model,
-            [self.metagradient_reward, *reward_funcs],
+            [reward, *reward_funcs],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -193,7 +221,27 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             rollout_func=rollout_func,
         )
         # TRL calls a completion ended if its last token is one of these
-        self.metagradient_reward.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.args.reward == "naive":
+            advantages = _groupless_advantages(
+                self._rewards_per_func,
+                self.reward_weights.to(self._rewards_per_func.device),
+                self.scale_rewards,
+                self.multi_objective_aggregation,
+            )
+            first = self.accelerator.process_index * len(inputs)
+            output["advantages"] = advantages[first : first + len(inputs)]
+            for _ in advantages:  # in the completions table, too
+                self._logs["advantages"].pop()
+            self._logs["advantages"].extend(advantages.tolist())
+        return output
 
     def evaluation_loop(
         self,
@@ -206,19 +254,23 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         """
         The paper's validation: generates from held-out prompts, fine-tunes a fresh target on that with ordinary SFT
         (PyTorch's own optimizer, see [`~trl_dpg.validation.validate`]) and reports the metric and its read-outs as
-        `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`, `eval_pixel_accuracy`, ...
+        `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`, `eval_pixel_accuracy`, ...; beside them
+        `eval_distinct`, the share of distinct texts among the completions, and `eval_completion_length`, their mean length
+        in the generator's tokens.
 
-        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is the
-        reward's, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
+        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that of
+        training, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
         """
         self.model.eval()  # type: ignore[union-attr]
-        reward = self.metagradient_reward
+        training = self.target_training
         examples: list[dict[str, Any]] = []
         for inputs in dataloader:
             prompts = [row["prompt"] for row in inputs]
             _, completion_ids, _, completions, *_ = self._generate(prompts)
             with failing_together(self.accelerator):
-                local = reward.target_examples(prompts, completions, completion_ids)
+                local = training.target_examples(prompts, completions, completion_ids)
+            for example, completion in zip(local, completions, strict=True):
+                example["text"] = completion_text(completion)
             examples.extend(gather_object(local))
         # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
         # but TRL's sampler gives every row `num_generations_eval` times.
@@ -226,10 +278,12 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             examples = examples[: len(dataloader.dataset) * self.num_generations_eval]  # type: ignore[operator]
         # Every process runs the same validation: it is one short fine-tuning run.
         with failing_together(self.accelerator):
-            reward.place_target(self.accelerator.device)
+            training.place_target(self.accelerator.device)
             trained = [examples[i] for i in indices_to_train_on(examples)]
-            results = validate(reward.target_model, trained, self.metric, reward.args)
+            results = validate(training.target_model, trained, self.metric, training.args)
         results["empty"] = len(examples) - len(trained)
+        results["distinct"] = len({example["text"] for example in examples}) / len(examples)
+        results["completion_length"] = sum(example["length"] for example in examples) / len(examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))  # type: ignore[arg-type]
 
@@ -237,12 +291,28 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(self.metagradient_reward.state()))
+            (folder / STATE_FILE).write_text(json.dumps(self.target_training.state()))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STATE_FILE).exists():
-            self.metagradient_reward.load_state(json.loads((Path(checkpoint) / STATE_FILE).read_text()))
+            self.target_training.load_state(json.loads((Path(checkpoint) / STATE_FILE).read_text()))
+
+
+def _groupless_advantages(
+    rewards_per_func: torch.Tensor, weights: torch.Tensor, scale_rewards: str, aggregation: str
+) -> torch.Tensor:
+    """TRL's advantages of rewards of shape `(completions, functions)`, NaN where there is none, with one group for all."""
+    unscorable = rewards_per_func.isnan().all(dim=1)
+    if aggregation == "normalize_then_sum":
+        centered = rewards_per_func - rewards_per_func.nanmean(dim=0)
+        rewards_per_func = centered / (nanstd(rewards_per_func, dim=0) + 1e-4)
+    rewards = (rewards_per_func * weights).nansum(dim=1)
+    rewards[unscorable] = torch.nan
+    advantages = rewards - rewards.nanmean()
+    if scale_rewards != "none" or aggregation == "normalize_then_sum":
+        advantages = advantages / (nanstd(rewards) + 1e-4)
+    return advantages.nan_to_num(nan=0.0)
 
 
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):

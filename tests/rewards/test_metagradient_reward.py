@@ -168,7 +168,7 @@ class TestValues:
         assert spreads == pytest.approx([1, 1, 1e-3 / 0.05])
 
     def test_equal_metagradients(self, make_reward, call, log):
-        with pytest.warns(UserWarning, match="All metagradients of this generation batch are equal"):
+        with pytest.warns(UserWarning, match="All completions of this generation batch have the same value"):
             rewards = call(make_reward(), ["the red sun"] * 6, **log.hooks)
         assert rewards == [0.0] * 6
         assert log.metrics["std"] == 0 and log.metrics["max"] != 0

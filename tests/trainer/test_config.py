@@ -78,7 +78,8 @@ class TestDefaults:
     def test_every_field_of_the_recipe_is_there(self, make_config):
         fields = {field.name for field in dataclasses.fields(DatasetPolicyGradientConfig)}
         ours = fields - {field.name for field in dataclasses.fields(GRPOConfig)}
-        assert ours == {"reward", "target_model_init_kwargs", "target_untie_lm_head", *RECIPE}
+        others = {"reward", "cross_group_batching", "reward_language", "target_model_init_kwargs", "target_untie_lm_head"}
+        assert ours == {*others, *RECIPE}
         values = {
             "target_optim": "sgd",
             "target_learning_rate": 0.1,

