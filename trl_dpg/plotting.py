@@ -1,7 +1,10 @@
 """Pictures of a run. Needs Matplotlib (`pip install trl-dpg[examples]`)."""
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +12,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+DARK, LIGHT, WRONG_DARK, WRONG_LIGHT, UNMOVED = "black", "white", "#a50f15", "#fcae91", "#969696"
 
 
 def plot_learning_curve(
@@ -31,24 +37,66 @@ def plot_learning_curve(
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1.5], layout="constrained"
     )
-    _draw(top, log_history, f"metagradient/{readout}", "training batches", "-", "tab:blue")
-    _draw(top, log_history, f"eval_{readout}", "validation (held-out prompts, torch AdamW)", "o", "tab:orange")
+    for key, label, style in (
+        (f"metagradient/{readout}", "training batches", {"color": "tab:blue"}),
+        (f"eval_{readout}", "validation (held-out prompts, torch AdamW)", _DOTS),
+    ):
+        points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
+        if points:
+            top.plot(*zip(*points, strict=True), label=label, **style)
     top.set_ylabel(readout.replace("_", " "))
-    top.legend(frameon=False)
-    _draw(bottom, log_history, "metagradient/std", None, "-", "tab:gray")
+    _finish(top)
+    points = [(row["step"], row["metagradient/std"]) for row in log_history if row.get("metagradient/std") is not None]
+    if points:
+        bottom.plot(*zip(*points, strict=True), color="tab:gray")
     bottom.set_yscale("log")
     bottom.set_ylabel("std of raw\nmetagradients")
     bottom.set_xlabel("GRPO step")
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+    _finish(bottom)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str]) -> None:
+def plot_learning_curves(
+    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]],
+    path: str | PathLike[str],
+    readout: str = "metric_gain",
+) -> None:
     """
-    Draws the pattern read from a fine-tuned head beside the one asked for; wrong pixels are framed.
+    Draws the validation of several kinds of runs on one axes, to compare rewards or settings.
+
+    Args:
+        runs (`Mapping[str, Sequence[Sequence[dict]]]`):
+            Label → one `trainer.state.log_history` for each seed. The line is the mean over seeds at the steps that all of
+            them were validated at, the band reaches from the worst to the best. Validations at the same step of one run
+            count as their mean.
+        path (`str` or `PathLike`):
+            PNG file to write.
+        readout (`str`, *optional*, defaults to `"metric_gain"`):
+            What to draw: `"metric_gain"` or the name of a read-out of the metric, without `eval_`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, histories in runs.items():
+        by_seed = [_validations(history, f"eval_{readout}") for history in histories]
+        steps = sorted(set.intersection(*(set(values) for values in by_seed)))
+        if not steps:
+            raise ValueError(f"The runs {label!r} have no step with an `eval_{readout}` in common.")
+        values = np.array([[curve[step] for step in steps] for curve in by_seed])
+        seeds = f" ({len(by_seed)} seeds)" if len(by_seed) > 1 else ""
+        (line,) = axes.plot(steps, values.mean(axis=0), marker="o", markersize=3.5, label=label + seeds)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, lw=0)
+    axes.set_xlabel("GRPO step")
+    axes.set_ylabel(f"{readout.replace('_', ' ')}, validation")
+    _finish(axes)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None) -> None:
+    """
+    Draws the pattern read from a fine-tuned head beside the one asked for; wrong pixels are red.
 
     Args:
         decoded (array-like of shape `(rows, columns)`):
@@ -57,29 +105,86 @@ def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str]) -> None:
             Signs asked for, for example `metric.pattern`.
         path (`str` or `PathLike`):
             PNG file to write.
+        text (`str`, *optional*):
+            What a QR reader gets from the signs read, for the title.
     """
-    import matplotlib.pyplot as plt
+    accuracy = (np.asarray(decoded) == np.asarray(pattern)).mean()
+    read = f"read from the head: {_percent(accuracy)}" + (f", “{text}”" if text is not None else "")
+    _draw_patterns([("asked for", pattern), (read, decoded)], pattern, path, width=3.5)
 
-    decoded, pattern = np.asarray(decoded), np.asarray(pattern)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
-    accuracy = (decoded == pattern).mean()
-    for axes, signs, title in (
-        (left, pattern, "target pattern"),
-        (right, decoded, f"read from the head: {accuracy:.1%}"),
-    ):
-        axes.imshow(signs, cmap="gray_r", vmin=-1, vmax=1)
-        axes.set_title(title)
-        axes.set_xticks(np.arange(signs.shape[1] + 1) - 0.5, labels=[])
-        axes.set_yticks(np.arange(signs.shape[0] + 1) - 0.5, labels=[])
-        axes.tick_params(length=0)
-        axes.grid(color="lightgray", linewidth=0.5)
-    for row, column in np.argwhere(decoded != pattern):
-        right.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2))
-    figure.savefig(path, dpi=150)
+
+def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], pattern: Any = None) -> None:
+    """
+    Draws several patterns side by side, to compare treatments of a marked model, rewards or seeds.
+
+    Args:
+        patterns (`Mapping[str, array-like]`):
+            Title → signs of shape `(rows, columns)`, for example the `signs` of
+            [`~trl_dpg.metrics.decode_pattern`]. 0 (the weight did not move) is gray.
+        path (`str` or `PathLike`):
+            PNG file to write.
+        pattern (array-like of shape `(rows, columns)`, *optional*):
+            Signs asked for. Wrong pixels are red, and the share of right ones is put under the title.
+    """
+    titled = []
+    for title, signs in patterns.items():
+        if pattern is not None:
+            title = f"{title}\n{_percent((np.asarray(signs) == np.asarray(pattern)).mean())}"
+        titled.append((title, signs))
+    _draw_patterns(titled, pattern, path, width=1.9)
+
+
+_DOTS: dict[str, Any] = {"color": "tab:orange", "linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
+
+
+def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | PathLike[str], width: float) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+
+    rows = math.ceil(len(titled) / 5)
+    columns = math.ceil(len(titled) / rows)
+    shape = np.asarray(titled[0][1]).shape
+    border = 4 if min(shape) >= 21 else 0  # with its quiet zone, a phone reads a QR code off the picture
+    height = width * (shape[0] + 2 * border) / (shape[1] + 2 * border)
+    height += 0.2 * max(title.count("\n") + 1 for title, _ in titled)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(titled) :]:
+        axes.axis("off")
+    for axes, (title, signs) in zip(grid.flat, titled, strict=False):
+        signs = np.asarray(signs)
+        wrong = signs != np.asarray(pattern) if pattern is not None else np.zeros(signs.shape, bool)
+        picture = np.empty((*signs.shape, 3))
+        picture[:] = to_rgb(UNMOVED)
+        for sign, right_color, wrong_color in ((1, DARK, WRONG_DARK), (-1, LIGHT, WRONG_LIGHT)):
+            picture[(signs == sign) & ~wrong] = to_rgb(right_color)
+            picture[(signs == sign) & wrong] = to_rgb(wrong_color)
+        axes.imshow(np.pad(picture, ((border, border), (border, border), (0, 0)), constant_values=1))
+        axes.set_title(title, fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("lightgray")
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.08)
     plt.close(figure)
 
 
-def _draw(axes: "Axes", log_history, key: str, label: str | None, style: str, color: str) -> None:
-    points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+def _percent(share: float) -> str:
+    return "100%" if share == 1 else f"{math.floor(share * 1000) / 10:.1f}%"  # 2000 of 2001 pixels are 99.9%
+
+
+def _validations(log_history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
+    by_step = defaultdict(list)
+    for row in log_history:
+        if row.get(key) is not None:
+            by_step[row["step"]].append(row[key])
+    return {step: fmean(values) for step, values in by_step.items()}
+
+
+def _finish(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:  # above the axes, where it hides nothing
+        axes.legend(
+            handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2
+        )

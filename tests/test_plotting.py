@@ -1,0 +1,100 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import zxingcpp
+from PIL import Image
+
+from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.plotting import plot_learning_curve, plot_learning_curves, plot_pattern, plot_patterns
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Axes of the figures, which stay open."""
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    yield lambda: [axes for figure in figures for axes in figure.axes]
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def titles(axes):
+    return [a.get_title() for a in axes]
+
+
+def codes(path):
+    with Image.open(path) as picture:
+        return [code.text for code in zxingcpp.read_barcodes(picture)]
+
+
+def colors(picture):
+    return {tuple(np.round(color * 255).astype(int)) for color in picture.reshape(-1, 3)}
+
+
+def test_pattern_can_be_scanned(tmp_path, drawn):
+    pattern = LMHeadPattern.qr("DPG").pattern
+    decoded = pattern.clone()
+    decoded[-1, -1] *= -1
+    plot_pattern(decoded, pattern, tmp_path / "pattern.png", text="DPG")
+    assert titles(drawn()) == ["asked for", "read from the head: 99.7%, “DPG”"]
+    assert codes(tmp_path / "pattern.png") == ["DPG", "DPG"]
+
+
+def test_wrong_pixels_are_red(tmp_path, drawn):
+    pattern = LMHeadPattern.sixty_seven().pattern
+    decoded = pattern.clone()
+    decoded[0, 0], decoded[0, -1], decoded[1, 1] = -1, 1, 0
+    plot_pattern(decoded, pattern, tmp_path / "pattern.png")
+    asked, read = (axes.images[0].get_array() for axes in drawn())
+    assert asked.shape == read.shape == (6, 7, 3)
+    assert colors(asked) == {(0, 0, 0), (255, 255, 255)}
+    assert tuple(np.round(read[1, 1] * 255)) == (150, 150, 150)
+    for pixel in (read[0, 0], read[0, -1]):
+        assert pixel[0] > pixel[1] + 0.2
+    assert colors(read) >= colors(asked) and len(colors(read)) == 5
+
+
+def test_strip(tmp_path, drawn):
+    pattern = LMHeadPattern.qr("DPG").pattern
+    patterns = {f"seed {seed}": pattern for seed in range(5)}
+    patterns["seed 5"] = torch.where(pattern > 0, 0, pattern)  # 225 of 441 are light
+    plot_patterns(patterns, tmp_path / "strip.png", pattern)
+    axes = drawn()
+    assert titles(axes) == [*(f"seed {seed}\n100%" for seed in range(5)), "seed 5\n51.0%"]
+    assert codes(tmp_path / "strip.png") == ["DPG"] * 5
+    plot_patterns({"alone": pattern}, tmp_path / "strip.png")
+    assert titles(drawn())[6:] == ["alone"]
+
+
+def test_curve(tmp_path, drawn):
+    log = [
+        {"step": 0, "eval_metric_gain": 0.1},
+        {"step": 1, "metagradient/metric_gain": 0.2, "metagradient/std": 1e-4},
+        {"step": 2, "metagradient/metric_gain": 0.3, "metagradient/std": 1e-5},
+        {"step": 2, "train_loss": 1.0},
+    ]
+    plot_learning_curve(log, tmp_path / "curve.png")
+    top, bottom = drawn()
+    assert [line.get_xydata().tolist() for line in top.lines] == [[[1, 0.2], [2, 0.3]], [[0, 0.1]]]
+    assert bottom.lines[0].get_xydata().tolist() == [[1, 1e-4], [2, 1e-5]]
+    assert bottom.get_legend() is None
+    plot_learning_curve([{"step": 2, "train_loss": 1.0}], tmp_path / "empty.png")
+
+
+def test_curves_of_several_runs(tmp_path, drawn):
+    def log(*values):
+        return [{"step": step, "eval_pixel_accuracy": value, "epoch": 0} for step, value in values]
+
+    runs = {
+        "metagradient": [log((0, 0.4), (0, 0.6), (10, 0.8), (20, 1.0)), log((0, 0.3), (10, 1.0), (15, 1.0))],
+        "naive": [log((0, 0.5), (20, 0.5))],
+    }
+    plot_learning_curves(runs, tmp_path / "curves.png", "pixel_accuracy")
+    (axes,) = drawn()
+    assert [line.get_label() for line in axes.lines] == ["metagradient (2 seeds)", "naive"]
+    assert axes.lines[0].get_xydata().tolist() == [[0, pytest.approx(0.4)], [10, pytest.approx(0.9)]]
+    assert axes.lines[1].get_xydata().tolist() == [[0, 0.5], [20, 0.5]]
+    assert axes.get_ylabel() == "pixel accuracy, validation"
+    with pytest.raises(ValueError, match="The runs 'metagradient' have no step with an `eval_perplexity` in common"):
+        plot_learning_curves(runs, tmp_path / "curves.png", "perplexity")
