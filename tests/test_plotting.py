@@ -58,10 +58,10 @@ def test_wrong_pixels_are_red(tmp_path, drawn):
 def test_strip(tmp_path, drawn):
     pattern = LMHeadPattern.qr("DPG").pattern
     patterns = {f"seed {seed}": pattern for seed in range(5)}
-    patterns["seed 5"] = torch.where(pattern > 0, 0, pattern)  # 225 of 441 are light
+    patterns["seed 5"] = torch.zeros_like(pattern)
     plot_patterns(patterns, tmp_path / "strip.png", pattern)
     axes = drawn()
-    assert titles(axes) == [*(f"seed {seed}\n100%" for seed in range(5)), "seed 5\n51.0%"]
+    assert titles(axes) == [*(f"seed {seed}\n100%" for seed in range(5)), "seed 5\n0.0%"]
     assert codes(tmp_path / "strip.png") == ["DPG"] * 5
     plot_patterns({"alone": pattern}, tmp_path / "strip.png")
     assert titles(drawn())[6:] == ["alone"]
