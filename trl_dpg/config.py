@@ -41,7 +41,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             - `"language_identification"`: probability that the text is in `reward_language`. See
               [`~rewards.LanguageIdentificationReward`].
 
-            The last three train no target. They need the extra `trl-dpg[baselines]`.
+            The last three train no target. They need the extra `trl-dpg[baselines]`. Their values are not standardized:
+            `scale_rewards="group"` or `"batch"` does that for advantages.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether the metagradients of a generation batch come from one run of the target on all of it. If `False`, there
             are `num_generations` runs, each on one completion per prompt. Has no effect on other rewards.

@@ -22,28 +22,6 @@ def ids_of(tokenizer, texts, ended=False):
     return [[*row, tokenizer.eos_token_id] for row in ids] if ended else ids
 
 
-class Log:
-    """TRL's `log_extra` and `log_metric`."""
-
-    def __init__(self):
-        self.columns, self.metrics = {}, {}
-
-    def log_extra(self, name, values):
-        self.columns[name] = values
-
-    def log_metric(self, name, value):
-        self.metrics[name.removeprefix("metagradient/")] = value
-
-    @property
-    def hooks(self):
-        return {"log_extra": self.log_extra, "log_metric": self.log_metric}
-
-
-@pytest.fixture
-def log():
-    return Log()
-
-
 @pytest.fixture
 def make_reward(causal_lm, tokenizer):
     def make(**kwargs):
@@ -51,18 +29,6 @@ def make_reward(causal_lm, tokenizer):
         return MetagradientReward(**{**defaults, "processing_class": tokenizer, **kwargs})
 
     return make
-
-
-@pytest.fixture
-def call(tokenizer):
-    """Calls a reward as TRL does."""
-
-    def call(reward, texts, ended=False, prompts=None, **kwargs):
-        ids = ids_of(tokenizer, texts, ended)
-        prompts = prompts or [""] * len(texts)
-        return reward(prompts=prompts, completions=texts, completion_ids=ids, **kwargs)
-
-    return call
 
 
 @pytest.fixture

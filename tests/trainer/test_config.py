@@ -78,7 +78,13 @@ class TestDefaults:
     def test_every_field_of_the_recipe_is_there(self, make_config):
         fields = {field.name for field in dataclasses.fields(DatasetPolicyGradientConfig)}
         ours = fields - {field.name for field in dataclasses.fields(GRPOConfig)}
-        others = {"reward", "cross_group_batching", "reward_language", "target_model_init_kwargs", "target_untie_lm_head"}
+        others = {
+            "reward",
+            "cross_group_batching",
+            "reward_language",
+            "target_model_init_kwargs",
+            "target_untie_lm_head",
+        }
         assert ours == {*others, *RECIPE}
         values = {
             "target_optim": "sgd",
@@ -234,6 +240,17 @@ class TestParser:
         assert config.target_batch_size == 2
         assert model_config.model_name_or_path == "generator"
 
+    def test_reward(self):
+        config = parse("--reward", "language_identification", "--reward_language", "es")
+        assert (config.reward, config.reward_language) == ("language_identification", "es")
+        assert config.cross_group_batching is True
+        assert parse("--cross_group_batching", "false").cross_group_batching is False
+        assert parse("--no_cross_group_batching").cross_group_batching is False
+
+    def test_reward_in_yaml(self, tmp_path):
+        config = parse(config="reward: naive\ncross_group_batching: false\n", tmp_path=tmp_path)
+        assert (config.reward, config.cross_group_batching) == ("naive", False)
+
     def test_reward_is_a_choice(self, capsys):
         with pytest.raises(SystemExit):
             parse("--reward", "nonsense")
@@ -301,6 +318,10 @@ class TestErrors:
     def test_reward(self, make_config):
         with pytest.raises(ValueError, match="`reward` must be 'metagradient'.*got 'nonsense'"):
             make_config(reward="nonsense")
+
+    def test_language_identification_without_a_language(self, make_config):
+        with pytest.raises(ValueError, match="`reward='language_identification'` needs `reward_language`"):
+            make_config(reward="language_identification")
 
     def test_stock_errors_come_through(self, make_config):
         with pytest.raises(ValueError, match="must be divisible by num_generations"):

@@ -83,7 +83,7 @@ class EditDistanceReward:
 
 class LanguageIdentificationReward:
     """
-    Reward of a completion: probability that it is in a language, by `py3langid`.
+    Reward of a completion: probability that it is in a language, by `py3langid`. An empty one is in none.
 
     Args:
         language (`str`):
@@ -118,7 +118,9 @@ class LanguageIdentificationReward:
 
     def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
         """Probabilities of the completions, between 0 and 1."""
-        return [dict(self.identifier.rank(completion_text(completion)))[self.language] for completion in completions]
+        texts = [completion_text(completion) for completion in completions]
+        # Without letters to go by, all languages are equally likely: more than Spanish is for an English text
+        return [dict(self.identifier.rank(text))[self.language] if text.strip() else 0.0 for text in texts]
 
 
 def check_reference_texts(reference_texts: list[str] | None) -> None:

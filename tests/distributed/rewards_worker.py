@@ -1,0 +1,94 @@
+"""Run by `torchrun` from `test_rewards.py`: our trainer with each of the rewards given, results written as JSON."""
+
+import json
+import os
+import sys
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from examples.resources import save_tiny_models, tiny_prompts
+from tests.distributed.worker import COMMON, deterministic_generation
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from trl_dpg.metrics import LMHeadPattern
+
+
+def sum_of_ids(completion_ids, **kwargs):
+    """Tells the completions of a prompt apart, and scores not all of them."""
+    return [float(sum(ids)) if len(ids) % 3 else None for ids in completion_ids]
+
+
+def run(reward, state, directory):
+    """6 rows a process on two: a prompt's group of 4 spans both."""
+    world = state.num_processes
+    args = DatasetPolicyGradientConfig(
+        directory,
+        **COMMON,
+        per_device_train_batch_size=12 // world,
+        per_device_eval_batch_size=8 // world,
+        reward_weights=[1.0, 0.01],
+        target_batch_size=2,
+        target_learning_rate=1e-3,
+        reward="naive" if reward == "failing" else reward,
+        cross_group_batching=reward != "metagradient",
+    )
+    with state.main_process_first():
+        generator, target = save_tiny_models(os.path.join(directory, "models"))
+    prompts = tiny_prompts(12, 3)
+    pattern = LMHeadPattern.sixty_seven(scale="auto")
+
+    def failing(model):
+        if state.process_index == state.num_processes - 1:
+            raise ArithmeticError("planted failure")
+        return -model.lm_head.weight.norm()
+
+    trainer = DatasetPolicyGradientTrainer(
+        generator,
+        target,
+        failing if reward == "failing" else pattern,
+        args,
+        prompts["train"],
+        prompts["test"],
+        reward_funcs=sum_of_ids,
+    )
+    deterministic_generation(trainer)
+    score = trainer._generate_and_score_completions
+    steps = []
+
+    def recording(inputs):
+        output = score(inputs)
+        rewards = {name: list(values) for name, values in trainer._logs["rewards"].items()}
+        steps.append(
+            {
+                "used": gather_object(output["advantages"].tolist()),
+                "logged": list(trainer._logs["advantages"]),
+                "rewards": [str(value) for value in rewards.pop("sum_of_ids")],  # some are NaN
+                **rewards,
+                "raw": list(trainer._logs["extra"][f"{reward}_raw"]),
+            }
+        )
+        return output
+
+    trainer._generate_and_score_completions = recording
+    trainer.train()
+    figures = {
+        key: value
+        for row in trainer.state.log_history
+        for key, value in row.items()
+        if key.startswith(f"{reward}/") and not key.endswith("seconds")
+    }
+    metrics = trainer.evaluate()
+    figures |= {key: metrics[f"eval_{key}"] for key in ("metric", "distinct", "completion_length")}
+    return {"steps": steps, "figures": figures}
+
+
+if __name__ == "__main__":
+    *rewards, directory, output = sys.argv[1:]
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    results = {reward: run(reward, state, os.path.join(directory, reward)) for reward in rewards}
+    if state.is_main_process:
+        with open(output, "w") as file:
+            json.dump(results, file)
+    state.destroy_process_group()
