@@ -1,14 +1,16 @@
 """
 Models and text for the examples and tests, none of which needs the Hub.
 
-The tiny models are made on the spot. The real model and the real text come out of packages on PyPI, see
-[`smollm2`] and [`wikipedia_leads`].
+The tiny models are made on the spot. The real model and the real text come out of packages on PyPI and of Debian, see
+[`smollm2`], [`wikipedia_leads`] and [`handbook_paragraphs`].
 """
 
+import html
 import importlib.util
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, WhitespaceSplit
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
@@ -34,18 +38,24 @@ WORDS = [
 ]
 # fmt: on
 
+HEX_DIGITS = "0123456789abcdef"
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+
+def tiny_tokenizer(num_words: int = 60) -> PreTrainedTokenizerFast:
     """
-    A tokenizer of 64 tokens: `<pad>`, `<bos>`, `<eos>`, `<unk>` and 60 English words, one token each.
+    A tokenizer of English words, one token each, and then `<pad>`, `<bos>`, `<eos>`, `<unk>`.
 
     It adds no special tokens. Decoding joins words with one space, so that encoding what was decoded gives the same
     words again.
 
+    Args:
+        num_words (`int`, *optional*, defaults to `60`):
+            Number of words, 60 at most.
+
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    vocab = {token: index for index, token in enumerate(WORDS + SPECIAL_TOKENS)}
+    vocab = {token: index for index, token in enumerate(WORDS[:num_words] + SPECIAL_TOKENS)}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -69,7 +79,7 @@ def tiny_causal_lm(
     tie_word_embeddings: bool = False,
 ) -> GPT2LMHeadModel:
     """
-    A randomly initialized GPT-2 without dropout whose special tokens are those of [`tiny_tokenizer`].
+    A randomly initialized GPT-2 without dropout whose special tokens are those of a [`tiny_tokenizer`] of its size.
 
     The global random number generator is left as it was.
 
@@ -92,6 +102,7 @@ def tiny_causal_lm(
     Returns:
         [`~transformers.GPT2LMHeadModel`]: The model, in float32 on the CPU.
     """
+    num_words = vocab_size - len(SPECIAL_TOKENS)
     config = GPT2Config(
         vocab_size=vocab_size,
         n_embd=hidden_size,
@@ -101,9 +112,9 @@ def tiny_causal_lm(
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        pad_token_id=len(WORDS) + SPECIAL_TOKENS.index("<pad>"),
-        bos_token_id=len(WORDS) + SPECIAL_TOKENS.index("<bos>"),
-        eos_token_id=len(WORDS) + SPECIAL_TOKENS.index("<eos>"),
+        pad_token_id=num_words + SPECIAL_TOKENS.index("<pad>"),
+        bos_token_id=num_words + SPECIAL_TOKENS.index("<bos>"),
+        eos_token_id=num_words + SPECIAL_TOKENS.index("<eos>"),
         tie_word_embeddings=tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]):
@@ -112,11 +123,81 @@ def tiny_causal_lm(
         return GPT2LMHeadModel(config)
 
 
-def save_tiny_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[str, str]:
+def save_tiny_models(directory: str | os.PathLike[str], seed: int = 0, num_words: int = 60) -> tuple[str, str]:
     """
-    Write a tiny generator and a tiny target model, each with its tokenizer, under `directory/seed-{seed}`.
+    Write a tiny generator and a tiny target model, each with its tokenizer, under `directory/words-{num_words}-seed-{seed}`.
 
     Models that are there already are kept.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            Where to write.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the pair. The two models differ.
+        num_words (`int`, *optional*, defaults to `60`):
+            Words of their vocabulary.
+
+    Returns:
+        `tuple[str, str]`: The directories of the generator and of the target.
+    """
+
+    return _save_models(Path(directory) / f"words-{num_words}-seed-{seed}", tiny_tokenizer(num_words), seed)
+
+
+def tiny_prompts(num_train: int, num_test: int, seed: int = 0, num_words: int = 60) -> DatasetDict:
+    """
+    Prompts of three random words of [`tiny_tokenizer`], no two alike.
+
+    Args:
+        num_train (`int`):
+            Number of prompts to train on.
+        num_test (`int`):
+            Number of held-out prompts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the choice.
+        num_words (`int`, *optional*, defaults to `60`):
+            Words of the tokenizer.
+
+    Returns:
+        [`~datasets.DatasetDict`]: Splits `train` and `test` with the column `prompt`.
+    """
+    base = num_words
+    chosen = random.Random(seed).sample(range(base**3), num_train + num_test)
+    prompts = [f"{WORDS[n // base**2]} {WORDS[n // base % base]} {WORDS[n % base]}" for n in chosen]
+    return DatasetDict(
+        train=Dataset.from_dict({"prompt": prompts[:num_train]}),
+        test=Dataset.from_dict({"prompt": prompts[num_train:]}),
+    )
+
+
+def hex_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    A tokenizer of 20 tokens: the 16 hexadecimal digits, then `<pad>`, `<bos>`, `<eos>`, `<unk>`.
+
+    It puts `<bos>` before every text: a string that is recalled from an empty prompt needs something to begin after.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
+    """
+    vocab = {token: index for index, token in enumerate([*HEX_DIGITS, *SPECIAL_TOKENS])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_hex_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[str, str]:
+    """
+    Like [`save_tiny_models`], with [`hex_tokenizer`], under `directory/hex-seed-{seed}`.
 
     Args:
         directory (`str` or `os.PathLike`):
@@ -127,19 +208,12 @@ def save_tiny_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[
     Returns:
         `tuple[str, str]`: The directories of the generator and of the target.
     """
-
-    def build(path: Path) -> None:
-        for index, name in enumerate(["generator", "target"]):
-            tiny_causal_lm(seed=2 * seed + index).save_pretrained(path / name)
-            tiny_tokenizer().save_pretrained(path / name)
-
-    path = _build_once(Path(directory) / f"seed-{seed}", build)
-    return str(path / "generator"), str(path / "target")
+    return _save_models(Path(directory) / f"hex-seed-{seed}", hex_tokenizer(), seed)
 
 
-def tiny_prompts(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
+def hex_prompts(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
     """
-    Prompts of three random words of [`tiny_tokenizer`], no two alike.
+    Prompts of three random hexadecimal digits, no two alike (there are 4096).
 
     Args:
         num_train (`int`):
@@ -152,9 +226,7 @@ def tiny_prompts(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
     Returns:
         [`~datasets.DatasetDict`]: Splits `train` and `test` with the column `prompt`.
     """
-    base = len(WORDS)
-    chosen = random.Random(seed).sample(range(base**3), num_train + num_test)
-    prompts = [f"{WORDS[n // base**2]} {WORDS[n // base % base]} {WORDS[n % base]}" for n in chosen]
+    prompts = [f"{n:03x}" for n in random.Random(seed).sample(range(16**3), num_train + num_test)]
     return DatasetDict(
         train=Dataset.from_dict({"prompt": prompts[:num_train]}),
         test=Dataset.from_dict({"prompt": prompts[num_train:]}),
@@ -196,7 +268,7 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> str:
         tokenizer.save_pretrained(path)
 
     cache_dir = cache_dir or os.environ.get("TRL_DPG_CACHE") or Path.home() / ".cache" / "trl_dpg"
-    return str(_build_once(Path(cache_dir) / "SmolLM2-135M-Instruct", build))
+    return str(build_once(Path(cache_dir) / "SmolLM2-135M-Instruct", build))
 
 
 def wikipedia_leads(language: str = "en") -> Dataset:
@@ -257,7 +329,133 @@ def rephrase_prompts(
     return splits.map(to_prompt, remove_columns=leads.column_names)
 
 
-def _build_once(directory: Path, build: Callable[[Path], None]) -> Path:
+def handbook_paragraphs(
+    language: str, directory: str | os.PathLike[str] = "/usr/share/doc/debian-handbook/html"
+) -> Dataset:
+    """
+    Paragraphs of The Debian Administrator's Handbook, for languages that [`wikipedia_leads`] lacks.
+
+    The text is by Raphaël Hertzog, Roland Mas and translators, under the license CC BY-SA 3.0 (or GPL 2 and later). It
+    comes from the Debian package `debian-handbook`. Paragraphs that are left in English are not returned.
+
+    Args:
+        language (`str`):
+            `"de"`, `"it"` or another one of its languages.
+        directory (`str` or `os.PathLike`, *optional*, defaults to `"/usr/share/doc/debian-handbook/html"`):
+            Where the package's HTML files are. Elsewhere than on Debian, where they were unpacked to.
+
+    Returns:
+        [`~datasets.Dataset`]: Column `text`, in the order of the book. Each text is at least 200 characters long, on a
+        single line and unique.
+    """
+
+    def paragraphs(name: str) -> dict[str, str]:
+        pages = (path.read_text(encoding="utf-8") for path in sorted((Path(directory) / name).glob("*.html")))
+        blocks = (block for page in pages for block in re.findall(r'<div class="para">(.*?)</div>', page, re.DOTALL))
+        # The key leaves out references to chapters, which are translated where the rest of a paragraph is not.
+        return {plain_text(re.sub(r"<a .*?</a>", "", block)): plain_text(block) for block in blocks}
+
+    def plain_text(block: str) -> str:
+        return " ".join(html.unescape(re.sub(r"<[^>]*>", "", block)).split())
+
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(
+            f"There is no {str(directory)!r}. Run `apt-get install debian-handbook`, or unpack that package elsewhere and "
+            "pass its directory `html`."
+        )
+    names = {path.name.split("-")[0]: path.name for path in Path(directory).iterdir() if "-" in path.name}
+    if language not in names:
+        raise ValueError(f"No handbook in language {language!r}; there are {sorted(names)}.")
+    english = paragraphs("en-US") if language != "en" else {}
+    texts = {
+        text: None for key, text in paragraphs(names[language]).items() if key not in english and len(text) >= 200
+    }
+    return Dataset.from_dict({"text": list(texts)})
+
+
+def language_texts(language: str) -> DatasetDict:
+    """
+    Texts in a language, to train a model from scratch on and held-out ones.
+
+    Args:
+        language (`str`):
+            `"en"`, `"es"` or `"fr"`, from [`wikipedia_leads`]; `"de"` or `"it"`, from [`handbook_paragraphs`].
+
+    Returns:
+        [`~datasets.DatasetDict`]: Splits `train` and `test` (a tenth) with the column `text`, shuffled.
+    """
+    texts = wikipedia_leads(language) if language in ("en", "es", "fr") else handbook_paragraphs(language)
+    return texts.select_columns("text").train_test_split(test_size=0.1, seed=0)
+
+
+def likelihood_texts(language: str, num_metric: int, num_test: int, max_words: int = 24) -> DatasetDict:
+    """
+    Held-out texts whose likelihood is the goal, and others to judge by whether it was reached.
+
+    Args:
+        language (`str`):
+            See [`language_texts`].
+        num_metric (`int`):
+            Number of texts for the metric.
+        num_test (`int`):
+            Number of other texts.
+        max_words (`int`, *optional*, defaults to `24`):
+            Longer texts are cut after so many words.
+
+    Returns:
+        [`~datasets.DatasetDict`]: Splits `metric` and `test` with the column `text`.
+    """
+    texts = [" ".join(text.split()[:max_words]) for text in language_texts(language)["test"]["text"]]
+    if num_metric + num_test > len(texts):
+        raise ValueError(f"`num_metric` + `num_test` is {num_metric + num_test}, of {len(texts)} held-out texts.")
+    return DatasetDict(
+        metric=Dataset.from_dict({"text": texts[:num_metric]}),
+        test=Dataset.from_dict({"text": texts[num_metric : num_metric + num_test]}),
+    )
+
+
+def continuation_prompts(
+    texts: Dataset, max_words: int = 20, seed: int = 0, test_size: int | float | None = 0.1
+) -> DatasetDict:
+    """
+    First sentences, for a model without a chat template to go on with.
+
+    Args:
+        texts ([`~datasets.Dataset`]):
+            Texts in the column `text`, e.g. the held-out ones of [`language_texts`].
+        max_words (`int`, *optional*, defaults to `20`):
+            Texts whose first sentence is longer are left out.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the split and the order.
+        test_size (`int` or `float`, *optional*, defaults to `0.1`):
+            Number or share of held-out prompts.
+
+    Returns:
+        [`~datasets.DatasetDict`]: Splits `train` and `test` with the column `prompt`.
+    """
+    prompts = dict.fromkeys(split_sentences(text)[0] for text in texts["text"])
+    short = [prompt for prompt in prompts if len(prompt.split()) <= max_words]
+    return Dataset.from_dict({"prompt": short}).train_test_split(test_size=test_size, seed=seed)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text: each ends in a punctuation mark, and the next begins with an uppercase letter."""
+    return re.split(r"(?<=[.!?]) (?=[¿¡«„\"]?[A-ZÀ-ÖØ-Þ])", text)
+
+
+def _save_models(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[str, str]:
+    """A generator and a target of a tokenizer's size under `directory`, unless they are there."""
+
+    def build(path: Path) -> None:
+        for index, name in enumerate(["generator", "target"]):
+            tiny_causal_lm(vocab_size=len(tokenizer), seed=2 * seed + index).save_pretrained(path / name)
+            tokenizer.save_pretrained(path / name)
+
+    path = build_once(directory, build)
+    return str(path / "generator"), str(path / "target")
+
+
+def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
     """Call `build` on an empty directory that then becomes `directory`, unless that exists: what exists is complete."""
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)

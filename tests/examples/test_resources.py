@@ -7,9 +7,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples import resources
 from examples.resources import (
     WORDS,
+    continuation_prompts,
+    handbook_paragraphs,
+    hex_prompts,
+    hex_tokenizer,
+    language_texts,
+    likelihood_texts,
     rephrase_prompts,
+    save_hex_models,
     save_tiny_models,
     smollm2,
+    split_sentences,
     tiny_causal_lm,
     tiny_prompts,
     tiny_tokenizer,
@@ -104,7 +112,7 @@ class TestSaveTinyModels:
             (tmp_path / "built" / "theirs").touch()
             (path / "ours").touch()
 
-        path = resources._build_once(tmp_path / "built", build)
+        path = resources.build_once(tmp_path / "built", build)
         assert [file.name for file in path.iterdir()] == ["theirs"]
         assert list(tmp_path.iterdir()) == [path]
 
@@ -148,6 +156,102 @@ class TestWikipedia:
         assert len(lead.split()) == 30
         assert any(text.startswith(lead) for text in leads["text"])
         assert rephrase_prompts(leads, max_words=30, test_size=10)["train"][:] == prompts["train"][:]
+
+
+class TestHex:
+    def test_tokenizer(self):
+        tokenizer = hex_tokenizer()
+        assert len(tokenizer) == 20
+        assert tokenizer("")["input_ids"] == [17]
+        uuid = "7f3c9a51e2d84b06a1c5f0e79d2b8364"
+        input_ids = tokenizer(uuid)["input_ids"]
+        assert input_ids == [17] + [int(digit, 16) for digit in uuid]
+        assert tokenizer.decode(input_ids, skip_special_tokens=True) == uuid
+        batch = tokenizer(["a", "abc"], padding=True)
+        assert batch["input_ids"] == [[16, 16, 17, 10], [17, 10, 11, 12]]
+
+    def test_models(self, tmp_path):
+        for path, seed in zip(save_hex_models(tmp_path), [0, 1], strict=True):
+            model = AutoModelForCausalLM.from_pretrained(path)
+            assert torch.equal(model.lm_head.weight, tiny_causal_lm(vocab_size=20, seed=seed).lm_head.weight)
+            assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (16, 17, 18)
+            assert AutoTokenizer.from_pretrained(path)("0f")["input_ids"] == [17, 0, 15]
+
+    def test_prompts(self):
+        prompts = hex_prompts(4000, 96, seed=1)
+        train, test = prompts["train"]["prompt"], prompts["test"]["prompt"]
+        assert (len(train), len(test)) == (4000, 96)
+        assert len({*train, *test}) == 4096
+        assert all(len(prompt) == 3 and int(prompt, 16) >= 0 for prompt in train)
+        assert list(hex_prompts(4000, 96, seed=1)["test"]["prompt"]) == list(test)
+
+
+@pytest.fixture
+def handbook(tmp_path):
+    """A handbook of one page in English and German."""
+    english = "This paragraph is in English. " * 8
+    pages = {
+        "en-US": [english, "See <a href='x'>Chapter 4</a>. " + english, english + "More."],
+        "de-DE": [
+            english,
+            "See <a href='x'>Kapitel 4</a>. " + english,
+            "Dieser Absatz ist <em>auf</em>\n Deutsch &amp; lang. " * 8,
+            "Dieser nicht.",
+        ],
+    }
+    for name, paragraphs in pages.items():
+        (tmp_path / name).mkdir()
+        page = "".join(f'<p>x</p><div class="para">\n\t{text}\n</div>' for text in paragraphs)
+        (tmp_path / name / "page.html").write_text(page, encoding="utf-8")
+    return tmp_path
+
+
+class TestLanguages:
+    def test_handbook(self, handbook):
+        german = handbook_paragraphs("de", handbook)
+        assert german["text"][:] == [" ".join(["Dieser Absatz ist auf Deutsch & lang."] * 8)]
+        assert len(handbook_paragraphs("en", handbook)) == 3
+
+    def test_no_handbook(self, handbook):
+        with pytest.raises(ValueError, match=r"'xx'; there are \['de', 'en'\]"):
+            handbook_paragraphs("xx", handbook)
+        with pytest.raises(FileNotFoundError, match="apt-get install debian-handbook"):
+            handbook_paragraphs("de", handbook / "nothing")
+
+    def test_split_sentences(self):
+        text = "The mass is 3.5 kg. It fell in 1990! Ça va? ¿Qué es? Él, i.e. he. «Oui.» Non"
+        assert split_sentences(text) == [
+            "The mass is 3.5 kg.", "It fell in 1990!", "Ça va?", "¿Qué es?", "Él, i.e. he.", "«Oui.» Non",
+        ]  # fmt: skip
+
+    def test_texts(self):
+        texts = language_texts("es")
+        train, test = texts["train"]["text"][:], texts["test"]["text"][:]
+        assert not set(train) & set(test)
+        assert {*train, *test} == set(wikipedia_leads("es")["text"])
+        assert len(test) == pytest.approx(0.1 * len(train + test), abs=1)
+        assert language_texts("es")["test"]["text"][:] == test
+
+    def test_likelihood_texts(self):
+        held_out = [text.split() for text in language_texts("fr")["test"]["text"]]
+        texts = likelihood_texts("fr", 30, 50, max_words=12)
+        found = [text.split() for split in ("metric", "test") for text in texts[split]["text"]]
+        assert (len(texts["metric"]), len(texts["test"])) == (30, 50)
+        assert found == [words[:12] for words in held_out[:80]]
+        with pytest.raises(ValueError, match="is 100000, of"):
+            likelihood_texts("fr", 99990, 10)
+
+    def test_continuation_prompts(self):
+        texts = language_texts("en")["test"]
+        state = torch.get_rng_state()
+        prompts = continuation_prompts(texts, max_words=15, test_size=20)
+        assert torch.equal(torch.get_rng_state(), state)
+        train, test = prompts["train"]["prompt"][:], prompts["test"]["prompt"][:]
+        assert len(test) == 20 and len(train) > 100
+        assert len({*train, *test}) == len(train) + len(test)
+        assert all(len(prompt.split()) <= 15 for prompt in train)
+        assert all(any(text.startswith(prompt) for text in texts["text"]) for prompt in test)
+        assert continuation_prompts(texts, max_words=15, test_size=20)["test"]["prompt"][:] == test
 
 
 def test_missing_package():
