@@ -31,28 +31,28 @@ class TestConstruction:
         trainer = DatasetPolicyGradientTrainer(
             causal_lm(), target, metric, config, prompts["train"], prompts["test"], tokenizer, tokenizer
         )
-        assert trainer.metagradient_reward.target_model is target
-        assert trainer.metric is trainer.metagradient_reward.metric is metric
+        assert trainer.target_training.target_model is target
+        assert trainer.metric is trainer.target_training.metric is metric
         assert trainer.args is config
         assert trainer.eval_dataset is prompts["test"]
-        assert trainer.metagradient_reward.args == config.target_training_arguments()
+        assert trainer.target_training.args == config.target_training_arguments()
 
     def test_names(self, make_trainer, tmp_path):
         generator, target = save_tiny_models(tmp_path)
         kwargs = {"model": generator, "target_model": target, "processing_class": None}
         trainer = make_trainer(**kwargs, target_processing_class=None, max_steps=1)
         trainer.train()
-        model = trainer.metagradient_reward.target_model
+        model = trainer.target_training.target_model
         assert all(p.dtype == torch.float32 for p in model.parameters())
         assert same(model.state_dict(), AutoModelForCausalLM.from_pretrained(target).state_dict())
-        assert len(trainer.metagradient_reward.processing_class) == 64
+        assert len(trainer.target_training.processing_class) == 64
         assert len(rows(trainer, "rewards/metagradient/mean")) == 1
 
     def test_target_init_kwargs(self, make_trainer, tmp_path):
         _, target = save_tiny_models(tmp_path)
         kwargs = {"dtype": "float64", "attn_implementation": "eager"}
         trainer = make_trainer(target_model=target, target_processing_class=None, target_model_init_kwargs=kwargs)
-        model = trainer.metagradient_reward.target_model
+        model = trainer.target_training.target_model
         assert next(model.parameters()).dtype == torch.float64
         assert model.config._attn_implementation == "eager"
         assert trainer.args.target_model_init_kwargs == kwargs
@@ -60,7 +60,7 @@ class TestConstruction:
     def test_same_name_twice(self, make_trainer, tmp_path):
         name, _ = save_tiny_models(tmp_path)
         trainer = make_trainer(model=name, target_model=name)
-        assert trainer.metagradient_reward.target_model is not trainer.model
+        assert trainer.target_training.target_model is not trainer.model
 
     def test_default_arguments(self, monkeypatch, causal_lm, tokenizer, tmp_path):
         class OnCPU(DatasetPolicyGradientConfig):
@@ -107,10 +107,10 @@ class TestConstruction:
 class TestTraining:
     def test_policy_moves_and_target_does_not(self, make_trainer, weights):
         trainer = make_trainer(learning_rate=1e-2, lr_scheduler_type="constant")
-        policy, target = weights(trainer.model), weights(trainer.metagradient_reward.target_model)
+        policy, target = weights(trainer.model), weights(trainer.target_training.target_model)
         trainer.train()
         assert not same(policy, weights(trainer.model))
-        assert same(target, weights(trainer.metagradient_reward.target_model))
+        assert same(target, weights(trainer.target_training.target_model))
         assert len(rows(trainer, "metagradient/pixel_accuracy")) == 2
 
     def test_policy_learns(self, make_trainer):
@@ -169,17 +169,17 @@ class TestTraining:
     def test_default_precision_and_checkpointing(self, make_trainer):
         trainer = make_trainer(bf16=True, gradient_checkpointing=True, max_steps=1)
         values = []
-        metric = trainer.metagradient_reward.metric
+        metric = trainer.target_training.metric
 
         def recording(model):
             values.append((metric(model).dtype, torch.is_autocast_enabled("cpu"), model.lm_head.weight.dtype))
             return metric(model)
 
         recording.setup = metric.setup
-        trainer.metagradient_reward.metric = recording
+        trainer.target_training.metric = recording
         trainer.train()
         assert set(values) == {(torch.float64, False, torch.float32)}
-        assert not trainer.metagradient_reward.target_model.is_gradient_checkpointing
+        assert not trainer.target_training.target_model.is_gradient_checkpointing
 
     def test_conversational_prompts(self, make_trainer, chat_tokenizer):
         prompts = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -204,7 +204,7 @@ class TestTraining:
         target = causal_lm(seed=1, vocab_size=63)
         trainer = make_trainer(target_model=target, target_processing_class=bos_tokenizer)
         trainer.train()
-        assert trainer.metagradient_reward.eos_token_ids == [62, 60]
+        assert trainer.target_training.eos_token_ids == [62, 60]
         assert len(rows(trainer, "metagradient/std")) == 2
 
 
@@ -219,7 +219,7 @@ class TestAdapters:
     def test_of_the_target(self, make_trainer, weights):
         config = LoraConfig(**{**LORA, "target_modules": ["lm_head"], "fan_in_fan_out": False})
         trainer = make_trainer(target_peft_config=config, target_learning_rate=1e-2)
-        target = trainer.metagradient_reward.target_model
+        target = trainer.target_training.target_model
         assert isinstance(target, PeftModel)
         names = [name for name, p in target.named_parameters() if p.requires_grad]
         assert len(names) == 2 and all("lora" in name for name in names)
@@ -240,7 +240,7 @@ class TestAdapters:
         adapters = []
         for seed in (1, 1, 2):
             torch.randn(len(adapters) + 1)
-            target = make_trainer(target_peft_config=config, seed=seed).metagradient_reward.target_model
+            target = make_trainer(target_peft_config=config, seed=seed).target_training.target_model
             adapters.append({name: tensor for name, tensor in target.state_dict().items() if "lora_A" in name})
         assert same(adapters[0], adapters[1])
         assert not same(adapters[0], adapters[2])
@@ -285,7 +285,7 @@ class TestEvaluation:
 
     def test_figures(self, make_trainer, weights):
         trainer = make_trainer(target_learning_rate=1e-2)
-        policy, target = weights(trainer.model), weights(trainer.metagradient_reward.target_model)
+        policy, target = weights(trainer.model), weights(trainer.target_training.target_model)
         metrics = trainer.evaluate()
         assert {f"eval_{key}" for key in self.KEYS} <= set(metrics)
         assert metrics["eval_metric_gain"] == metrics["eval_metric"] - metrics["eval_metric_before"]
@@ -298,7 +298,7 @@ class TestEvaluation:
         )
         assert rows(trainer, "eval_completions/mean_length") == [pytest.approx(6, abs=1)]
         assert same(policy, weights(trainer.model))
-        assert same(target, weights(trainer.metagradient_reward.target_model))
+        assert same(target, weights(trainer.target_training.target_model))
 
     def test_is_an_ordinary_run_on_the_completions(self, make_trainer, monkeypatch):
         calls = []
@@ -311,7 +311,7 @@ class TestEvaluation:
         trainer = make_trainer()
         metrics = trainer.evaluate()
         ((target, examples, metric, args),) = calls
-        assert target is trainer.metagradient_reward.target_model
+        assert target is trainer.target_training.target_model
         assert args == trainer.args.target_training_arguments()
         again = validate(target, examples, metric, args)
         assert again["metric"] == metrics["eval_metric"]
@@ -398,13 +398,13 @@ class TestSaving:
         resumed = make_trainer(**config, max_steps=3)
         assert not same(weights(first.model), weights(resumed.model))
         calls = []
-        reward = resumed.metagradient_reward.target_examples
+        reward = resumed.target_training.target_examples
 
         def counting(*args):
             calls.append(resumed.state.global_step)
             return reward(*args)
 
-        resumed.metagradient_reward.target_examples = counting
+        resumed.target_training.target_examples = counting
         resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == 3
         assert calls == [2]

@@ -118,6 +118,28 @@ class TestReward:
         trainer.train()
         assert list(trainer._logs["advantages"]) == [0.0, -2.0, -1.0, 3.0, -1.0, -1.0, 0.0, 2.0]
 
+    def test_rewards_and_advantages_pass_through_these_methods(self, make_grpo_trainer):
+        """Which is where the trainer takes the ones and replaces the others."""
+        rewards, outputs = [], []
+
+        class Recorder(GRPOTrainer):
+            def _calculate_rewards(self, *args, **kwargs):
+                rewards.append(super()._calculate_rewards(*args, **kwargs))
+                return rewards[-1]
+
+            def _generate_and_score_completions(self, inputs):
+                outputs.append((len(inputs), super()._generate_and_score_completions(inputs)))
+                return outputs[-1][1]
+
+        values = [3.0, 1.0, None, 6.0, -10.0, 0.0, 10.0, 0.0]
+        trainer = make_grpo_trainer(RecordingReward(values), trainer_class=Recorder, max_steps=1)
+        trainer.train()
+        assert rewards[0].shape == (8, 1)
+        assert rewards[0].isnan().flatten().tolist() == [value is None for value in values]
+        ((size, output),) = outputs
+        assert size == len(output["advantages"]) == 8
+        assert output["advantages"].tolist() == list(trainer._logs["advantages"])
+
     def test_wrong_number_of_rewards_is_refused(self, make_grpo_trainer):
         with pytest.raises(ValueError, match="returned 3 rewards, but 8 were expected"):
             make_grpo_trainer(RecordingReward([1.0, 2.0, 3.0])).train()
@@ -262,14 +284,14 @@ class TestModelCard:
 class TestTrainerInternals:
     def test_reward_comes_first_and_is_a_plain_callable(self, make_trainer):
         trainer = make_trainer()
-        assert trainer.reward_funcs == [trainer.metagradient_reward]
+        assert trainer.reward_funcs == [trainer.target_training]
         assert trainer.reward_func_names == ["metagradient"]
-        assert not isinstance(trainer.metagradient_reward, torch.nn.Module)
-        assert not inspect.iscoroutinefunction(trainer.metagradient_reward.__call__)
+        assert not isinstance(trainer.target_training, torch.nn.Module)
+        assert not inspect.iscoroutinefunction(trainer.target_training.__call__)
 
     def test_eos_tokens_are_handed_to_the_reward(self, make_trainer, tokenizer):
         trainer = make_trainer()
-        assert trainer.metagradient_reward.eos_token_ids == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+        assert trainer.target_training.eos_token_ids == [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
     def test_truncation_is_counted_as_trl_counts_it(self, make_trainer):
         suppressed = [token for token in range(64) if token not in (5, 6, 62)]  # ends after three tokens on average
