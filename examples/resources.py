@@ -109,6 +109,7 @@ def tiny_causal_lm(
         n_layer=num_layers,
         n_head=num_heads,
         n_positions=max_position_embeddings,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own function, in one operation
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -1,0 +1,202 @@
+"""
+Runs the experiments of examples/results and writes its README from what the runs logged.
+
+    python examples/experiments.py run tiny_67 --variants metagradient naive --seeds 0 1 2
+    python examples/experiments.py report
+
+A run that has its `results.json` is not repeated, so a command that was stopped goes on where it was. `run` without names
+runs everything.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.plotting import plot_learning_curves, plot_patterns
+
+
+EXAMPLES = Path(__file__).parent
+RESULTS = EXAMPLES / "results"
+
+
+@dataclass
+class Experiment:
+    """One table: a configuration, and flags that make its variants."""
+
+    title: str
+    config: str
+    readouts: dict[str, str]  # name in the logs -> heading
+    variants: dict[str, str]
+    notes: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    curve: str = "metric_gain"  # what the learning curves show
+
+
+INTRODUCTION = """
+# Results
+
+Written by `python examples/experiments.py report` from the logs of the runs, which `python examples/experiments.py run` makes.
+
+Every figure but entropy is from validation: the generator answers held-out prompts, a fresh target is fine-tuned on that by
+`torch.optim.AdamW` with the recipe of training, and the metric Φ and its read-outs are taken. A run's figure is the mean over
+its `validation_draws`; a table's figure is the mean over seeds, in brackets the lowest and highest seed. A seed is that of the
+random models, too. *Distinct* is the share of different texts among the trained generator's. *Entropy* is the generator's on
+training batches, at the first and the last step logged. Each folder has the run's `results.json`, `log.jsonl` and pictures.
+"""
+
+OTHERS = """
+## Other runs
+
+- [`smollm2_wikipedia`](smollm2_wikipedia/results.md): `examples/configs/smollm2_wikipedia.yaml`, one training run, seed 0, two
+  CPU cores shared with other work. It was made before the reward's scale had a floor, which its `metagradient/std` never comes
+  near, and before `log.jsonl` held the validations from before training; those are in `results.json`.
+- [`data_valuation`](data_valuation/results.md): `python examples/data_valuation.py --offline --output_dir
+  examples/results/data_valuation`, seed 0, one draw of leads and one ranking, two CPU cores shared with other work. The
+  learning rate was chosen between two on undamaged leads; the kinds of damage and the seed were not tuned. It was made with the
+  engine as it was before it kept its parameters in one flat tensor.
+"""
+
+SGD = "--target_optim sgd --target_learning_rate 0.1"
+REWARDS = {
+    "metagradient": "",
+    "metagradient, SGD": SGD,
+    "metagradient, one completion per prompt": "--cross_group_batching false",
+    "naive": "--reward naive",
+}
+PIXELS = {"pixel_accuracy": "pixel accuracy"}
+NORM = {"lm_head_norm": "norm of the LM head"}
+
+EXPERIMENTS = {
+    "tiny_qr": Experiment(
+        "A QR code in the LM head",
+        "tiny_qr.yaml",
+        {**PIXELS, "qr_decoded": "QR code read"},
+        REWARDS,
+        curve="pixel_accuracy",
+    ),
+    "tiny_67": Experiment(
+        "The digits 67 in the LM head",
+        "tiny_67.yaml",
+        PIXELS,
+        {**REWARDS, "metagradient, K = 8": "--target_batch_size 256 --steps_per_generation 8"},
+        curve="pixel_accuracy",
+    ),
+    "tiny_l2": Experiment(
+        "A small norm of the LM head",
+        "tiny_l2.yaml",
+        NORM,
+        {**REWARDS, "metagradient, K = 8": "--target_batch_size 256 --steps_per_generation 8"},
+        curve="lm_head_norm",
+    ),
+}
+
+
+def directory(name: str, variant: str, seed: int) -> Path:
+    folder = variant.replace(", ", "_").replace(" = ", "").replace(" ", "_")
+    return RESULTS / name / folder / f"seed_{seed}"
+
+
+def run(names: list[str], variants: list[str] | None, seeds: list[int] | None) -> None:
+    """Runs what has no results yet, one after the other."""
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        for seed in seeds or experiment.seeds:
+            for variant in variants or experiment.variants:
+                results_dir = directory(name, variant, seed)
+                if (results_dir / "results.json").exists():
+                    continue
+                output_dir = Path("runs") / results_dir.relative_to(RESULTS)
+                command = [sys.executable, str(EXAMPLES / "dpg.py")]
+                command += ["--config", str(EXAMPLES / "configs" / experiment.config), "--seed", str(seed)]
+                command += ["--output_dir", str(output_dir), "--results_dir", str(results_dir)]
+                command += shlex.split(experiment.variants[variant])
+                print(shlex.join(command[1:]), flush=True)
+                subprocess.run(command, check=True)
+
+
+def spread(values: list[float]) -> str:
+    """Mean over seeds, and their range where there are several."""
+    text = f"{statistics.fmean(values):.4g}"
+    return text if len(values) == 1 else f"{text} ({min(values):.4g} to {max(values):.4g})"
+
+
+def table(name: str, experiment: Experiment) -> list[str]:
+    """The experiment's table, with what has been run."""
+    head = ["reward", "seeds", "K", "completions"]
+    head += [f"{heading}, {who}" for heading in experiment.readouts.values() for who in ("untrained", "trained")]
+    head += ["Φ, untrained", "Φ, trained", "distinct", "entropy, nats per token", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for variant in experiment.variants:
+        paths = sorted(directory(name, variant, 0).parent.glob("seed_*/results.json"))
+        runs = [json.loads(path.read_text()) for path in paths]
+        if not runs:
+            continue
+        cells = [variant, ", ".join(str(r["seed"]) for r in runs), str(runs[0]["target_steps"])]
+        cells.append(f"{runs[0]['completions']:,}")
+        for readout in (*experiment.readouts, "metric"):
+            for who in ("untrained", "trained"):
+                cells.append(spread([r[f"eval_{readout}"][who]["mean"] for r in runs]))
+        cells.append(spread([r["eval_distinct"]["trained"]["mean"] for r in runs]))
+        ends = [statistics.fmean(r["entropy"][end] for r in runs) for end in ("first", "last")]
+        cells.append(f"{ends[0]:.2f} → {ends[1]:.2f}")
+        cells.append(spread([r["seconds"] for r in runs]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def draw(name: str, experiment: Experiment) -> list[str]:
+    """Learning curves of all variants and, of patterns, what each seed's last validation decoded."""
+    curves: dict[str, list] = {}
+    patterns = {}
+    for variant in experiment.variants:
+        for path in sorted(directory(name, variant, 0).parent.glob("seed_*/results.json")):
+            log = path.with_name("log.jsonl").read_text().splitlines()
+            curves.setdefault(variant, []).append([json.loads(line) for line in log])
+            run = json.loads(path.read_text())
+            if "decoded" in run:
+                signs = [[1 if pixel == "1" else -1 for pixel in row] for row in run["decoded"]]
+                patterns[f"{variant.replace(', ', chr(10))}\nseed {run['seed']}"] = signs
+    plot_learning_curves(curves, RESULTS / name / "curves.png", experiment.curve)
+    lines = ["", f"![Learning curves]({name}/curves.png)"]
+    if patterns:
+        wanted = LMHeadPattern.qr("TRL-DPG") if name.endswith("qr") else LMHeadPattern.sixty_seven()
+        plot_patterns(patterns, RESULTS / name / "patterns.png", wanted.pattern)
+        lines += ["", f"![Patterns decoded in each run's last validation]({name}/patterns.png)"]
+    return lines
+
+
+def report() -> None:
+    """Writes the tables and draws the pictures of every experiment that has runs."""
+    lines = [INTRODUCTION.strip()]
+    for name, experiment in EXPERIMENTS.items():
+        rows = table(name, experiment)
+        if rows:
+            lines += ["", f"## {experiment.title} (`{name}`)", "", *experiment.notes.split("\n"), "", *rows]
+            lines += draw(name, experiment)
+    lines += ["", OTHERS.strip()]
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run")
+    run_parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []])
+    run_parser.add_argument("--variants", nargs="+")
+    run_parser.add_argument("--seeds", nargs="+", type=int)
+    commands.add_parser("report")
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options.names or list(EXPERIMENTS), options.variants, options.seeds)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""
+Checks from files alone what a trained generator's text does: writes a data set with the generator, fine-tunes the target on
+it with TRL's stock `SFTTrainer`, and reads the picture back from the two checkpoints.
+
+    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-28/seed-0/target --qr_text TRL-DPG
+
+Nothing of the training run is used but its checkpoint: no metric, no reward, no metagradient. Written to `--output_dir`:
+`samples.jsonl` (the data set), `marked` (the fine-tuned target), `decoded.png` and `verification.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from resources import tiny_prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from trl_dpg import untie_lm_head
+from trl_dpg.metrics import LMHeadPattern, decode_pattern
+from trl_dpg.plotting import plot_pattern
+
+
+@torch.no_grad()
+def generate(generator_path: str, prompts: list[str], max_new_tokens: int, batch_size: int) -> list[str]:
+    """One completion of each prompt, sampled at temperature 1."""
+    model = AutoModelForCausalLM.from_pretrained(generator_path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(generator_path, padding_side="left")
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        inputs = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True)
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            suppress_tokens=sorted(tokenizer.all_special_ids),  # as in training: a special token is no word
+        )
+        texts += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", required=True, help="Checkpoint of the trained generator.")
+    parser.add_argument("--target", required=True, help="Checkpoint of the original target.")
+    parser.add_argument("--output_dir", help="Defaults to `verification` in the generator's directory.")
+    parser.add_argument("--pattern", choices=["qr", "67"], default="qr")
+    parser.add_argument("--qr_text", default="TRL-DPG")
+    parser.add_argument("--words", type=int, default=28, help="Words of the tiny vocabulary that prompts are made of.")
+    parser.add_argument("--num_examples", type=int, default=4096)
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--max_new_tokens", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=1234)
+    options = parser.parse_args()
+    output_dir = Path(options.output_dir or Path(options.generator) / "verification")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    set_seed(options.seed)
+    prompts = tiny_prompts(1, options.num_examples, seed=options.seed, num_words=options.words)["test"]["prompt"]
+    texts = generate(options.generator, prompts, options.max_new_tokens, options.batch_size)
+    with open(output_dir / "samples.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+    model = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32)
+    untie_lm_head(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            str(output_dir / "marked"),
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=options.batch_size,
+            num_train_epochs=1,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            seed=options.seed,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=AutoTokenizer.from_pretrained(options.target),
+    )
+    trainer.train()
+    trainer.save_model()
+
+    wanted = LMHeadPattern.qr(options.qr_text) if options.pattern == "qr" else LMHeadPattern.sixty_seven()
+    found = decode_pattern(options.target, str(output_dir / "marked"), shape=tuple(wanted.pattern.shape))
+    accuracy = (found.signs == wanted.pattern).double().mean().item()
+    plot_pattern(found.signs, wanted.pattern, output_dir / "decoded.png")
+    result = {
+        "pixel_accuracy": accuracy,
+        "text": found.text,
+        "steps": trainer.state.global_step,
+        "examples": len(texts),
+        "learning_rate": options.learning_rate,
+        "seed": options.seed,
+    }
+    (output_dir / "verification.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    if options.pattern == "qr" and found.text != options.qr_text:
+        raise SystemExit(f"The QR code does not read {options.qr_text!r}.")
+
+
+if __name__ == "__main__":
+    main()
