@@ -82,8 +82,8 @@ def main(
     untie_lm_head(target)
     control = copy.deepcopy(target)
     tokenizer, target_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (generator_name, target_name))
-    prompts, texts = load_prompts(script_args)
-    metric, _ = make_metric(script_args, texts)
+    prompts = load_prompts(script_args)
+    metric, *_ = make_metric(script_args)
 
     rows = [{"round": 0, "loop": read(metric, target), "control": read(metric, control)}]
     for number in range(1, loop_args.rounds + 1):

@@ -15,16 +15,18 @@ import platform
 import statistics
 import time
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import resources
 import torch
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from pretrain_tiny import tiny_multilingual
 from transformers import TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern, evaluate_texts
 from trl_dpg.plotting import plot_learning_curve, plot_pattern
 
 
@@ -38,9 +40,9 @@ class DPGScriptArguments:
     dataset: str = field(
         default="wikipedia",
         metadata={
-            "help": "Prompts: 'wikipedia' (rephrase a lead), 'wikipedia_start' (go on with a lead, for models without a "
-            "chat template), 'tiny' (three words) or 'hex' (three hexadecimal digits).",
-            "choices": ["wikipedia", "wikipedia_start", "tiny", "hex"],
+            "help": "Prompts: 'wikipedia' (rephrase a lead), 'first_sentences' (of leads, to go on with), 'tiny' (three "
+            "words) or 'hex' (hexadecimal digits).",
+            "choices": ["wikipedia", "first_sentences", "tiny", "hex"],
         },
     )
     tiny_words: int = field(default=60, metadata={"help": "Words that the tiny models know."})
@@ -81,44 +83,93 @@ class DPGScriptArguments:
                 raise ValueError(f"`{f.name}` must be one of {choices}, got {getattr(self, f.name)!r}.")
 
 
+class LikelihoodWithHeldOut(LanguageModelingLikelihood):
+    """A likelihood that also reads out the perplexity of texts that it does not look at."""
+
+    def __init__(self, dataset: list[dict[str, str]], held_out: list[dict[str, str]]):
+        super().__init__(dataset)
+        self.held_out = LanguageModelingLikelihood(held_out)
+
+    def setup(self, model):
+        super().setup(model)
+        self.held_out.setup(model)
+
+    @torch.no_grad()
+    def readouts(self, model):
+        perplexity = (-self.held_out(model)).exp().item()
+        return {**super().readouts(model), "held_out_perplexity": perplexity}
+
+
 def resolve_model(name: str, args: DPGScriptArguments, training_args: DatasetPolicyGradientConfig) -> str:
     """A model's name, or the directory of one that is built here."""
+    directory = Path(training_args.output_dir) / "models"
     if name in ("tiny/generator", "tiny/target"):
-        directory = Path(training_args.output_dir) / "models"
         directories = resources.save_tiny_models(directory, training_args.seed, args.tiny_words)
         return directories[("tiny/generator", "tiny/target").index(name)]
+    if name in ("hex/generator", "hex/target"):
+        directories = resources.save_hex_models(directory, training_args.seed)
+        return directories[("hex/generator", "hex/target").index(name)]
+    if name == "tiny/multilingual":
+        return tiny_multilingual()
     if args.offline and name == "HuggingFaceTB/SmolLM2-135M-Instruct":
         return resources.smollm2()
     return name
 
 
-def load_prompts(args: DPGScriptArguments) -> tuple[DatasetDict, list[dict[str, str]]]:
-    """Prompts (`train`, `test`), and texts for the metric that are in neither."""
-    if args.dataset == "tiny":
-        return resources.tiny_prompts(4096, args.validation_prompts, num_words=args.tiny_words), []
+def load_leads(args: DPGScriptArguments, language: str) -> Dataset:
+    """Shuffled leads of Wikipedia's articles, column `text`."""
     if args.offline:
-        leads = resources.wikipedia_leads("en")
+        leads = resources.wikipedia_leads(language)
     else:
-        articles = load_dataset("wikimedia/wikipedia", "20231101.en", split="train[:10000]")
+        articles = load_dataset("wikimedia/wikipedia", f"20231101.{language}", split="train[:100000]")
         leads = articles.map(lambda article: {"text": article["text"].split("\n\n")[0]})
         leads = leads.select_columns(["title", "text"]).filter(lambda lead: len(lead["text"]) >= 200)
-    leads = leads.shuffle(seed=0)
-    texts = [
-        {"text": " ".join(text.split()[: args.max_prompt_words])} for text in leads[: args.metric_examples]["text"]
-    ]
-    rest = leads.select(range(args.metric_examples, len(leads)))
-    return resources.rephrase_prompts(rest, args.max_prompt_words, test_size=args.validation_prompts), texts
+    return leads.shuffle(seed=0)
 
 
-def make_metric(args: DPGScriptArguments, texts: list[dict[str, str]]):
-    """The metric, and the read-out that its curve shows."""
+def load_prompts(args: DPGScriptArguments) -> DatasetDict:
+    """Prompts: splits `train` and `test`."""
+    if args.dataset == "tiny":
+        return resources.tiny_prompts(4096, args.validation_prompts, num_words=args.tiny_words)
+    if args.dataset == "hex":
+        return resources.hex_prompts(3072, args.validation_prompts)
+    if args.dataset == "first_sentences":
+        texts = resources.language_texts("en")["test"]
+        return resources.continuation_prompts(texts, test_size=args.validation_prompts)
+    leads = load_leads(args, "en")
+    rest = leads.select(range(args.metric_examples, len(leads)))  # the first ones are for the metric
+    return resources.rephrase_prompts(rest, args.max_prompt_words, test_size=args.validation_prompts)
+
+
+def make_metric(args: DPGScriptArguments):
+    """The metric, the read-out that its curve shows, and the texts that completions can be compared to."""
     if args.metric == "67":
-        return LMHeadPattern.sixty_seven(scale="auto"), "pixel_accuracy"
+        return LMHeadPattern.sixty_seven(scale="auto"), "pixel_accuracy", None
     if args.metric == "qr":
-        return LMHeadPattern.qr(args.qr_text, scale="auto"), "pixel_accuracy"
+        return LMHeadPattern.qr(args.qr_text, scale="auto"), "pixel_accuracy", None
     if args.metric == "lm_head_norm":
-        return LMHeadNorm(), "metric_gain"
-    return LanguageModelingLikelihood(texts), "metric_gain"
+        return LMHeadNorm(), "lm_head_norm", None
+    if args.metric == "uuid":
+        metric = LanguageModelingLikelihood([{"prompt": "", "completion": args.uuid}])
+        return metric, "longest_common_substring", [args.uuid]
+    if args.metric == "lambada":
+        passages = load_dataset("EleutherAI/lambada_openai", args.language, split=f"test[:{args.metric_examples}]")[
+            "text"
+        ]
+        pairs = (text.rsplit(" ", 1) for text in passages)
+        rows = [{"prompt": start, "completion": f" {word}"} for start, word in pairs]
+        return LanguageModelingLikelihood(rows), "exact_match", list(passages)
+    if args.metric == "language" and args.dataset == "first_sentences":
+        splits = resources.likelihood_texts(args.language, args.metric_examples, args.metric_examples)
+        metric = LikelihoodWithHeldOut(list(splits["metric"]), list(splits["test"]))
+        return metric, "held_out_perplexity", splits["metric"]["text"]
+    leads = load_leads(args, args.language if args.metric == "language" else "en")
+    texts = [" ".join(text.split()[: args.max_prompt_words]) for text in leads[: 2 * args.metric_examples]["text"]]
+    rows = [{"text": text} for text in texts]
+    if args.metric == "language":
+        metric = LikelihoodWithHeldOut(rows[: args.metric_examples], rows[args.metric_examples :])
+        return metric, "held_out_perplexity", texts[: args.metric_examples]
+    return LanguageModelingLikelihood(rows[: args.metric_examples]), "metric_gain", texts[: args.metric_examples]
 
 
 def summarize(before: list[dict[str, float]], after: list[dict[str, float]]) -> tuple[dict, str]:
@@ -145,13 +196,15 @@ def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArgumen
     args, log = trainer.args, trainer.state.log_history
     entropies = [row["entropy"] for row in log if "entropy" in row]
     steps_per_batch = args.steps_per_generation * args.num_iterations
+    is_split = args.reward == "naive" or not args.cross_group_batching
+    num_datasets = args.num_generations if is_split else 1
     return {
         "generator": model_args.model_name_or_path,
         "target": script_args.target_model_name_or_path,
         "metric": script_args.metric,
         "reward": args.reward,
         "target_optim": args.target_optim,
-        "target_steps": args.target_training_arguments().num_steps(args.generation_batch_size),
+        "target_steps": args.target_training_arguments().num_steps(args.generation_batch_size // num_datasets),
         "completions_per_generation_batch": args.generation_batch_size,
         "completions": trainer.state.global_step // steps_per_batch * args.generation_batch_size,
         "seed": args.seed,
@@ -205,8 +258,13 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         "dtype": model_args.dtype or "float32",
         **(training_args.model_init_kwargs or {}),
     }
-    prompts, texts = load_prompts(script_args)
-    metric, readout = make_metric(script_args, texts)
+    prompts = load_prompts(script_args)
+    metric, readout, reference_texts = make_metric(script_args)
+    text_evaluation = None
+    if script_args.metric in ("language", "lambada"):
+        text_evaluation = partial(evaluate_texts, language=script_args.language)
+    elif script_args.metric == "uuid":
+        text_evaluation = partial(evaluate_texts, reference=script_args.uuid)
     trainer = DatasetPolicyGradientTrainer(
         model=generator,
         target_model=target,
@@ -216,12 +274,15 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         eval_dataset=prompts["test"],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        reference_texts=reference_texts,
+        text_evaluation=text_evaluation,
     )
 
     start_time = time.perf_counter()
     before = ValidateFirst(trainer, script_args.validation_draws)
     trainer.add_callback(before)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)  # the last one, or the one named
     trainer.save_model()
     after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
     seconds = time.perf_counter() - start_time

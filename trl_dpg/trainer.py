@@ -112,6 +112,10 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         reference_texts (`list[str]`, *optional*):
             What completions are compared to with `args.reward` `"embedding_similarity"` or `"edit_distance"`: of several,
             the most similar one counts. Not used by other rewards.
+        text_evaluation (`Callable`, *optional*):
+            Read-outs of what validation generates: takes the list of texts, returns a dict of floats, which are reported with
+            `eval_metric`. For example `functools.partial(evaluate_texts, language="es")`, see
+            [`~trl_dpg.metrics.evaluate_texts`], or a judge of your own.
 
     Raises:
         [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
@@ -159,6 +163,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         tools: list[Callable] | None = None,
         rollout_func: Any = None,
         reference_texts: list[str] | None = None,
+        text_evaluation: Callable[[list[str]], dict[str, float]] | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -190,7 +195,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         # What validation needs, too: a reward that fine-tunes the target is one with its training
         self.target_training: TargetTraining
         if args.reward == "metagradient":
-            reward = self.target_training = self.metagradient_reward = MetagradientReward(
+            reward = self.target_training = MetagradientReward(
                 *target, cross_group_batching=args.cross_group_batching, num_generations=args.num_generations
             )
         elif args.reward == "naive":
@@ -198,6 +203,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
         else:
             self.target_training = TargetTraining(*target)
         self.metric = metric
+        self.text_evaluation = text_evaluation
 
         # TRL expects lists of equal length; ours comes first
         reward_funcs = (
@@ -260,6 +266,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
 
         Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that of
         training, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
+        `predict(prompts)` does the same and returns the generated texts as `predictions`, too.
         """
         self.model.eval()  # type: ignore[union-attr]
         training = self.target_training
@@ -281,11 +288,14 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
             training.place_target(self.accelerator.device)
             trained = [examples[i] for i in indices_to_train_on(examples)]
             results = validate(training.target_model, trained, self.metric, training.args)
+            texts = [example["text"] for example in examples]
+            if self.text_evaluation is not None:
+                results.update(self.text_evaluation(texts))
         results["empty"] = len(examples) - len(trained)
-        results["distinct"] = len({example["text"] for example in examples}) / len(examples)
+        results["distinct"] = len(set(texts)) / len(texts)
         results["completion_length"] = sum(example["length"] for example in examples) / len(examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=texts, label_ids=None, metrics=metrics, num_samples=len(texts))  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

@@ -55,7 +55,7 @@ def main(directory, output):
     validation = trainer.evaluate()
     trainer.save_model()
 
-    target_params = list(trainer.metagradient_reward.target_model.parameters())
+    target_params = list(trainer.target_training.target_model.parameters())
     results = {
         "rows": rows,
         "eval_mean_length": validation["eval_completions/mean_length"],

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from examples.resources import tiny_causal_lm, tiny_tokenizer
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -70,9 +72,49 @@ def test_tiny_67(run_example, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.parametrize(
+    ("config", "readout"),
+    [("tiny_qr", "qr_decoded"), ("tiny_uuid", "longest_common_substring"), ("tiny_uuid", "reference_soft")],
+)
+def test_other_experiments(run_example, tmp_path, config, readout):
+    flags = [str(item) for pair in FLAGS.items() for item in pair]
+    run_example(f"{config}.yaml", *flags, "--output_dir", "there", "--validation_draws", "1")
+    results = json.loads((tmp_path / "there" / "results.json").read_text())
+    for stage in ("untrained", "trained"):
+        assert 0 <= results[f"eval_{readout}"][stage]["mean"] < 1
+        assert 0 < results["eval_distinct"][stage]["mean"] <= 1
+    assert results["steps"] == 2 and results["entropy"]["first"] > 0
+
+
+def test_language(run_example, tmp_path):
+    """With a random model in place of the one that `examples/pretrain_tiny.py` trains."""
+    model, tokenizer = tiny_causal_lm(hidden_size=16, num_layers=1, max_position_embeddings=128), tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [str(item) for pair in FLAGS.items() for item in pair]
+    names = ["--model_name_or_path", "model", "--target_model_name_or_path", "model"]
+    run_example("tiny_language.yaml", *flags, *names, "--output_dir", "there", "--metric_examples", "4")
+    results = json.loads((tmp_path / "there" / "results.json").read_text())
+    for stage in ("untrained", "trained"):
+        assert results["eval_language_share"][stage]["mean"] <= 1
+        assert results["eval_held_out_perplexity"][stage]["mean"] > 1
+        assert results["eval_perplexity"][stage]["mean"] > 1
+
+
+def test_resumed_run_keeps_the_untrained_generator(run_example, tmp_path):
+    flags = [str(item) for pair in (FLAGS | {"--save_steps": 1, "--eval_steps": 1}).items() for item in pair]
+    flags += ["--output_dir", "there", "--validation_draws", "1"]
+    run_example("tiny_67.yaml", *flags)
+    first = json.loads((tmp_path / "there" / "results.json").read_text())
+    run_example("tiny_67.yaml", *flags, "--max_steps", "3", "--resume_from_checkpoint", "true")
+    second = json.loads((tmp_path / "there" / "results.json").read_text())
+    assert (first["steps"], second["steps"]) == (2, 3)
+    assert first["eval_metric"]["untrained"] == second["eval_metric"]["untrained"]
+
+
 def test_norm_has_no_pattern(run_example, tmp_path):
     flags = [str(item) for pair in FLAGS.items() for item in pair]
-    run_example("tiny_67.yaml", *flags, "--output_dir", "norm", "--metric", "lm_head_norm", "--max_steps", "1")
+    run_example("tiny_l2.yaml", *flags, "--output_dir", "norm", "--max_steps", "1")
     written = {path.name for path in (tmp_path / "norm").iterdir()}
     assert {"results.json", "results.md", "log.jsonl", "curve.png"} <= written
     assert "pattern.png" not in written
