@@ -97,8 +97,40 @@ EXPERIMENTS = {
 }
 
 
+SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
+
+EXPERIMENTS["tiny_settings"] = Experiment(
+    "Settings",
+    "tiny_67.yaml",
+    PIXELS,
+    {
+        name: SETTINGS + flags
+        for name, flags in {
+            "base": "",
+            "epsilon_root 1e-9": "--target_adam_epsilon_root 1e-9",
+            "epsilon_root 1e-7": "--target_adam_epsilon_root 1e-7",
+            "epsilon_root 1e-5": "--target_adam_epsilon_root 1e-5",
+            "advantages by group": "--scale_rewards group",
+            "advantages by batch": "--scale_rewards batch",
+            "groups of 4": "--num_generations 4",
+            "groups of 32": "--num_generations 32",
+            "K = 8": "--target_batch_size 32",
+            "constant rate": "--lr_scheduler_type constant",
+            "cosine rate": "--lr_scheduler_type cosine",
+            "entropy bonus 0.003": "--entropy_coef 0.003",
+            "entropy bonus 0.01": "--entropy_coef 0.01",
+            "2 updates a batch": "--num_iterations 2 --max_steps 240 --eval_steps 60",
+            "4 updates a batch": "--num_iterations 4 --max_steps 480 --eval_steps 120",
+        }.items()
+    },
+    notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s), so that none is finished. "
+    '*Base*: epsilon_root `"auto"`, rewards standardized over the batch and by TRL no further, groups of 8, K = 1, linear rate, '
+    "no entropy bonus, one update a generation batch. K = 8 cuts the same batch into eight.",
+)
+
+
 def directory(name: str, variant: str, seed: int) -> Path:
-    folder = variant.replace(", ", "_").replace(" = ", "").replace(" ", "_")
+    folder = variant.replace(", ", "_").replace(" = ", "_").replace(" ", "_")
     return RESULTS / name / folder / f"seed_{seed}"
 
 
