@@ -64,8 +64,8 @@ def tiny_multilingual(
 
 def pretrain(
     texts: dict[str, list[str]],
-    switch: float = 0.04,
-    num_steps: int = 2000,
+    switch: float = 0.02,
+    num_steps: int = 2500,
     batch_size: int = 16,
     length: int = 128,
     learning_rate: float = 6e-3,
@@ -80,9 +80,9 @@ def pretrain(
     Args:
         texts (`dict[str, list[str]]`):
             Texts of each language.
-        switch (`float`, *optional*, defaults to `0.04`):
+        switch (`float`, *optional*, defaults to `0.02`):
             Chance of another language at the end of a sentence.
-        num_steps (`int`, *optional*, defaults to `2000`):
+        num_steps (`int`, *optional*, defaults to `2500`):
             Optimizer steps.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences per step.

@@ -200,6 +200,9 @@ def save_hex_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[s
     """
     Like [`save_tiny_models`], with [`hex_tokenizer`], under `directory/hex-seed-{seed}`.
 
+    Their position embeddings are five times as large: a digit is to be learned by where in the string it stands, not by
+    the one before it, of which there are several.
+
     Args:
         directory (`str` or `os.PathLike`):
             Where to write.
@@ -209,7 +212,7 @@ def save_hex_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[s
     Returns:
         `tuple[str, str]`: The directories of the generator and of the target.
     """
-    return _save_models(Path(directory) / f"hex-seed-{seed}", hex_tokenizer(), seed)
+    return _save_models(Path(directory) / f"hex-seed-{seed}", hex_tokenizer(), seed, position_scale=5.0)
 
 
 def hex_prompts(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
@@ -444,12 +447,16 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) (?=[¿¡«„\"]?[A-ZÀ-ÖØ-Þ])", text)
 
 
-def _save_models(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[str, str]:
+def _save_models(
+    directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int, position_scale: float = 1.0
+) -> tuple[str, str]:
     """A generator and a target of a tokenizer's size under `directory`, unless they are there."""
 
     def build(path: Path) -> None:
         for index, name in enumerate(["generator", "target"]):
-            tiny_causal_lm(vocab_size=len(tokenizer), seed=2 * seed + index).save_pretrained(path / name)
+            model = tiny_causal_lm(vocab_size=len(tokenizer), seed=2 * seed + index)
+            model.transformer.wpe.weight.data *= position_scale
+            model.save_pretrained(path / name)
             tokenizer.save_pretrained(path / name)
 
     path = build_once(directory, build)

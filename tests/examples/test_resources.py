@@ -173,7 +173,9 @@ class TestHex:
     def test_models(self, tmp_path):
         for path, seed in zip(save_hex_models(tmp_path), [0, 1], strict=True):
             model = AutoModelForCausalLM.from_pretrained(path)
-            assert torch.equal(model.lm_head.weight, tiny_causal_lm(vocab_size=20, seed=seed).lm_head.weight)
+            expected = tiny_causal_lm(vocab_size=20, seed=seed)
+            assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+            assert torch.equal(model.transformer.wpe.weight, 5 * expected.transformer.wpe.weight)
             assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (16, 17, 18)
             assert AutoTokenizer.from_pretrained(path)("0f")["input_ids"] == [17, 0, 15]
 
