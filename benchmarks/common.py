@@ -69,10 +69,5 @@ def make_examples(name: str, num_examples: int, length: int, skip: int = 0) -> l
 def make_args(name: str, num_steps: int, **fields) -> TargetTrainingArguments:
     """AdamW as in the paper, `adam_epsilon_root` 1e-9 unless given."""
     batch_size, length = SHAPES[name]
-    return TargetTrainingArguments(
-        batch_size=batch_size,
-        max_length=length,
-        learning_rate=1e-5,
-        disable_tqdm=True,
-        **{"adam_epsilon_root": 1e-9, **fields},
-    )
+    given = {"batch_size": batch_size, "max_length": length, "adam_epsilon_root": 1e-9, **fields}
+    return TargetTrainingArguments(learning_rate=1e-5, disable_tqdm=True, **given)

@@ -162,8 +162,10 @@ def compute_metagradients(
         with processes.failing_together():
             value, cotangent = _metric_gradient(metric, model, flat)
             readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
-        cotangent = cotangent[slice(*run.shard)].clone()
-        moment_cotangents = optimizer.initial_moments(cotangent)
+        if processes.count > 1:
+            cotangent = cotangent[slice(*run.shard)].clone()
+        # Moments of a single step and their cotangents are zeros that lead nowhere.
+        moment_cotangents = None if run.num_steps == 1 else optimizer.initial_moments(cotangent)
 
         # Adjoint sweep: walk the run backwards. Each process does its share of the elementwise work.
         exact = Exact(run.losses, flat, processes)
@@ -308,7 +310,7 @@ class _Run:
             if step == 0:
                 self.epsilon_root = _epsilon_root(self.args, grad, sum(p.numel() for p in self.params))
                 self.optimizer = _optimizer(self.args, self.epsilon_root, len(self.examples), flat.num_decayed)
-                moments = self.optimizer.initial_moments(flat.values)
+                moments = None if self.num_steps == 1 else self.optimizer.initial_moments(flat.values)
                 if keep_tape:
                     self.tape = Tape(
                         self.optimizer.shard(*self.shard),
@@ -396,8 +398,11 @@ def _metric_gradient(metric: Metric, model: TargetModel, flat: FlatParameters) -
             "model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
             "`torch.no_grad()` or NumPy."
         )
-    grad = flat.flatten(torch.autograd.grad(value, flat.params, allow_unused=True))
-    if not grad.any():
+    buffer = flat.accumulate_into()
+    value.backward(inputs=flat.params)
+    flat.release_gradients()
+    grad = buffer[: flat.size]
+    if grad.norm() == 0 and not grad.any():  # the second is slow
         raise ValueError(
             "`metric` does not depend on what is trained: its gradient is zero for every trainable parameter, so all "
             "metagradients would be zero. Check that it reads trained parameters (with adapters: the adapted layers), and "

@@ -6,7 +6,7 @@ Derivatives of one batch's loss: its gradient, and, by double backward or by cen
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
+from .linear import WithoutWeightGradients
 from .model import TargetModel
 from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
 
 
 FIRST_DISTANCE = 1e-4  # relative; where central differences begin to look for their step size
+PROBED = 16  # one in so many examples, to find it
 
 
 def gradient(losses: ExampleLosses, flat: FlatParameters, batches: list[MicroBatch], example_losses: Tensor) -> float:
@@ -43,7 +45,7 @@ class Exact:
     r"""
     Double backward on the real module: any twice differentiable model, to rounding error.
 
-    Costs 9 forward passes (plain training: 3) and about three times the memory of a training step's activations. At the
+    Costs 8 to 9 forward passes (plain training: 3) and about three times the memory of a training step's activations. At the
     first step, where no product is needed, forward-mode differentiation costs 3 and no graph.
 
     Args:
@@ -114,7 +116,9 @@ class Exact:
             weights = batch.weights.clone().requires_grad_()
             detached = DetachedOnce()
             with dora_under(self.losses.model, detached):
-                loss = torch.dot(self.losses(batch), weights)
+                # Under autocast, a layer's own kernel does the rounding.
+                with nullcontext() if self.losses.bf16 else WithoutWeightGradients():
+                    loss = torch.dot(self.losses(batch), weights)
                 grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
                 # <g, vector> is differentiated without being computed.
                 reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
@@ -189,6 +193,7 @@ class CentralDifference:
         self.errors: list[float] = []
         self.num_fallbacks = 0
         self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
+        self._position = 0.0  # the epsilon at which the parameters are
         self._buffer: Tensor | None = None
 
     def __call__(
@@ -201,19 +206,22 @@ class CentralDifference:
         product_needed: bool,
     ) -> Tensor | None:
         """As of [`Exact`]."""
-        norm = vector.norm(dtype=torch.float64).item()
+        norm = (
+            vector.norm().item() or vector.norm(dtype=torch.float64).item()
+        )  # the second is slow, but cannot underflow
         if norm == 0:
             self.errors.append(0.0)
             return self.flat.zeros(self.flat.size) if product_needed else None
         differences = torch.zeros_like(metagradients)
+        self._position = 0.0
         if self._distance == 0:
             size = self.flat.values.norm().item() or 1.0
             self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
-            few = [batch.rows(max(1, len(batch.indices) // 8)) for batch in batches[:1]]
+            few = [batch.rows(max(1, len(batch.indices) // PROBED)) for batch in batches[:1]]
             for _ in range(4):
                 distance = self._distance
                 self._run(few, vector, norm, 0.0, example_losses, differences, self.flat.zeros(TAIL), False)
-                if 0.3 * distance < self._distance < 3 * distance:
+                if 0.2 * distance < self._distance < 5 * distance:
                     break
         for _ in range(2):
             if product_needed:
@@ -227,21 +235,28 @@ class CentralDifference:
         self.errors.append(error)
         if not error <= self.tolerance:  # also where it is not a number
             self.num_fallbacks += 1
+            if product_needed:
+                self._move_to(0.0, vector)
+            else:
+                self.flat.load_originals(0, self.flat.values)
             return self.exact(batches, vector, inner, example_losses, metagradients, product_needed)
         epsilon = distance / norm
         metagradients += differences / (2 * epsilon)
         return buffer[: self.flat.size] if product_needed else None
 
+    def _move_to(self, epsilon: float, vector: Tensor) -> None:
+        self.flat.values.add_(vector, alpha=epsilon - self._position)
+        self._position = epsilon
+
     def _run(self, batches, vector, norm, inner, example_losses, differences, buffer, product_needed) -> float:
         """Fills `differences` and `buffer`, chooses the next distance and returns the estimated error."""
         epsilon = self._distance / norm
         sums = [0.0, 0.0, 0.0, 0.0, 0.0, inner, 0.0]
-        values_here = self.flat.values.clone()
         with self.processes.summing(buffer, sums):
             differences.zero_()
             seconds = torch.zeros_like(differences)
-            for sign, shift in ((1, epsilon), (-1, -2 * epsilon)):
-                self.flat.values.add_(vector, alpha=shift)
+            for sign in (1, -1):
+                self._move_to(sign * epsilon, vector)
                 for batch in batches:
                     with torch.set_grad_enabled(product_needed):
                         values = self.losses(batch)
@@ -250,7 +265,6 @@ class CentralDifference:
                     values = (values.detach() - example_losses[batch.indices]).to(differences)
                     differences[batch.indices] += sign * values
                     seconds[batch.indices] += values
-            self.flat.values.copy_(values_here)  # to the last bit, as an exact step may follow
             for batch in batches:
                 nats = 1 / (batch.scale * batch.num_supervised).to(differences)
                 first, second = differences[batch.indices], seconds[batch.indices]

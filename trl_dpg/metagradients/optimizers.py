@@ -59,7 +59,8 @@ def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparame
     """
     moments.first.lerp_(grad, 1 - hp.beta1)
     moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
-    param.mul_(1 - hp.learning_rate * hp.weight_decay)
+    if hp.weight_decay:
+        param.mul_(1 - hp.learning_rate * hp.weight_decay)
     param.addcdiv_(moments.first, _root(moments.second, hp).add_(hp.epsilon), value=-_step_size(hp))
 
 
@@ -96,21 +97,22 @@ def adamw_adjoint_(
     correction, size = 1 - hp.beta2**hp.step, _step_size(hp)
     moments.first.lerp_(grad, 1 - hp.beta1)
     moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
-    torch.div(moments.second, correction, out=root).add_(hp.epsilon_root).sqrt_()
+    torch.add(root.new_tensor(hp.epsilon_root), moments.second, alpha=1 / correction, out=root).sqrt_()
     torch.add(root, hp.epsilon, out=denominator)
 
     ratio = torch.div(cotangent, denominator, out=of_grad)
     mu = moment_cotangents.first.add_(ratio, alpha=-size)
-    through_root = ratio.mul_(moments.first).div_(denominator.mul_(root))
+    denominator.mul_(root)
     if hp.epsilon_root == 0.0:
         # Where the root is zero (no gradient so far) m' and g are zero too: nothing flows through it.
-        through_root.masked_fill_(root == 0, 0.0)
-    nu = moment_cotangents.second.add_(through_root, alpha=size / (2 * correction))
+        denominator.masked_fill_(root == 0, 1.0)
+    nu = moment_cotangents.second.addcdiv_(ratio.mul_(moments.first), denominator, value=size / (2 * correction))
 
-    torch.mul(grad, nu, out=of_grad).mul_(2 * (1 - hp.beta2)).add_(mu, alpha=1 - hp.beta1)
+    torch.mul(mu, 1 - hp.beta1, out=of_grad).addcmul_(grad, nu, value=2 * (1 - hp.beta2))
     mu.mul_(hp.beta1)
     nu.mul_(hp.beta2)
-    cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
+    if hp.weight_decay:
+        cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
     return of_grad
 
 
@@ -118,7 +120,7 @@ def _root(second_moment: Tensor, hp: Hyperparameters) -> Tensor:
     correction = 1 - hp.beta2**hp.step
     if hp.epsilon_root == 0.0:  # the order of operations of torch.optim.AdamW, so that both round alike
         return second_moment.sqrt().div_(math.sqrt(correction))
-    return (second_moment / correction).add_(hp.epsilon_root).sqrt_()
+    return torch.add(second_moment.new_tensor(hp.epsilon_root), second_moment, alpha=1 / correction).sqrt_()
 
 
 def _step_size(hp: Hyperparameters) -> float:
@@ -197,14 +199,18 @@ class Optimizer:
 
     @torch.no_grad()
     def update_(self, step: int, values: Tensor, moments: Moments | None, grad: Tensor) -> None:
-        """Applies step `step` (from 0) to parameters and moments, in place. The gradient is as before clipping."""
+        """
+        Applies step `step` (from 0) to parameters and moments, in place. The gradient is as before clipping.
+
+        `moments=None` are zeros, and are not wanted afterwards.
+        """
         factor = clip_factor(self.norms[step], self.max_grad_norm)
         for part, hp in self._parts(step, values):
             piece = grad[part] if factor == 1.0 else grad[part] * factor
-            if moments is None:
+            if self.optim == "sgd":
                 sgd_update_(values[part], piece, hp)
             else:
-                adamw_update_(values[part], piece, Moments(moments.first[part], moments.second[part]), hp)
+                adamw_update_(values[part], piece, _part_of(moments, part, piece), hp)
 
     @torch.no_grad()
     def adjoint_(
@@ -222,9 +228,9 @@ class Optimizer:
         Args:
             step (`int`): Step, from 0.
             cotangent (`Tensor`): Of the parameters after the step; becomes that before it.
-            moment_cotangents ([`Moments`]): Of the moments after the step; become those before it.
+            moment_cotangents ([`Moments`]): Of the moments after the step; become those before it. `None`: as below.
             grad (`Tensor`): The step's gradient before clipping; overwritten where nothing was clipped.
-            moments ([`Moments`]): Moments before the step; overwritten.
+            moments ([`Moments`]): Moments before the step; overwritten. `None` are zeros, and are not wanted afterwards.
             sum_over_processes (`Callable`, *optional*): Sums a number; asked for only where a gradient was clipped.
 
         Returns:
@@ -237,14 +243,14 @@ class Optimizer:
         scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(3)]
         for part, hp in self._parts(step, cotangent):
             piece = grad[part] if factor == 1.0 else grad[part] * factor
-            if moments is None or moment_cotangents is None:
+            if self.optim == "sgd":
                 of_piece = sgd_adjoint_(cotangent[part], hp)
             else:
                 of_piece = adamw_adjoint_(
                     cotangent[part],
-                    Moments(moment_cotangents.first[part], moment_cotangents.second[part]),
+                    _part_of(moment_cotangents, part, piece),
                     piece,
-                    Moments(moments.first[part], moments.second[part]),
+                    _part_of(moments, part, piece),
                     hp,
                     [t[: len(piece)] for t in scratch],
                 )
@@ -268,3 +274,9 @@ class Optimizer:
         ):
             for position in range(start, stop, chunk):
                 yield slice(position, min(position + chunk, stop)), scalars
+
+
+def _part_of(moments: Moments | None, part: slice, like: Tensor) -> Moments:
+    if moments is None:
+        return Moments(torch.zeros_like(like), torch.zeros_like(like))
+    return Moments(moments.first[part], moments.second[part])

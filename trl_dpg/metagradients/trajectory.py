@@ -49,6 +49,7 @@ class Tape:
         self.storage = storage
         self.gradients: list[Any] = []
         self.states: list[tuple[int, list[Any]]] = []  # (step before which it holds, its tensors), in order
+        self._moments: Moments | None = None
         self._limit = tape_tensors(num_steps, optimizer.optim)
         self._next_kept = (num_steps + 1) // 2
 
@@ -66,11 +67,15 @@ class Tape:
     def rewind(self, values: Tensor) -> tuple[Moments | None, Tensor]:
         """
         Takes the last step off the tape: writes the parameters before it into `values`, shape `(n,)`, and returns the moments
-        before it and its gradient, which the caller owns.
+        before it (`None` for zeros) and its gradient, which the caller owns.
         """
         target = len(self.gradients) - 1
         while self.states and self.states[-1][0] > target:
             self._drop_last_state()
+        if target == 0:
+            self._moments = None
+            self.load_originals(values)
+            return None, self._pop_gradient()  # moments of zeros
         step, moments = self._load_last_state(values)
         while step < target:
             middle = (step + target + 1) // 2
@@ -80,10 +85,13 @@ class Tape:
             step = middle
             if step < target and self._has_room(len(self.gradients)):
                 self._keep(step, [values, *(moments or ())])
+        return moments, self._pop_gradient()
+
+    def _pop_gradient(self) -> Tensor:
         key = self.gradients.pop()
         gradient = self.storage.get(key)
         self.storage.drop(key)
-        return moments, gradient
+        return gradient
 
     def _has_room(self, num_gradients: int) -> bool:
         states = (len(self.states) + 1) * TENSORS_OF_A_STATE[self.optimizer.optim]
@@ -93,13 +101,18 @@ class Tape:
         self.states.append((step, [self.storage.put(t.clone()) for t in state]))
 
     def _load_last_state(self, values: Tensor) -> tuple[int, Moments | None]:
+        moments = self._moments or self.optimizer.initial_moments(values)
+        if values.device.type == "cpu":
+            self._moments = moments  # there, memory from the operating system costs more than the arithmetic
         if not self.states:
             self.load_originals(values)
-            return 0, self.optimizer.initial_moments(values)
-        step, (first, *rest) = self.states[-1]
-        values.copy_(self.storage.get(first))
-        moments = [self.storage.get(key).clone() for key in rest]
-        return step, Moments(*moments) if moments else None
+            for moment in moments or ():
+                moment.zero_()
+            return 0, moments
+        step, keys = self.states[-1]
+        for tensor, key in zip([values, *(moments or ())], keys, strict=True):
+            tensor.copy_(self.storage.get(key))
+        return step, moments
 
     def _drop_last_state(self) -> None:
         for key in self.states.pop()[1]:

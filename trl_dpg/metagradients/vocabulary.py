@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from .linear import zeros
 from .model import TargetModel
 
 
@@ -94,7 +95,13 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx, cotangent):
         hidden, weight, labels = ctx.saved_tensors
         of_hidden, of_weight = _TokenLossGradients.apply(
-            cotangent, hidden, weight, labels, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+            cotangent,
+            hidden,
+            weight,
+            labels,
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            torch.is_grad_enabled() and weight.is_leaf,
         )
         return of_hidden, of_weight, None
 
@@ -111,16 +118,18 @@ class _TokenLossGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, cotangent, hidden, weight, labels, for_hidden, for_weight):
+    def forward(ctx, cotangent, hidden, weight, labels, for_hidden, for_weight, second_order):
         ctx.save_for_backward(cotangent, hidden, weight, labels)
         ctx.set_materialize_grads(False)
         of_hidden = torch.empty_like(hidden) if for_hidden else None
-        of_weight = torch.zeros_like(weight) if for_weight else None
+        of_weight = None
+        if for_weight:  # in a second-order graph, it is differentiated but not used
+            of_weight = zeros(weight, weight.shape) if second_order else torch.zeros_like(weight)
         for c in _chunks(hidden, weight):
             error = _error_(hidden[c] @ weight.T, labels[c]).mul_(cotangent[c, None])
             if for_hidden:
                 torch.mm(error, weight, out=of_hidden[c])
-            if for_weight:
+            if for_weight and not second_order:
                 of_weight.addmm_(error.T, hidden[c])
         return of_hidden, of_weight
 
@@ -129,7 +138,7 @@ class _TokenLossGradients(torch.autograd.Function):
     def backward(ctx, alpha, beta):
         cotangent, hidden, weight, labels = ctx.saved_tensors
         if alpha is None and beta is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         of_cotangent = torch.empty_like(cotangent)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
@@ -154,4 +163,4 @@ class _TokenLossGradients(torch.autograd.Function):
                 of_weight.addmm_(q.T, h)
                 if alpha is not None:
                     of_weight.addmm_(error.T, alpha[c])
-        return of_cotangent, of_hidden, of_weight, None, None, None
+        return of_cotangent, of_hidden, of_weight, None, None, None, None
