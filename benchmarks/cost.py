@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32], help="only these K")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--skip_lora", action="store_true")
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
 
@@ -67,7 +68,7 @@ def rows(options, model, lora, metric, queries, num_steps, batch_size, length):
         "exact": lambda: compute_metagradients(model, examples, metric, exact),
         "central differences": lambda: compute_metagradients(model, examples, metric, central),
     }
-    if num_steps <= 8:
+    if num_steps <= 8 and not options.skip_lora:
         methods |= {
             "LoRA, plain": lambda: train_and_measure(lora, examples, metric, exact),
             "LoRA, exact": lambda: compute_metagradients(lora, examples, metric, exact),

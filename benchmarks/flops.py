@@ -4,55 +4,57 @@ Prints, as a Markdown table, the FLOPs of metagradients over those of plain trai
 
     python -m benchmarks.flops > benchmarks/results/flops.md
 
-With one forward pass F, a plain step costs 3F. Exact metagradients cost 9F a step more (double backward), at the first step
-3F (a forward-mode derivative, one F for values and two for tangents): \\( 4 - 2 / K \\) plain runs in all. Central
+With one forward pass F, a plain step costs 3F. Exact metagradients cost 8F a step more (double backward without the gradients
+of weights), at the first step 3F (a forward-mode derivative, one F for values and two for tangents):
+\\( 11 / 3 - 5 / (3 K) \\) plain runs in all. Central
 differences cost 6F, at the first step 2F: \\( 3 - 4 / (3 K) \\).
 """
 
+from typing import Any
+
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import SHAPES, load, machine, make_args, make_examples, with_lora
+from benchmarks.common import load, machine, make_args, make_examples, with_lora
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
+from trl_dpg.metrics import LanguageModelingLikelihood
 
 
 FORMULAS = {
-    "exact": lambda k: 4 - 2 / k,
+    "exact": lambda k: 11 / 3 - 5 / (3 * k),
     "central_difference": lambda k: 3 - 4 / (3 * k),
 }
 
 
-def count(function) -> int:
+def count(function) -> tuple[int, Any]:
     counter = FlopCounterMode(display=False)
     with counter:
-        function()
-    return counter.get_total_flops()
-
-
-def metric(model):
-    """Without a matrix product, so that only training is counted."""
-    return -sum(p.sin().sum() for p in model.parameters() if p.requires_grad)
+        result = function()
+    return counter.get_total_flops(), result
 
 
 def main() -> None:
     print(f"{machine('cpu')}\n")
-    print("FLOPs over those of plain training (matrix products; gpt2-shaped, eager attention).\n")
-    print("| K | curvature | counted | formula | LoRA, counted |\n|---|---|---|---|---|")
-    batch_size, length = SHAPES["gpt2-shaped"]
+    print(
+        "FLOPs over those of plain training (matrix products; gpt2-shaped, eager attention). The metric, the likelihood of 16 "
+        "tokens, and its gradient are counted too, in a run of steps of 1024 tokens.\n"
+    )
+    print("| K | curvature | counted | formula | repeated exactly | LoRA, counted | repeated exactly |")
+    print("|---" * 7 + "|")
+    batch_size, length = 16, 64
+    metric = LanguageModelingLikelihood(make_examples("gpt2-shaped", 1, 16, skip=4096))
     model = load("gpt2-shaped", "cpu", attn_implementation="eager")
     lora = with_lora(load("gpt2-shaped", "cpu", attn_implementation="eager"))
     for num_steps in (1, 8, 32):
         examples = make_examples("gpt2-shaped", batch_size * num_steps, length)
         for curvature, formula in FORMULAS.items():
-            args = make_args("gpt2-shaped", num_steps, curvature=curvature)
-            ratios = []
+            args = make_args("gpt2-shaped", num_steps, curvature=curvature, batch_size=batch_size)
+            cells = []
             for target in (model, lora):
-                plain = count(lambda target=target: train_and_measure(target, examples, metric, args))  # noqa: B023
-                full = count(lambda target=target: compute_metagradients(target, examples, metric, args))  # noqa: B023
-                ratios.append(full / plain)
-            print(
-                f"| {num_steps} | {curvature} | {ratios[0]:.2f} | {formula(num_steps):.2f} | {ratios[1]:.2f} |",
-                flush=True,
-            )
+                plain, _ = count(lambda target=target: train_and_measure(target, examples, metric, args))  # noqa: B023
+                full, out = count(lambda target=target: compute_metagradients(target, examples, metric, args))  # noqa: B023
+                cells += [f"{full / plain:.2f}", str(out.num_exact_fallbacks)]
+            cells.insert(1, f"{formula(num_steps):.2f}")
+            print(f"| {num_steps} | {curvature} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,17 @@ def test_first_order_operations_only(monkeypatch):
     assert out.metagradients.all() and out.num_exact_fallbacks == 0
 
 
+@pytest.mark.parametrize("fields", [{}, {**CENTRAL, "curvature_tolerance": 0.0}], ids=["exact", "fallback"])
+def test_exactly_on_a_compiled_model(fields):
+    """Double backward runs what was compiled uncompiled."""
+    make_model, recipe = CASES["adamw-k4"]
+    expected = compute_metagradients(make_model(), make_examples(), metric, TargetTrainingArguments(**recipe))
+    model = make_model()
+    model.compile(backend="aot_eager", dynamic=True)
+    out = compute_metagradients(model, make_examples(), metric, TargetTrainingArguments(**recipe, **fields))
+    assert relative_error(out.metagradients, expected.metagradients.double()) < 1e-6
+
+
 @pytest.mark.parametrize("way", ["gradient_checkpointing", "compile"])
 def test_as_without(way):
     make_model, fields = CASES["adamw-k4"]

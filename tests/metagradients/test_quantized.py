@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, objective, train_and_measure
 from trl_dpg.validation import validate
 
 
@@ -144,3 +144,35 @@ def test_adapters_against_finite_differences(name, num_steps, optim):
         central = compute_metagradients(model, EXAMPLES, metric, args)
         assert cosine(central.metagradients, out.metagradients) > 0.999999
         assert central.num_exact_fallbacks == 0
+
+
+def test_dora_with_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="`gradient_checkpointing` does not go with DoRA"):
+        compute_metagradients(with_gpt2_adapters("dora"), EXAMPLES, metric, replace(ARGS, gradient_checkpointing=True))
+
+
+def test_a_forward_of_the_instance_stays():
+    """Accelerate's hooks replace it there."""
+    model = with_gpt2_adapters("dora")
+    layers = [m for m in model.modules() if type(m).__name__ == "DoraLinearLayer"]
+    hooks = [layer.forward for layer in layers]
+    for layer, hook in zip(layers, hooks, strict=True):
+        layer.forward = hook
+    compute_metagradients(model, EXAMPLES, metric, ARGS)
+    assert all(vars(layer).get("forward") is hook for layer, hook in zip(layers, hooks, strict=True))
+
+
+def test_frozen_half_precision(monkeypatch):
+    """The loss is computed in float32, chunked or not; central differences are refused."""
+    monkeypatch.setitem(ADAPTERS, "plain", {})
+    model = with_gpt2_adapters("plain").float()
+    for param in model.parameters():
+        if not param.requires_grad:
+            param.data = param.data.bfloat16()
+    whole = compute_metagradients(model, EXAMPLES, metric, ARGS)
+    monkeypatch.setattr(objective, "WHOLE", 0)
+    chunked = compute_metagradients(model, EXAMPLES, metric, ARGS)
+    assert whole.losses == pytest.approx(chunked.losses, rel=1e-2)
+    assert all(loss != torch.tensor(loss).bfloat16().item() for loss in chunked.losses)
+    with pytest.raises(ValueError, match="needs float32, but `.*` of `model` is in torch.bfloat16"):
+        compute_metagradients(model, EXAMPLES, metric, CENTRAL)

@@ -454,3 +454,12 @@ def test_does_not_warn(fields):
         args = TargetTrainingArguments(**fields)
         compute_metagradients(gpt2(), make_examples(), metric, args)
     TargetTrainingArguments(adam_epsilon_root=0.0)
+
+
+def test_a_buffer_that_the_model_replaces_is_put_back():
+    model = gpt2()
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, args: setattr(module, "calls", module.calls + 1))
+    buffer = model.calls
+    compute_metagradients(model, make_examples(), metric, TargetTrainingArguments(batch_size=3))
+    assert model.calls is buffer and buffer == 0

@@ -25,6 +25,7 @@ from .flat import FlatParameters
 from .memory import MemoryPlan, plan_memory
 from .model import (
     TargetModel,
+    check_full_precision,
     check_model,
     check_positions,
     checkpointed,
@@ -174,7 +175,9 @@ def compute_metagradients(
         metagradients = torch.zeros(len(run.examples), dtype=torch.float64, device=flat.device)
         state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
         for step in reversed(range(run.num_steps)):
-            moments, grad = run.tape.rewind(state)
+            moments, grad = None, state
+            with processes.passing_on():
+                moments, grad = run.tape.rewind(state)
             grad_cotangent, inner = optimizer.adjoint_(
                 step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
             )
@@ -249,6 +252,13 @@ class _Run:
                     "`curvature='central_difference'` does not go with DoRA, whose gradient is not the derivative of its loss: "
                     'differences of losses are not its metagradients. Set `curvature="exact"`.'
                 )
+            if args.gradient_checkpointing and has_dora(model):
+                raise ValueError(
+                    "`gradient_checkpointing` does not go with DoRA, whose second derivative is taken through norms that a "
+                    "recomputation would not find again. Turn it off, and lower `micro_batch_size` to save memory."
+                )
+            if args.curvature == "central_difference":
+                check_full_precision(model)
             self.examples = prepare_examples(examples, args.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
         self.epsilon_root: float
@@ -321,7 +331,8 @@ class _Run:
             self.optimizer.measure(grad)
             if keep_tape:
                 state = [t[shard] for t in (flat.values, *(moments or ()))]
-                self.tape.record(state, grad if taken_over else grad[shard].clone())
+                with self.processes.passing_on():
+                    self.tape.record(state, grad if taken_over else grad[shard].clone())
             self.optimizer.update_(step, flat.values, moments, grad)
             self.training_losses.append(total[0])
             self.progress.update()

@@ -37,7 +37,8 @@ class TargetTrainingArguments:
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Peak learning rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            Decoupled weight decay.
+            Decoupled weight decay. A parameter that a step's loss does not reach counts as one whose gradient is zero, so that
+            it decays too, and its moments do; [`torch.optim.AdamW`] leaves it alone.
         weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
             Whether weight decay also applies to normalization weights and biases, as in a bare
             [`~torch.optim.AdamW`]. [`~transformers.Trainer`] leaves them out: `False` reproduces that.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
 from .linear import WithoutWeightGradients
-from .model import TargetModel
+from .model import TargetModel, is_compiled
 from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
 
@@ -89,7 +89,7 @@ class Exact:
         else:
             buffer = self.flat.zeros(TAIL)
         sums = [inner, 0.0, 0.0]
-        with self.processes.summing(buffer, sums), twice_differentiable_attention(self.losses.model):
+        with self.processes.summing(buffer, sums), twice_differentiable(self.losses.model):
             if product_needed:
                 self._product(batches, vector, parts)
             else:
@@ -293,18 +293,22 @@ class CentralDifference:
 
 
 @contextmanager
-def twice_differentiable_attention(model: TargetModel) -> Iterator[None]:
+def twice_differentiable(model: TargetModel) -> Iterator[None]:
     """
-    Runs attention by kernels that have a second derivative, and restores the model's implementation on leaving.
+    Runs a model by kernels that have a second derivative, and restores it on leaving.
 
-    SDPA keeps its interface but takes the math kernel; anything else than SDPA and eager becomes eager.
+    SDPA keeps its interface but takes the math kernel; any attention other than SDPA and eager becomes eager. A compiled model
+    is run as it was before.
     """
     implementation = model.config._attn_implementation
     replaced = implementation not in (None, "eager", "sdpa")
     if replaced:
         model.set_attn_implementation("eager")
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
+        ):
             yield
     finally:
         if replaced:

@@ -63,10 +63,14 @@ def dora_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
 
         return run
 
+    hooked = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = under_mode(layer.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, hooked, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward  # type: ignore[method-assign]

@@ -100,6 +100,21 @@ def check_model(model: TargetModel) -> None:
     _CHECKED.add(model)
 
 
+def check_full_precision(model: TargetModel) -> None:
+    """Raises a [`ValueError`] if a part of the model is in half precision: differences of losses vanish in its rounding."""
+    for name, param in model.named_parameters():
+        if param.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"`curvature='central_difference'` needs float32, but `{name}` of `model` is in {param.dtype}: differences of "
+                'losses vanish in its rounding. Load the target with `dtype=torch.float32`, or set `curvature="exact"`.'
+            )
+
+
+def is_compiled(model: TargetModel) -> bool:
+    """Whether the model, or a part of it, was compiled by `.compile()`."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
 def check_positions(model: TargetModel, longest: int) -> None:
     """Raises a [`ValueError`] if the longest example has more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -145,14 +160,19 @@ def restored(model: TargetModel) -> Iterator[None]:
     grads = [(p, p.grad) for p in model.parameters()]
     for param, _ in grads:
         param.grad = None
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     modes = [(m, m.training) for m in model.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, original in buffers:
+                for module, name, buffer, original in buffers:
+                    setattr(module, name, buffer)  # a model may have put another in its place
                     buffer.copy_(original)
             for module, mode in modes:
                 module.training = mode

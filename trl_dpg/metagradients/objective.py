@@ -199,7 +199,9 @@ class ExampleLosses(nn.Module):
             decoder, head = decoder_and_head(self.model)
             hidden = decoder(**inputs).last_hidden_state[:, :-1]
             rows, columns = (labels != -100).nonzero(as_tuple=True)
-            losses = token_losses(hidden[rows, columns], head.weight, labels[rows, columns])
+            # In the precision of what is trained, also behind a frozen part in half precision.
+            hidden, weight = hidden[rows, columns].to(batch.scale), head.weight.to(batch.scale)
+            losses = token_losses(hidden, weight, labels[rows, columns])
             return losses.new_zeros(len(labels)).index_add(0, rows, losses) * batch.scale
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(**inputs).logits[:, :-1]

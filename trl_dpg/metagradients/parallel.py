@@ -23,6 +23,7 @@ class Processes:
     def __init__(self, state: Accelerator | PartialState | None):
         self.index = 0 if state is None else state.process_index
         self.count = 1 if state is None else state.num_processes
+        self._failure: Exception | None = None
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -32,12 +33,25 @@ class Processes:
         A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause, instead of
         waiting forever in their next collective.
         """
-        error: Exception | None = None
+        error = self._failure
         try:
             yield
         except Exception as e:
-            error = e
+            error = error or e
         self._raise_any(error)
+
+    @contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """
+        Runs a block without collectives; if it raises, so does the next sum, gather or block that fails together, on every
+        process. What is computed until then is of no use.
+        """
+        try:
+            yield
+        except Exception as e:
+            if self.count == 1:
+                raise
+            self._failure = self._failure or e
 
     @contextmanager
     def summing(self, buffer: Tensor, scalars: list[float]) -> Iterator[None]:
@@ -47,11 +61,11 @@ class Processes:
         Fails together like [`~Processes.failing_together`]: whether a process failed is summed along. `buffer` has shape
         `(n + TAIL,)`; `scalars` fit into the tail.
         """
-        error: Exception | None = None
+        error = self._failure
         try:
             yield
         except Exception as e:
-            error = e
+            error = error or e
         if self.count > 1:
             tail = buffer[-TAIL:]
             tail.zero_()
@@ -67,13 +81,16 @@ class Processes:
         self._raise_any(error)
 
     def gather(self, *shards: Tensor) -> tuple[Tensor, ...]:
-        """Whole tensors from every process's shards of shape `(n,)`, by one collective."""
+        """Whole tensors from every process's shards of shape `(n,)`, by one collective. Fails together."""
         if self.count == 1:
             return shards
-        mine = torch.cat(shards)
+        mine = torch.cat([*shards, shards[0].new_full((1,), self._failure is not None)])
         gathered = mine.new_empty(self.count * len(mine))
         torch.distributed.all_gather_into_tensor(gathered, mine)
-        parts = gathered.view(self.count, len(shards), -1)
+        rows = gathered.view(self.count, -1)
+        if rows[:, -1].any():
+            self._raise_any(self._failure)
+        parts = rows[:, :-1].view(self.count, len(shards), -1)
         return tuple(parts[:, i].reshape(-1) for i in range(len(shards)))
 
     def sum_(self, tensor: Tensor) -> Tensor:

@@ -93,6 +93,8 @@ class HostStorage:
 
     def close(self) -> None:
         self.stream.synchronize()
+        self._ahead = None
+        torch._C._host_emptyCache()  # PyTorch keeps freed pinned memory, which nothing else could use
 
 
 class DiskStorage:

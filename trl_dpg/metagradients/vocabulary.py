@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from .linear import zeros
-from .model import TargetModel
+from .model import TargetModel, is_compiled
 
 
 WHOLE = 1 << 23  # logits up to this many are computed at once, by ordinary autograd
@@ -35,8 +35,9 @@ def has_plain_head(model: TargetModel) -> bool:
     compiled model is left whole.
     """
     decoder, head = decoder_and_head(model)
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if type(head) is not nn.Linear or head.bias is not None or not isinstance(decoder, PreTrainedModel) or compiled:
+    if type(head) is not nn.Linear or head.bias is not None or not isinstance(decoder, PreTrainedModel):
+        return False
+    if is_compiled(model):
         return False
     config = model.config.get_text_config().to_dict()
     if any(config.get(name) not in (None, 1.0) for name in ADJUSTMENTS):
