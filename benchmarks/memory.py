@@ -15,24 +15,21 @@ import torch
 from benchmarks.common import load, machine, make_args, make_examples, with_lora
 from benchmarks.peers.measure import measured
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
-
-
-def metric(model):
-    return -sum(p.sin().sum() for p in model.parameters() if p.requires_grad)
+from trl_dpg.metrics import LanguageModelingLikelihood
 
 
 def measure(name: str, method: str, num_steps: int, batch_size: int, tape: str, lora: bool, device: str) -> dict:
     """Peak bytes of one run, the model's own included, and what was predicted."""
-    length = {"gpt2-shaped": 64, "smollm2": 128}[name]
+    length = {"gpt2-shaped": 64, "smollm2": 32}[name]
     examples = make_examples(name, num_steps * batch_size, length)
     model = load(name, device)
     if lora:
         model = with_lora(model)
+    metric = LanguageModelingLikelihood(make_examples(name, 1, 16, skip=4096))
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     curvature = "exact" if method == "plain" else method
-    args = make_args(name, num_steps, curvature=curvature, tape=tape)
-    args.batch_size, args.max_length = batch_size, length
+    args = make_args(name, num_steps, curvature=curvature, tape=tape, batch_size=batch_size, max_length=length)
     function = train_and_measure if method == "plain" else compute_metagradients
     train_and_measure(model, examples[:1], metric, args)  # what libraries load once
     if device == "cuda":

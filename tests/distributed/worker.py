@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.trajectory import Tape
 from trl_dpg.metrics import LMHeadPattern
 
 
@@ -138,6 +139,28 @@ def failure(state, directory):
 
     args = TargetTrainingArguments(batch_size=2)
     return compute_metagradients(tiny_causal_lm(hidden_size=16), examples(4), metric, args, accelerator=state).losses
+
+
+def failing_tape(state, directory):
+    """A tape that fails on the last process only: when something is put on it, and when something is taken off it."""
+    reasons = []
+    for method in ("record", "rewind"):
+        original = getattr(Tape, method)
+
+        def failing(self, *args, method=method):
+            if state.process_index == state.num_processes - 1:
+                raise OSError(f"planted failure of {method}")
+            return original(self, *args)  # noqa: B023
+
+        setattr(Tape, method, failing)
+        args = TargetTrainingArguments(batch_size=2, max_grad_norm=1e-3)
+        model, metric = tiny_causal_lm(hidden_size=16), LMHeadPattern.sixty_seven()
+        try:
+            compute_metagradients(model, examples(4), metric, args, accelerator=state)
+        except (OSError, RuntimeError) as error:
+            reasons.append(str(error))
+        setattr(Tape, method, original)
+    return reasons
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, memory
+from trl_dpg.metagradients.flat import FlatParameters
+from trl_dpg.metagradients.objective import ExampleLosses
 from trl_dpg.metagradients.optimizers import Hyperparameters, Optimizer
 from trl_dpg.metagradients.storage import DeviceStorage, open_storage
 from trl_dpg.metagradients.trajectory import Tape, tape_tensors
@@ -94,9 +96,11 @@ def test_size_and_cost(optim, num_steps, monkeypatch):
     assert len(updates) <= 5 * num_steps
 
 
-def model():
+def model(n_layer=1):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=n_layer, n_head=1, bos_token_id=0, eos_token_id=0
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -173,7 +177,7 @@ def test_too_little_room_is_an_error_before_the_first_step(tape, monkeypatch, tm
     monkeypatch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.activation_bytes // 2)
     with pytest.raises(MemoryError, match=r"needs .* MB .*micro_batch_size.*adapters"):
         compute_metagradients(target, EXAMPLES, metric, args)
-    assert len(calls) == 1  # the pass that measures
+    assert len(calls) == 2  # the passes that measure
 
 
 def test_too_little_room_names_the_place_that_has_it(monkeypatch):
@@ -198,3 +202,25 @@ def test_a_failed_write_is_an_error_and_no_hang(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="No space left|ends early"):
         storage.get(key)
     storage.close()
+
+
+def test_processes_on_one_machine_share_its_room(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(memory, "_free_memory", lambda device: 8_000_000)
+    target, args = model(), TargetTrainingArguments(tape="device")
+    for num_processes, room in ((1, "8.0 MB"), (2, "4.0 MB")):
+        with FlatParameters(list(target.parameters()), [], num_processes) as flat:
+            with pytest.raises(MemoryError, match=f"free are {room} on the device"):
+                memory.plan_memory(ExampleLosses(target, False), flat, args, 10**6, [], num_processes)
+
+
+def test_checkpointing_keeps_less_but_not_under_a_second_derivative():
+    fields = {"batch_size": 4, "num_train_epochs": 2}
+    plans = {}
+    for curvature in ("exact", "central_difference"):
+        for checkpointing in (False, True):
+            args = TargetTrainingArguments(**fields, curvature=curvature, gradient_checkpointing=checkpointing)
+            target = model(n_layer=4)
+            plans[curvature, checkpointing] = compute_metagradients(target, EXAMPLES, metric, args).plan.peak_bytes
+    assert plans["central_difference", True] < plans["central_difference", False] < plans["exact", False]
+    assert plans["exact", True] == plans["exact", False]

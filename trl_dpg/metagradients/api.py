@@ -197,6 +197,7 @@ def compute_metagradients(
             if product is not None:  # nothing lies before the first step: only the metagradients are needed
                 _check_finite(f"the Hessian-vector product of step {step + 1}", product)
                 cotangent += product[slice(*run.shard)]
+            del grad_cotangent, product  # not beside the next ones
             run.progress.update()
         processes.sum_(metagradients)
 
@@ -343,7 +344,8 @@ class _Run:
             location = "device"
             if self.num_steps > 1:  # one step leaves nothing but its gradient
                 largest = max(range(self.num_steps), key=lambda step: _tokens(self, step))
-                self.plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, self.local_batches(largest))
+                batches, count = self.local_batches(largest), self.processes.count
+                self.plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, batches, count)
                 location = self.plan.tape
                 logger.log(logging.INFO if location == "device" else logging.WARNING, str(self.plan))
             self.storage = open_storage(location, self.args.tape_dir, self.flat.device)

@@ -1,14 +1,17 @@
 """What a run will need, before it starts: memory of the device and of the host, room on disk."""
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 
 import psutil
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
+from .model import without_checkpoints
 from .objective import ExampleLosses, MicroBatch
 from .trajectory import tape_tensors
 
@@ -20,7 +23,7 @@ ACTIVATIONS = {"gradient": 1.7, "exact": 6.2, "central_difference": 1.8}
 @dataclass
 class MemoryPlan:
     """
-    Predicted needs of one process, in bytes, beyond the model's own weights.
+    Predicted needs of one process, in bytes, beyond the model's own weights. What the metric itself needs is not known.
 
     Attributes:
         tape (`str`):
@@ -48,16 +51,18 @@ def plan_memory(
     args: TargetTrainingArguments,
     num_steps: int,
     batches: list[MicroBatch],
+    num_processes: int = 1,
 ) -> MemoryPlan:
     """
     Predicts what a run needs and decides where its tape goes.
 
     Args:
-        losses ([`ExampleLosses`]): Losses of the model; run forwards once, on one example.
+        losses ([`ExampleLosses`]): Losses of the model; run forwards on one example, and on two.
         flat ([`FlatParameters`]): Its trained parameters.
         args ([`TargetTrainingArguments`]): `tape="auto"` takes the first of device, host and disk that has room.
         num_steps (`int`): Steps K.
         batches (`list[MicroBatch]`): This process's part of the largest batch.
+        num_processes (`int`, *optional*, defaults to `1`): How many share the run.
 
     Raises:
         [`MemoryError`]: If there is not enough room; the message names settings that need less.
@@ -66,19 +71,30 @@ def plan_memory(
     of_shard = flat.shard_size * flat.values.element_size()
     tape = tape_tensors(num_steps, args.optim) * of_shard
     rows = len(batches[0].indices) if batches else 0
-    activations = _activation_bytes(losses, batches[0].rows(1)) * rows if batches else 0
+    activations = whole = 0
+    if batches:
+        activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
+        if args.gradient_checkpointing and args.curvature == "exact":  # a second derivative keeps what was recomputed
+            whole = _activation_bytes(losses, batches[0], False)
     moments = 2 if args.optim == "adamw" else 0
-    # trained parameters, gradient and moments; then cotangents in place of moments, and lambda_g
-    training = (2 + moments) * of_parameters + int(ACTIVATIONS["gradient"] * activations)
-    adjoint = 3 * of_parameters + (1 + moments) * of_shard + int(ACTIVATIONS[args.curvature] * activations)
-    if args.curvature == "exact":
-        adjoint += of_parameters  # the gradient inside the graph
-    replay = 2 * of_parameters + (3 + 2 * moments) * of_shard
+    on_cpu = flat.device.type == "cpu"
+    # parameters, gradient and moments, and a gradient on its way to the tape
+    training = (3 + moments) * of_parameters + int(ACTIVATIONS["gradient"] * activations)
+    # parameters, lambda_g and the product, and the cotangents; on the CPU, the tape's moments stay
+    cotangents = (1 + moments) * of_shard
+    adjoint = 3 * of_parameters + cotangents + moments * of_shard * on_cpu + int(ACTIVATIONS[args.curvature] * whole)
+    # parameters, the product and the cotangents, state and gradients of the replay; several processes put two tensors together
+    replay = (
+        2 * of_parameters + cotangents + (3 + moments) * of_shard + (4 * of_parameters if num_processes > 1 else 0)
+    )
     working = max(training, adjoint, replay)
 
-    device, host = _free_memory(flat.device), psutil.virtual_memory().available
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if num_processes > 1 else 1
+    device, host = _free_memory(flat.device), psutil.virtual_memory().available // neighbors
+    if on_cpu:
+        device //= neighbors
     directory = args.tape_dir or tempfile.gettempdir()
-    free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free}
+    free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free // neighbors}
     plans = {}
     for place in ("device", "host", "disk"):
         on_device = place == "device" or (place == "host" and flat.device.type == "cpu")
@@ -100,8 +116,8 @@ def plan_memory(
         place = next(place for place in fits if fits[place])
         advice.append(f'set `tape="{place}"`')
     if working > device and rows > 1:
-        spare = device - (working - int(ACTIVATIONS[args.curvature] * activations))
-        fitting = int(spare / (ACTIVATIONS[args.curvature] * activations / rows))
+        spare = device - (working - int(ACTIVATIONS[args.curvature] * whole))
+        fitting = int(spare / (ACTIVATIONS[args.curvature] * whole / rows))
         if fitting >= 1:
             advice.append(f"set `micro_batch_size` to {fitting} or less")
     if working > device and not args.gradient_checkpointing:
@@ -121,8 +137,26 @@ def plan_memory(
     )
 
 
-def _activation_bytes(losses: ExampleLosses, example: MicroBatch) -> int:
-    """Bytes that a forward pass over one example keeps, other than parameters."""
+def _activation_bytes(losses: ExampleLosses, batch: MicroBatch, checkpointing: bool) -> int:
+    """
+    Bytes that a forward pass keeps, other than parameters. What two examples keep more than one, all others do, too; the rest,
+    such as weights cast to bfloat16, is kept once.
+
+    With checkpointing, these are the inputs of layers, and what one of them keeps while it is recomputed.
+    """
+    if checkpointing:
+        layers = sum(isinstance(m, GradientCheckpointingLayer) for m in losses.model.modules())
+        return _kept_bytes(losses, batch) + _activation_bytes(losses, batch, False) // layers
+    with without_checkpoints(losses.model):
+        return _kept_bytes(losses, batch)
+
+
+def _kept_bytes(losses: ExampleLosses, batch: MicroBatch) -> int:
+    kept = [_bytes_of(losses, batch.rows(n), batch.labels[:, 1:].numel()) for n in (1, 2)]
+    return kept[0] + (len(batch.indices) - 1) * (kept[1] - kept[0])
+
+
+def _bytes_of(losses: ExampleLosses, batch: MicroBatch, num_tokens: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in losses.parameters()}
     kept = {}
 
@@ -133,7 +167,7 @@ def _activation_bytes(losses: ExampleLosses, example: MicroBatch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        values = losses(example)
+        values = losses(batch, num_tokens)
     total = sum(kept.values())
     del values
     return total

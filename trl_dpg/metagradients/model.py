@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -217,3 +218,17 @@ def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+@contextmanager
+def without_checkpoints(model: TargetModel) -> Iterator[None]:
+    """Undoes [`checkpointed`] within it."""
+    layers = [m for m in model.modules() if getattr(m.__dict__.get("forward"), "func", None) is checkpoint]
+    forwards: list[Any] = [layer.forward for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward.args[0]
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward

@@ -177,7 +177,8 @@ class ExampleLosses(nn.Module):
     Losses \\( \ell_i(\phi) / Z_t \\) of a micro-batch, shape `(b,)`, as a function of it.
 
     Their weighted sum over a batch is \\( L_t(\phi; w) = \sum_i w_i \ell_i(\phi) / Z_t \\). Logits are computed chunk by chunk
-    where the model allows it, see [`~trl_dpg.metagradients.vocabulary.has_plain_head`].
+    where the model allows it, see [`~trl_dpg.metagradients.vocabulary.has_plain_head`], and if there are many: `num_tokens`
+    decides as that many tokens would.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -192,10 +193,10 @@ class ExampleLosses(nn.Module):
         self.bf16 = bf16
         self._plain_head: bool | None = None  # not known yet
 
-    def forward(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch, num_tokens: int | None = None) -> Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         labels = batch.labels[:, 1:]
-        if self._by_chunks(labels.numel()):
+        if self._by_chunks(num_tokens or labels.numel()):
             decoder, head = decoder_and_head(self.model)
             hidden = decoder(**inputs).last_hidden_state[:, :-1]
             rows, columns = (labels != -100).nonzero(as_tuple=True)

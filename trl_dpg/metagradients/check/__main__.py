@@ -19,9 +19,12 @@ from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from ...metrics import LanguageModelingLikelihood, LMHeadNorm
 from ..arguments import TargetTrainingArguments
 from . import check_metagradients
+
+
+# By path: metrics know the engine, which does not know them.
+NAMED = {"lm_head_norm": "trl_dpg.metrics:LMHeadNorm", "likelihood": "trl_dpg.metrics:LanguageModelingLikelihood"}
 
 
 @dataclass
@@ -120,14 +123,7 @@ def _load(name: str, split: str, number: int) -> Dataset:
 
 
 def _metric(check: CheckArguments, tokenizer: Any, max_length: int) -> Any:
-    if check.metric == "lm_head_norm":
-        return LMHeadNorm()
-    if check.metric == "likelihood":
-        if check.metric_dataset is None:
-            raise ValueError("`--metric likelihood` needs data to score. Give it with `--metric_dataset`.")
-        rows = _load(check.metric_dataset, check.dataset_split, check.num_metric_examples)
-        return LanguageModelingLikelihood(rows, tokenizer, max_length=max_length)
-    module, _, attribute = check.metric.partition(":")
+    module, _, attribute = NAMED.get(check.metric, check.metric).partition(":")
     if not attribute:
         raise ValueError(
             f"`--metric` must be 'lm_head_norm', 'likelihood' or 'module:attribute', got {check.metric!r}. Write the last with a "
@@ -137,6 +133,11 @@ def _metric(check: CheckArguments, tokenizer: Any, max_length: int) -> Any:
         metric = getattr(import_module(module), attribute)
     except AttributeError as error:
         raise ValueError(f"`--metric {check.metric}`: {error}. Check the name after the colon.") from error
+    if check.metric == "likelihood":
+        if check.metric_dataset is None:
+            raise ValueError("`--metric likelihood` needs data to score. Give it with `--metric_dataset`.")
+        rows = _load(check.metric_dataset, check.dataset_split, check.num_metric_examples)
+        return metric(rows, tokenizer, max_length=max_length)
     return metric() if inspect.isclass(metric) else metric
 
 
