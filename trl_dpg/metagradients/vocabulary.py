@@ -16,7 +16,7 @@ from .linear import zeros
 from .model import TargetModel, is_compiled
 
 
-WHOLE = 1 << 23  # logits up to this many are computed at once, by ordinary autograd
+WHOLE = 1 << 21  # logits up to this many are computed at once, by ordinary autograd
 CHUNK = 1 << 21  # logits of one chunk
 ADJUSTMENTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
