@@ -1,9 +1,11 @@
 """The check finds wrong metagradients, and says why right ones are of no use."""
 
+import ast
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import trl_dpg.metagradients.check as check
 from examples.resources import save_tiny_models, tiny_prompts
+from trl_dpg import metagradients
 from trl_dpg.metagradients import TargetTrainingArguments
 from trl_dpg.metagradients.check.__main__ import main
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
@@ -277,3 +280,11 @@ def test_command_line_with_a_metric_of_ones_own(command_line, tmp_path, monkeypa
 def test_command_line_bad_input(command_line, capsys, flags, message):
     assert main(command_line(**flags)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_engine_imports_no_metrics():
+    """Metrics know the engine, not the other way around."""
+    for path in Path(metagradients.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").endswith(("metrics", "rewards")), path
