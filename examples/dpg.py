@@ -110,7 +110,7 @@ def resolve_model(name: str, args: DPGScriptArguments, training_args: DatasetPol
         directories = resources.save_hex_models(directory, training_args.seed)
         return directories[("hex/generator", "hex/target").index(name)]
     if name == "tiny/multilingual":
-        return tiny_multilingual()
+        return tiny_multilingual(("en", "de", "it") if args.language in ("de", "it") else ("en", "es", "fr"))
     if args.offline and name == "HuggingFaceTB/SmolLM2-135M-Instruct":
         return resources.smollm2()
     return name
@@ -282,7 +282,9 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     before = ValidateFirst(trainer, script_args.validation_draws)
     trainer.add_callback(before)
     checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)  # the last one, or the one named
+    trainer.train(
+        resume_from_checkpoint=True if checkpoint == "true" else checkpoint
+    )  # the last one, or the one named
     trainer.save_model()
     after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
     seconds = time.perf_counter() - start_time

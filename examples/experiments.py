@@ -97,6 +97,40 @@ EXPERIMENTS = {
 }
 
 
+EXPERIMENTS["tiny_uuid"] = Experiment(
+    "A UUID known by heart",
+    "tiny_uuid.yaml",
+    {
+        "exact_match": "Exact (target)",
+        "longest_common_substring": "Soft (target)",
+        "reference_soft": "Soft (generator's own text)",
+    },
+    {
+        "metagradient": "",
+        "naive": "--reward naive",
+        "edit distance": "--reward edit_distance --scale_rewards batch",
+        "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
+    },
+    curve="longest_common_substring",
+)
+EXPERIMENTS["tiny_language"] = Experiment(
+    "Another language than that of the prompts",
+    "tiny_language.yaml",
+    {
+        "language_share": "share of Spanish",
+        "perplexity": "perplexity",
+        "held_out_perplexity": "perplexity, other texts",
+    },
+    {
+        "metagradient": "",
+        "naive": "--reward naive",
+        "language identification": "--reward language_identification --reward_language es --scale_rewards batch",
+        "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
+    },
+    seeds=(0,),
+    curve="language_share",
+)
+
 SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
 
 EXPERIMENTS["tiny_settings"] = Experiment(
