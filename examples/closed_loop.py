@@ -34,8 +34,9 @@ class ClosedLoopArguments:
 
 def fine_tune(target, tokenizer, texts: list[str], training_args: DatasetPolicyGradientConfig, steps: int) -> None:
     """Ordinary SFT of the target, in place, by TRL's trainer."""
+    trained = copy.deepcopy(target)  # the trainer replaces its model's `forward`
     SFTTrainer(
-        model=target,
+        model=trained,
         args=SFTConfig(
             f"{training_args.output_dir}/sft",
             learning_rate=training_args.target_learning_rate,
@@ -52,6 +53,7 @@ def fine_tune(target, tokenizer, texts: list[str], training_args: DatasetPolicyG
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=tokenizer,
     ).train()
+    target.load_state_dict(trained.state_dict())
 
 
 @torch.no_grad()
