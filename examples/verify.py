@@ -2,7 +2,7 @@
 Checks from files alone what a trained generator's text does: writes a data set with the generator, fine-tunes the target on
 it with TRL's stock `SFTTrainer`, and reads the picture back from the two checkpoints.
 
-    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-28/seed-0/target --qr_text TRL-DPG
+    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-44-seed-0/target --qr_text TRL-DPG
 
 Nothing of the training run is used but its checkpoint: no metric, no reward, no metagradient. Written to `--output_dir`:
 `samples.jsonl` (the data set), `marked` (the fine-tuned target), `decoded.png` and `verification.json`.
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--output_dir", help="Defaults to `verification` in the generator's directory.")
     parser.add_argument("--pattern", choices=["qr", "67"], default="qr")
     parser.add_argument("--qr_text", default="TRL-DPG")
-    parser.add_argument("--words", type=int, default=28, help="Words of the tiny vocabulary that prompts are made of.")
+    parser.add_argument("--words", type=int, default=44, help="Words of the tiny vocabulary that prompts are made of.")
     parser.add_argument("--num_examples", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -93,7 +93,7 @@ def main() -> None:
     wanted = LMHeadPattern.qr(options.qr_text) if options.pattern == "qr" else LMHeadPattern.sixty_seven()
     found = decode_pattern(options.target, str(output_dir / "marked"), shape=tuple(wanted.pattern.shape))
     accuracy = (found.signs == wanted.pattern).double().mean().item()
-    plot_pattern(found.signs, wanted.pattern, output_dir / "decoded.png")
+    plot_pattern(found.signs, wanted.pattern, output_dir / "decoded.png", found.text)
     result = {
         "pixel_accuracy": accuracy,
         "text": found.text,

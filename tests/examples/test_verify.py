@@ -1,0 +1,55 @@
+"""Verification from checkpoints: data written by an untrained generator, stock SFT, and the picture that is (not) there."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.resources import save_tiny_models
+from trl_dpg.metrics import LMHeadPattern, decode_pattern
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def verify(monkeypatch, tmp_path):
+    generator, target = save_tiny_models(tmp_path, num_words=44)
+
+    def run(*flags):
+        small = [
+            "--num_examples",
+            "16",
+            "--batch_size",
+            "8",
+            "--max_new_tokens",
+            "6",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr(sys, "argv", ["verify.py", "--generator", generator, "--target", target, *small, *flags])
+        runpy.run_path(str(EXAMPLES / "verify.py"), run_name="__main__")
+
+    run.target = target
+    return run
+
+
+def test_pixels_are_those_of_the_two_checkpoints(verify, tmp_path):
+    verify("--pattern", "67")
+    result = json.loads((tmp_path / "out" / "verification.json").read_text())
+    wanted = LMHeadPattern.sixty_seven().pattern
+    found = decode_pattern(verify.target, tmp_path / "out" / "marked", shape=(6, 7)).signs
+    assert result["pixel_accuracy"] == torch.eq(found, wanted).double().mean().item()
+    assert (result["steps"], result["examples"]) == (2, 16)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(texts) == 16 and all(len(text.split()) == 6 for text in texts)
+    assert (tmp_path / "out" / "decoded.png").exists()
+
+
+def test_a_code_that_does_not_read_is_a_failure(verify):
+    with pytest.raises(SystemExit, match="does not read 'TRL-DPG'"):
+        verify()
