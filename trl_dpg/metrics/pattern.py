@@ -324,7 +324,9 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Im
 
 def decode_qr(pattern: Any) -> str | None:
     """
-    Read a pattern as a QR code, as a phone would read its picture.
+    Read a pattern as a QR code: as in a photograph and, where no code is found that way, as a picture of nothing but modules.
+
+    The second way needs no flawless finder patterns to know where the code is, and corrects errors just the same.
 
     Args:
         pattern (array-like of shape `(rows, columns)`):
@@ -346,13 +348,17 @@ def decode_qr(pattern: Any) -> str | None:
     """
     zxingcpp = _import("zxingcpp")
     # A light-on-dark code is the opposite of the pattern, not the pattern: `try_invert` would accept it.
-    codes = zxingcpp.read_barcodes(
-        pattern_to_image(pattern),
-        formats=zxingcpp.BarcodeFormat.QRCode,
-        try_invert=False,
-        text_mode=zxingcpp.TextMode.Plain,
-    )
-    return codes[0].text if codes else None
+    for is_pure in (False, True):
+        codes = zxingcpp.read_barcodes(
+            pattern_to_image(pattern),
+            formats=zxingcpp.BarcodeFormat.QRCode,
+            try_invert=False,
+            is_pure=is_pure,
+            text_mode=zxingcpp.TextMode.Plain,
+        )
+        if codes and codes[0].text:  # of noise, the second way sometimes makes an empty text
+            return codes[0].text
+    return None
 
 
 def _import(module: str) -> ModuleType:
