@@ -40,7 +40,7 @@ def test_report(results):
     rows = [line for line in text.splitlines() if line.startswith("| metagradient |")]
     assert len(rows) == 1
     assert "0, 1" in rows[0] and "0.95 (0.9 to 1)" in rows[0] and "3.30 → 2.20" in rows[0] and "1,024" in rows[0]
-    assert "| naive |" in text and "tiny_67" not in text and "SGD" not in text
+    assert "| naive |" in text and "(`tiny_67`)" not in text and "SGD" not in text
     for name in ("curves", "patterns"):
         assert f"(tiny_qr/{name}.png)" in text
         with Image.open(results / "tiny_qr" / f"{name}.png") as picture:
