@@ -116,8 +116,9 @@ EXPERIMENTS["tiny_uuid"] = Experiment(
         "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
     },
     notes="The edit distance is given the string itself and asks for copies of it; the metagradient only sees what the target "
-    "learns. With two of three seeds the edit distance gets there too, and sooner; with the third its generator collapsed on half of "
-    "the string. The naive reward learned nothing from as many completions.",
+    "learns. With two of three seeds the edit distance gets there too, in more steps but less time; with the third its generator "
+    "collapsed on half of the string. The naive reward learned nothing from as many completions; its data sets are an eighth of a "
+    "batch, so that its inner runs take one step.",
     curve="longest_common_substring",
 )
 EXPERIMENTS["tiny_language"] = Experiment(
