@@ -94,7 +94,7 @@ EXPERIMENTS = {
     "tiny_l2": Experiment(
         "A small norm of the LM head",
         "tiny_l2.yaml",
-        NORM,
+        {"metric_before": "Φ before fine-tuning", **NORM},
         {**REWARDS, "metagradient, K = 8": "--target_batch_size 256 --steps_per_generation 8"},
         curve="lm_head_norm",
     ),
