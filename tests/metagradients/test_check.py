@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import trl_dpg.metagradients.check as check
 from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import metagradients
-from trl_dpg.metagradients import TargetTrainingArguments
+from trl_dpg.metagradients import TargetTrainingArguments, TrainingOutput
 from trl_dpg.metagradients.check.__main__ import main
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
@@ -169,7 +169,7 @@ def test_smoothness_of_known_curves(monkeypatch):
     def smoothness(curvature):
         def polynomial(model, examples, metric, args, accelerator):
             s = (examples[0]["weight"] - 1) / 0.1
-            return s + curvature * s**2
+            return TrainingOutput(metric_before=0.0, metric_after=s + curvature * s**2, adam_epsilon_root=1e-9)
 
         monkeypatch.setattr(check, "train_and_measure", polynomial)
         return run().smoothness

@@ -132,7 +132,7 @@ def test_adapters_against_finite_differences(name, num_steps, optim):
         for shift in (-1e-4, 1e-4):
             examples = [dict(e) for e in EXAMPLES]
             examples[i]["weight"] = 1 + shift
-            moved.append(train_and_measure(model, examples, metric, args))
+            moved.append(train_and_measure(model, examples, metric, args).metric_after)
         assert value == pytest.approx((moved[1] - moved[0]) / 2e-4, rel=1e-5, abs=1e-7)
 
     assert all("forward" not in vars(module) for module in model.modules())

@@ -127,7 +127,8 @@ class TestValues:
         """Below 5 % of the largest deviation so far, rewards shrink with it."""
         raw = torch.tensor([1.0, -1.0, 3.0, -3.0])
         stds = [1.0, 0.1, 1e-3]
-        outputs = iter(MetagradientOutput(raw * s, 0.0, 1.0, 1e-6, [1.0]) for s in stds)
+        fields = {"metric_before": 0.0, "metric_after": 1.0, "adam_epsilon_root": 1e-6, "losses": [1.0]}
+        outputs = iter(MetagradientOutput(metagradients=raw * s, **fields) for s in stds)
         monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", lambda *a, **k: next(outputs))
         reward = make_reward()
         spreads = [np.std(call(reward, ["cat dog"] * 4, ended=True)) for _ in stds]

@@ -139,6 +139,8 @@ class TestNaive:
             train_and_measure(reward.target_model, [examples[i] for i in rows], LMHeadNorm(), args)
             for rows in DATASETS
         ]
+        losses = [fmean(out.losses) for out in after]
+        after = [out.metric_after for out in after]
         assert len(set(after)) == 3
         raw = after * 2
         assert log.columns == {"naive_raw": raw}
@@ -154,6 +156,7 @@ class TestNaive:
             "metric_after": fmean(after),
             "metric_gain": fmean(after) - before,
             "lm_head_norm": -fmean(after),
+            "target_loss": fmean(losses),
             "adam_epsilon_root": 1e-6,
             "nonfinite": 0,
             "empty": 0,
@@ -171,7 +174,7 @@ class TestNaive:
         root = compute_metagradients(reward.target_model, data[0], LMHeadNorm(), args).adam_epsilon_root
         assert reward.args.adam_epsilon_root == log.metrics["adam_epsilon_root"] == pytest.approx(root, rel=1e-6)
         frozen = recipe(adam_epsilon_root=reward.args.adam_epsilon_root, batch_size=2)
-        after = [train_and_measure(reward.target_model, rows, LMHeadNorm(), frozen) for rows in data]
+        after = [train_and_measure(reward.target_model, rows, LMHeadNorm(), frozen).metric_after for rows in data]
         assert log.columns["naive_raw"] == after * 2
         call(reward, TEXTS[::-1], **log.hooks)
         assert log.metrics["adam_epsilon_root"] == frozen.adam_epsilon_root

@@ -1,6 +1,6 @@
 """Exact metagradients of fine-tuning runs. Usable without TRL."""
 
-from .api import MetagradientOutput, compute_metagradients, train_and_measure
+from .api import MetagradientOutput, TrainingOutput, compute_metagradients, train_and_measure
 from .arguments import TargetTrainingArguments
 from .check import MetagradientCheck, check_metagradients
 
@@ -11,5 +11,6 @@ __all__ = [
     "TargetTrainingArguments",
     "check_metagradients",
     "compute_metagradients",
+    "TrainingOutput",
     "train_and_measure",
 ]

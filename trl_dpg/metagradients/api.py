@@ -47,15 +47,12 @@ logger = logging.getLogger(__name__)
 Metric = Callable[[Any], Tensor]
 
 
-@dataclass
-class MetagradientOutput:
+@dataclass(kw_only=True)
+class TrainingOutput:
     r"""
-    Result of [`compute_metagradients`].
+    Result of [`train_and_measure`].
 
     Attributes:
-        metagradients (`Tensor`):
-            \\( \mathrm{d}\Phi / \mathrm{d} w_i \\) at the examples' weights, float32 on the CPU, shape `(len(examples),)`,
-            in the order of `examples`. In units of the metric per unit of weight.
         metric_before (`float`):
             \\( \Phi \\) of the original model.
         metric_after (`float`):
@@ -66,6 +63,24 @@ class MetagradientOutput:
             Training loss of each step.
         readouts (`dict[str, float]`):
             What the metric's `readouts` returned on the fine-tuned model; empty without one.
+    """
+
+    metric_before: float
+    metric_after: float
+    adam_epsilon_root: float
+    losses: list[float] = field(default_factory=list)
+    readouts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class MetagradientOutput(TrainingOutput):
+    r"""
+    Result of [`compute_metagradients`].
+
+    Attributes, beside those of [`TrainingOutput`]:
+        metagradients (`Tensor`):
+            \\( \mathrm{d}\Phi / \mathrm{d} w_i \\) at the examples' weights, float32 on the CPU, shape `(len(examples),)`,
+            in the order of `examples`. In units of the metric per unit of weight.
         plan ([`~trl_dpg.metagradients.memory.MemoryPlan`]):
             Predicted memory, and where the tape was; `None` for a run of one step, which needs no tape.
         curvature_errors (`list[float]`):
@@ -75,11 +90,6 @@ class MetagradientOutput:
     """
 
     metagradients: Tensor
-    metric_before: float
-    metric_after: float
-    adam_epsilon_root: float
-    losses: list[float] = field(default_factory=list)
-    readouts: dict[str, float] = field(default_factory=dict)
     plan: MemoryPlan | None = None
     curvature_errors: list[float] = field(default_factory=list)
     num_exact_fallbacks: int = 0
@@ -162,7 +172,7 @@ def compute_metagradients(
         flat, processes, optimizer = run.flat, run.processes, run.optimizer.shard(*run.shard)
         with processes.failing_together():
             value, cotangent = _metric_gradient(metric, model, flat)
-            readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
+            readouts = _readouts(metric, model)
         if processes.count > 1:
             cotangent = cotangent[slice(*run.shard)].clone()
         # Moments of a single step and their cotangents are zeros that lead nowhere.
@@ -202,15 +212,15 @@ def compute_metagradients(
         processes.sum_(metagradients)
 
     return MetagradientOutput(
-        metagradients.float().cpu(),
-        run.metric_before,
-        value,
-        run.epsilon_root,
-        run.training_losses,
-        readouts,
-        run.plan,
-        central.errors[::-1],
-        central.num_fallbacks,
+        metagradients=metagradients.float().cpu(),
+        metric_before=run.metric_before,
+        metric_after=value,
+        adam_epsilon_root=run.epsilon_root,
+        losses=run.training_losses,
+        readouts=readouts,
+        plan=run.plan,
+        curvature_errors=central.errors[::-1],
+        num_exact_fallbacks=central.num_fallbacks,
     )
 
 
@@ -220,16 +230,24 @@ def train_and_measure(
     metric: Metric,
     args: TargetTrainingArguments | None = None,
     accelerator: Accelerator | PartialState | None = None,
-) -> float:
+) -> TrainingOutput:
     """
-    The metric after the run that [`compute_metagradients`] differentiates, without its derivatives.
+    The run that [`compute_metagradients`] differentiates, without its derivatives.
 
     Takes the same arguments, and leaves the model as it was.
     """
     with _Run(model, examples, metric, args or TargetTrainingArguments(), accelerator) as run:
         run.train(keep_tape=False)
         with run.processes.failing_together(), torch.no_grad():
-            return _evaluate(metric, model).item()
+            value = _evaluate(metric, model).item()
+            readouts = _readouts(metric, model)
+    return TrainingOutput(
+        metric_before=run.metric_before,
+        metric_after=value,
+        adam_epsilon_root=run.epsilon_root,
+        losses=run.training_losses,
+        readouts=readouts,
+    )
 
 
 class _Run:
@@ -400,6 +418,10 @@ def _evaluate(metric: Metric, model: TargetModel) -> Tensor:
             "fine-tuned model gives such a value."
         )
     return value.reshape(())
+
+
+def _readouts(metric: Any, model: TargetModel) -> dict[str, float]:
+    return dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
 
 
 def _metric_gradient(metric: Metric, model: TargetModel, flat: FlatParameters) -> tuple[float, Tensor]:

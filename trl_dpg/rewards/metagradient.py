@@ -1,8 +1,6 @@
 """The metagradient of each completion as a TRL reward."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
-from .target import TargetReward
+from .target import TargetReward, mean_figures
 
 
 class MetagradientReward(TargetReward):
@@ -108,32 +106,18 @@ class MetagradientReward(TargetReward):
         args: TargetTrainingArguments,
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
+        outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)
-        outs = []
-        for dataset in filter(None, datasets):
-            out = compute_metagradients(
-                self.target_model, [examples[i] for i in dataset], self.metric, args, accelerator=processes
-            )
-            args = replace(args, adam_epsilon_root=out.adam_epsilon_root)  # `"auto"` is measured on the first
-            raw[dataset] = out.metagradients.double()
-            outs.append(out)
+        for number, out in outs.items():
+            raw[datasets[number]] = out.metagradients.double()
         if not raw.isfinite().any():
             raise FloatingPointError(
                 "No metagradient of this generation batch is finite. Lower `target_learning_rate` or raise "
                 "`target_adam_epsilon_root`."
             )
-        curvature: dict[str, float] = {}
-        if outs[0].curvature_errors:
-            curvature = {
-                "curvature_error": max(error for out in outs for error in out.curvature_errors),
-                "exact_fallbacks": sum(out.num_exact_fallbacks for out in outs),
-            }
-        return raw, {
-            "metric_before": outs[0].metric_before,
-            "metric_after": fmean(out.metric_after for out in outs),
-            "metric_gain": fmean(out.metric_after - out.metric_before for out in outs),
-            "adam_epsilon_root": outs[0].adam_epsilon_root,
-            **curvature,
-            "target_loss": fmean(sum(out.losses) / len(out.losses) for out in outs),
-            **{name: fmean(out.readouts[name] for out in outs) for name in outs[0].readouts},
-        }
+        figures = mean_figures(outs.values())
+        errors = [error for out in outs.values() for error in out.curvature_errors]
+        if errors:
+            figures["curvature_error"] = max(errors)
+            figures["exact_fallbacks"] = sum(out.num_exact_fallbacks for out in outs.values())
+        return raw, figures

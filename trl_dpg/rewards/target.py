@@ -2,9 +2,11 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from ..data import Messages, indices_to_train_on, to_target_example
-from ..metagradients import TargetTrainingArguments
+from ..metagradients import TargetTrainingArguments, TrainingOutput
 from ..metagradients.api import Metric
 from ..metagradients.model import check_model, trainable_parameters, vocab_size
 from ..metagradients.parallel import failing_together
@@ -22,6 +24,8 @@ from ..target import load_target_model, load_target_tokenizer
 
 
 STD_FLOOR = 0.05  # of the largest standard deviation so far
+
+Output = TypeVar("Output", bound=TrainingOutput)
 
 
 class TargetTraining:
@@ -109,7 +113,7 @@ class TargetTraining:
             self.target_model.to(device)  # type: ignore[arg-type]
 
 
-class TargetReward(TargetTraining):
+class TargetReward(TargetTraining, ABC):
     """
     Base of the rewards that fine-tune the target on the generation batch, as one dataset or split by rollout index.
 
@@ -130,6 +134,7 @@ class TargetReward(TargetTraining):
         self.num_datasets = num_datasets
         self.largest_std = 0.0
 
+    @abstractmethod
     def measure(
         self,
         examples: list[dict[str, Any]],
@@ -149,7 +154,23 @@ class TargetReward(TargetTraining):
         Returns:
             `tuple[Tensor, dict[str, float]]`: Values in float64, one per example, and figures.
         """
-        raise NotImplementedError
+
+    def run_each(
+        self,
+        run: Callable[..., Output],
+        examples: list[dict[str, Any]],
+        datasets: list[list[int]],
+        args: TargetTrainingArguments,
+        processes: PartialState,
+    ) -> dict[int, Output]:
+        """Outputs of `run` on the datasets that are not empty, by number. `"auto"` is measured on the first."""
+        outputs = {}
+        for number, dataset in enumerate(datasets):
+            if dataset:
+                data = [examples[i] for i in dataset]
+                outputs[number] = run(self.target_model, data, self.metric, args, accelerator=processes)
+                args = replace(args, adam_epsilon_root=outputs[number].adam_epsilon_root)
+        return outputs
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), f"{self.__name__}_largest_std": self.largest_std}
@@ -252,3 +273,16 @@ def check_metric(metric: Any) -> None:
             f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "
             "function, or an instance of one of the classes in `trl_dpg.metrics`."
         )
+
+
+def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:
+    """What is logged of several runs: means."""
+    outputs = list(outputs)
+    return {
+        "metric_before": outputs[0].metric_before,
+        "metric_after": fmean(out.metric_after for out in outputs),
+        "metric_gain": fmean(out.metric_after - out.metric_before for out in outputs),
+        "adam_epsilon_root": outputs[0].adam_epsilon_root,
+        "target_loss": fmean(fmean(out.losses) for out in outputs),
+        **{name: fmean(out.readouts[name] for out in outputs) for name in outputs[0].readouts},
+    }

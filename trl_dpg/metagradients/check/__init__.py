@@ -237,7 +237,7 @@ def check_metagradients(
 
         def metric_at(shift: Tensor) -> float:
             shifted = [{**e, "weight": w} for e, w in zip(examples, (weights + shift).tolist(), strict=True)]
-            values.append(train_and_measure(model, shifted, metric, quiet, accelerator))
+            values.append(train_and_measure(model, shifted, metric, quiet, accelerator).metric_after)
             progress.update()
             return values[-1]
 
