@@ -2,8 +2,9 @@ import sys
 
 import pytest
 
+from trl_dpg.language import _identifier
 from trl_dpg.metrics import evaluate_texts
-from trl_dpg.metrics.texts import _identifier, common_share
+from trl_dpg.metrics.texts import common_share
 
 
 SPANISH = [
@@ -20,7 +21,7 @@ UUID = "0123456789abcdef0123456789abcdef"
 def test_language():
     pytest.importorskip("py3langid")
     values = evaluate_texts([*SPANISH, *GERMAN], language="es")
-    assert set(values) == {"distinct_share", "language_share", "language_probability"}
+    assert set(values) == {"distinct", "language_share", "language_probability"}
     assert values["language_share"] == 0.5 and 0.4 < values["language_probability"] < 0.6
     assert evaluate_texts(GERMAN, language="de")["language_share"] == 1.0
     assert evaluate_texts(GERMAN, language="es")["language_probability"] < 0.1
@@ -31,7 +32,7 @@ def test_texts_without_letters_are_in_no_language():
     first = _identifier().rank("")[0][0]
     for language in ["es", first]:
         assert evaluate_texts(["", "  ", "\n"], language=language) == {
-            "distinct_share": 1.0,
+            "distinct": 1.0,
             "language_share": 0.0,
             "language_probability": 0.0,
         }
@@ -45,14 +46,13 @@ def test_unknown_language():
 
 
 def test_identifier_is_missing(monkeypatch):
-    _identifier.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(ImportError, match=r"pip install trl-dpg\[baselines\]"):
         evaluate_texts(SPANISH, language="es")
 
 
-def test_distinct_share():
-    assert evaluate_texts(["a", "b", "a", "a"]) == {"distinct_share": 0.5}
+def test_distinct():
+    assert evaluate_texts(["a", "b", "a", "a"]) == {"distinct": 0.5}
 
 
 def test_reference():

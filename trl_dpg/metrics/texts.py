@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
-from functools import cache
 from statistics import fmean
-from typing import Any
+
+from ..language import check_language, identify
 
 
 def evaluate_texts(
@@ -34,7 +34,7 @@ def evaluate_texts(
     Returns:
         `dict[str, float]`:
 
-        - `distinct_share`: number of different texts relative to all;
+        - `distinct`: number of different texts relative to all;
         - with a language `language_share`, the share of texts that `py3langid` identifies as it, and
           `language_probability`, the mean probability that it gives the language. An empty text has none;
         - with a reference `reference_exact`, the share of texts that contain it, and `reference_soft`, the mean length
@@ -50,18 +50,17 @@ def evaluate_texts(
 
     ```python
     >>> evaluate_texts(["a1b2c3", "a1b"], reference="a1b2", judge=lambda texts: [len(text) for text in texts])
-    {'distinct_share': 1.0, 'reference_exact': 0.5, 'reference_soft': 0.875, 'judge': 4.5}
+    {'distinct': 1.0, 'reference_exact': 0.5, 'reference_soft': 0.875, 'judge': 4.5}
 
     ```
     """
     texts = list(texts)
     if not texts:
         raise ValueError("`texts` is empty. Give at least one text.")
-    values = {"distinct_share": len(set(texts)) / len(texts)}
+    values = {"distinct": len(set(texts)) / len(texts)}
     if language is not None:
-        if language not in _identifier().labels:
-            raise ValueError(f"`language` must be one of {sorted(_identifier().labels)}, got {language!r}.")
-        identified, probabilities = zip(*(_identify(text, language) for text in texts), strict=True)
+        check_language(language, "`language`")
+        identified, probabilities = zip(*(identify(text, language) for text in texts), strict=True)
         values["language_share"] = fmean(identified)
         values["language_probability"] = fmean(probabilities)
     if reference is not None:
@@ -99,21 +98,3 @@ def common_share(text: str, reference: str) -> float:
     ```
     """
     return SequenceMatcher(None, text, reference, autojunk=False).find_longest_match().size / len(reference)
-
-
-def _identify(text: str, language: str) -> tuple[bool, float]:
-    if not text.strip():
-        return False, 0.0
-    ranked = _identifier().rank(text)
-    # without any letters to go by, all languages are equally likely and the first one is no finding
-    identified = ranked[0][0] == language and ranked[0][1] > ranked[1][1]
-    return identified, dict(ranked)[language]
-
-
-@cache
-def _identifier() -> Any:
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise ImportError("`py3langid` is needed to identify languages: `pip install trl-dpg[baselines]`.") from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -4,6 +4,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ..data import Messages, completion_text
+from ..language import check_language, identify
 
 
 class EmbeddingSimilarityReward:
@@ -107,20 +108,12 @@ class LanguageIdentificationReward:
     __name__ = "language_identification"
 
     def __init__(self, language: str):
-        langid = _import("py3langid.langid", "py3langid")
-        self.identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-        if language not in self.identifier.labels:
-            raise ValueError(
-                f"`language` (`reward_language` in the trainer's configuration) must be one of "
-                f"{', '.join(sorted(self.identifier.labels))}, got {language!r}."
-            )
+        check_language(language, "`language` (`reward_language` in the trainer's configuration)")
         self.language = language
 
     def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
         """Probabilities of the completions, between 0 and 1."""
-        texts = [completion_text(completion) for completion in completions]
-        # Without letters to go by, all languages are equally likely: more than Spanish is for an English text
-        return [dict(self.identifier.rank(text))[self.language] if text.strip() else 0.0 for text in texts]
+        return [identify(completion_text(completion), self.language)[1] for completion in completions]
 
 
 def check_reference_texts(reference_texts: list[str] | None) -> None:
