@@ -147,20 +147,32 @@ def test_launch_command(command, monkeypatch, tmp_path):
         assert str(getattr(training_args, flag)).lower() == value
 
 
-def test_large_example(monkeypatch, tmp_path):
-    """The numbers in the comments of the YAML file."""
+@pytest.mark.parametrize(
+    ("name", "metric", "prompts", "batches", "flags"),
+    [
+        ("paper_qr", "qr", 24576, 240, []),
+        ("paper_67", "67", 256, 3840, []),
+        ("paper_67", "67", 2048, 480, ["--generation_batch_size", "8192"]),
+        ("paper_67", "67", 24576, 40, ["--generation_batch_size", "98304"]),
+        ("paper_l2", "lm_head_norm", 256, 960, []),
+        ("paper_l2", "lm_head_norm", 2048, 120, ["--generation_batch_size", "8192"]),
+        ("paper_uuid", "uuid", 256, 360, []),
+        ("paper_language", "lambada", 256, 120, []),
+    ],
+)
+def test_paper_sizes(monkeypatch, tmp_path, name, metric, prompts, batches, flags):
+    """The numbers in the comments of the YAML files."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = runpy.run_path(str(ROOT / "examples" / "dpg.py"))
     parser = TrlParser((script["DPGScriptArguments"], DatasetPolicyGradientConfig, ModelConfig))
-    config = str(ROOT / "examples" / "configs" / "llama_67_large.yaml")
-    arguments = ["--config", config, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    config = str(ROOT / "examples" / "configs" / f"{name}.yaml")
+    arguments = ["--config", config, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path), *flags]
     script_args, args, _ = parser.parse_args_and_config(args=arguments)
-    assert script_args.metric == "67"
-    assert args.generation_batch_size // args.num_generations == 2048
-    assert args.generation_batch_size // args.target_batch_size == 8
-    assert args.target_training_arguments().num_steps(args.generation_batch_size) == 8
+    assert script_args.metric == metric
+    assert args.generation_batch_size // args.num_generations == prompts
+    assert args.target_training_arguments().num_steps(args.generation_batch_size) == prompts * 4 // 1024
     steps_per_generation = args.generation_batch_size // (args.per_device_train_batch_size * 8)
-    assert (steps_per_generation, args.max_steps // steps_per_generation) == (64, 480)
+    assert (steps_per_generation, args.max_steps // steps_per_generation) == (prompts * 4 // 128, batches)
     assert args.eval_steps % steps_per_generation == 0  # else a validation lies between two generations
 
 
