@@ -1,11 +1,7 @@
-"""Models, data and the machine's name, for all benchmarks."""
+"""Models and data, for all benchmarks."""
 
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -16,20 +12,6 @@ from trl_dpg.metagradients import TargetTrainingArguments
 
 # batch size and tokens per example of a step
 SHAPES = {"gpt2-shaped": (8, 64), "smollm2": (2, 64)}
-
-
-def machine(device: str) -> str:
-    """One line that says what the figures were measured on."""
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
-    else:
-        cpu = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-        memory = psutil.virtual_memory().total / 2**30
-        where = f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {memory:.0f} GiB"
-    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
 def load(name: str, device: str, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:

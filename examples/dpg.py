@@ -10,8 +10,6 @@ in the YAML file or follow as a flag. Everything that is written goes under `out
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass, field, fields
@@ -211,19 +209,8 @@ def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArgumen
         "steps": trainer.state.global_step,
         "entropy": {"first": entropies[0], "last": entropies[-1]},  # nats per token
         "seconds": round(seconds),
-        "hardware": hardware(args.device),
+        "hardware": resources.machine(args.device.type),
     }
-
-
-def hardware(device: torch.device) -> str:
-    """The accelerator's name, or the processor's and how many threads of it were used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def rounded(row: dict) -> dict:
@@ -282,9 +269,8 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     before = ValidateFirst(trainer, script_args.validation_draws)
     trainer.add_callback(before)
     checkpoint = training_args.resume_from_checkpoint
-    trainer.train(
-        resume_from_checkpoint=True if checkpoint == "true" else checkpoint
-    )  # the last one, or the one named
+    # the last one, or the one named
+    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)
     trainer.save_model()
     after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
     seconds = time.perf_counter() - start_time

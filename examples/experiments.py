@@ -53,8 +53,6 @@ training batches, at the first and the last step logged. Each folder has the run
 OTHERS = """
 ## Other runs
 
-- [`tiny_67`](tiny_67/results.md), with `seed_1` and `seed_2` in it: `examples/configs/tiny_67.yaml` by an earlier version, whose
-  tiny models were the same for every seed. The number of steps and the floor of the reward's scale were chosen on seeds 0 and 1.
 - [`smollm2_wikipedia`](smollm2_wikipedia/results.md): `examples/configs/smollm2_wikipedia.yaml`, one training run, seed 0, two
   CPU cores shared with other work. It was made before the reward's scale had a floor, which its `metagradient/std` never comes
   near, and before `log.jsonl` held the validations from before training; those are in `results.json`.
@@ -64,15 +62,15 @@ OTHERS = """
   engine as it was before it kept its parameters in one flat tensor.
 """
 
-SGD = "--target_optim sgd --target_learning_rate 0.1"
 REWARDS = {
     "metagradient": "",
-    "metagradient, SGD": SGD,
+    "metagradient, SGD": "--target_optim sgd --target_learning_rate 0.1",
     "metagradient, one completion per prompt": "--cross_group_batching false",
     "naive": "--reward naive",
 }
 PIXELS = {"pixel_accuracy": "pixel accuracy"}
-NORM = {"lm_head_norm": "norm of the LM head"}
+
+SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
 
 EXPERIMENTS = {
     "tiny_qr": Experiment(
@@ -94,81 +92,76 @@ EXPERIMENTS = {
     "tiny_l2": Experiment(
         "A small norm of the LM head",
         "tiny_l2.yaml",
-        {"metric_before": "Φ before fine-tuning", **NORM},
+        {"metric_before": "Φ before fine-tuning", "lm_head_norm": "norm of the LM head"},
         {**REWARDS, "metagradient, K = 8": "--target_batch_size 256 --steps_per_generation 8"},
         curve="lm_head_norm",
     ),
+    "tiny_uuid": Experiment(
+        "A UUID known by heart",
+        "tiny_uuid.yaml",
+        {
+            "exact_match": "Exact (target)",
+            "longest_common_substring": "Soft (target)",
+            "reference_soft": "Soft (generator's own text)",
+        },
+        {
+            "metagradient": "",
+            "naive": "--reward naive",
+            "edit distance": "--reward edit_distance --scale_rewards batch",
+            "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
+        },
+        notes="The edit distance is given the string itself and asks for copies of it; the metagradient only sees what the target "
+        "learns. With two of three seeds the edit distance gets there too, in more steps but less time; with the third its generator "
+        "collapsed on half of the string. The naive reward learned nothing from as many completions; its data sets are an eighth of a "
+        "batch, so that its inner runs take one step.",
+        curve="longest_common_substring",
+    ),
+    "tiny_language": Experiment(
+        "Another language than that of the prompts",
+        "tiny_language.yaml",
+        {
+            "language_share": "share of Spanish",
+            "perplexity": "perplexity",
+            "held_out_perplexity": "perplexity, other texts",
+        },
+        {
+            "metagradient": "",
+            "naive": "--reward naive",
+            "language identification": "--reward language_identification --reward_language es --scale_rewards batch",
+            "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
+        },
+        seeds=(0,),
+        curve="language_share",
+    ),
+    "tiny_settings": Experiment(
+        "Settings",
+        "tiny_67.yaml",
+        PIXELS,
+        {
+            name: SETTINGS + flags
+            for name, flags in {
+                "base": "",
+                "epsilon_root 1e-9": "--target_adam_epsilon_root 1e-9",
+                "epsilon_root 1e-7": "--target_adam_epsilon_root 1e-7",
+                "epsilon_root 1e-5": "--target_adam_epsilon_root 1e-5",
+                "advantages by group": "--scale_rewards group",
+                "advantages by batch": "--scale_rewards batch",
+                "groups of 4": "--num_generations 4",
+                "groups of 32": "--num_generations 32",
+                "K = 8": "--target_batch_size 32",
+                "constant rate": "--lr_scheduler_type constant",
+                "cosine rate": "--lr_scheduler_type cosine",
+                "entropy bonus 0.003": "--entropy_coef 0.003",
+                "entropy bonus 0.01": "--entropy_coef 0.01",
+                "2 updates a batch": "--num_iterations 2 --max_steps 240 --eval_steps 60",
+                "4 updates a batch": "--num_iterations 4 --max_steps 480 --eval_steps 120",
+            }.items()
+        },
+        notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s), so that none is finished. "
+        '*Base*: epsilon_root `"auto"`, rewards standardized over the batch and by TRL no further, groups of 8, K = 1, linear rate, '
+        "no entropy bonus, one update a generation batch. K = 8 cuts the same batch into eight.",
+    ),
 }
-
-
-EXPERIMENTS["tiny_uuid"] = Experiment(
-    "A UUID known by heart",
-    "tiny_uuid.yaml",
-    {
-        "exact_match": "Exact (target)",
-        "longest_common_substring": "Soft (target)",
-        "reference_soft": "Soft (generator's own text)",
-    },
-    {
-        "metagradient": "",
-        "naive": "--reward naive",
-        "edit distance": "--reward edit_distance --scale_rewards batch",
-        "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
-    },
-    notes="The edit distance is given the string itself and asks for copies of it; the metagradient only sees what the target "
-    "learns. With two of three seeds the edit distance gets there too, in more steps but less time; with the third its generator "
-    "collapsed on half of the string. The naive reward learned nothing from as many completions; its data sets are an eighth of a "
-    "batch, so that its inner runs take one step.",
-    curve="longest_common_substring",
-)
-EXPERIMENTS["tiny_language"] = Experiment(
-    "Another language than that of the prompts",
-    "tiny_language.yaml",
-    {
-        "language_share": "share of Spanish",
-        "perplexity": "perplexity",
-        "held_out_perplexity": "perplexity, other texts",
-    },
-    {
-        "metagradient": "",
-        "naive": "--reward naive",
-        "language identification": "--reward language_identification --reward_language es --scale_rewards batch",
-        "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
-    },
-    seeds=(0,),
-    curve="language_share",
-)
-
-SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
-
-EXPERIMENTS["tiny_settings"] = Experiment(
-    "Settings",
-    "tiny_67.yaml",
-    PIXELS,
-    {
-        name: SETTINGS + flags
-        for name, flags in {
-            "base": "",
-            "epsilon_root 1e-9": "--target_adam_epsilon_root 1e-9",
-            "epsilon_root 1e-7": "--target_adam_epsilon_root 1e-7",
-            "epsilon_root 1e-5": "--target_adam_epsilon_root 1e-5",
-            "advantages by group": "--scale_rewards group",
-            "advantages by batch": "--scale_rewards batch",
-            "groups of 4": "--num_generations 4",
-            "groups of 32": "--num_generations 32",
-            "K = 8": "--target_batch_size 32",
-            "constant rate": "--lr_scheduler_type constant",
-            "cosine rate": "--lr_scheduler_type cosine",
-            "entropy bonus 0.003": "--entropy_coef 0.003",
-            "entropy bonus 0.01": "--entropy_coef 0.01",
-            "2 updates a batch": "--num_iterations 2 --max_steps 240 --eval_steps 60",
-            "4 updates a batch": "--num_iterations 4 --max_steps 480 --eval_steps 120",
-        }.items()
-    },
-    notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s), so that none is finished. "
-    '*Base*: epsilon_root `"auto"`, rewards standardized over the batch and by TRL no further, groups of 8, K = 1, linear rate, '
-    "no entropy bonus, one update a generation batch. K = 8 cuts the same batch into eight.",
-)
 
 
 def directory(name: str, variant: str, seed: int) -> Path:
@@ -206,6 +199,7 @@ def table(name: str, experiment: Experiment) -> list[str]:
     head += [f"{heading}, {who}" for heading in experiment.readouts.values() for who in ("untrained", "trained")]
     head += ["Φ, untrained", "Φ, trained", "distinct", "entropy, nats per token", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    machines = set()
     for variant in experiment.variants:
         paths = sorted(directory(name, variant, 0).parent.glob("seed_*/results.json"))
         runs = [json.loads(path.read_text()) for path in paths]
@@ -221,7 +215,8 @@ def table(name: str, experiment: Experiment) -> list[str]:
         cells.append(f"{ends[0]:.2f} → {ends[1]:.2f}")
         cells.append(spread([r["seconds"] for r in runs]))
         lines.append("| " + " | ".join(cells) + " |")
-    return lines if len(lines) > 2 else []
+        machines.update(r["hardware"] for r in runs)
+    return [*lines, "", f"Run on: {'; '.join(sorted(machines))}."] if machines else []
 
 
 def draw(name: str, experiment: Experiment) -> list[str]:
@@ -245,14 +240,9 @@ def draw(name: str, experiment: Experiment) -> list[str]:
     for path in sorted((RESULTS / name).glob("*/seed_*/verification/verification.json")):
         found = json.loads(path.read_text())
         seed = path.parts[-3].removeprefix("seed_")
-        lines += [
-            "",
-            f"From checkpoints alone (`examples/verify.py`), {path.parts[-4]}, seed {seed}: {found['examples']:,} fresh samples, ",
-        ]
-        lines[-1] += (
-            f"{found['steps']} steps of TRL's `SFTTrainer` at learning rate {found['learning_rate']:g}: pixel accuracy "
-        )
-        lines[-1] += f"{found['pixel_accuracy']:.4f}, text read: {found['text']!r}."
+        run = f"{found['steps']} steps of TRL's `SFTTrainer` at learning rate {found['learning_rate']:g} on {found['examples']:,} samples"
+        read = f"pixel accuracy {found['pixel_accuracy']:.4f}, text read: {found['text']!r}"
+        lines += ["", f"From checkpoints alone (`examples/verify.py`), {path.parts[-4]}, seed {seed}: {run}; {read}."]
     return lines
 
 
@@ -273,12 +263,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run")
-    run_parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []])
+    run_parser.add_argument("names", nargs="*", help=f"Of {', '.join(EXPERIMENTS)}. All by default.")
     run_parser.add_argument("--variants", nargs="+")
     run_parser.add_argument("--seeds", nargs="+", type=int)
     commands.add_parser("report")
     options = parser.parse_args()
     if options.command == "run":
+        for name in options.names or EXPERIMENTS:
+            if name not in EXPERIMENTS:
+                parser.error(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+            for variant in options.variants or ():
+                if variant not in EXPERIMENTS[name].variants:
+                    parser.error(f"{name} has no variant {variant!r}; it has {', '.join(EXPERIMENTS[name].variants)}")
         run(options.names or list(EXPERIMENTS), options.variants, options.seeds)
     else:
         report()

@@ -1,5 +1,5 @@
 """
-Models and text for the examples and tests, none of which needs the Hub.
+Models and text for the examples, benchmarks and tests, none of which needs the Hub, and the name of the machine.
 
 The tiny models are made on the spot. The real model and the real text come out of packages on PyPI and of Debian, see
 [`smollm2`], [`wikipedia_leads`] and [`handbook_paragraphs`].
@@ -9,12 +9,14 @@ import html
 import importlib.util
 import json
 import os
+import platform
 import random
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
@@ -55,18 +57,9 @@ def tiny_tokenizer(num_words: int = 60) -> PreTrainedTokenizerFast:
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    vocab = {token: index for index, token in enumerate(WORDS[:num_words] + SPECIAL_TOKENS)}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = _tokenizer(WORDS[:num_words])
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
 
 
 def tiny_causal_lm(
@@ -180,20 +173,13 @@ def hex_tokenizer() -> PreTrainedTokenizerFast:
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    vocab = {token: index for index, token in enumerate([*HEX_DIGITS, *SPECIAL_TOKENS])}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = Fuse()
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = _tokenizer(list(HEX_DIGITS))
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Split("", "isolated")
+    backend.decoder = Fuse()
+    bos = [("<bos>", tokenizer.bos_token_id)]
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
+    return tokenizer
 
 
 def save_hex_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[str, str]:
@@ -447,6 +433,20 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) (?=[¿¡«„\"]?[A-ZÀ-ÖØ-Þ])", text)
 
 
+def _tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of these tokens and then the special ones, padding on the left."""
+    vocab = {token: index for index, token in enumerate(tokens + SPECIAL_TOKENS)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="<unk>")),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def _save_models(
     directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int, position_scale: float = 1.0
 ) -> tuple[str, str]:
@@ -461,6 +461,20 @@ def _save_models(
 
     path = build_once(directory, build)
     return str(path / "generator"), str(path / "target")
+
+
+def machine(device: str) -> str:
+    """One line that says what the figures were measured on."""
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        cpu = platform.processor() or platform.machine()
+        if os.path.exists("/proc/cpuinfo"):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+        memory = psutil.virtual_memory().total / 2**30
+        where = f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {memory:.0f} GiB"
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
 def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
