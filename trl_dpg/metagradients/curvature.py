@@ -210,9 +210,8 @@ class CentralDifference:
         product_needed: bool,
     ) -> Tensor | None:
         """As of [`Exact`]."""
-        norm = (
-            vector.norm().item() or vector.norm(dtype=torch.float64).item()
-        )  # the second is slow, but cannot underflow
+        # The second is slow, but cannot underflow.
+        norm = vector.norm().item() or vector.norm(dtype=torch.float64).item()
         if norm == 0:
             self.errors.append(0.0)
             return self.flat.zeros(self.flat.size) if product_needed else None
