@@ -16,10 +16,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset
 from dpg import DPGScriptArguments, load_prompts, make_metric, resolve_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, TrlParser
+from verify import fine_tune
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, untie_lm_head
 
@@ -30,30 +30,6 @@ class ClosedLoopArguments:
 
     rounds: int = field(default=8, metadata={"help": "How often generator and target take turns."})
     sft_steps: int = field(default=4, metadata={"help": "Optimizer steps that the target keeps of each round."})
-
-
-def fine_tune(target, tokenizer, texts: list[str], training_args: DatasetPolicyGradientConfig, steps: int) -> None:
-    """Ordinary SFT of the target, in place, by TRL's trainer."""
-    trained = copy.deepcopy(target)  # the trainer replaces its model's `forward`
-    SFTTrainer(
-        model=trained,
-        args=SFTConfig(
-            f"{training_args.output_dir}/sft",
-            learning_rate=training_args.target_learning_rate,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=len(texts) // steps,
-            num_train_epochs=1,
-            bf16=False,
-            use_cpu=training_args.use_cpu,
-            report_to="none",
-            save_strategy="no",
-            seed=training_args.seed,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-    ).train()
-    target.load_state_dict(trained.state_dict())
 
 
 @torch.no_grad()
@@ -103,9 +79,10 @@ def main(
             untrained = [trainer.predict(prompts["test"]).predictions for _ in range(loop_args.rounds)]
         trainer.train()
         entropy = [row["entropy"] for row in trainer.state.log_history if "entropy" in row][-1]
-        written = list(trainer.predict(prompts["test"]).predictions)
-        fine_tune(target, target_tokenizer, written, training_args, loop_args.sft_steps)
-        fine_tune(control, target_tokenizer, list(untrained[number - 1]), training_args, loop_args.sft_steps)
+        written = trainer.predict(prompts["test"]).predictions
+        recipe = training_args.target_learning_rate, len(written) // loop_args.sft_steps, training_args.seed
+        target = fine_tune(target, target_tokenizer, written, *recipe)
+        control = fine_tune(control, target_tokenizer, untrained[number - 1], *recipe)
         rows.append(
             {"round": number, "loop": read(metric, target), "control": read(metric, control)}
             | {"entropy": entropy, "distinct": len(set(written)) / len(written)}

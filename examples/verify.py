@@ -9,7 +9,10 @@ Nothing of the training run is used but its checkpoint: no metric, no reward, no
 """
 
 import argparse
+import copy
 import json
+import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -44,6 +47,29 @@ def generate(generator_path: str, prompts: list[str], max_new_tokens: int, batch
     return texts
 
 
+def fine_tune(target, tokenizer, texts: list[str], learning_rate: float, batch_size: int, seed: int):
+    """A copy of the target after one pass of TRL's `SFTTrainer`, which adds EOS to every text."""
+    trained = copy.deepcopy(target)
+    with tempfile.TemporaryDirectory() as directory:
+        config = SFTConfig(
+            directory,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            seed=seed,
+            disable_tqdm=True,
+        )
+        dataset = Dataset.from_dict({"text": texts})
+        SFTTrainer(model=trained, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+    result = copy.deepcopy(target)  # the trainer replaces its model's `forward`
+    result.load_state_dict(trained.cpu().state_dict())
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", required=True, help="Checkpoint of the trained generator.")
@@ -69,26 +95,10 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32)
     untie_lm_head(model)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            str(output_dir / "marked"),
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=options.batch_size,
-            num_train_epochs=1,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            seed=options.seed,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=AutoTokenizer.from_pretrained(options.target),
-    )
-    trainer.train()
-    trainer.save_model()
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    marked = fine_tune(model, tokenizer, texts, options.learning_rate, options.batch_size, options.seed)
+    marked.save_pretrained(output_dir / "marked")
+    tokenizer.save_pretrained(output_dir / "marked")
 
     wanted = LMHeadPattern.qr(options.qr_text) if options.pattern == "qr" else LMHeadPattern.sixty_seven()
     found = decode_pattern(options.target, str(output_dir / "marked"), shape=tuple(wanted.pattern.shape))
@@ -97,7 +107,7 @@ def main() -> None:
     result = {
         "pixel_accuracy": accuracy,
         "text": found.text,
-        "steps": trainer.state.global_step,
+        "steps": math.ceil(len(texts) / options.batch_size),
         "examples": len(texts),
         "learning_rate": options.learning_rate,
         "seed": options.seed,
