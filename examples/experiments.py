@@ -78,8 +78,7 @@ EXPERIMENTS = {
         "tiny_qr.yaml",
         {**PIXELS, "qr_decoded": "QR code read"},
         REWARDS,
-        notes="Seed 0 is `make demo`. Vocabulary, group size and steps were chosen on its models. Seed 1 was run before the reader had "
-        "its second way to look at a picture (`decode_qr`).",
+        notes="Seed 0 is `make demo`. Vocabulary, group size and steps were chosen on its models.",
         curve="pixel_accuracy",
     ),
     "tiny_67": Experiment(
