@@ -160,7 +160,7 @@ def make_metric(args: DPGScriptArguments):
     if args.metric == "language" and args.dataset == "first_sentences":
         splits = resources.likelihood_texts(args.language, args.metric_examples, args.metric_examples)
         metric = LikelihoodWithHeldOut(list(splits["metric"]), list(splits["test"]))
-        return metric, "held_out_perplexity", splits["metric"]["text"]
+        return metric, "held_out_perplexity", list(splits["metric"]["text"])
     leads = load_leads(args, args.language if args.metric == "language" else "en")
     texts = [" ".join(text.split()[: args.max_prompt_words]) for text in leads[: 2 * args.metric_examples]["text"]]
     rows = [{"text": text} for text in texts]

@@ -35,7 +35,7 @@ class Experiment:
     variants: dict[str, str]
     notes: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
-    curve: str = "metric_gain"  # what the learning curves show
+    curve: str | None = None  # what the learning curves show
 
 
 INTRODUCTION = """
@@ -68,6 +68,8 @@ REWARDS = {
     "metagradient, one completion per prompt": "--cross_group_batching false",
     "naive": "--reward naive",
 }
+# As many completions and optimizer steps of the generator, in an eighth of the generation batches; validation of eight steps, too
+EIGHT_STEPS = "--target_batch_size 256 --steps_per_generation 8 --validation_prompts 256"
 PIXELS = {"pixel_accuracy": "pixel accuracy"}
 
 SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
@@ -85,14 +87,14 @@ EXPERIMENTS = {
         "The digits 67 in the LM head",
         "tiny_67.yaml",
         PIXELS,
-        {**REWARDS, "metagradient, K = 8": "--target_batch_size 256 --steps_per_generation 8"},
+        {**REWARDS, "metagradient, K = 8": EIGHT_STEPS},
         curve="pixel_accuracy",
     ),
     "tiny_l2": Experiment(
         "A small norm of the LM head",
         "tiny_l2.yaml",
         {"metric_before": "Φ before fine-tuning", "lm_head_norm": "norm of the LM head"},
-        {**REWARDS, "metagradient, K = 8": "--target_batch_size 256 --steps_per_generation 8"},
+        {**REWARDS, "metagradient, K = 8": EIGHT_STEPS},
         curve="lm_head_norm",
     ),
     "tiny_uuid": Experiment(
@@ -156,7 +158,7 @@ EXPERIMENTS = {
                 "4 updates a batch": "--num_iterations 4 --max_steps 480 --eval_steps 120",
             }.items()
         },
-        notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s), so that none is finished. "
+        notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s). "
         '*Base*: epsilon_root `"auto"`, rewards standardized over the batch and by TRL no further, groups of 8, K = 1, linear rate, '
         "no entropy bonus, one update a generation batch. K = 8 cuts the same batch into eight.",
     ),
@@ -218,7 +220,7 @@ def table(name: str, experiment: Experiment) -> list[str]:
     return [*lines, "", f"Run on: {'; '.join(sorted(machines))}."] if machines else []
 
 
-def draw(name: str, experiment: Experiment) -> list[str]:
+def draw(name: str, experiment: Experiment, readout: str) -> list[str]:
     """Learning curves of all variants and, of patterns, what each seed's last validation decoded."""
     curves: dict[str, list] = {}
     patterns = {}
@@ -230,7 +232,7 @@ def draw(name: str, experiment: Experiment) -> list[str]:
             if "decoded" in run:
                 signs = [[1 if pixel == "1" else -1 for pixel in row] for row in run["decoded"]]
                 patterns[f"{variant.replace(', ', chr(10))}\nseed {run['seed']}"] = signs
-    plot_learning_curves(curves, RESULTS / name / "curves.png", experiment.curve)
+    plot_learning_curves(curves, RESULTS / name / "curves.png", readout)
     lines = ["", f"![Learning curves]({name}/curves.png)"]
     if patterns:
         wanted = LMHeadPattern.qr("TRL-DPG") if name.endswith("qr") else LMHeadPattern.sixty_seven()
@@ -253,7 +255,8 @@ def report() -> None:
         if rows:
             notes = ["", experiment.notes] if experiment.notes else []
             lines += ["", f"## {experiment.title} (`{name}`)", *notes, "", *rows]
-            lines += draw(name, experiment)
+            if experiment.curve is not None:
+                lines += draw(name, experiment, experiment.curve)
     lines += ["", OTHERS.strip()]
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
 

@@ -79,7 +79,9 @@ class TestLanguageIdentification:
 
     @pytest.mark.parametrize("language", ["spanish", "", None])
     def test_unknown_language(self, language):
-        with pytest.raises(ValueError, match=r"`language` \(`reward_language`.*must be one of \['ace', .*, 'es', .*\], got"):
+        with pytest.raises(
+            ValueError, match=r"`language` \(`reward_language`.*must be one of \['ace', .*, 'es', .*\], got"
+        ):
             LanguageIdentificationReward(language)
 
 

@@ -86,14 +86,17 @@ def test_other_experiments(run_example, tmp_path, config, readout):
     assert results["steps"] == 2 and results["entropy"]["first"] > 0
 
 
-def test_language(run_example, tmp_path):
+@pytest.mark.parametrize("reward", ["metagradient", "edit_distance"])
+def test_language(run_example, tmp_path, reward):
     """With a random model in place of the one that `examples/pretrain_tiny.py` trains."""
     model, tokenizer = tiny_causal_lm(hidden_size=16, num_layers=1, max_position_embeddings=128), tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = [str(item) for pair in FLAGS.items() for item in pair]
     names = ["--model_name_or_path", "model", "--target_model_name_or_path", "model"]
-    run_example("tiny_language.yaml", *flags, *names, "--output_dir", "there", "--metric_examples", "4")
+    run_example(
+        "tiny_language.yaml", *flags, *names, "--output_dir", "there", "--metric_examples", "4", "--reward", reward
+    )
     results = json.loads((tmp_path / "there" / "results.json").read_text())
     for stage in ("untrained", "trained"):
         assert results["eval_language_share"][stage]["mean"] <= 1
