@@ -73,8 +73,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         target_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
             Added to AdamW's denominator, outside the square root.
         target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
-            Added inside the square root. `"auto"` is the mean square of the first gradient of the first generation
-            batch, kept for the rest of the run.
+            Added inside the square root. `"auto"` is four times the mean square of the first gradient of the first
+            generation batch, kept for the rest of the run.
         target_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`.
         target_warmup_steps (`float`, *optional*, defaults to `0`):

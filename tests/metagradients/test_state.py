@@ -409,7 +409,7 @@ def test_weights_in_validate(fields):
 
 
 def test_auto_epsilon_root():
-    """The mean square of the first batch's gradient, and the same metagradients as with that number."""
+    """Four times the mean square of the first batch's gradient, and the same metagradients as with that number."""
     model, examples = gpt2(), make_examples()
     fields = {**RECIPES["adamw-k4"], "adam_epsilon_root": "auto", "shuffle": False}
     out = compute_metagradients(model, examples, metric, TargetTrainingArguments(**fields))
@@ -423,7 +423,7 @@ def test_auto_epsilon_root():
         tokens += (labels != -100).sum()
     grads = torch.autograd.grad(total / tokens, list(model.parameters()))
     flat = torch.cat([g.flatten() for g in grads])
-    assert out.adam_epsilon_root == pytest.approx(flat.square().mean().item(), rel=1e-10)
+    assert out.adam_epsilon_root == pytest.approx(4 * flat.square().mean().item(), rel=1e-10)
 
     number = metagradients(model, examples, fields, adam_epsilon_root=out.adam_epsilon_root)
     assert torch.equal(out.metagradients, number)

@@ -44,6 +44,9 @@ from .trajectory import Tape
 
 logger = logging.getLogger(__name__)
 
+# `adam_epsilon_root="auto"`, in mean squares of the first gradient. With 1 generators learn more slowly (examples/results).
+AUTO_EPSILON_ROOT = 4.0
+
 Metric = Callable[[Any], Tensor]
 
 
@@ -376,7 +379,7 @@ def _tokens(run: _Run, step: int) -> int:
 
 
 def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: int) -> float:
-    """`"auto"`: the mean square of the first gradient, so that \\( \\sqrt{r} \\) is its root mean square."""
+    """`"auto"`: four times the mean square of the first gradient: \\( \\sqrt{r} \\) is twice its root mean square."""
     if args.adam_epsilon_root != "auto":
         return float(args.adam_epsilon_root)
     square = grad.norm(dtype=torch.float64).item() ** 2
@@ -386,7 +389,7 @@ def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: i
             "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "
             "tokens."
         )
-    return square / num_parameters
+    return AUTO_EPSILON_ROOT * square / num_parameters
 
 
 def _optimizer(args: TargetTrainingArguments, epsilon_root: float, num_examples: int, num_decayed: int) -> Optimizer:

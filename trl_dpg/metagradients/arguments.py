@@ -50,7 +50,7 @@ class TargetTrainingArguments:
             Added to the denominator of AdamW's update, outside the square root.
         adam_epsilon_root (`float` or `str`, *optional*, defaults to `1e-9`):
             Added inside the square root of AdamW's denominator, which makes the update differentiable where the
-            gradient is zero. `"auto"` takes the mean square of the first gradient of the run. `0.0` is
+            gradient is zero. `"auto"` takes four times the mean square of the first gradient of the run. `0.0` is
             [`~torch.optim.AdamW`]; its metagradients are ill-conditioned. `"auto"` is the safe choice: far below the squares of
             the gradients, \\( \Phi \\) is hardly a smooth function of the weights, see [`check_metagradients`].
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
