@@ -318,7 +318,7 @@ def _remedies(
     advice = []
     if args.optim == "adamw" and result.adam_epsilon_root < 0.01 * square:
         advice.append(
-            f"`adam_epsilon_root` {result.adam_epsilon_root:.3g} is far below the {square:.1e} that \"auto\" would take: "
+            f'`adam_epsilon_root` {result.adam_epsilon_root:.3g} is far below the {square:.1e} that "auto" would take: '
             "AdamW's step is little more than the gradient's sign, which jumps. Set it to \"auto\"."
         )
     diverges = losses[-1] > 1.2 * losses[0]
