@@ -2,7 +2,6 @@
 
 import json
 import math
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
+from .cards import PAPER
 from .config import DatasetPolicyGradientConfig
 from .data import completion_text, indices_to_train_on
+from .hub import PublishingMixin
 from .metagradients.api import Metric
 from .metagradients.parallel import failing_together
 from .rewards import (
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 STATE_FILE = "dpg_state.json"  # in every checkpoint: what `"auto"` settings were measured to be
 
 
-class DatasetPolicyGradientTrainer(GRPOTrainer):
+class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
     """
     Trainer for Dataset Policy Gradients (DPG), proposed in [Synthetic Data for any Differentiable
     Target](https://huggingface.co/papers/2604.08423).
@@ -124,18 +125,7 @@ class DatasetPolicyGradientTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "dpg"]
     _name = "DPG"
-    _paper = {
-        "title": "Synthetic Data for any Differentiable Target",
-        "id": "2604.08423",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{thrush2026synthetic,
-                title        = {{Synthetic Data for any Differentiable Target}},
-                author       = {Tristan Thrush and others},
-                year         = 2026,
-                eprint       = {arXiv:2604.08423},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,

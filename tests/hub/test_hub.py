@@ -1,0 +1,364 @@
+"""Publishing, by the real client of the Hub, to a Hub on localhost."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import transformers
+from datasets import Dataset
+from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+import trl_dpg.hub
+from tests.hub.server import Failure, serve
+from trl_dpg.cards import describe_metric, generator_card, public_name, summarize_validation
+from trl_dpg.hub import push_dataset, push_generator
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+
+
+TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process's client talks to."""
+    with serve(tokens={TOKEN: "write", READ_TOKEN: "read"}, part_size=16_384) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(trl_dpg.hub._API, "endpoint", server.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture
+def run(hub, make_trainer):
+    """A trainer that has trained for a step, validated before and after it."""
+
+    def make(**kwargs):
+        kwargs = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, **kwargs}
+        trainer = make_trainer(hub_model_id="me/generator", **kwargs)
+        trainer.train()
+        trainer.evaluate()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path, causal_lm, tokenizer):
+    """A folder with a generator."""
+    path = tmp_path / "generator"
+    causal_lm().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_push_to_hub(run, hub):
+    trainer = run(hub_private_repo=True, generation_kwargs={"suppress_tokens": [60, 61, 62, 63]})
+    (Path(trainer.args.output_dir) / "notes.txt").write_text("my own")
+    commit = trainer.push_to_hub(commit_message="A generator", tags="mine", license="apache-2.0")
+    repo = hub.repos["models", "me/generator"]
+    assert commit.oid == repo.commits[-1] and repo.messages == ["A generator"]
+    assert set(repo.files) == {
+        *("README.md", "dpg.json", "curve.png", "pattern.png", "config.json", "generation_config.json"),
+        *(WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert hub.created == [{"name": "generator", "organization": "me", "visibility": "private"}]
+    assert repo.private
+    for name in ("curve.png", "pattern.png"):
+        assert repo.files[name].startswith(b"\x89PNG")
+    assert (Path(trainer.args.output_dir) / "training_args.bin").exists()  # stays at home
+    assert json.loads(repo.files["dpg.json"])["recipe"]["learning_rate"] == trainer.args.target_learning_rate
+
+
+def test_nothing_of_this_machine_is_pushed(run, hub, tmp_path, causal_lm, tokenizer, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "swordfish")
+    base = tmp_path / "secret-place" / "base-model"
+    causal_lm().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trainer = run(
+        model=str(base),
+        target_model=str(base),
+        hub_token=TOKEN,
+        peft_config=LoraConfig(r=2, target_modules=["c_attn"]),
+        target_untie_lm_head=True,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+    )
+    trainer.push_to_hub(dataset_name=str(base))
+    repo = hub.repos["models", "me/generator"]
+    assert "adapter_model.safetensors" in repo.files and "last-checkpoint/optimizer.pt" in repo.files
+    assert not any(name.endswith("training_args.bin") for name in repo.files)
+    for name, data in repo.files.items():
+        for secret in (TOKEN, str(tmp_path), "secret-place", str(Path.home()), "swordfish"):
+            assert secret.encode() not in data, f"{secret} is in {name}"
+    assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "base-model"
+    card = ModelCard(repo.files["README.md"].decode())
+    assert card.data.library_name == "peft" and card.data.base_model is None and card.data.datasets is None
+    assert "`base-model`, a local model" in card.text
+
+
+def test_card_says_what_was_validated(run, hub):
+    trainer = run(metric=LMHeadPattern([[1, -1], [-1, 1]], scale="auto"))
+    trainer.push_to_hub()
+    rows = [row for row in trainer.state.log_history if "eval_metric" in row]
+    assert [row["step"] for row in rows] == [0, 1, 1]
+    text = hub.repos["models", "me/generator"].files["README.md"].decode()
+    assert "before training, 1 draw | this generator, 2 draws" in text
+    accuracy = (rows[1]["eval_pixel_accuracy"] + rows[2]["eval_pixel_accuracy"]) / 2
+    assert f"| pixel accuracy | {rows[0]['eval_pixel_accuracy']:.4g} | {accuracy:.4g}" in text
+    # what the Hub shows beside the card, through the client's own reader and check
+    card = ModelCard(text)
+    assert {"trl", "dpg"} <= set(card.data.tags)
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["pixel_accuracy"] == pytest.approx(accuracy)
+    assert results["metric"] == pytest.approx((rows[1]["eval_metric"] + rows[2]["eval_metric"]) / 2, rel=1e-5)
+    assert ModelCardData(**card.data.__dict__).to_yaml() == card.data.to_yaml()
+    card.validate()
+    assert hub.checked[-1] == str(card)
+
+
+@pytest.mark.parametrize("kind", ["commit", "put"])
+def test_dropped_connection(hub, folder, kind):
+    hub.failures[kind] = Failure(times=6 if kind == "put" else 1)  # the client tries an upload six times
+    with pytest.raises(RuntimeError, match=r"(?s)me/gen.*Nothing on disk was lost.*push again"):
+        push_generator(folder, "me/gen", token=TOKEN)
+    sent = dict(hub.uploads)
+    assert (len(sent) > 0) == (kind == "commit")  # the weights in parts of 16 kB, before the commit
+    push_generator(folder, "me/gen", token=TOKEN)
+    assert hub.repos["models", "me/gen"].files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert len(hub.uploads) == -(-(folder / WEIGHTS).stat().st_size // 16_384)
+    assert set(hub.uploads.values()) == {1}  # no part was sent twice
+    # and again: nothing to send, no empty commit
+    commits = list(hub.repos["models", "me/gen"].commits)
+    assert push_generator(folder, "me/gen", token=TOKEN).oid == commits[-1]
+    assert hub.repos["models", "me/gen"].commits == commits and set(hub.uploads.values()) == {1}
+
+
+def test_upload_goes_on_after_a_short_interruption(hub, folder):
+    hub.failures["put"] = Failure(times=1)
+    push_generator(folder, "me/gen", token=TOKEN)
+    assert hub.repos["models", "me/gen"].files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("token", "failures", "message"),
+    [
+        ("hf_" + "x" * 34, {}, r"401 Unauthorized: Invalid credentials.*write permission.*hf auth login"),
+        (READ_TOKEN, {}, r"403 Forbidden: You don't have the rights.*hub_model_id"),
+        (TOKEN, {"commit": Failure(403, "Private repository storage limit reached")}, r"403.*storage limit reached"),
+        (TOKEN, {"put": Failure(507, "No space left")}, r"507 Insufficient Storage.*No space left.*Free storage"),
+        (TOKEN, {"commit": Failure(413, "Payload too large")}, r"413 .*Payload too large.*Free storage"),
+        (TOKEN, {"preupload": Failure(429, "Slow down")}, r"429 .*rate limit"),
+    ],
+)
+def test_refusals(hub, folder, token, failures, message):
+    hub.failures.update(failures)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RuntimeError, match=f"(?s)'me/gen' on {hub.url} failed: the Hub answered {message}") as error:
+        push_generator(folder, "me/gen", token=token)
+    assert f"push_generator('{folder}', 'me/gen')" in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    AutoModelForCausalLM.from_pretrained(folder)
+    hub.failures.clear()
+    push_generator(folder, "me/gen", token=TOKEN)  # as the message says
+    assert WEIGHTS in hub.repos["models", "me/gen"].files
+
+
+def test_token_is_not_repeated(hub, folder, caplog):
+    hub.failures["commit"] = Failure(400, f"Bad request of {TOKEN}")
+    with pytest.raises(RuntimeError, match="Bad request of <token>") as error:
+        push_generator(folder, "me/gen", token=TOKEN)
+    assert TOKEN not in "".join(map(str, trl_dpg.hub._chain(error.value))) or error.value.__suppress_context__
+    assert TOKEN not in caplog.text
+
+
+def test_refused_before_training(hub, make_trainer):
+    with pytest.raises(RuntimeError, match=r"(?s)'me/generator'.*403 Forbidden"):
+        make_trainer(push_to_hub=True, hub_model_id="me/generator", hub_token=READ_TOKEN)
+
+
+def test_offline(hub, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match="offline mode is on. Unset `HF_HUB_OFFLINE`"):
+        push_generator(folder, "me/gen", token=TOKEN)
+
+
+def test_no_weights(hub, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no weights .*trainer.save_model"):
+        push_generator(tmp_path, "me/gen", token=TOKEN)
+
+
+def test_pushes_in_the_background(run, hub, caplog):
+    hub.failures["commit"] = Failure(507, "Full", times=1)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        trainer = run(push_to_hub=True, save_strategy="steps", save_steps=1, max_steps=2, hub_always_push=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert re.search(r"push during training failed; training is not affected.*507", caplog.text)
+    repo = hub.repos["models", "me/generator"]
+    assert repo.messages == ["Training in progress, step 2"] and WEIGHTS in repo.files
+    future = trainer.push_to_hub(blocking=False)
+    assert future.result().oid == repo.commits[-1]
+    assert not [path for path in Path(trainer.args.output_dir).iterdir() if path.name.startswith("_")]
+
+
+def test_failed_save_keeps_what_was_saved(run, hub, monkeypatch):
+    trainer = run()
+    trainer.push_to_hub()
+    folder = Path(trainer.args.output_dir)
+    saved, commits = (folder / WEIGHTS).read_bytes(), len(hub.repos["models", "me/generator"].commits)
+
+    def full(path, *args, **kwargs):
+        (Path(path) / WEIGHTS).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.model, "save_pretrained", full)
+    with pytest.raises(RuntimeError, match=r"could not be saved in .*No space left.*push_to_hub\(\)` again.*Nothing"):
+        trainer.push_to_hub()
+    assert (folder / WEIGHTS).read_bytes() == saved and not (folder / "_saving").exists()
+    assert len(hub.repos["models", "me/generator"].commits) == commits
+
+
+def test_push_dataset(run, hub, tmp_path):
+    trainer = run()
+    trainer.push_to_hub()
+    rows = [{"prompt": "say blue", "completion": f"{number} blue"} for number in range(1200)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    push_dataset(
+        path,
+        "me/data",
+        generator="me/generator",
+        private=True,
+        prompts="trl-lib/tldr",
+        generation={"temperature": 1.0, "max_new_tokens": 6},
+        license="mit",
+    )
+    repo = hub.repos["datasets", "me/data"]
+    assert repo.private and set(repo.files) == {"README.md", "data/train-00000-of-00001.parquet"}
+    (tmp_path / "back.parquet").write_bytes(repo.files["data/train-00000-of-00001.parquet"])
+    assert Dataset.from_parquet(str(tmp_path / "back.parquet")).to_list() == rows
+    card = DatasetCard(repo.files["README.md"].decode())
+    card.validate()
+    assert {"synthetic", "trl", "dpg"} <= set(card.data.tags)
+    assert card.data.source_datasets == ["trl-lib/tldr"] and card.data.size_categories == "1K<n<10K"
+    assert card.data.license == "mit"
+    for text in (
+        "1,200 synthetic texts",
+        "[me/generator](https://huggingface.co/me/generator)",
+        "`temperature` 1.0",
+        "a picture (2 × 2 pixels) appears in its LM head",
+        "`prompt`, `completion`",
+        "pixel accuracy",
+    ):
+        assert text in card.text
+    assert str(tmp_path) not in str(card)
+
+
+def test_push_dataset_of_a_local_generator(hub, folder, tmp_path, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    data = Dataset.from_list([{"text": "blue"}])
+    push_dataset(data, "me/data", generator=str(folder), prompts=str(tmp_path / "prompts.jsonl"))
+    logger.removeHandler(caplog.handler)
+    text = hub.repos["datasets", "me/data"].files["README.md"].decode()
+    assert str(tmp_path) not in text and "`generator` (a local generator)" in text and "prompts.jsonl" in text
+    assert "has no 'dpg.json'" in caplog.text
+
+
+def test_push_dataset_errors(hub, folder, tmp_path):
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        push_dataset(Dataset.from_list([]), "me/data", generator=str(folder))
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match="Line 2 of .*data.jsonl' is no JSON"):
+        push_dataset(path, "me/data", generator=str(folder))
+    with pytest.raises(RuntimeError, match=r"(?s)'me/data'.*404.*unchanged in memory.*push_dataset"):
+        push_dataset(Dataset.from_list([{"text": "a"}]), "me/data", generator="me/nobody")
+    assert ("datasets", "me/data") not in hub.repos
+
+
+def test_summarize_validation_of_the_best_checkpoint():
+    def row(step, gain):
+        return {"step": step, "eval_metric_gain": gain, "eval_runtime": 1.0, "eval_completions/mean_length": 6.0}
+
+    history = [row(0, 0.0), row(4, 5.0), row(8, 1.0), {"step": 8, "train_runtime": 1.0}]
+    assert summarize_validation(history)["eval"]["after"]["mean"] == {"metric_gain": 1.0}
+    assert summarize_validation(history, best_step=4)["eval"]["after"]["mean"] == {"metric_gain": 5.0}
+    history += [row(8, 4.0), row(8, 6.0)]  # of the best one, after training
+    after = summarize_validation(history, best_step=4)["eval"]["after"]
+    assert after == {"step": 8, "draws": 2, "mean": {"metric_gain": 5.0}, "standard_error": {"metric_gain": 1.0}}
+    assert summarize_validation(history[-2:])["eval"]["before"] is None
+    assert summarize_validation([]) == {}
+    several = [{"step": 1, "eval_a_metric_gain": 1.0}, {"step": 1, "eval_b_metric_gain": 2.0}]
+    assert list(summarize_validation(several)) == ["eval_a", "eval_b"]
+
+
+def test_describe_metric():
+    def brevity(model):
+        """Shorter is better.
+
+        In detail.
+        """
+
+    assert "QR code that reads “DPG” (21 × 21 pixels)" in describe_metric(LMHeadPattern.qr("DPG"))["effect"]
+    assert "digits 67" in describe_metric(LMHeadPattern.sixty_seven())["effect"]
+    assert describe_metric(LMHeadNorm())["name"] == "LMHeadNorm"
+    texts = describe_metric(LanguageModelingLikelihood([{"text": "my private text"}]))
+    assert "private" not in json.dumps(texts)
+    assert describe_metric(brevity) == {
+        "name": "brevity",
+        "effect": "its `brevity` rises",
+        "description": "Shorter is better.",
+    }
+
+
+def test_public_name(tmp_path):
+    assert public_name("meta-llama/Llama-3.2-1B") == ("meta-llama/Llama-3.2-1B", True)
+    assert public_name(str(tmp_path / "model")) == ("model", False)
+    assert public_name("runs/qr/models/target") == ("target", False)
+    assert public_name("C:\\models\\target") == ("target", False)
+    cached = "/home/me/.cache/huggingface/hub/models--openai-community--gpt2/snapshots/607a30d7/"
+    assert public_name(cached) == ("openai-community/gpt2", True)
+
+
+def test_card_of_a_run_that_was_not_validated(make_trainer):
+    trainer = make_trainer(eval_dataset=None)
+    trainer.create_model_card("generator")
+    card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+    assert card.data.eval_results is None and "was not validated yet" in card.text
+
+
+def test_chat_prompts(make_trainer, chat_tokenizer):
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": "it's {{ blue }}"}]}] * 16)
+    trainer = make_trainer(train_dataset=prompts, processing_class=chat_tokenizer)
+    trainer.create_model_card("generator")
+    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    code = re.search(r"^prompt = (.*)$", text, re.MULTILINE)
+    assert eval(code[1]) == prompts[0]["prompt"]
+
+
+def test_generator_card_takes_the_hub_ids(make_trainer):
+    from trl_dpg.cards import training_facts
+
+    facts = training_facts(make_trainer())
+    facts["base_model"].update(name="openai-community/gpt2", on_hub=True)
+    card = generator_card(facts, repo_id="me/gen", datasets=["trl-lib/tldr"], license="mit")
+    assert card.data.base_model == "openai-community/gpt2" and card.data.datasets == ["trl-lib/tldr"]
+    assert "https://huggingface.co/datasets/trl-lib/tldr" in card.text
