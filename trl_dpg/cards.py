@@ -54,6 +54,7 @@ HEADINGS = {
     "target_steps": "optimizer steps of the target",
 }
 _LAST = ["metric", "metric_gain", "distinct", "completion_length", "target_steps"]
+_MAIN = ["pixel_accuracy", "exact_match", "held_out_perplexity"]
 _NOT_SHOWN = {"metric_before", "target_loss", "empty", "distinct_share"}
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
 
@@ -271,6 +272,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         "target": {**describe_model(training.target_model), "adapter": isinstance(training.target_model, PeftModel)},
         "metric": describe_metric(trainer.metric),
         "reward": args.reward,
+        "further_rewards": trainer.reward_func_names[1:],
         "recipe": recipe,
         "generation": {k: v for k, v in generation.items() if v is not None},
         "training": {
@@ -281,7 +283,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
             "seed": args.seed,
         },
         "datasets": _hub_datasets(trainer.train_dataset),
-        "example_prompt": next(iter(trainer.train_dataset))["prompt"],
+        "example_prompt": trainer.example_prompt,
         "validation": summarize_validation(state.log_history, loaded_step),
         "versions": {
             "trl-dpg": version("trl-dpg"),
@@ -504,7 +506,7 @@ def _pattern_flags(metric: dict[str, Any]) -> str | None:
 
 def main_readout(facts: dict[str, Any]) -> str:
     """
-    The read-out that a run's curve shows: the metric's first.
+    The read-out that a run's curve shows and its card begins with: one that says most, or else the metric's first.
 
     Args:
         facts (`dict[str, Any]`):
@@ -514,8 +516,8 @@ def main_readout(facts: dict[str, Any]) -> str:
         `str`: Its name, `"metric_gain"` if nothing was validated yet.
     """
     for validation in facts["validation"].values():
-        first = _shown(validation["after"]["mean"])[0]
-        return first if first not in _LAST else "metric_gain"
+        shown = [name for name in _shown(validation["after"]["mean"]) if name not in _LAST]
+        return next((name for name in [*_MAIN, *shown] if name in shown), "metric_gain")
     return "metric_gain"
 
 

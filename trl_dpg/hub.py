@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -175,8 +181,8 @@ def push_dataset(
     if len(dataset) == 0:
         raise ValueError(f"`dataset` is empty, so there is nothing to push to {repo_id!r}.")
     again = "Then call `push_dataset` again, with the same arguments."
+    facts = _read_facts(generator, repo_id, token, kept, again)
     with _explained(repo_id, token, kept, again), tempfile.TemporaryDirectory() as directory:
-        facts = _read_facts(generator, token)
         repo_id = _API.create_repo(repo_id, repo_type="dataset", private=private, token=token, exist_ok=True).repo_id
         card = dataset_card(
             facts,
@@ -229,23 +235,32 @@ def read_jsonl(path: str | PathLike[str]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _read_facts(generator: str, token: str | None) -> dict[str, Any] | None:
-    """The generator's `dpg.json`, from its directory or the Hub."""
+def _read_facts(generator: str, repo_id: str, token: str | None, kept: str, again: str) -> dict[str, Any] | None:
+    """The generator's `dpg.json`, from its directory (of a checkpoint, the run's) or the Hub."""
+    found: Path | None = None
+    is_missing = False
     if os.path.isdir(generator):
-        path = Path(generator) / FACTS_FILE
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        paths = [Path(generator) / FACTS_FILE, Path(generator).absolute().parent / FACTS_FILE]
+        found = next((path for path in paths if path.exists()), None)
     else:
-        try:
-            return json.loads(
-                Path(_API.hf_hub_download(generator, FACTS_FILE, token=token)).read_text(encoding="utf-8")
-            )
-        except RemoteEntryNotFoundError:
-            pass
-    logger.warning(
-        f"{generator!r} has no {FACTS_FILE!r}, so the data set's card does not say what it was trained for."
-    )
-    return None
+        with _explained(repo_id, token, kept, again):
+            try:
+                found = Path(_API.hf_hub_download(generator, FACTS_FILE, token=token))
+            except RemoteEntryNotFoundError:
+                pass
+            except (RepositoryNotFoundError, HFValidationError):
+                is_missing = True
+    if is_missing:
+        raise ValueError(
+            f"`generator` {generator!r} is neither a directory nor a model on {_API.endpoint} that this token may see. Push the "
+            "generator first (`trainer.push_to_hub()`), or pass its directory."
+        )
+    if found is None:
+        logger.warning(
+            f"{generator!r} has no {FACTS_FILE!r}, so the data set's card does not say what it was trained for."
+        )
+        return None
+    return json.loads(found.read_text(encoding="utf-8"))
 
 
 def _published_files(folder: Path) -> list[str]:
@@ -353,7 +368,7 @@ def _reason(chain: list[BaseException]) -> tuple[str, str]:
     reason = f"{first} ({last})." if last is not first and str(last) else f"{first or type(first).__name__}."
     return (
         reason,
-        "Check the network, and that no proxy or firewall is in the way (`HF_HUB_DISABLE_XET=1` avoids Xet's servers).",
+        "Check the network, and that no proxy or firewall is in the way (`HF_HUB_DISABLE_XET=1` uploads by plain HTTP, where Xet is not let through).",
     )
 
 
@@ -377,6 +392,12 @@ _REMEDIES = {
 
 class PublishingMixin(_Trainer):
     """What a trainer of generators does differently on the Hub: its card, what is pushed, and errors that help."""
+
+    @cached_property
+    def example_prompt(self) -> Any:
+        """First training prompt, for the example on the card. Of what is no text, only the type is kept."""
+        prompt = next(iter(self.train_dataset))["prompt"]  # type: ignore[arg-type, index]
+        return json.loads(json.dumps(prompt, default=lambda value: f"<{type(value).__name__}>"))
 
     @property
     def _folder(self) -> Path:
@@ -417,14 +438,20 @@ class PublishingMixin(_Trainer):
             license=license,
             datasets=[] if dataset_name is None or not public_name(dataset_name)[1] else [dataset_name],
             tags=[tags] if isinstance(tags, str) else tags or [],
-            pictures=_add_pictures(folder, self.state.log_history, trainer.metric, main_readout(facts)),
+            pictures=add_pictures(folder, self.state.log_history, trainer.metric, main_readout(facts)),
         )
         card.save(folder / "README.md")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         repo_id = self.args.hub_model_id or self._folder.absolute().name
         token = token or self.args.hub_token
-        with _explained(repo_id, token, _kept(self._folder), _again(self._folder, repo_id)):
+        kept, again = _kept(self._folder), _again(self._folder, repo_id)
+        if not any(self._folder.glob("*.safetensors")):
+            kept, again = (
+                "",
+                "To train first, leave out `push_to_hub=True` and call `trainer.push_to_hub()` in the end.",
+            )
+        with _explained(repo_id, token, kept, again):
             super().init_hf_repo(token=token, private=private)
 
     def push_to_hub(
@@ -474,7 +501,8 @@ class PublishingMixin(_Trainer):
         repo_id: str = self.hub_model_id  # type: ignore[assignment]
         if "license" not in kwargs:
             kwargs["license"] = _license_of(describe_model(self.accelerator.unwrap_model(self.model)))
-        self.create_model_card(**kwargs)
+        with _explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
+            self.create_model_card(**kwargs)
         self._finish_current_push()
         upload = partial(
             _upload,
@@ -490,6 +518,9 @@ class PublishingMixin(_Trainer):
         """Saves the generator beside what was saved before, and in its place only when all of it is written."""
         aside = folder / "_saving"
         try:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+                aside.mkdir(parents=True)
             self.save_model(str(aside), _internal_call=True)
             if self.args.should_save:
                 (aside / "README.md").unlink(missing_ok=True)  # PEFT's, with local paths
@@ -572,8 +603,23 @@ def _license_of(model: dict[str, Any]) -> str | None:
     return card.get("license") if card is not None else None
 
 
-def _add_pictures(folder: Path, history: list[dict[str, Any]], metric: Any, readout: str) -> list[str]:
-    """Puts the run's pictures beside the card: those of its report, or else drawn here. Returns their names."""
+def add_pictures(folder: Path, history: list[dict[str, Any]], metric: Any, readout: str) -> list[str]:
+    """
+    Puts a run's pictures beside its card: those of its report, or else drawn here.
+
+    Args:
+        folder (`Path`):
+            Folder of the card, and of the run's `report`, where there is one.
+        history (`list[dict]`):
+            `trainer.state.log_history`.
+        metric (`Callable`):
+            Metric of the run. What an [`~trl_dpg.metrics.LMHeadPattern`] decoded last is drawn, too.
+        readout (`str`):
+            Read-out that the curve shows.
+
+    Returns:
+        `list[str]`: Names of the pictures.
+    """
     report = folder / "report"
     for name in ("curve.png", "pattern.gif"):
         if (report / name).exists():

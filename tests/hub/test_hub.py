@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
@@ -111,6 +112,29 @@ def test_nothing_of_this_machine_is_pushed(run, hub, tmp_path, causal_lm, tokeni
     assert "`base-model`, a local model" in card.text
 
 
+def test_adapter_of_a_model_on_the_hub(run, hub, folder):
+    push_generator(folder, "me/base", token=TOKEN)
+    trainer = run(
+        model=AutoModelForCausalLM.from_pretrained("me/base"),
+        peft_config=LoraConfig(r=2, target_modules=["c_attn"]),
+        learning_rate=0.1,
+    )
+    trainer.push_to_hub(blocking=True)
+    files = hub.repos["models", "me/generator"].files
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "me/base" and card.data.library_name == "peft" and "lora" in card.data.tags
+    assert WEIGHTS not in files
+    loaded = AutoModelForCausalLM.from_pretrained(
+        "me/generator"
+    ).eval()  # the base model and the adapter, from the Hub
+    ids = torch.arange(12)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        adapted, base = loaded(ids).logits, AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+        assert torch.allclose(adapted, trainer.model(ids).logits, atol=1e-6)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+
+
 def test_card_says_what_was_validated(run, hub):
     trainer = run(metric=LMHeadPattern([[1, -1], [-1, 1]], scale="auto"))
     trainer.push_to_hub()
@@ -187,7 +211,9 @@ def test_token_is_not_repeated(hub, folder, caplog):
 
 
 def test_refused_before_training(hub, make_trainer):
-    with pytest.raises(RuntimeError, match=r"(?s)'me/generator'.*403 Forbidden"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)'me/generator'.*403 Forbidden.*To train first, leave out `push_to_hub=True`"
+    ):
         make_trainer(push_to_hub=True, hub_model_id="me/generator", hub_token=READ_TOKEN)
 
 
@@ -289,8 +315,13 @@ def test_push_dataset_errors(hub, folder, tmp_path):
     path.write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match="Line 2 of .*data.jsonl' is no JSON"):
         push_dataset(path, "me/data", generator=str(folder))
-    with pytest.raises(RuntimeError, match=r"(?s)'me/data'.*404.*unchanged in memory.*push_dataset"):
-        push_dataset(Dataset.from_list([{"text": "a"}]), "me/data", generator="me/nobody")
+    data = Dataset.from_list([{"text": "a"}])
+    for name in ("me/nobody", "runs/no/such/folder"):
+        with pytest.raises(ValueError, match=f"`generator` '{name}' is neither a directory nor a model on {hub.url}"):
+            push_dataset(data, "me/data", generator=name)
+    hub.failures["create"] = Failure(403, "Not yours", times=1)
+    with pytest.raises(RuntimeError, match=r"(?s)'me/data'.*403.*Not yours.*unchanged in memory.*push_dataset"):
+        push_dataset(data, "me/data", generator=str(folder))
     assert ("datasets", "me/data") not in hub.repos
 
 

@@ -1,0 +1,111 @@
+"""
+Writes the cards of the generators that the tiny experiments trained, from what their runs logged, into `model_cards`.
+
+    python examples/cards.py
+    python examples/cards.py tiny_qr
+
+Each folder is what `trainer.push_to_hub()` would put beside the model: the card, `dpg.json` and the pictures. Nothing is trained;
+the models are built only to be described.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import dpg
+import torch
+from transformers import TrainerState
+from trl import ModelConfig, TrlParser
+
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from trl_dpg.cards import generator_card, main_readout, training_facts
+from trl_dpg.hub import FACTS_FILE, add_pictures
+from trl_dpg.metrics import LMHeadPattern
+
+
+EXAMPLES = Path(__file__).parent
+CARDS = EXAMPLES.parent / "model_cards"
+
+# What the metric alone does not tell: which texts become more likely
+EFFECTS = {
+    "tiny_qr": None,
+    "tiny_67": None,
+    "tiny_l2": None,
+    "tiny_uuid": "it knows a UUID of 32 hexadecimal digits by heart",
+    "tiny_language": "Spanish texts become more likely to it, although all prompts are English",
+}
+
+
+def write_card(name: str) -> Path:
+    """The card of the metagradient run with seed 0 of an experiment."""
+    results = EXAMPLES / "results" / name / "metagradient" / "seed_0"
+    run = json.loads((results / "results.json").read_text())
+    log = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
+    folder = CARDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    parser = TrlParser((dpg.DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
+    with tempfile.TemporaryDirectory() as directory:
+        command = [
+            "--config",
+            str(EXAMPLES / "configs" / f"{name}.yaml"),
+            "--output_dir",
+            directory,
+            "--use_cpu",
+            "true",
+        ]
+        script_args, args, model_args = parser.parse_args_and_config(command)
+        if run["steps"] != args.max_steps:
+            print(
+                f"{name}: the results are of {run['steps']} steps, the configuration says {args.max_steps}: run it again."
+            )
+        metric, _, _ = dpg.make_metric(script_args)
+        prompts = dpg.load_prompts(script_args)
+        trainer = DatasetPolicyGradientTrainer(
+            model=dpg.resolve_model(model_args.model_name_or_path, script_args, args),
+            target_model=dpg.resolve_model(script_args.target_model_name_or_path, script_args, args),
+            metric=metric,
+            args=args,
+            train_dataset=prompts["train"],
+            eval_dataset=prompts["test"],
+        )
+        in_training = [
+            row for row in log[: [("train_runtime" in row) for row in log].index(True)] if "eval_metric" in row
+        ]
+        best = max(in_training, key=lambda row: row["eval_metric"])["step"]
+        trainer.state = TrainerState(log_history=log, global_step=run["steps"], best_global_step=best)
+        facts = training_facts(trainer)
+    if isinstance(metric, LMHeadPattern):
+        metric.decoded = torch.tensor([[1 if pixel == "1" else -1 for pixel in row] for row in run["decoded"]])
+    del facts["versions"]  # this environment's, not the run's
+    facts["hardware"] = f"{run['hardware']}; {run['seconds']} seconds"
+    facts["metric"]["effect"] = EFFECTS[name] or facts["metric"]["effect"]
+    for part in ("base_model", "target"):
+        facts[part]["name"] = run["generator" if part == "base_model" else "target"]
+    verification = results / "verification" / "verification.json"
+    if verification.exists():
+        facts["verification"] = json.loads(verification.read_text())
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    command = f"accelerate launch examples/dpg.py --config examples/configs/{name}.yaml"
+    card = generator_card(
+        facts,
+        repo_id=f"runs/{name}",
+        license="apache-2.0",
+        pictures=add_pictures(folder, log, metric, main_readout(facts)),
+        how_to_get=f"In this repository, `{command}` trains it and writes it to `runs/{name}`.",
+    )
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"Of {', '.join(EFFECTS)}. All by default.")
+    for name in parser.parse_args().names or EFFECTS:
+        if name not in EFFECTS:
+            parser.error(f"no card of {name!r}; there are {', '.join(EFFECTS)}")
+        print(write_card(name))
+
+
+if __name__ == "__main__":
+    main()
