@@ -413,7 +413,7 @@ class PublishingMixin(_Trainer):
         """
         Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.hub.generator_card`].
 
-        The card holds the first training prompt, for its example.
+        The example on the card is the first training prompt: set `trainer.example_prompt` to show another.
 
         Args:
             model_name (`str`, *optional*):
@@ -530,8 +530,8 @@ class PublishingMixin(_Trainer):
                     os.replace(path, folder / path.name)
         except (OSError, SafetensorError) as error:
             raise RuntimeError(
-                f"The generator could not be saved in {str(folder)!r}, so it was not pushed: {error}. Free space there (or "
-                f"raise the quota), then call `trainer.push_to_hub()` again. {_kept(folder)}"
+                f"The generator could not be saved in {str(folder)!r}, so it was not pushed: {error}. Until all of "
+                f"it is written, that takes room for a second copy: free space there (or raise the quota), then call `trainer.push_to_hub()` again. {_kept(folder)}"
             ) from error
         finally:
             if self.args.should_save:

@@ -376,6 +376,19 @@ def test_card_of_a_run_that_was_not_validated(make_trainer):
     assert card.data.eval_results is None and "was not validated yet" in card.text
 
 
+def test_pictures_of_the_report(make_trainer):
+    trainer = make_trainer(metric=LMHeadPattern([[1, -1]]))
+    folder = Path(trainer.args.output_dir)
+    (folder / "report" / "patterns").mkdir(parents=True)
+    for name in ("curve.png", "pattern.gif", "patterns/step-000010.png", "patterns/step-000120.png"):
+        (folder / "report" / name).write_bytes(name.encode())
+    trainer.create_model_card("generator")
+    assert (folder / "curve.png").read_bytes() == b"curve.png"
+    assert (folder / "pattern.png").read_bytes() == b"patterns/step-000120.png"
+    text = (folder / "README.md").read_text()
+    assert all(f"({name})" in text for name in ("curve.png", "pattern.png", "pattern.gif"))
+
+
 def test_chat_prompts(make_trainer, chat_tokenizer):
     prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": "it's {{ blue }}"}]}] * 16)
     trainer = make_trainer(train_dataset=prompts, processing_class=chat_tokenizer)
@@ -383,6 +396,10 @@ def test_chat_prompts(make_trainer, chat_tokenizer):
     text = (Path(trainer.args.output_dir) / "README.md").read_text()
     code = re.search(r"^prompt = (.*)$", text, re.MULTILINE)
     assert eval(code[1]) == prompts[0]["prompt"]
+    trainer.example_prompt = "another"
+    trainer.create_model_card("generator")
+    for name in ("README.md", "dpg.json"):
+        assert "blue" not in (Path(trainer.args.output_dir) / name).read_text()
 
 
 def test_generator_card_takes_the_hub_ids(make_trainer):

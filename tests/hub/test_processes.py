@@ -105,7 +105,7 @@ print("COMMITS", json.dumps([commit.oid, again.oid]))
 )
 
 
-def run(code: str, directory: Path, hub, **variables: str) -> subprocess.CompletedProcess:
+def run(code: str, directory: Path, hub, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
     environment = {
         k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")
     }
@@ -117,9 +117,13 @@ def run(code: str, directory: Path, hub, **variables: str) -> subprocess.Complet
         "PYTHONPATH": str(ROOT),
         **variables,
     }
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True, timeout=300
-    )
+    script = directory / "script.py"
+    script.write_text(code)
+    command = [sys.executable, str(script)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def printed(result: subprocess.CompletedProcess, what: str):
@@ -157,6 +161,19 @@ def test_full_disk(tmp_path):
         result = run(FULL_DISK, tmp_path, hub, WRITE_TOKEN=TOKEN)
         message = printed(result, "MESSAGE")
         assert "could not be saved in 'runs/generator'" in message and "File too large" in message
-        assert "Free space there" in message and "Nothing on disk was lost" in message
+        assert "free space there" in message and "Nothing on disk was lost" in message
         assert len(set(printed(result, "COMMITS"))) == 2
         assert hub.repos["models", "me/generator"].commits[-1] == printed(result, "COMMITS")[1]
+
+
+def test_two_processes(tmp_path):
+    with serve(tokens={TOKEN: "write"}) as hub:
+        end = "trainer.accelerator.wait_for_everyone()\ntrainer.end()\n"
+        code = PUBLISH.split("rows = ")[0] + end
+        result = run(code, tmp_path, hub, processes=2, WRITE_TOKEN=TOKEN)
+        assert result.returncode == 0, result.stderr[-3000:]
+        repo = hub.repos["models", "me/generator"]
+        assert repo.files["model.safetensors"] == (tmp_path / "runs/generator/model.safetensors").read_bytes()
+        assert len(hub.created) == 1  # one process speaks to the Hub
+        assert len(set(repo.messages)) == len(repo.messages)  # nor is anything pushed twice
+        assert repo.files["README.md"] == (tmp_path / "runs/generator/README.md").read_bytes()
