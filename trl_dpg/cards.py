@@ -246,6 +246,8 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: Content of `dpg.json`, see [`generator_card`].
     """
+    from . import __version__  # which is not there yet while the package is imported
+
     args, training = trainer.args, trainer.target_training
     recipe = dataclasses.asdict(training.args)
     for name in ("tape", "tape_dir", "micro_batch_size", "gradient_checkpointing", "disable_tqdm"):
@@ -286,7 +288,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         "example_prompt": trainer.example_prompt,
         "validation": summarize_validation(state.log_history, loaded_step),
         "versions": {
-            "trl-dpg": version("trl-dpg"),
+            "trl-dpg": __version__,
             **{name: version(name) for name in ("trl", "transformers", "torch", "datasets", "tokenizers")},
             "python": platform.python_version(),
         },

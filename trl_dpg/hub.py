@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cached_property, partial
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +64,9 @@ PUBLISHED = [
     "additional_chat_templates/*",
     "processor_config.json",
     "*preprocessor_config.json",
-    "*.py",  # of models with code of their own
 ]
 
-_API = HfApi(library_name="trl_dpg", library_version=version("trl-dpg"))
+_API = HfApi(library_name="trl_dpg")
 
 
 def push_generator(
@@ -115,6 +113,7 @@ def push_generator(
     push_generator("runs/gpt2-qr", "me/gpt2-qr", private=True)
     ```
     """
+    _check_weights(Path(folder), repo_id)
     with _explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
         repo_id = _API.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     return _upload(Path(folder), repo_id, token=token, revision=revision, commit_message=commit_message)
@@ -265,11 +264,21 @@ def _read_facts(generator: str, repo_id: str, token: str | None, kept: str, agai
 
 def _published_files(folder: Path) -> list[str]:
     """Paths in the folder of what may be published."""
-    found = [
-        path.relative_to(folder).as_posix()
-        for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
-    ]
-    return sorted(p for p in found if any(fnmatch(p, pattern) for pattern in PUBLISHED) and (folder / p).is_file())
+    patterns = list(PUBLISHED)
+    config = folder / "config.json"
+    if config.exists() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
+        patterns.append("*.py")  # a model with code of its own
+    found = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    names = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def _check_weights(folder: Path, repo_id: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{str(folder)!r} holds no weights (`*.safetensors`), so there is no generator to push to {repo_id!r}. Save one "
+            "with `trainer.save_model()`; with FSDP, that needs `fsdp_state_dict_type: FULL_STATE_DICT`."
+        )
 
 
 def _without_paths(path: Path) -> bytes | Path:
@@ -286,14 +295,9 @@ def _without_paths(path: Path) -> bytes | Path:
 
 
 def _upload(folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str) -> CommitInfo:
-    names = _published_files(folder)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(
-            f"{str(folder)!r} holds no weights (`*.safetensors`), so there is no generator to push to {repo_id!r}. Save one "
-            "with `trainer.save_model()`; with FSDP, that needs `fsdp_state_dict_type: FULL_STATE_DICT`."
-        )
+    _check_weights(folder, repo_id)
     with _explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
-        operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in names]
+        operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in _published_files(folder)]
         return _API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -206,7 +207,7 @@ def test_token_is_not_repeated(hub, folder, caplog):
     hub.failures["commit"] = Failure(400, f"Bad request of {TOKEN}")
     with pytest.raises(RuntimeError, match="Bad request of <token>") as error:
         push_generator(folder, "me/gen", token=TOKEN)
-    assert TOKEN not in "".join(map(str, trl_dpg.hub._chain(error.value))) or error.value.__suppress_context__
+    assert TOKEN not in "".join(traceback.format_exception(error.value))
     assert TOKEN not in caplog.text
 
 
@@ -226,6 +227,18 @@ def test_offline(hub, folder, monkeypatch):
 def test_no_weights(hub, tmp_path):
     with pytest.raises(ValueError, match=r"holds no weights .*trainer.save_model"):
         push_generator(tmp_path, "me/gen", token=TOKEN)
+    assert not hub.created
+
+
+def test_code_is_pushed_only_where_the_model_needs_it(hub, folder):
+    (folder / "script.py").write_text("")
+    push_generator(folder, "me/gen", token=TOKEN)
+    files = hub.repos["models", "me/gen"].files
+    assert "script.py" not in files
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "script.Config"}}))
+    push_generator(folder, "me/gen", token=TOKEN)
+    assert "script.py" in files
 
 
 def test_pushes_in_the_background(run, hub, caplog):
