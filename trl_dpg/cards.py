@@ -456,7 +456,6 @@ def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
         "prompt_row": json.dumps({"prompt": prompt}, ensure_ascii=False),
         "prompt_code": repr(prompt),
         "call_arguments": _call_arguments(facts["generation"]),
-        "pattern_flags": _pattern_flags(facts["metric"]),
     }
 
 
@@ -495,15 +494,6 @@ def _recipe(recipe: dict[str, Any]) -> str:
 
 def _call_arguments(generation: dict[str, Any]) -> str:
     return "".join(f"    {name}={value!r},\n" for name, value in {"do_sample": True, **generation}.items())
-
-
-def _pattern_flags(metric: dict[str, Any]) -> str | None:
-    """How `trl-dpg` is told which picture to look for."""
-    if metric["name"] != "LMHeadPattern":
-        return None
-    if metric.get("text") is not None:
-        return f"--pattern qr --qr_text '{metric['text']}'"
-    return "--pattern 67" if tuple(metric["pattern"]) == SIXTY_SEVEN else ""
 
 
 def main_readout(facts: dict[str, Any]) -> str:
