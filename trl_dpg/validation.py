@@ -1,12 +1,16 @@
 """Validation: what the generator's data does in an ordinary fine-tuning run."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import release_memory
 
 from .metagradients.api import Metric
 from .metagradients.arguments import TargetTrainingArguments
+from .metagradients.memory import clear_frames, halved, is_out_of_memory, metric_memory
 from .metagradients.model import (
     TargetModel,
     check_model,
@@ -18,7 +22,10 @@ from .metagradients.model import (
     trainable_parameters,
     vocab_size,
 )
-from .metagradients.objective import ExampleLosses, micro_batches, prepare_examples
+from .metagradients.objective import ExampleLosses, MicroBatch, micro_batches, prepare_examples
+
+
+logger = logging.getLogger(__name__)
 
 
 def validate(
@@ -28,7 +35,8 @@ def validate(
     Fine-tunes a target the ordinary way and reports the metric.
 
     Nothing here knows of metagradients: gradients come from `backward()`, updates from [`~torch.optim.AdamW`] or
-    [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns.
+    [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns. A batch that
+    does not fit into memory is repeated in micro-batches of half the size, as there.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -60,31 +68,41 @@ def validate(
 
     with restored(model), restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
-        if hasattr(metric, "setup"):
-            metric.setup(model)
-        with torch.no_grad():
-            before = float(metric(model))
+        with metric_memory():
+            if hasattr(metric, "setup"):
+                metric.setup(model)
+            with torch.no_grad():
+                before = float(metric(model))
         for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
             param.grad = torch.zeros_like(param)
         example_losses = ExampleLosses(model, args.bf16)
         losses = []
         schedule = args.learning_rates(len(prepared))
         for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
-            loss = 0.0
-            for micro_batch in micro_batches(prepared, batch, args, params[0].device, params[0].dtype):
-                value = torch.dot(example_losses(micro_batch), micro_batch.weights)
-                value.backward()
-                loss += value.item()
-            losses.append(loss)
+            while True:
+                try:
+                    place = params[0].device, params[0].dtype
+                    losses.append(_backward(example_losses, micro_batches(prepared, batch, args, *place)))
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    clear_frames(error)
+                    release_memory()
+                    supervised = sum(prepared[i].num_supervised > 0 for i in batch)
+                    args = replace(args, micro_batch_size=halved(args, supervised, str(error)))
+                    logger.warning("Memory ran out: now %d examples at a time. %s", args.micro_batch_size, error)
+                    optimizer.zero_grad(set_to_none=False)
             if args.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        with torch.no_grad():
-            after = float(metric(model))
-        readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
+        with metric_memory():
+            with torch.no_grad():
+                after = float(metric(model))
+            readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
     return {
         "metric": after,
         "metric_before": before,
@@ -93,3 +111,12 @@ def validate(
         "target_steps": len(losses),
         **readouts,
     }
+
+
+def _backward(losses: ExampleLosses, batches: list[MicroBatch]) -> float:
+    total = 0.0
+    for batch in batches:
+        value = torch.dot(losses(batch), batch.weights)
+        value.backward()
+        total += value.item()
+    return total

@@ -174,10 +174,22 @@ def test_too_little_room_is_an_error_before_the_first_step(tape, monkeypatch, tm
     plan = compute_metagradients(target, EXAMPLES, metric, replace(args, tape="disk")).plan
     calls = []
     target.register_forward_hook(lambda *args: calls.append(torch.is_grad_enabled()))
-    monkeypatch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.activation_bytes // 2)
-    with pytest.raises(MemoryError, match=r"needs .* MB .*micro_batch_size.*adapters"):
+    without = plan.peak_bytes - int(memory.ACTIVATIONS["exact"] * plan.activation_bytes)
+    monkeypatch.setattr(memory, "_free_memory", lambda device: without)
+    with pytest.raises(MemoryError, match=r"needs .* MB .*central_difference.*adapters"):
         compute_metagradients(target, EXAMPLES, metric, args)
     assert len(calls) == 2  # the passes that measure
+
+
+def test_too_little_room_for_the_batch_takes_smaller_micro_batches(monkeypatch):
+    args = TargetTrainingArguments(batch_size=4, num_train_epochs=2, tape="disk")
+    plan = compute_metagradients(model(), EXAMPLES, metric, args).plan
+    expected = compute_metagradients(model(), EXAMPLES, metric, replace(args, micro_batch_size=2))
+    room = plan.peak_bytes - plan.activation_bytes // 2
+    monkeypatch.setattr(memory, "_free_memory", lambda device: room)
+    out = compute_metagradients(model(), EXAMPLES, metric, args)
+    assert out.micro_batch_size == 2 and out.plan.peak_bytes <= room
+    assert torch.equal(out.metagradients, expected.metagradients)
 
 
 def test_too_little_room_names_the_place_that_has_it(monkeypatch):

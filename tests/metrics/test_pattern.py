@@ -250,24 +250,3 @@ def test_setup_errors(make_gpt2):
         metric.setup(get_peft_model(make_gpt2(), LoraConfig(target_modules=["c_attn"])))
     with pytest.raises(ValueError, match="No parameter of the LM head of `target_model` is trainable"):
         metric.setup(model.requires_grad_(False))
-
-
-def test_missing_packages(monkeypatch, gpt2):
-    metric = LMHeadPattern.qr("DPG")
-
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr("trl_dpg.metrics.pattern.import_module", missing)
-    for use in [
-        lambda: LMHeadPattern.qr("DPG"),
-        lambda: decode_qr(metric.pattern),
-        lambda: pattern_to_image(metric.pattern),
-        lambda: LMHeadPattern.from_image("code.png"),
-    ]:
-        with pytest.raises(ImportError, match=r"pip install trl-dpg\[examples\]"):
-            use()
-
-    monkeypatch.setattr("trl_dpg.metrics.pattern.find_spec", lambda name: None)
-    metric.setup(gpt2)
-    assert metric.readouts(gpt2) == {"pixel_accuracy": 0.0}

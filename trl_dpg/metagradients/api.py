@@ -9,20 +9,21 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import release_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
 from .curvature import CentralDifference, Exact, gradient
 from .dora import ThroughDetached, dora_under, has_dora
-from .flat import FlatParameters
-from .memory import MemoryPlan, plan_memory
+from .flat import TAIL, FlatParameters
+from .memory import MemoryPlan, OutOfMemory, halved, metric_memory, plan_memory
 from .model import (
     TargetModel,
     check_full_precision,
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 AUTO_EPSILON_ROOT = 4.0
 
 Metric = Callable[[Any], Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -62,6 +64,8 @@ class TrainingOutput:
             \\( \Phi \\) of the fine-tuned model.
         adam_epsilon_root (`float`):
             The value used, which is of interest where `"auto"` was asked for.
+        micro_batch_size (`int`, *optional*):
+            That of the arguments, or what was left of it after memory ran out. Worth passing on to the next run.
         losses (`list[float]`):
             Training loss of each step.
         readouts (`dict[str, float]`):
@@ -71,6 +75,7 @@ class TrainingOutput:
     metric_before: float
     metric_after: float
     adam_epsilon_root: float
+    micro_batch_size: int | None = None
     losses: list[float] = field(default_factory=list)
     readouts: dict[str, float] = field(default_factory=dict)
 
@@ -124,6 +129,9 @@ def compute_metagradients(
     Parameters, buffers, train/eval mode, random state and attention implementation of the model are as before when the
     call returns, also after an error.
 
+    Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size, and so are all
+    that follow: a warning says so. That changes results by no more than rounding.
+
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model to fine-tune. Its parameters with `requires_grad` are trained; tied ones once.
@@ -145,6 +153,8 @@ def compute_metagradients(
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
+        [`MemoryError`]: If not even one example at a time fits into memory, or the tape or the metric does not; the
+            message names what to lower.
 
     Example:
 
@@ -174,8 +184,9 @@ def compute_metagradients(
         # The metric of the fine-tuned model, and its gradient.
         flat, processes, optimizer = run.flat, run.processes, run.optimizer.shard(*run.shard)
         with processes.failing_together():
-            value, cotangent = _metric_gradient(metric, model, flat)
-            readouts = _readouts(metric, model)
+            with metric_memory():
+                value, cotangent = _metric_gradient(metric, model, flat)
+                readouts = _readouts(metric, model)
         if processes.count > 1:
             cotangent = cotangent[slice(*run.shard)].clone()
         # Moments of a single step and their cotangents are zeros that lead nowhere.
@@ -199,13 +210,16 @@ def compute_metagradients(
                 values, grad_cotangent = processes.gather(state, grad_cotangent)
                 flat.values.copy_(values)
             _check_finite(f"the cotangent of the gradient of step {step + 1}", grad_cotangent)
-            product = products(
-                run.local_batches(step),
-                grad_cotangent,
-                inner,
-                run.example_losses[step * args.num_train_epochs // run.num_steps],
-                metagradients,
-                step > 0,
+            product = run.in_memory(
+                step,
+                partial(
+                    products,
+                    vector=grad_cotangent,
+                    inner=inner,
+                    example_losses=run.example_losses[step * args.num_train_epochs // run.num_steps],
+                    metagradients=metagradients,
+                    product_needed=step > 0,
+                ),
             )
             if product is not None:  # nothing lies before the first step: only the metagradients are needed
                 _check_finite(f"the Hessian-vector product of step {step + 1}", product)
@@ -219,6 +233,7 @@ def compute_metagradients(
         metric_before=run.metric_before,
         metric_after=value,
         adam_epsilon_root=run.epsilon_root,
+        micro_batch_size=run.args.micro_batch_size,
         losses=run.training_losses,
         readouts=readouts,
         plan=run.plan,
@@ -241,13 +256,14 @@ def train_and_measure(
     """
     with _Run(model, examples, metric, args or TargetTrainingArguments(), accelerator) as run:
         run.train(keep_tape=False)
-        with run.processes.failing_together(), torch.no_grad():
+        with run.processes.failing_together(), metric_memory(), torch.no_grad():
             value = _evaluate(metric, model).item()
             readouts = _readouts(metric, model)
     return TrainingOutput(
         metric_before=run.metric_before,
         metric_after=value,
         adam_epsilon_root=run.epsilon_root,
+        micro_batch_size=run.args.micro_batch_size,
         losses=run.training_losses,
         readouts=readouts,
     )
@@ -297,10 +313,11 @@ class _Run:
             make_deterministic(self.model)
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.args.gradient_checkpointing))
-                if hasattr(self.metric, "setup"):
-                    self.metric.setup(self.model)
-                with torch.no_grad():
-                    self.metric_before = _evaluate(self.metric, self.model).item()
+                with metric_memory():
+                    if hasattr(self.metric, "setup"):
+                        self.metric.setup(self.model)
+                    with torch.no_grad():
+                        self.metric_before = _evaluate(self.metric, self.model).item()
                 decayed = decayed_parameters(self.model, self.params, self.args)
                 self.losses = ExampleLosses(self.model, self.args.bf16)
             self.flat = stack.enter_context(FlatParameters(self.params, decayed, self.processes.count))
@@ -318,6 +335,27 @@ class _Run:
         place = self.flat.device, self.flat.dtype, self.processes.index, self.processes.count
         return micro_batches(self.examples, self.batches[step], self.args, *place)
 
+    def in_memory(self, step: int, work: Callable[[list[MicroBatch]], Result]) -> Result:
+        """
+        Runs `work` on this process's micro-batches of a step, all over again with smaller ones where memory runs out.
+
+        `work` ends in a sum over the processes, so that all of them try again.
+        """
+        while True:
+            try:
+                return work(self.local_batches(step))
+            except OutOfMemory as error:
+                reason = str(error)
+            release_memory()
+            batch = self.batches[step]
+            supervised = sum(self.examples[i].num_supervised > 0 for i in batch)
+            size = halved(self.args, -(-supervised // self.processes.count), reason)
+            self.args = replace(self.args, micro_batch_size=size)
+            if self.processes.index == 0:
+                logger.warning(
+                    "Memory ran out: from here on, %d examples at a time (`micro_batch_size`). %s", size, reason
+                )
+
     def train(self, keep_tape: bool) -> None:
         """Fine-tunes the model; with `keep_tape`, keeps what the adjoint sweep needs."""
         flat = self.flat
@@ -332,10 +370,8 @@ class _Run:
         buffer = None
         for step in range(self.num_steps):
             losses = self.example_losses[step * self.args.num_train_epochs // self.num_steps]
-            buffer = flat.accumulate_into(None if taken_over else buffer)
-            total = [0.0]
-            with self.processes.summing(buffer, total):
-                total[0] = gradient(self.losses, flat, self.local_batches(step), losses)
+            buffer = flat.zeros(flat.size + TAIL) if taken_over or buffer is None else buffer
+            total = self.in_memory(step, partial(self._sum_gradient, buffer, losses))
             grad = buffer[: flat.size]
             _check_finite(f"the loss of step {step + 1}", torch.tensor(total))
             _check_finite(f"the gradient of step {step + 1}", grad)
@@ -356,21 +392,33 @@ class _Run:
                 with self.processes.passing_on():
                     self.tape.record(state, grad if taken_over else grad[shard].clone())
             self.optimizer.update_(step, flat.values, moments, grad)
-            self.training_losses.append(total[0])
+            self.training_losses.append(total)
             self.progress.update()
         flat.release_gradients()  # a metric may call `backward()`
 
+    def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
+        total = [0.0]
+        self.flat.accumulate_into(buffer)
+        with self.processes.summing(buffer, total):
+            total[0] = gradient(self.losses, self.flat, batches, losses)
+        return total[0]
+
     def _open_tape_storage(self) -> None:
+        location = "device"
+        if self.num_steps > 1:  # one step leaves nothing but its gradient
+            largest = max(range(self.num_steps), key=lambda step: _tokens(self, step))
+            self.plan = self.in_memory(largest, self._plan)
+            location = self.plan.tape
+            asked_for = location in ("device", self.args.tape)
+            logger.log(logging.INFO if asked_for else logging.WARNING, str(self.plan))
         with self.processes.failing_together():
-            location = "device"
-            if self.num_steps > 1:  # one step leaves nothing but its gradient
-                largest = max(range(self.num_steps), key=lambda step: _tokens(self, step))
-                batches, count = self.local_batches(largest), self.processes.count
-                self.plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, batches, count)
-                location = self.plan.tape
-                logger.log(logging.INFO if location == "device" else logging.WARNING, str(self.plan))
             self.storage = open_storage(location, self.args.tape_dir, self.flat.device)
         self._stack.callback(self.storage.close)
+
+    def _plan(self, batches: list[MicroBatch]) -> MemoryPlan:
+        with self.processes.failing_together():
+            plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, batches, self.processes.count)
+        return plan
 
 
 def _tokens(run: _Run, step: int) -> int:

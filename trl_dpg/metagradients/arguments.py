@@ -65,7 +65,8 @@ class TargetTrainingArguments:
         batch_size (`int`, *optional*, defaults to `16`):
             Examples per optimizer step, over all processes. The last batch of an epoch may be smaller.
         micro_batch_size (`int`, *optional*):
-            Examples per forward pass and process. `None` means a whole batch at once. It changes memory, not results.
+            Examples per forward pass and process. `None` means a whole batch at once. It changes memory, not results, and is
+            halved where memory runs out.
         max_length (`int`, *optional*, defaults to `128`):
             Examples are cut after this many tokens.
         shuffle (`bool`, *optional*, defaults to `True`):

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
 from .linear import WithoutWeightGradients
+from .memory import OutOfMemory
 from .model import TargetModel, is_compiled
 from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
@@ -215,12 +216,26 @@ class CentralDifference:
         if norm == 0:
             self.errors.append(0.0)
             return self.flat.zeros(self.flat.size) if product_needed else None
-        differences = torch.zeros_like(metagradients)
         self._position = 0.0
+        before = self._distance, len(self.errors), self.num_fallbacks
+        try:
+            return self._differentiate(batches, vector, norm, inner, example_losses, metagradients, product_needed)
+        except OutOfMemory:  # as it was, for whoever tries again
+            self._distance, count, self.num_fallbacks = before
+            del self.errors[count:]
+            self._return(vector, product_needed)
+            raise
+
+    def _differentiate(
+        self, batches, vector, norm, inner, example_losses, metagradients, product_needed
+    ) -> Tensor | None:
+        differences = torch.zeros_like(metagradients)
         if self._distance == 0:
             size = self.flat.values.norm().item() or 1.0
             self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
-            few = [batch.rows(max(1, len(batch.indices) // PROBED)) for batch in batches[:1]]
+            # as many examples whatever the size of micro-batches, on which the step should not depend
+            count = max(1, sum(len(batch.indices) for batch in batches) // PROBED)
+            few = [batch.rows(count) for batch in batches[:1]]
             for _ in range(4):
                 distance = self._distance
                 self._run(few, vector, norm, 0.0, example_losses, differences, self.flat.zeros(TAIL), False)
@@ -238,14 +253,18 @@ class CentralDifference:
         self.errors.append(error)
         if not error <= self.tolerance:  # also where it is not a number
             self.num_fallbacks += 1
-            if product_needed:
-                self._move_to(0.0, vector)
-            else:
-                self.flat.load_originals(0, self.flat.values)
+            self._return(vector, product_needed)
             return self.exact(batches, vector, inner, example_losses, metagradients, product_needed)
         epsilon = distance / norm
         metagradients += differences / (2 * epsilon)
         return buffer[: self.flat.size] if product_needed else None
+
+    def _return(self, vector: Tensor, product_needed: bool) -> None:
+        r"""Back to \\( \phi_t \\): to rounding, or exactly if it is the first."""
+        if product_needed:
+            self._move_to(0.0, vector)
+        else:
+            self.flat.load_originals(0, self.flat.values)
 
     def _move_to(self, epsilon: float, vector: Tensor) -> None:
         self.flat.values.add_(vector, alpha=epsilon - self._position)

@@ -1,12 +1,16 @@
-"""What a run will need, before it starts: memory of the device and of the host, room on disk."""
+"""What a run will need, before it starts: memory of the device and of the host, room on disk. And where it runs out."""
 
 import os
 import shutil
 import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .arguments import TargetTrainingArguments
@@ -18,6 +22,10 @@ from .trajectory import tape_tensors
 
 # Activations of a pass over those of a forward pass, measured by `python -m benchmarks.memory`.
 ACTIVATIONS = {"gradient": 1.7, "exact": 6.2, "central_difference": 1.8}
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out where fewer examples at a time need less of it."""
 
 
 @dataclass
@@ -65,6 +73,7 @@ def plan_memory(
         num_processes (`int`, *optional*, defaults to `1`): How many share the run.
 
     Raises:
+        [`OutOfMemory`]: If there is not enough room, but smaller micro-batches would do.
         [`MemoryError`]: If there is not enough room; the message names settings that need less.
     """
     of_parameters = flat.size * flat.values.element_size()
@@ -111,7 +120,8 @@ def plan_memory(
             if fits[place]:
                 return plan
 
-    advice = []
+    advice: list[str] = []
+    error: type[MemoryError] = MemoryError
     if args.tape != "auto" and any(fits.values()):
         place = next(place for place in fits if fits[place])
         advice.append(f'set `tape="{place}"`')
@@ -120,6 +130,8 @@ def plan_memory(
         fitting = int(spare / (ACTIVATIONS[args.curvature] * whole / rows))
         if fitting >= 1:
             advice.append(f"set `micro_batch_size` to {fitting} or less")
+            if any(tape <= free[place] for place in (plans if args.tape == "auto" else (args.tape,))):
+                error = OutOfMemory
     if working > device and not args.gradient_checkpointing:
         advice.append("set `gradient_checkpointing`")
     if working > device and args.curvature == "exact":
@@ -129,7 +141,7 @@ def plan_memory(
             f"point `tape_dir` to a disk with {_gigabytes(tape)} free, or raise `batch_size` for fewer steps"
         )
     advice.append("train adapters instead of all parameters")
-    raise MemoryError(
+    raise error(
         f"This run of {num_steps} steps needs {_gigabytes(working)} of the device's memory beyond the model and "
         f"{_gigabytes(tape)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
         f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory}). To make it fit: "
@@ -158,19 +170,17 @@ def _kept_bytes(losses: ExampleLosses, batch: MicroBatch) -> int:
 
 def _bytes_of(losses: ExampleLosses, batch: MicroBatch, num_tokens: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in losses.parameters()}
-    kept = {}
+    kept = {}  # storages, not tensors: these would tie a knot with their graph that nothing ever frees
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            kept[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):  # there is no backward pass
         values = losses(batch, num_tokens)
-    total = sum(kept.values())
     del values
-    return total
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _free_memory(device: torch.device) -> int:
@@ -182,3 +192,56 @@ def _free_memory(device: torch.device) -> int:
 
 def _gigabytes(number: int) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of the device or of the host."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
+    return known or "bad_alloc" in str(error)  # what C++ calls it, on the host
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Frees what the functions that an error ended still hold, such as a graph, while the error itself is being handled."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def halved(args: TargetTrainingArguments, num_examples: int, reason: str) -> int:
+    """
+    Half of the micro-batch size.
+
+    Args:
+        args ([`TargetTrainingArguments`]): What ran out of memory.
+        num_examples (`int`): The most that one process had of the batch.
+        reason (`str`): The error.
+
+    Raises:
+        [`MemoryError`]: If it was 1; the message names what else to lower.
+    """
+    size = min(args.micro_batch_size or num_examples, num_examples)
+    if size <= 1:
+        advice = ["lower `max_length`"]
+        if args.curvature == "exact":
+            advice.append('set `curvature="central_difference"`')
+        if not args.gradient_checkpointing:
+            advice.append("set `gradient_checkpointing`")
+        raise MemoryError(
+            f"Memory ran out with one example at a time (`micro_batch_size` 1, `max_length` {args.max_length}). To make it "
+            f"fit: {'; '.join(advice)}; train adapters instead of all parameters. {reason}"
+        )
+    return size // 2
+
+
+@contextmanager
+def metric_memory() -> Iterator[None]:
+    """Has a metric that runs out of memory say that it did: smaller micro-batches would not help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or "
+            f"fewer of the model's outputs. {error}"
+        ) from error

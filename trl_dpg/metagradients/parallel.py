@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .flat import TAIL
+from .memory import OutOfMemory, clear_frames, is_out_of_memory
 
 
 class Processes:
@@ -59,12 +60,16 @@ class Processes:
         Runs a block that fills `buffer` and `scalars`; then both hold their sums over all processes, by one collective.
 
         Fails together like [`~Processes.failing_together`]: whether a process failed is summed along. `buffer` has shape
-        `(n + TAIL,)`; `scalars` fit into the tail.
+        `(n + TAIL,)`; `scalars` fit into the tail. Where nothing failed but that memory ran out, on one process or more, all
+        of them raise [`~memory.OutOfMemory`].
         """
         error = self._failure
         try:
             yield
         except Exception as e:
+            if is_out_of_memory(e):
+                clear_frames(e)
+                e = OutOfMemory(str(e))
             error = error or e
         if self.count > 1:
             tail = buffer[-TAIL:]
@@ -105,10 +110,14 @@ class Processes:
 
     def _raise_any(self, error: Exception | None) -> None:
         if self.count > 1:
-            message = None if error is None else f"{type(error).__name__} on process {self.index}: {error}"
-            messages = [m for m in gather_object([message]) if m is not None]
-            if error is None and messages:
-                raise RuntimeError(f"The run ends because another process failed. {messages[0]}")
+            message = f"{type(error).__name__} on process {self.index}: {error}"
+            mine = [] if error is None else [(message, isinstance(error, OutOfMemory))]
+            failures = gather_object(mine)
+            causes = [message for message, out_of_memory in failures if not out_of_memory]
+            if failures and not causes:
+                raise OutOfMemory(failures[0][0])
+            if causes and (error is None or isinstance(error, OutOfMemory)):
+                raise RuntimeError(f"The run ends because another process failed. {causes[0]}")
         if error is not None:
             raise error
 

@@ -1,22 +1,18 @@
 """The pattern metric: write an image (the digits 67, a QR code) into the LM head."""
 
 import math
-from importlib import import_module
-from importlib.util import find_spec
 from os import PathLike
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import segno
 import torch
 import torch.nn.functional as F
+import zxingcpp
+from PIL import Image
 from torch import nn
 
 from .heads import get_lm_head, is_lm_head_tied, lm_head_weight
-
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 # With `scale="auto"` the logistic loss sees differences with this root mean square. Large enough for the loss to
@@ -143,7 +139,6 @@ class LMHeadPattern:
             [`LMHeadPattern`]: The metric; a dark module is +1.
 
         Raises:
-            [`ImportError`]: If `segno` isn't installed.
             [`ValueError`]: If no QR code holds the text, or if the level is unknown.
 
         Example:
@@ -154,7 +149,7 @@ class LMHeadPattern:
 
         ```
         """
-        code = _import("segno").make_qr(text, error=error, boost_error=False)
+        code = segno.make_qr(text, error=error, boost_error=False)
         metric = cls([[1 if module else -1 for module in row] for row in code.matrix], scale)
         metric.text = text
         return metric
@@ -176,11 +171,7 @@ class LMHeadPattern:
 
         Returns:
             [`LMHeadPattern`]: The metric; a dark pixel is +1.
-
-        Raises:
-            [`ImportError`]: If Pillow isn't installed.
         """
-        Image = _import("PIL.Image")
         with Image.open(path) as file:
             picture = file.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
@@ -250,8 +241,8 @@ class LMHeadPattern:
 
         Returns:
             `dict[str, float]`: `pixel_accuracy`, the share of entries whose weight moved in the direction of the
-            pattern (not moving is wrong); for a QR pattern, if `zxing-cpp` is installed, also `qr_decoded`: 1.0 if
-            a reader gets exactly the original text, else 0.0.
+            pattern (not moving is wrong); for a QR pattern, also `qr_decoded`: 1.0 if a reader gets exactly the original
+            text, else 0.0.
 
         Raises:
             [`ValueError`]: If `setup` was not called before.
@@ -259,7 +250,7 @@ class LMHeadPattern:
         change = self._change(model).cpu()
         self.decoded = torch.where(change > 0, 1, -1).to(torch.int8)
         values = {"pixel_accuracy": (change.sign() == self.pattern).double().mean().item()}
-        if self.text is not None and find_spec("zxingcpp") is not None:
+        if self.text is not None:
             values["qr_decoded"] = float(decode_qr(self.decoded) == self.text)
         return values
 
@@ -291,7 +282,7 @@ class LMHeadPattern:
         self._scale_value = state["scale_value"]
 
 
-def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Image":
+def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Image.Image:
     """
     Draw a pattern of signs, +1 black and −1 white, with a white quiet zone around it.
 
@@ -306,9 +297,6 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Im
     Returns:
         `PIL.Image.Image`: The picture, in 8-bit gray.
 
-    Raises:
-        [`ImportError`]: If Pillow isn't installed.
-
     Example:
 
     ```python
@@ -319,7 +307,7 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> "Im
     """
     gray = np.where(np.asarray(pattern) > 0, 0, 255).astype(np.uint8)
     gray = np.pad(gray, border, constant_values=255)
-    return _import("PIL.Image").fromarray(gray.repeat(module_size, axis=0).repeat(module_size, axis=1))
+    return Image.fromarray(gray.repeat(module_size, axis=0).repeat(module_size, axis=1))
 
 
 def decode_qr(pattern: Any) -> str | None:
@@ -335,9 +323,6 @@ def decode_qr(pattern: Any) -> str | None:
     Returns:
         `str` or `None`: The text, or `None` if no QR code is found or it has too many errors.
 
-    Raises:
-        [`ImportError`]: If `zxing-cpp` or Pillow isn't installed.
-
     Example:
 
     ```python
@@ -346,12 +331,11 @@ def decode_qr(pattern: Any) -> str | None:
 
     ```
     """
-    zxingcpp = _import("zxingcpp")
     # A light-on-dark code is the opposite of the pattern, not the pattern: `try_invert` would accept it.
     for is_pure in (False, True):
         codes = zxingcpp.read_barcodes(
             pattern_to_image(pattern),
-            formats=zxingcpp.BarcodeFormat.QRCode,
+            formats=zxingcpp.BarcodeFormat.QRCode,  # type: ignore[arg-type]
             try_invert=False,
             is_pure=is_pure,
             text_mode=zxingcpp.TextMode.Plain,
@@ -359,10 +343,3 @@ def decode_qr(pattern: Any) -> str | None:
         if codes and codes[0].text:  # of noise, the second way sometimes makes an empty text
             return codes[0].text
     return None
-
-
-def _import(module: str) -> ModuleType:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(f"`{module}` is needed for pattern images: `pip install trl-dpg[examples]`.") from error

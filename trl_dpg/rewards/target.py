@@ -169,7 +169,11 @@ class TargetReward(TargetTraining, ABC):
             if dataset:
                 data = [examples[i] for i in dataset]
                 outputs[number] = run(self.target_model, data, self.metric, args, accelerator=processes)
-                args = replace(args, adam_epsilon_root=outputs[number].adam_epsilon_root)
+                args = replace(
+                    args,
+                    adam_epsilon_root=outputs[number].adam_epsilon_root,
+                    micro_batch_size=outputs[number].micro_batch_size,
+                )
         return outputs
 
     def state(self) -> dict[str, Any]:
@@ -232,6 +236,8 @@ class TargetReward(TargetTraining, ABC):
         raw, figures = self.measure(examples, datasets, args, state)
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=figures["adam_epsilon_root"])
+        if "micro_batch_size" in figures:  # smaller now if memory ran out
+            self.args = replace(self.args, micro_batch_size=int(figures["micro_batch_size"]))
 
         finite = raw.isfinite()
         mean, std = raw[finite].mean(), raw[finite].std(correction=0)
@@ -278,11 +284,13 @@ def check_metric(metric: Any) -> None:
 def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:
     """What is logged of several runs: means."""
     outputs = list(outputs)
+    size = outputs[-1].micro_batch_size  # the smallest, as each run passes it on
     return {
         "metric_before": outputs[0].metric_before,
         "metric_after": fmean(out.metric_after for out in outputs),
         "metric_gain": fmean(out.metric_after - out.metric_before for out in outputs),
         "adam_epsilon_root": outputs[0].adam_epsilon_root,
         "target_loss": fmean(fmean(out.losses) for out in outputs),
+        **({} if size is None else {"micro_batch_size": size}),
         **{name: fmean(out.readouts[name] for out in outputs) for name in outputs[0].readouts},
     }

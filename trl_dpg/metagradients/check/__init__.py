@@ -118,11 +118,9 @@ class MetagradientCheck:
         return "\n".join([*lines, *(f"- {sentence}" for sentence in self.advice)])
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draws measured against predicted changes as a PNG file. Needs Matplotlib (`pip install trl-dpg[examples]`)."""
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("`matplotlib` is needed for plots: `pip install trl-dpg[examples]`.") from error
+        """Draws measured against predicted changes as a PNG file."""
+        import matplotlib.pyplot as plt  # slow to import
+
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 4.2), layout="constrained")
         predicted, changes = torch.tensor(self.predicted), torch.tensor(self.changes)
         for shift, fill, color in ((1.0, "full", "tab:blue"), (0.5, "none", "tab:orange")):
@@ -218,6 +216,7 @@ def check_metagradients(
         raise ValueError(f"`radius` must be a finite number above 0, got {radius}. Weights are 1 by default: try 0.1.")
     quiet = replace(args, disable_tqdm=True)
     out = compute_metagradients(model, examples, metric, quiet, accelerator)
+    quiet = replace(quiet, micro_batch_size=out.micro_batch_size)
     if args.adam_epsilon_root == "auto":
         quiet = replace(quiet, adam_epsilon_root=out.adam_epsilon_root)
     gradients = out.metagradients.double()
