@@ -10,6 +10,7 @@ from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
+from .metagradients.parallel import bound_waiting
 
 
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
@@ -225,6 +226,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             self.greater_is_better = True
         if self.disable_tqdm is None:  # bars in a log file are noise
             self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
+        bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
         super().__post_init__()
         self.target_training_arguments()
 

@@ -146,6 +146,17 @@ def test_other_errors_are_no_reason_to_go_on():
     assert len(seen) == 1
 
 
+def test_down_to_one_example(caplog):
+    """Also where two are too many for the passes that predict the need."""
+    model = gpt2()
+    check_model(model)
+    limit(model, 1)
+    out = compute_metagradients(model, EXAMPLES, Metric(), arguments("auto"))
+    expected = compute_metagradients(gpt2(), EXAMPLES, Metric(), arguments("auto", micro_batch_size=1))
+    assert out.micro_batch_size == 1 and torch.equal(out.metagradients, expected.metagradients)
+    assert [r.args[0] for r in caplog.records if "Memory ran out" in r.message] == [8, 4, 2, 1]
+
+
 @pytest.mark.parametrize("function", [compute_metagradients, validate])
 def test_one_example_that_does_not_fit(function):
     model = gpt2()

@@ -81,10 +81,18 @@ def plan_memory(
     tape = tape_tensors(num_steps, args.optim) * of_shard
     rows = len(batches[0].indices) if batches else 0
     activations = whole = 0
-    if batches:
-        activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
-        if args.gradient_checkpointing and args.curvature == "exact":  # a second derivative keeps what was recomputed
-            whole = _activation_bytes(losses, batches[0], False)
+    try:
+        if batches:
+            activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
+            if (
+                args.gradient_checkpointing and args.curvature == "exact"
+            ):  # a second derivative keeps what was recomputed
+                whole = _activation_bytes(losses, batches[0], False)
+    except Exception as error:  # of two examples at a time
+        if not is_out_of_memory(error):
+            raise
+        clear_frames(error)
+        raise OutOfMemory(str(error)) from None
     moments = 2 if args.optim == "adamw" else 0
     on_cpu = flat.device.type == "cpu"
     # parameters, gradient and moments, and a gradient on its way to the tape
@@ -121,7 +129,7 @@ def plan_memory(
                 return plan
 
     advice: list[str] = []
-    error: type[MemoryError] = MemoryError
+    refusal: type[MemoryError] = MemoryError
     if args.tape != "auto" and any(fits.values()):
         place = next(place for place in fits if fits[place])
         advice.append(f'set `tape="{place}"`')
@@ -131,7 +139,7 @@ def plan_memory(
         if fitting >= 1:
             advice.append(f"set `micro_batch_size` to {fitting} or less")
             if any(tape <= free[place] for place in (plans if args.tape == "auto" else (args.tape,))):
-                error = OutOfMemory
+                refusal = OutOfMemory
     if working > device and not args.gradient_checkpointing:
         advice.append("set `gradient_checkpointing`")
     if working > device and args.curvature == "exact":
@@ -141,7 +149,7 @@ def plan_memory(
             f"point `tape_dir` to a disk with {_gigabytes(tape)} free, or raise `batch_size` for fewer steps"
         )
     advice.append("train adapters instead of all parameters")
-    raise error(
+    raise refusal(
         f"This run of {num_steps} steps needs {_gigabytes(working)} of the device's memory beyond the model and "
         f"{_gigabytes(tape)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
         f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory}). To make it fit: "
