@@ -225,10 +225,9 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
 
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
     """Mean and standard error of what is shown of some validations."""
-    names = [key.removeprefix(f"{prefix}_") for key in rows[0] if key.startswith(f"{prefix}_") and "/" not in key]
-    names = [
-        name for name in names if name not in _OF_THE_LOOP and isinstance(rows[0][f"{prefix}_{name}"], (int, float))
-    ]
+    names = [key.removeprefix(f"{prefix}_") for key in rows[0] if key.startswith(f"{prefix}_")]
+    names = [name for name in names if "/" not in name and name not in _OF_THE_LOOP]
+    names = [name for name in names if isinstance(rows[0][f"{prefix}_{name}"], (int, float))]
     values = {name: [row[f"{prefix}_{name}"] for row in rows] for name in names}
     errors = {name: stdev(v) / math.sqrt(len(v)) for name, v in values.items()} if len(rows) > 1 else {}
     means = {name: fmean(v) for name, v in values.items()}

@@ -1,5 +1,6 @@
 """Configuration of [`DatasetPolicyGradientTrainer`]."""
 
+import copy
 import dataclasses
 import re
 import sys
@@ -229,6 +230,25 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
         super().__post_init__()
         self.target_training_arguments()
+
+    def without_tokens(self) -> "DatasetPolicyGradientConfig":
+        """A copy without access tokens, to be written to a file."""
+        public = copy.copy(self)
+        public.hub_token = None
+        for name in ("model_init_kwargs", "target_model_init_kwargs"):
+            kwargs = getattr(self, name)
+            if isinstance(kwargs, dict):
+                setattr(public, name, {key: value for key, value in kwargs.items() if key != "token"})
+        return public
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of [`~transformers.TrainingArguments`], which hides `hub_token`; other tokens are left out."""
+        return super(DatasetPolicyGradientConfig, self.without_tokens()).to_dict()
+
+    def __str__(self) -> str:
+        return super(DatasetPolicyGradientConfig, self.without_tokens()).__str__()
+
+    __repr__ = __str__  # a data class would print all fields
 
     def target_training_arguments(self) -> TargetTrainingArguments:
         """

@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 FACTS_FILE = "dpg.json"  # beside a generator: what its cards, and those of data sets it writes, are made of
 
 # What a generator's repository holds. Anything else in a run's folder stays at home: `training_args.bin`, for one, is a pickle
-# with local paths and the token.
+# with local paths.
 PUBLISHED = [
     "README.md",
     FACTS_FILE,
@@ -471,7 +471,7 @@ class PublishingMixin(_Trainer):
         Saves the generator and pushes it, with its card, `dpg.json` and pictures, to `args.hub_model_id`.
 
         Unlike [`~transformers.Trainer`], nothing else in `output_dir` is pushed: `training_args.bin` is a pickle with local
-        paths and the token. A save that fails leaves what was saved before as it was.
+        paths. A save that fails leaves what was saved before as it was.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):
@@ -517,6 +517,14 @@ class PublishingMixin(_Trainer):
             commit_message=commit_message or "End of training",
         )
         return upload() if blocking else _API.run_as_future(upload)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        args: Any = self.args
+        self.args = args.without_tokens()  # what Transformers pickles there, as `training_args.bin`
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
     def _save_aside(self, folder: Path) -> None:
         """Saves the generator beside what was saved before, and in its place only when all of it is written."""

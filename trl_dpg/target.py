@@ -36,7 +36,7 @@ def load_target_model(
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters to train instead of the full model.
         **model_init_kwargs:
-            Keyword arguments of `from_pretrained`. `dtype` is float32 unless given.
+            Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all of its weights on this process, see
@@ -48,6 +48,7 @@ def load_target_model(
     with whole_weights():
         if isinstance(model, str):
             model_init_kwargs.setdefault("dtype", torch.float32)
+            model_init_kwargs.setdefault("trust_remote_code", False)  # not to be asked for at a prompt, either
             model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)
         _check_whole(model)
         if untie_head:
@@ -117,6 +118,7 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     Raises:
         [`ValueError`]: If there is none.
     """
+    kwargs.setdefault("trust_remote_code", False)
     error: Exception | None = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
@@ -126,7 +128,7 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     if error is not None or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(
             f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Check the name, or pass the "
-            "target's tokenizer (`target_processing_class` in the trainer)."
+            f"target's tokenizer (`target_processing_class` in the trainer).{f' {error}' if error else ''}"
         ) from error
     return tokenizer
 
