@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from hypothesis import Phase, given, settings
 
 from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts
 from tests.distributed.worker import COMMON, examples
-from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from tests.reliability.cases import COMPLETIONS, RECIPES, TOKENIZER, metric, model
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadPattern
 
@@ -85,14 +87,14 @@ def out_of_memory(state):
         "one-step": {"adam_epsilon_root": "auto", "batch_size": 12},
     }.items():
         for sweep in (None, 1, 2):
-            model, calls = tiny_causal_lm(hidden_size=16, seed=1).double(), []
+            target, calls = tiny_causal_lm(hidden_size=16, seed=1).double(), []
             pattern = LMHeadPattern.sixty_seven()
 
-            def metric(model, calls=calls, pattern=pattern):
+            def counted(model, calls=calls, pattern=pattern):
                 calls.append(1)
                 return pattern(model)
 
-            metric.setup = pattern.setup
+            counted.setup = pattern.setup
             sizes = []
 
             def fail(module, args, calls=calls, sweep=sweep, sizes=sizes):
@@ -100,10 +102,10 @@ def out_of_memory(state):
                 if state.process_index == state.num_processes - 1 and len(calls) == sweep and len(args[0]) > 1:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-            compute_metagradients(model, examples(2), pattern)  # checks the model
-            model.transformer.h[0].register_forward_pre_hook(fail)
+            compute_metagradients(target, examples(2), pattern)  # checks the model
+            target.transformer.h[0].register_forward_pre_hook(fail)
             args = TargetTrainingArguments(**{"batch_size": 8, "learning_rate": 1e-3, **fields})
-            out = compute_metagradients(model, examples(12), metric, args, accelerator=state)
+            out = compute_metagradients(target, examples(12), counted, args, accelerator=state)
             results[f"{name}-{sweep}"] = {
                 "metagradients": out.metagradients.tolist(),
                 "size": out.micro_batch_size,
@@ -116,18 +118,47 @@ def out_of_memory(state):
         return pattern(model)
 
     try:
-        compute_metagradients(model, examples(12), starved, args, accelerator=state)
+        compute_metagradients(target, examples(12), starved, args, accelerator=state)
     except (MemoryError, RuntimeError) as error:
         results["metric"] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def drawn(state):
+    """Rewards of drawn completions, of which each process has a contiguous part: perhaps none."""
+    cases = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @given(rows=COMPLETIONS, recipe=RECIPES)
+    def collect(rows, recipe):
+        cases.append((rows, recipe))
+
+    collect()
+    target, results = model(), []
+    for rows, recipe in cases:
+        reward = MetagradientReward(target, metric, TargetTrainingArguments(**recipe), TOKENIZER)
+        bounds = [len(rows) * i // state.num_processes for i in (state.process_index, state.process_index + 1)]
+        mine, columns = rows[slice(*bounds)], {}
+        try:
+            rewards = reward(
+                prompts=[""] * len(mine),
+                completions=[text for text, _ in mine],
+                completion_ids=[[7, TOKENIZER.eos_token_id] if ended else [7, 8] for _, ended in mine],
+                log_extra=columns.__setitem__,
+            )
+            results.append({"raw": columns["metagradient_raw"], "rewards": rewards})
+        except (ValueError, RuntimeError) as error:
+            results.append({"error": str(error)})
     return results
 
 
 if __name__ == "__main__":
     what, where, directory = sys.argv[1:]
     torch.set_num_threads(1)
-    if what == "memory":
+    if what in ("memory", "drawn"):
         state = PartialState(cpu=True, timeout=timedelta(seconds=60))
-        Path(directory, f"{state.process_index}.json").write_text(json.dumps(out_of_memory(state)))
+        results = out_of_memory(state) if what == "memory" else drawn(state)
+        Path(directory, f"{state.process_index}.json").write_text(json.dumps(results))
         state.destroy_process_group()
     else:
         train(what, where, directory)

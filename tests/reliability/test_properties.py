@@ -1,0 +1,201 @@
+"""Drawn inputs: either the right answer, found by autograd through the unrolled run, or an error that says what is wrong."""
+
+import json
+import subprocess
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.reliability.cases import (
+    COMPLETIONS,
+    POSITIONS,
+    RECIPES,
+    TEXTS,
+    TOKENIZER,
+    VOCAB,
+    close,
+    drawn_examples,
+    metric,
+    model,
+    reference,
+    standardized,
+    tokens_of,
+)
+from tests.reliability.test_processes import command, environment
+from trl_dpg import MetagradientReward
+from trl_dpg.data import completion_text, indices_to_train_on, to_target_example
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.objective import micro_batches, prepare_examples
+from trl_dpg.validation import validate
+
+
+def drawn(max_examples):
+    """The same draws in every run."""
+    return settings(max_examples=max_examples, deadline=None, derandomize=True, database=None)
+
+
+@drawn(120)
+@given(rows=COMPLETIONS, recipe=RECIPES)
+def test_completions_to_rewards(rows, recipe):
+    """The whole way: texts, tokens, what can be trained on, a fine-tuning run, metagradients, rewards."""
+    args = TargetTrainingArguments(**recipe)
+    target = model()
+    reward = MetagradientReward(target, metric, args, TOKENIZER)
+    texts, ends = zip(*rows, strict=True)
+    ids = [[7, TOKENIZER.eos_token_id] if ended else [7, 8] for ended in ends]
+    columns = {}
+    call = {"prompts": ["same"] * len(texts), "completions": list(texts), "completion_ids": ids}
+    tokens = [tokens_of(*row) for row in rows]
+    trained = [i for i, row in enumerate(tokens) if len(row) > 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not trained:
+            with pytest.raises(ValueError, match="empty or one token long.*max_completion_length"):
+                reward(**call)
+            return
+        rewards = reward(**call, log_extra=columns.__setitem__)
+    expected = torch.zeros(len(texts), dtype=torch.float64)
+    expected[trained] = reference(target, [(tokens[i], tokens[i], 1.0) for i in trained], args)
+    raw = torch.tensor(columns["metagradient_raw"], dtype=torch.float64)
+    assert close(raw, expected)
+    assert (raw[[i not in trained for i in range(len(texts))]] == 0).all()
+    assert rewards == pytest.approx(standardized(raw).tolist(), rel=1e-9, abs=1e-9)
+
+
+@drawn(150)
+@given(rows=drawn_examples(), recipe=RECIPES)
+def test_examples_to_metagradients(rows, recipe):
+    args = TargetTrainingArguments(**recipe)
+    target = model()
+    complete = [(row["input_ids"], row.get("labels", row["input_ids"]), row.get("weight", 1.0)) for row in rows]
+    expected = reference(target, complete, args)
+    if expected is None and args.optim == "sgd":  # which has no root to measure
+        args.adam_epsilon_root = 1e-3
+        expected = reference(target, complete, args)
+    if expected is None:
+        with pytest.raises(ValueError, match='`adam_epsilon_root="auto"` needs a gradient.*two or more tokens'):
+            compute_metagradients(target, rows, metric, args)
+        return
+    out = compute_metagradients(target, rows, metric, args)
+    assert close(out.metagradients, expected)
+
+
+@drawn(300)
+@given(text=TEXTS, ended=st.booleans(), split=st.integers(0, 4), conversation=st.booleans())
+def test_text_to_tokens(text, ended, split, conversation):
+    completion = text
+    if conversation:  # in two messages, with one between that has no text
+        completion = [{"role": "assistant", "content": part} for part in (text[:split], None, text[split:])]
+    assert completion_text(completion) == text
+    example = to_target_example("prompt", completion, ended, TOKENIZER)
+    assert example == {"input_ids": tokens_of(text, ended)}
+    assert all(0 <= token < VOCAB for token in example["input_ids"])
+    trained = [len(example["input_ids"]) > 1]
+    if any(trained):
+        assert indices_to_train_on([example]) == [0]
+    else:
+        with pytest.raises(ValueError, match="empty or one token long"):
+            indices_to_train_on([example])
+
+
+@drawn(300)
+@given(rows=drawn_examples(), recipe=RECIPES, processes=st.integers(1, 5))
+def test_every_example_is_in_one_micro_batch(rows, recipe, processes):
+    """Of one process, once, padded on the right, whatever does not divide what; and the loss's denominator is the batch's."""
+    args = TargetTrainingArguments(**recipe)
+    examples = prepare_examples(rows, args.max_length, VOCAB)
+    for batch in args.batches(len(examples)):
+        shares = [
+            micro_batches(examples, batch, args, torch.device("cpu"), torch.float64, index, processes)
+            for index in range(processes)
+        ]
+        supervised = [i for i in batch if examples[i].num_supervised > 0]
+        assert [i for share in shares for micro_batch in share for i in micro_batch.indices] == supervised
+        sizes = [sum(len(micro_batch.indices) for micro_batch in share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+        total = 0.0
+        for micro_batch in [micro_batch for share in shares for micro_batch in share]:
+            assert len(micro_batch.indices) <= (args.micro_batch_size or len(batch))
+            for row, i in enumerate(micro_batch.indices):
+                length = len(examples[i].input_ids)
+                assert micro_batch.attention_mask[row].tolist() == [1] * length + [0] * (
+                    micro_batch.input_ids.shape[1] - length
+                )
+                assert micro_batch.input_ids[row, :length].tolist() == examples[i].input_ids
+                assert micro_batch.labels[row, :length].tolist() == examples[i].labels
+                assert (micro_batch.labels[row, length:] == -100).all()
+            total += (micro_batch.scale * micro_batch.num_supervised).sum().item()
+        if args.loss_normalization != "max_length":
+            assert total == pytest.approx(1.0 if supervised else 0.0)
+
+
+ANYTHING = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=3), st.binary(max_size=3)
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@drawn(300)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({}, optional={"input_ids": ANYTHING, "labels": ANYTHING, "weight": ANYTHING}) | ANYTHING,
+        max_size=3,
+    )
+)
+def test_anything_is_taken_or_refused_by_name(rows):
+    """An example that makes no sense is a `ValueError` that names it, and nothing else."""
+    try:
+        prepared = prepare_examples(rows, POSITIONS, VOCAB)
+    except ValueError as error:
+        assert "`examples" in str(error)
+    else:
+        for example in prepared:
+            assert all(0 <= token < VOCAB for token in example.input_ids)
+            assert len(example.labels) == len(example.input_ids) <= POSITIONS
+
+
+@drawn(60)
+@given(rows=drawn_examples(), recipe=RECIPES)
+def test_validation_is_the_stock_optimizer(rows, recipe):
+    """Of what the reward differentiates, too: with `adam_epsilon_root` 0 both end at the same metric."""
+    args = TargetTrainingArguments(**{**recipe, "adam_epsilon_root": 0.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = compute_metagradients(model(), rows, metric, args)
+    assert validate(model(), rows, metric, args)["metric"] == pytest.approx(out.metric_after, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same(tmp_path):
+    """One, two and three processes, 60 drawn batches each, among them fewer completions than processes."""
+    results = {}
+    for processes in (1, 2, 3):
+        directory = tmp_path / str(processes)
+        directory.mkdir()
+        launched = subprocess.run(
+            command("drawn", "", str(directory), processes=processes),
+            env=environment(directory),
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert launched.returncode == 0, launched.stderr[-3000:]
+        results[processes] = [json.loads((directory / f"{i}.json").read_text()) for i in range(processes)]
+    (alone,) = results[1]
+    assert len(alone) == 60 and sum("error" in case for case in alone) in range(1, 30)
+    for processes in (2, 3):
+        for number, expected in enumerate(alone):
+            parts = [result[number] for result in results[processes]]
+            if "error" in expected:
+                assert all(part["error"] == expected["error"] for part in parts)
+                continue
+            for name in ("raw", "rewards"):
+                whole = [value for part in parts for value in part[name]]
+                size = max(abs(value) for value in expected[name])
+                assert whole == pytest.approx(expected[name], rel=0, abs=2e-6 * size + 1e-12)
