@@ -95,6 +95,13 @@ def test_a_process_that_hangs(where, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_hangs_and_cannot_be_asked_to_end(tmp_path):
+    """The launcher asks it by SIGTERM, and kills it half a minute later."""
+    errors = run(tmp_path, "stubborn", "reward")
+    assert "Timed out waiting 10000ms" in errors and "SIGKILL" in errors
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_ended(tmp_path):
     """By Ctrl-C, a scheduler or `kill`: what it started ends, too."""
     run(tmp_path, "launcher", "metric")

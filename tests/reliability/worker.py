@@ -26,7 +26,9 @@ def happen(what):
         raise ArithmeticError("planted failure")
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    while what in ("hang", "launcher"):
+    if what == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while what in ("hang", "stubborn", "launcher"):
         time.sleep(1)
 
 
