@@ -102,7 +102,9 @@ def resolve_model(name: str, args: DPGScriptArguments, training_args: DatasetPol
     """A model's name, or the directory of one that is built here."""
     directory = Path(training_args.output_dir) / "models"
     if name in ("tiny/generator", "tiny/target"):
-        directories = resources.save_tiny_models(directory, training_args.seed, args.tiny_words)
+        directories = resources.save_tiny_models(
+            directory, training_args.seed, args.tiny_words, resources.ONE_SPECIAL_TOKEN
+        )
         return directories[("tiny/generator", "tiny/target").index(name)]
     if name in ("hex/generator", "hex/target"):
         directories = resources.save_hex_models(directory, training_args.seed)

@@ -31,6 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 # target is trained on.
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
+# What a generator should have: each of its tokens can be sampled, and means something. Tokens that are suppressed instead
+# are not left out of TRL's log-probabilities: the policy drifts towards them until it breaks down.
+ONE_SPECIAL_TOKEN = ["<eos>"]
+
 # fmt: off
 WORDS = [
     "air", "and", "ant", "ask", "bad", "bag", "bed", "big", "bird", "blue", "boat", "book", "cat", "cold", "cup",
@@ -43,9 +47,9 @@ WORDS = [
 HEX_DIGITS = "0123456789abcdef"
 
 
-def tiny_tokenizer(num_words: int = 60) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(num_words: int = 60, special_tokens: list[str] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:
     """
-    A tokenizer of English words, one token each, and then `<pad>`, `<bos>`, `<eos>`, `<unk>`.
+    A tokenizer of English words, one token each, and then the special tokens.
 
     It adds no special tokens. Decoding joins words with one space, so that encoding what was decoded gives the same
     words again.
@@ -53,11 +57,13 @@ def tiny_tokenizer(num_words: int = 60) -> PreTrainedTokenizerFast:
     Args:
         num_words (`int`, *optional*, defaults to `60`):
             Number of words, 60 at most.
+        special_tokens (`list[str]`, *optional*, defaults to `SPECIAL_TOKENS`):
+            Special tokens: all four, or `ONE_SPECIAL_TOKEN` that is all of them.
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    tokenizer = _tokenizer(WORDS[:num_words])
+    tokenizer = _tokenizer(WORDS[:num_words], special_tokens)
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     return tokenizer
 
@@ -70,6 +76,7 @@ def tiny_causal_lm(
     max_position_embeddings: int = 64,
     seed: int = 0,
     tie_word_embeddings: bool = False,
+    special_tokens: list[str] = SPECIAL_TOKENS,
 ) -> GPT2LMHeadModel:
     """
     A randomly initialized GPT-2 without dropout whose special tokens are those of a [`tiny_tokenizer`] of its size.
@@ -91,11 +98,14 @@ def tiny_causal_lm(
             Seed of the initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the LM head shares its weight with the input embedding.
+        special_tokens (`list[str]`, *optional*, defaults to `SPECIAL_TOKENS`):
+            Those of the tokenizer.
 
     Returns:
         [`~transformers.GPT2LMHeadModel`]: The model, in float32 on the CPU.
     """
-    num_words = vocab_size - len(SPECIAL_TOKENS)
+    pad, bos, eos = (_role(name, special_tokens) for name in ("<pad>", "<bos>", "<eos>"))
+    words = vocab_size - len(special_tokens)
     config = GPT2Config(
         vocab_size=vocab_size,
         n_embd=hidden_size,
@@ -106,9 +116,9 @@ def tiny_causal_lm(
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        pad_token_id=num_words + SPECIAL_TOKENS.index("<pad>"),
-        bos_token_id=num_words + SPECIAL_TOKENS.index("<bos>"),
-        eos_token_id=num_words + SPECIAL_TOKENS.index("<eos>"),
+        pad_token_id=words + special_tokens.index(pad),
+        bos_token_id=words + special_tokens.index(bos),
+        eos_token_id=words + special_tokens.index(eos),
         tie_word_embeddings=tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +127,12 @@ def tiny_causal_lm(
         return GPT2LMHeadModel(config)
 
 
-def save_tiny_models(directory: str | os.PathLike[str], seed: int = 0, num_words: int = 60) -> tuple[str, str]:
+def save_tiny_models(
+    directory: str | os.PathLike[str],
+    seed: int = 0,
+    num_words: int = 60,
+    special_tokens: list[str] = SPECIAL_TOKENS,
+) -> tuple[str, str]:
     """
     Write a tiny generator and a tiny target model, each with its tokenizer, under `directory/words-{num_words}-seed-{seed}`.
 
@@ -130,12 +145,15 @@ def save_tiny_models(directory: str | os.PathLike[str], seed: int = 0, num_words
             Seed of the pair. The two models differ.
         num_words (`int`, *optional*, defaults to `60`):
             Words of their vocabulary.
+        special_tokens (`list[str]`, *optional*, defaults to `SPECIAL_TOKENS`):
+            Special tokens, see [`tiny_tokenizer`].
 
     Returns:
         `tuple[str, str]`: The directories of the generator and of the target.
     """
 
-    return _save_models(Path(directory) / f"words-{num_words}-seed-{seed}", tiny_tokenizer(num_words), seed)
+    tokenizer = tiny_tokenizer(num_words, special_tokens)
+    return _save_models(Path(directory) / f"words-{num_words}-seed-{seed}", tokenizer, special_tokens, seed)
 
 
 def tiny_prompts(num_train: int, num_test: int, seed: int = 0, num_words: int = 60) -> DatasetDict:
@@ -173,7 +191,7 @@ def hex_tokenizer() -> PreTrainedTokenizerFast:
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    tokenizer = _tokenizer(list(HEX_DIGITS))
+    tokenizer = _tokenizer(list(HEX_DIGITS), SPECIAL_TOKENS)
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Split("", "isolated")
     backend.decoder = Fuse()
@@ -198,7 +216,7 @@ def save_hex_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[s
     Returns:
         `tuple[str, str]`: The directories of the generator and of the target.
     """
-    return _save_models(Path(directory) / f"hex-seed-{seed}", hex_tokenizer(), seed, position_scale=5.0)
+    return _save_models(Path(directory) / f"hex-seed-{seed}", hex_tokenizer(), SPECIAL_TOKENS, seed, 5.0)
 
 
 def hex_prompts(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
@@ -433,28 +451,38 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) (?=[¿¡«„\"]?[A-ZÀ-ÖØ-Þ])", text)
 
 
-def _tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
+def _role(name: str, special_tokens: list[str]) -> str:
+    """The token that plays a role: its own, or the only one there is."""
+    return name if name in special_tokens else special_tokens[0]
+
+
+def _tokenizer(tokens: list[str], special_tokens: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of these tokens and then the special ones, padding on the left."""
-    vocab = {token: index for index, token in enumerate(tokens + SPECIAL_TOKENS)}
+    vocab = {token: index for index, token in enumerate(tokens + special_tokens)}
+    pad, bos, eos, unk = (_role(name, special_tokens) for name in SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="<unk>")),
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token=unk)),
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
 
 
 def _save_models(
-    directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int, position_scale: float = 1.0
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    special_tokens: list[str],
+    seed: int,
+    position_scale: float = 1.0,
 ) -> tuple[str, str]:
     """A generator and a target of a tokenizer's size under `directory`, unless they are there."""
 
     def build(path: Path) -> None:
         for index, name in enumerate(["generator", "target"]):
-            model = tiny_causal_lm(vocab_size=len(tokenizer), seed=2 * seed + index)
+            model = tiny_causal_lm(len(tokenizer), seed=2 * seed + index, special_tokens=special_tokens)
             model.transformer.wpe.weight.data *= position_scale
             model.save_pretrained(path / name)
             tokenizer.save_pretrained(path / name)

@@ -41,7 +41,6 @@ def generate(generator_path: str, prompts: list[str], max_new_tokens: int, batch
             do_sample=True,
             temperature=1.0,
             top_k=0,
-            suppress_tokens=sorted(tokenizer.all_special_ids),  # as in training: a special token is no word
         )
         texts += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts

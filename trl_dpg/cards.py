@@ -453,7 +453,7 @@ def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
         "target_text": _model_text(facts["target"]),
         "single_draw": all(draws["after"]["draws"] == 1 for draws in facts["validation"].values()),
         "prompt_row": json.dumps({"prompt": prompt}, ensure_ascii=False),
-        "prompt_code": repr(prompt),
+        "prompt_code": json.dumps(prompt, ensure_ascii=False),
         "call_arguments": _call_arguments(facts["generation"]),
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.resources import save_tiny_models
+from examples.resources import ONE_SPECIAL_TOKEN, save_tiny_models
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
 
 
@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def verify(monkeypatch, tmp_path):
-    generator, target = save_tiny_models(tmp_path, num_words=44)
+    generator, target = save_tiny_models(tmp_path, num_words=44, special_tokens=ONE_SPECIAL_TOKEN)
 
     def run(*flags):
         small = [
@@ -46,7 +46,7 @@ def test_pixels_are_those_of_the_two_checkpoints(verify, tmp_path):
     assert result["pixel_accuracy"] == torch.eq(found, wanted).double().mean().item()
     assert (result["steps"], result["examples"]) == (2, 16)
     texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    assert len(texts) == 16 and all(len(text.split()) == 6 for text in texts)
+    assert len(texts) == 16 and all(len(text.split()) <= 6 for text in texts)
     assert (tmp_path / "out" / "decoded.png").exists()
 
 
