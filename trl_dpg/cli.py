@@ -1,0 +1,86 @@
+"""The command `trl-dpg`."""
+
+import importlib
+import subprocess
+import sys
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from . import __version__
+
+
+COMMANDS = {
+    "train": "train a generator; launched by Accelerate, whose flags it takes, too",
+    "generate": "write a data set with a generator",
+    "verify": "fine-tune a target on a data set with TRL's SFTTrainer and read the metric",
+    "decode": "read the picture in an LM head from two checkpoints",
+    "check": "check metagradients of a model, data, metric and recipe",
+    "report": "write one HTML page about a run",
+}
+
+USAGE = f"""usage: trl-dpg COMMAND ...
+
+Dataset Policy Gradients for TRL, version {__version__}.
+
+commands:
+{chr(10).join(f"  {name:9} {text}" for name, text in COMMANDS.items())}
+
+`trl-dpg COMMAND --help` explains a command. `train`, `generate` and `verify` take a YAML file of their flags with `--config`.
+The exit code is 0 for success, 1 where a check or verification did not pass or a run failed, 2 on bad input."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs the command line.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments; those of the process if `None`.
+
+    Returns:
+        `int`: Exit code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"trl-dpg: error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    from .scripts.common import run_script  # not before `--help` was shown: torch takes seconds
+
+    if command == "train":
+        run = _train
+    elif command == "check":
+        run = importlib.import_module(".metagradients.check.__main__", __package__).main
+    else:
+        run = importlib.import_module(f".scripts.{command}", __package__).main
+    return run_script(run, rest, f"trl-dpg {command}")
+
+
+def _train(argv: list[str] | None) -> int:
+    """Starts `trl_dpg.scripts.dpg` by Accelerate, once the arguments are known to be good."""
+    from .scripts import dpg
+
+    _, launch_args, in_argv = dpg.parse(argv)
+    remaining = iter(in_argv)
+    skip = next(remaining, None)
+    script_args = []
+    for argument in argv or []:  # those for Accelerate are left out, in their order
+        if argument == skip:
+            skip = next(remaining, None)
+        else:
+            script_args.append(argument)
+    try:
+        launch_command(launch_command_parser().parse_args([*launch_args, "--module", dpg.__name__, *script_args]))
+    except subprocess.CalledProcessError as error:  # it has said why
+        return 2 if error.returncode == 2 else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""
+Trains a generator with Dataset Policy Gradients.
+
+    trl-dpg train --config dpg.yaml
+    accelerate launch -m trl_dpg.scripts.dpg --config dpg.yaml
+
+Every field of [`DPGScriptArguments`], [`DatasetPolicyGradientConfig`] and TRL's `ModelConfig` is a flag, and may stand in the
+YAML file.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from accelerate.commands.launch import launch_command_parser
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from ..config import DatasetPolicyGradientConfig
+from ..metrics import evaluate_texts
+from ..trainer import DatasetPolicyGradientTrainer
+from .common import MetricArguments, load_splits, run_script, take_split
+
+
+@dataclass
+class DPGScriptArguments(MetricArguments, ScriptArguments):
+    """
+    Arguments of the training script, beside those of [`~trl.ScriptArguments`] and [`MetricArguments`].
+
+    Parameters:
+        target_model_name_or_path (`str`, *optional*):
+            Target: an id on the Hub or a directory.
+        eval_dataset_name (`str`, *optional*):
+            Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, if there is
+            one.
+        num_eval_prompts (`int`, *optional*):
+            Held-out prompts to use, from the first. All if `None`.
+        evaluation_language (`str`, *optional*):
+            Language whose share of the generated texts is read out in validation, as a code such as `"es"`.
+        reference_texts (`list[str]`, *optional*):
+            What completions are compared to with `reward` `"embedding_similarity"` or `"edit_distance"`.
+    """
+
+    target_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Target: a model id or a directory with its tokenizer."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out prompts. By default `dataset_test_split` of `dataset_name`."}
+    )
+    num_eval_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use, from the first."})
+    evaluation_language: str | None = field(
+        default=None, metadata={"help": "Language whose share of the generated texts validation reads out."}
+    )
+    reference_texts: list[str] | None = field(
+        default=None, metadata={"help": "Texts for `reward` 'embedding_similarity' and 'edit_distance'."}
+    )
+
+
+def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
+    """
+    Parses the command line and its YAML file.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments; those of the process if `None`.
+
+    Returns:
+        `tuple`: The three sets of arguments; what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
+        `--accelerate_config`, as with the `trl` command), as its flags; and which of these were on the command line.
+
+    Raises:
+        [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
+    """
+    dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig)
+    parser = TrlParser(dataclasses, prog="trl-dpg train")
+    *parsed, in_config, in_argv = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch_args = resolve_accelerate_config_argument([*in_config, *in_argv])
+    _, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
+    if unknown:
+        raise ValueError(
+            f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
+            "what concerns processes and devices."
+        )
+    script_args, _, model_args = parsed
+    for name, value in {
+        "model_name_or_path": model_args.model_name_or_path,
+        "target_model_name_or_path": script_args.target_model_name_or_path,
+        "dataset_name": script_args.dataset_name,
+    }.items():
+        if value is None:
+            raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
+    return parsed, launch_args, in_argv
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    (script_args, training_args, model_args), *_ = parse(argv)
+    splits = load_splits(
+        script_args.dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_streaming
+    )
+    train_dataset = take_split(splits, script_args.dataset_train_split, script_args.dataset_name, "dataset_name")
+    eval_dataset = None
+    if script_args.eval_dataset_name is not None:
+        held_out = load_splits(script_args.eval_dataset_name, "eval_dataset_name")
+        name = script_args.dataset_test_split if script_args.dataset_test_split in held_out else "train"
+        eval_dataset = take_split(held_out, name, script_args.eval_dataset_name, "eval_dataset_name")
+    elif script_args.dataset_test_split in splits:
+        eval_dataset = splits[script_args.dataset_test_split]
+    elif training_args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy` is {str(training_args.eval_strategy)!r}, but `dataset_name` {script_args.dataset_name!r} has no split "
+            f"{script_args.dataset_test_split!r}. Name held-out prompts with `--eval_dataset_name`."
+        )
+    if script_args.num_eval_prompts is not None and eval_dataset is not None:
+        eval_dataset = eval_dataset.take(script_args.num_eval_prompts)
+    text_evaluation: Callable[[list[str]], dict[str, float]] | None = None
+    if script_args.evaluation_language is not None:
+        text_evaluation = partial(evaluate_texts, language=script_args.evaluation_language)
+    metric = script_args.load_metric()
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype or "float32",
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = DatasetPolicyGradientTrainer(
+        model=model_args.model_name_or_path,
+        target_model=script_args.target_model_name_or_path,
+        metric=metric,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        reference_texts=script_args.reference_texts,
+        text_evaluation=text_evaluation,
+    )
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)
+    if eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card()
+    trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
+    trainer.accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, None, "trl-dpg train"))

@@ -1,0 +1,27 @@
+"""
+Writes one self-contained HTML page about a run.
+
+    trl-dpg report runs/qr
+"""
+
+import argparse
+import sys
+
+from ..report import write_report
+from .common import run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="trl-dpg report", description="Writes one self-contained HTML page about a run: open it in a browser."
+    )
+    parser.add_argument("run_dir", help="The run's `output_dir`.")
+    parser.add_argument("--output", help="HTML file to write. By default `report.html` in the run's folder.")
+    options = parser.parse_args(argv)
+    print(write_report(options.run_dir, options.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, None, "trl-dpg report"))

@@ -1,0 +1,238 @@
+"""
+Proves with stock tools what a data set does: fine-tunes the target on it with TRL's `SFTTrainer` and reads the metric.
+
+    trl-dpg verify --dataset data.jsonl --target openai-community/gpt2 --metric qr --qr_text TRL-DPG
+    trl-dpg verify --generator me/gpt2-qr --target openai-community/gpt2 --prompts prompts.jsonl
+
+Nothing of the training run is used: no reward, no metagradient. Every field of TRL's `SFTConfig` is a flag, too.
+"""
+
+import contextlib
+import copy
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from ..metrics import LMHeadPattern, decode_pattern
+from ..plotting import plot_pattern
+from ..target import load_target_model, load_target_tokenizer, untie_lm_head
+from . import generate
+from .common import MetricArguments, check_column, load_rows, run_script
+from .generate import read_facts
+
+
+@dataclass
+class VerifyArguments(MetricArguments):
+    """
+    Arguments of `trl-dpg verify`, beside those of [`MetricArguments`] and [`~trl.SFTConfig`].
+
+    Parameters:
+        target (`str`):
+            The target before fine-tuning: a directory or an id on the Hub.
+        dataset (`str`, *optional*):
+            What to fine-tune on: a file or a data set's id with a column `text`.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        generator (`str`, *optional*):
+            Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where no
+            flag says otherwise, and the metric, if it is a picture or the norm of the LM head.
+        prompts (`str`, *optional*):
+            Prompts for `generator`.
+        num_examples (`int`, *optional*):
+            Examples to fine-tune on, from the first. All if `None`.
+        control_dataset (`str`, *optional*):
+            What to compare with: the target is fine-tuned on as many examples of it, too.
+        untie_lm_head (`bool`, *optional*):
+            Whether to give the target's LM head a weight of its own. As `generator` says, if `None`.
+        json (`bool`, *optional*, defaults to `False`):
+            Whether to print JSON.
+    """
+
+    target: str = field(
+        default="", metadata={"help": "The target before fine-tuning: a directory or an id on the Hub."}
+    )
+    dataset: str | None = field(default=None, metadata={"help": "What to fine-tune on, with a column `text`."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    generator: str | None = field(
+        default=None, metadata={"help": "A generator that writes `dataset`, from `prompts`."}
+    )
+    prompts: str | None = field(default=None, metadata={"help": "Prompts for `generator`, with a column `prompt`."})
+    num_examples: int | None = field(default=None, metadata={"help": "Examples to fine-tune on. All by default."})
+    control_dataset: str | None = field(default=None, metadata={"help": "Data to compare with, as `dataset`."})
+    untie_lm_head: bool | None = field(
+        default=None,
+        metadata={"help": "Give the target's LM head a weight of its own. As `generator` says by default."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.target:
+            raise ValueError("`target` is missing. Pass the model that the data is to fine-tune with `--target`.")
+        if (self.dataset is None) == (self.generator is None):
+            raise ValueError("Pass one of `dataset` (the data) and `generator` (what writes it), not both or none.")
+        if self.generator is not None and self.prompts is None:
+            raise ValueError("`generator` needs something to answer. Pass `--prompts`, a file or a data set's id.")
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
+
+
+def defaults(facts: dict[str, Any]) -> dict[str, Any]:
+    """What is taken from a generator's `dpg.json` where no flag says otherwise."""
+    values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
+    recipe, metric = facts.get("recipe"), facts.get("metric", {})
+    if recipe is not None:
+        values |= {
+            name: recipe[name] for name in ("learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps")
+        }
+        values |= {name: recipe[name] for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")}
+        values["num_train_epochs"] = recipe["num_train_epochs"]
+        values["optim"] = "sgd" if recipe["optim"] == "sgd" else "adamw_torch"
+        values["per_device_train_batch_size"] = (
+            recipe["batch_size"] or facts["training"]["completions_per_generation_batch"]
+        )
+        values["untie_lm_head"] = recipe["untie_lm_head"]
+    if metric.get("text") is not None:
+        values |= {"metric": "qr", "qr_text": metric["text"]}
+    elif metric.get("pattern") is not None:
+        values["metric"] = "67"
+    elif metric.get("name") == "LMHeadNorm":
+        values["metric"] = "lm_head_norm"
+    return values
+
+
+def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
+    """Arguments, with what the generator says as their defaults."""
+    first: Any = GeneratorName
+    names = TrlParser(first, add_help=False)
+    name, *_ = names.parse_args_and_config(argv, return_remaining_strings=True)
+    dataclasses: Any = (VerifyArguments, SFTConfig)
+    parser = TrlParser(dataclasses, prog="trl-dpg verify")
+    parser.set_defaults_with_config(output_dir="verification")
+    parser.set_defaults_with_config(**defaults(read_facts(name.generator) if name.generator is not None else {}))
+    return parser.parse_args_and_config(argv)  # type: ignore[return-value]
+
+
+@dataclass
+class GeneratorName:
+    """What has to be known before the rest is parsed."""
+
+    generator: str | None = None
+
+
+def fine_tune(target: Any, tokenizer: Any, rows: Dataset, config: SFTConfig) -> tuple[Any, float, int]:
+    """A copy of the target after `SFTTrainer`, its training loss and its steps."""
+    trained = copy.deepcopy(target)
+    trainer = SFTTrainer(model=trained, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # which prints to where the results go
+    output = trainer.train()
+    result = copy.deepcopy(target)  # the trainer replaces its model's `forward`
+    result.load_state_dict(trained.cpu().state_dict())
+    return result, output.training_loss, output.global_step
+
+
+@torch.no_grad()
+def read(metric: Any, target: Any, model: Any) -> dict[str, float]:
+    """Φ and its read-outs of a model that was fine-tuned from the target."""
+    target.eval()
+    model.eval()
+    if hasattr(metric, "setup"):
+        metric.setup(target)
+    return {"metric": float(metric(model)), **(metric.readouts(model) if hasattr(metric, "readouts") else {})}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs the command line and returns its exit code: 0 if the data does what it should, 1 if not, 2 on bad input.
+
+    It does if the QR code is read from the two checkpoints; for another picture, if more than 90 % of its pixels are right; for any
+    other metric, if Φ is above that of the control, or of the target before fine-tuning where there is no control.
+    """
+    args, config = parse(argv)
+    output_dir = Path(config.output_dir)  # type: ignore[arg-type]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stdout(sys.stderr):  # what is printed is the result alone
+        result, passed = verify(args, config, output_dir)
+    (output_dir / "verification.json").write_text(json.dumps(result, indent=2) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(table(result))
+        print(f"{'Verified' if passed else 'Not verified'}: {result['criterion']}. Written: {output_dir}")
+    return 0 if passed else 1
+
+
+def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[dict[str, Any], bool]:
+    """The verification, and whether it passed."""
+    if args.generator is not None:
+        args.dataset = str(output_dir / "data.jsonl")
+        flags = ["--model", args.generator, "--prompts", str(args.prompts), "--output", args.dataset]
+        flags += ["--seed", str(config.seed)]
+        if args.num_examples is not None:
+            flags += ["--num_examples", str(args.num_examples)]
+        generate.main(flags)
+    data = {"data": (args.dataset, args.dataset_split, "dataset")}
+    if args.control_dataset is not None:
+        data["control"] = (args.control_dataset, args.dataset_split, "control_dataset")
+    rows = {}
+    for name, (path, split, argument) in data.items():
+        rows[name] = load_rows(path, split, argument)  # type: ignore[arg-type]
+        check_column(rows[name], "text", path, argument)  # type: ignore[arg-type]
+        rows[name] = rows[name].select_columns("text")
+    number = min([len(r) for r in rows.values()] + ([args.num_examples] if args.num_examples is not None else []))
+    metric = args.load_metric()
+    target = load_target_model(args.target)
+    tokenizer = load_target_tokenizer(args.target)
+    if args.untie_lm_head:
+        untie_lm_head(target)  # type: ignore[arg-type]
+
+    result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
+    for name in rows:
+        model, loss, steps = fine_tune(target, tokenizer, rows[name].select(range(number)), config)
+        readouts = read(metric, target, model)
+        result[name] = {**readouts, "loss": loss, "steps": steps}
+        model.save_pretrained(output_dir / f"after_{name}")
+        tokenizer.save_pretrained(output_dir / f"after_{name}")
+        if isinstance(metric, LMHeadPattern):  # from the two checkpoints alone, as by `trl-dpg decode`
+            shape = metric.pattern.shape[0], metric.pattern.shape[1]
+            found = decode_pattern(args.target, output_dir / f"after_{name}", shape)
+            plot_pattern(found.signs, metric.pattern, output_dir / f"pattern_{name}.png", found.text)
+            result[name]["pixel_accuracy"] = (found.signs == metric.pattern).double().mean().item()
+            result[name]["text"] = found.text
+    result["learning_rate"], result["seed"] = config.learning_rate, config.seed
+    if args.metric == "qr":
+        result["criterion"] = f"the QR code reads {args.qr_text!r}"
+        passed = result["data"]["text"] == args.qr_text
+    elif isinstance(metric, LMHeadPattern):
+        result["criterion"] = "more than 90 % of the pixels are right"
+        passed = result["data"]["pixel_accuracy"] > 0.9
+    else:
+        other = "control" if "control" in result else "before"
+        result["criterion"] = f"Φ is above that {'after the control' if other == 'control' else 'before fine-tuning'}"
+        passed = result["data"]["metric"] > result[other]["metric"]
+    result["passed"] = passed
+    return result, passed
+
+
+def table(result: dict[str, Any]) -> str:
+    """The read-outs side by side."""
+    columns = [name for name in ("before", "data", "control") if name in result]
+    names = list(dict.fromkeys(name for column in columns for name in result[column]))
+    lines = ["| | before fine-tuning | " + " | ".join(f"after the {name}" for name in columns[1:]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 1))
+    for name in names:
+        values = [result[column].get(name, "") for column in columns]
+        cells = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in values]
+        lines.append(f"| {'Φ' if name == 'metric' else name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, None, "trl-dpg verify"))
