@@ -96,6 +96,7 @@ def test_every_command_explains_itself(capsys, command):
             ["train", "--use_cpu", "--bf16", "False", "--model_name_or_path", "generator"],
             "`target_model_name_or_path` is missing",
         ),
+        (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' is no model"),
         (["train", "--config", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (
             ["generate", "--model", "generator", "--prompts", "no.jsonl", "--output", "d.jsonl"],
@@ -160,8 +161,8 @@ def test_train_is_launched(here):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("The generator is in run.")
-    late = subprocess.run([*command, "--model_name_or_path", "nowhere"], capture_output=True, text=True)
-    assert late.returncode == 1 and "nowhere" in late.stderr
+    late = subprocess.run([*command, "--per_device_train_batch_size", "12"], capture_output=True, text=True)
+    assert late.returncode == 2 and "`train_dataset` has 2 prompts" in late.stderr
 
 
 # ---- generate ----

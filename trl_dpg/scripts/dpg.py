@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
+from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -85,7 +86,7 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
             f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
             "what concerns processes and devices."
         )
-    script_args, _, model_args = parsed
+    script_args, training_args, model_args = parsed
     for name, value in {
         "model_name_or_path": model_args.model_name_or_path,
         "target_model_name_or_path": script_args.target_model_name_or_path,
@@ -93,6 +94,11 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
     }.items():
         if value is None:
             raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
+        if name != "dataset_name":
+            try:
+                AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"`{name}` {value!r} is no model that can be loaded: {error}") from error
     return parsed, launch_args, in_argv
 
 

@@ -49,8 +49,8 @@ class VerifyArguments(MetricArguments):
             Examples to fine-tune on, from the first. All if `None`.
         control_dataset (`str`, *optional*):
             What to compare with: the target is fine-tuned on as many examples of it, too.
-        untie_lm_head (`bool`, *optional*):
-            Whether to give the target's LM head a weight of its own. As `generator` says, if `None`.
+        untie_lm_head (`bool`, *optional*, defaults to `False`):
+            Whether to give the target's LM head a weight of its own. As `generator` says, where there is one.
         json (`bool`, *optional*, defaults to `False`):
             Whether to print JSON.
     """
@@ -66,8 +66,8 @@ class VerifyArguments(MetricArguments):
     prompts: str | None = field(default=None, metadata={"help": "Prompts for `generator`, with a column `prompt`."})
     num_examples: int | None = field(default=None, metadata={"help": "Examples to fine-tune on. All by default."})
     control_dataset: str | None = field(default=None, metadata={"help": "Data to compare with, as `dataset`."})
-    untie_lm_head: bool | None = field(
-        default=None,
+    untie_lm_head: bool = field(
+        default=False,
         metadata={"help": "Give the target's LM head a weight of its own. As `generator` says by default."},
     )
     json: bool = field(default=False, metadata={"help": "Print JSON."})
