@@ -5,14 +5,17 @@ know a few dozen words, and prompts of three words.
     python examples/make_tiny.py --output_dir tiny
     trl-dpg train --config examples/configs/cli_qr.yaml
 
-The directory then holds `generator`, `target`, `prompts.jsonl` and `held_out.jsonl`.
+The directory then holds `generator`, `target`, `prompts.jsonl`, `held_out.jsonl` and `random.jsonl`: text of words drawn at random, to
+compare with what a trained generator writes.
 """
 
 import argparse
+import json
+import random
 import shutil
 from pathlib import Path
 
-from resources import ONE_SPECIAL_TOKEN, save_tiny_models, tiny_prompts
+from resources import ONE_SPECIAL_TOKEN, WORDS, save_tiny_models, tiny_prompts
 
 
 def main() -> None:
@@ -30,6 +33,9 @@ def main() -> None:
     prompts = tiny_prompts(options.num_prompts, options.num_held_out, num_words=options.words)
     prompts["train"].to_json(output_dir / "prompts.jsonl")
     prompts["test"].to_json(output_dir / "held_out.jsonl")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS[: options.words], k=24)) for _ in range(options.num_prompts)]
+    (output_dir / "random.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     print(f"Written: {output_dir}")
 
 
