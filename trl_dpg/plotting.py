@@ -1,4 +1,4 @@
-"""Pictures of a run. Needs Matplotlib (`pip install trl-dpg[examples]`)."""
+"""Pictures of a run."""
 
 import math
 from collections import defaultdict

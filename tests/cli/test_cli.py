@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import trl.rewards
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -97,6 +98,7 @@ def test_every_command_explains_itself(capsys, command):
             "`target_model_name_or_path` is missing",
         ),
         (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' is no model"),
+        (["train", *flags(), "--reward_funcs", "no_such_module.f"], "`reward_funcs` 'no_such_module.f' cannot be"),
         (["train", "--config", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (
             ["generate", "--model", "generator", "--prompts", "no.jsonl", "--output", "d.jsonl"],
@@ -132,7 +134,7 @@ def test_bad_input_is_said_and_exit_code_2(here, capsys, argv, message):
 
 def test_flags_of_accelerate_are_told_apart(here):
     (here / "run.yaml").write_text(json.dumps({**TRAIN, "num_processes": 2, "accelerate_config": "single_gpu"}))
-    (script_args, training_args, _), launch_args, in_argv = dpg.parse(
+    (script_args, training_args, *_), launch_args, in_argv = dpg.parse(
         ["--config", "run.yaml", "--main_process_port", "29501", "--max_steps", "3"]
     )
     assert (script_args.metric, training_args.max_steps) == ("67", 3)
@@ -153,6 +155,22 @@ def test_train(here, capsys):
     assert main(["report", "run"]) == 0
     page = capsys.readouterr().out.strip().splitlines()[-1]
     assert (here / page).read_text().lower().startswith("<!doctype html>")
+
+
+def test_a_file_for_trl_grpo_will_do(here):
+    """Other rewards and a mixture of data sets, as `trl grpo` takes them."""
+    (here / "my_rewards.py").write_text(
+        "def length(completions, **kwargs): return [len(c) / 100 for c in completions]"
+    )
+    grpo = {k: v for k, v in TRAIN.items() if not k.startswith("target_") and k not in ("metric", "dataset_name")}
+    grpo |= {"datasets": [{"path": "json", "data_files": "train.jsonl"}], "reward_weights": [1.0, 0.5]}
+    grpo |= {"reward_funcs": ["my_rewards.length"], "logging_steps": 1}
+    (here / "grpo.yaml").write_text(json.dumps(grpo))
+    assert (
+        dpg.main(["--config", "grpo.yaml", "--target_model_name_or_path", "target", "--metric", "lm_head_norm"]) == 0
+    )
+    assert json.loads((here / "run" / "dpg.json").read_text())["further_rewards"] == ["length"]
+    assert dpg.load_reward("think_format_reward") is trl.rewards.think_format_reward
 
 
 @pytest.mark.slow

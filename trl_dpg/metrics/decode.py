@@ -70,7 +70,6 @@ def decode_pattern(
         [`DecodedPattern`]: The signs, and the text if they are a readable QR code.
 
     Raises:
-        [`ImportError`]: If the shape is that of a QR code and `zxing-cpp` or Pillow isn't installed.
         [`ValueError`]: If a checkpoint cannot be read, if the two heads differ in shape or not at all, or if the pattern
             is larger than they are.
 

@@ -5,19 +5,22 @@ Trains a generator with Dataset Policy Gradients.
     accelerate launch -m trl_dpg.scripts.dpg --config dpg.yaml
 
 Every field of [`DPGScriptArguments`], [`DatasetPolicyGradientConfig`] and TRL's `ModelConfig` is a flag, and may stand in the
-YAML file.
+YAML file. A file for `trl grpo` will do.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts.grpo import GRPOScriptArguments
 
 from ..config import DatasetPolicyGradientConfig
 from ..metrics import evaluate_texts
@@ -26,9 +29,10 @@ from .common import MetricArguments, load_splits, run_script, take_split
 
 
 @dataclass
-class DPGScriptArguments(MetricArguments, ScriptArguments):
+class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     """
-    Arguments of the training script, beside those of [`~trl.ScriptArguments`] and [`MetricArguments`].
+    Arguments of the training script, beside those of TRL's GRPO script and [`MetricArguments`]. Its
+    `reward_funcs` (names in `trl.rewards`, or dotted import paths) are further rewards.
 
     Parameters:
         target_model_name_or_path (`str`, *optional*):
@@ -68,13 +72,13 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
             Arguments; those of the process if `None`.
 
     Returns:
-        `tuple`: The three sets of arguments; what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
+        `tuple`: The four sets of arguments; what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
         `--accelerate_config`, as with the `trl` command), as its flags; and which of these were on the command line.
 
     Raises:
         [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
     """
-    dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig)
+    dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(dataclasses, prog="trl-dpg train")
     *parsed, in_config, in_argv = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -86,11 +90,11 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
             f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
             "what concerns processes and devices."
         )
-    script_args, training_args, model_args = parsed
+    script_args, training_args, model_args, mixture = parsed
     for name, value in {
         "model_name_or_path": model_args.model_name_or_path,
         "target_model_name_or_path": script_args.target_model_name_or_path,
-        "dataset_name": script_args.dataset_name,
+        "dataset_name": script_args.dataset_name or mixture.datasets or None,
     }.items():
         if value is None:
             raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
@@ -99,16 +103,32 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
                 AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
             except (OSError, ValueError) as error:
                 raise ValueError(f"`{name}` {value!r} is no model that can be loaded: {error}") from error
+    for name in script_args.reward_funcs or []:
+        load_reward(name)
     return parsed, launch_args, in_argv
+
+
+def load_reward(name: str) -> Callable:
+    """A further reward: a name in `trl.rewards`, or a dotted import path, looked up in the current directory, too."""
+    module, _, attribute = name.rpartition(".")
+    if module and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(import_module(module or "trl.rewards"), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`reward_funcs` {name!r} cannot be imported: {error}.") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    (script_args, training_args, model_args), *_ = parse(argv)
-    splits = load_splits(
-        script_args.dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_streaming
-    )
-    train_dataset = take_split(splits, script_args.dataset_train_split, script_args.dataset_name, "dataset_name")
+    (script_args, training_args, model_args, mixture), *_ = parse(argv)
+    if mixture.datasets:  # as in TRL, this comes first
+        splits: Any = get_dataset(mixture)
+        dataset_name = ", ".join(dataset.path for dataset in mixture.datasets)
+    else:
+        dataset_name = script_args.dataset_name
+        splits = load_splits(dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_streaming)
+    train_dataset = take_split(splits, script_args.dataset_train_split, dataset_name, "dataset_name")
     eval_dataset = None
     if script_args.eval_dataset_name is not None:
         held_out = load_splits(script_args.eval_dataset_name, "eval_dataset_name")
@@ -118,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset = splits[script_args.dataset_test_split]
     elif training_args.eval_strategy != "no":
         raise ValueError(
-            f"`eval_strategy` is {str(training_args.eval_strategy)!r}, but `dataset_name` {script_args.dataset_name!r} has no split "
+            f"`eval_strategy` is {str(training_args.eval_strategy)!r}, but `dataset_name` {dataset_name!r} has no split "
             f"{script_args.dataset_test_split!r}. Name held-out prompts with `--eval_dataset_name`."
         )
     if script_args.num_eval_prompts is not None and eval_dataset is not None:
@@ -127,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     if script_args.evaluation_language is not None:
         text_evaluation = partial(evaluate_texts, language=script_args.evaluation_language)
     metric = script_args.load_metric()
+    reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
+    if script_args.reward_model_name_or_path:
+        reward_funcs.insert(0, script_args.reward_model_name_or_path)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -141,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        reward_funcs=reward_funcs,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         reference_texts=script_args.reference_texts,
@@ -154,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer.create_model_card()
     trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
     trainer.accelerator.end_training()
     return 0
