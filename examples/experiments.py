@@ -56,6 +56,11 @@ OTHERS = """
 - [`smollm2_wikipedia`](smollm2_wikipedia/results.md): `examples/configs/smollm2_wikipedia.yaml`, one training run, seed 0, two
   CPU cores shared with other work. It was made before the reward's scale had a floor, which its `metagradient/std` never comes
   near, and before `log.jsonl` held the validations from before training; those are in `results.json`.
+- [`robustness`](robustness/results.md): what the QR code of `tiny_qr`, seed 0, survives, one thread of a CPU shared with other work, ten
+  minutes. The target was marked with 4,096 texts of `python examples/verify.py --generator runs/tiny_qr/metagradient/seed_0 ...`, clean
+  and unrelated text are words at random (`python examples/make_tiny.py`, then `head -2000 tiny/random.jsonl > clean.jsonl` and `tail -2096
+  tiny/random.jsonl > other.jsonl`): `python examples/robustness.py --marking_data .../verification/samples.jsonl --clean_data clean.jsonl
+  --continued_data other.jsonl --control_data tiny/random.jsonl --learning_rate 1e-4 --batch_size 512`.
 - [`data_valuation`](data_valuation/results.md): `python examples/data_valuation.py --offline --output_dir
   examples/results/data_valuation`, seed 0, one draw of leads and one ranking, two CPU cores shared with other work. The
   learning rate was chosen between two on undamaged leads; the kinds of damage and the seed were not tuned. It was made with the
