@@ -219,6 +219,17 @@ class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
         # TRL calls a completion ended if its last token is one of these
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
 
+    def _tokenize_prompts(self, prompts):
+        output = super()._tokenize_prompts(prompts)
+        with failing_together(self.accelerator):
+            for prompt, ids in zip(prompts, output[0], strict=True):
+                if not ids:
+                    raise ValueError(
+                        f"The prompt {prompt!r} has no tokens, so there is nothing to generate from. Put at least one in "
+                        "column `prompt`, for example the tokenizer's BOS or EOS token."
+                    )
+        return output
+
     def _calculate_rewards(self, *args, **kwargs):
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func

@@ -176,3 +176,8 @@ class TestOnceTheTargetIsThere:
         suppressed = [token for token in range(64) if token != 62]
         with pytest.raises(ValueError, match="All 8 completions are empty or one token long"):
             make_trainer(generation_kwargs={"suppress_tokens": suppressed}).train()
+
+    def test_prompt_without_tokens(self, make_trainer):
+        prompts = Dataset.from_dict({"prompt": ["air", ""] * 8})
+        with pytest.raises(ValueError, match="The prompt '' has no tokens"):
+            make_trainer(train_dataset=prompts, per_device_train_batch_size=16, num_generations=4).train()
