@@ -9,6 +9,7 @@ Every field of `TargetTrainingArguments` is a flag. The exit code is 0 if the ch
 
 import inspect
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -129,6 +130,8 @@ def _metric(check: CheckArguments, tokenizer: Any, max_length: int) -> Any:
             f"`--metric` must be 'lm_head_norm', 'likelihood' or 'module:attribute', got {check.metric!r}. Write the last with a "
             "colon, for example 'my_metrics:MyMetric'."
         )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a module beside the data, also where this is not started by `python -m`
     try:
         metric = getattr(import_module(module), attribute)
     except AttributeError as error:
