@@ -61,6 +61,10 @@ OTHERS = """
   and unrelated text are words at random (`python examples/make_tiny.py`, then `head -2000 tiny/random.jsonl > clean.jsonl` and `tail -2096
   tiny/random.jsonl > other.jsonl`): `python examples/robustness.py --marking_data .../verification/samples.jsonl --clean_data clean.jsonl
   --continued_data other.jsonl --control_data tiny/random.jsonl --learning_rate 1e-4 --batch_size 512`.
+- [`closed_loop`](closed_loop/results.md): generator and target in turns, the target keeping what it learned, for the norm of its head
+  (before `tiny_l2` had its entropy bonus), seed 0: `python examples/closed_loop.py --config examples/configs/tiny_l2.yaml --max_steps 60
+  --rounds 8`. The norm falls for two rounds, stays, and rises from the fifth on, always below that of a target fine-tuned as long on the
+  untrained generator's text.
 - [`data_valuation`](data_valuation/results.md): `python examples/data_valuation.py --offline --output_dir
   examples/results/data_valuation`, seed 0, one draw of leads and one ranking, two CPU cores shared with other work. The
   learning rate was chosen between two on undamaged leads; the kinds of damage and the seed were not tuned. It was made with the
@@ -166,17 +170,17 @@ EXPERIMENTS = {
                 "K = 8": "--target_batch_size 32",
                 "constant rate": "--lr_scheduler_type constant",
                 "cosine rate": "--lr_scheduler_type cosine",
-                "beta2 0.95": "--adam_beta2 0.95",
-                "gradients clipped at 0.3": "--max_grad_norm 0.3",
-                "entropy bonus 0.003": "--entropy_coef 0.003",
-                "entropy bonus 0.01": "--entropy_coef 0.01",
+                "beta2 0.999": "--adam_beta2 0.999",
+                "gradients clipped at 1": "--max_grad_norm 1",
+                "no entropy bonus": "--entropy_coef 0",
+                "entropy bonus 0.02": "--entropy_coef 0.02",
                 "2 updates a batch": "--num_iterations 2 --max_steps 240 --eval_steps 60",
                 "4 updates a batch": "--num_iterations 4 --max_steps 480 --eval_steps 120",
             }.items()
         },
         notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s). "
         '*Base*: epsilon_root `"auto"`, rewards standardized over the batch and by TRL no further, groups of 8, K = 1, linear rate, '
-        "no entropy bonus, one update a generation batch. K = 8 cuts the same batch into eight.",
+        "beta2 0.95, gradients clipped at 0.3, entropy bonus 0.005, one update a generation batch. K = 8 cuts the same batch into eight.",
     ),
 }
 
