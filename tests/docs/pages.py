@@ -89,8 +89,8 @@ def shrink(config) -> None:
     on_cpu(config)
     config.gradient_checkpointing, config.disable_tqdm = False, True
     config.report_to, config.save_strategy = "none", "no"
-    config.max_steps = config.max_steps if 0 < config.max_steps < 3 else 2
     config.logging_steps = 1
     config.per_device_train_batch_size = config.per_device_eval_batch_size = 8
     if isinstance(config, GRPOConfig):
+        config.max_steps = config.max_steps if 0 < config.max_steps < 3 else 2
         config.num_generations, config.max_completion_length = 4, 6

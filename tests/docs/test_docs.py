@@ -57,6 +57,7 @@ EXPECTED = {
         and "eval_prefers_wanted" in out
         and compute_metagradients(tiny_causal_lm(), EXAMPLES, scope["small_embeddings"], ARGS).metagradients.all()
     ),
+    "docs/recipe.md": lambda scope, out: "Metagradients: passed" in out,
     "docs/scaling.md": lambda scope, out: scope["target_model"].dtype == torch.float32,
 }
 
@@ -273,3 +274,17 @@ def test_every_page_is_in_the_index():
 def test_models_are_those_of_the_documentation():
     texts = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     assert all(name in texts for name in MODELS)
+
+
+def test_settings_are_those_of_the_results():
+    """Figures of docs/recipe.md."""
+    table = (ROOT / "examples/results/README.md").read_text(encoding="utf-8").partition("(`tiny_settings`)")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    column = rows[0].index("pixel accuracy, trained")
+    measured = {row[0]: float(row[column].split()[0]) for row in rows[1:]}
+    quoted = re.findall(
+        r"^\| ([^|]+) \| (\d\.\d\d) \|$", (ROOT / "docs/recipe.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(quoted) == 10
+    for name, value in quoted:
+        assert float(value) == round(measured[name], 2), name
