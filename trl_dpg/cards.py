@@ -448,7 +448,7 @@ def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
         "headline": _headline(facts),
         "first_table": next(iter(tables.values()), None),
         "metric_before": next((v["after"]["mean"]["metric_before"] for v in facts["validation"].values()), None),
-        "recipe": _recipe(facts["recipe"]),
+        "recipe": recipe_text(facts["recipe"]),
         "base_text": _model_text(facts["base_model"]),
         "target_text": _model_text(facts["target"]),
         "single_draw": all(draws["after"]["draws"] == 1 for draws in facts["validation"].values()),
@@ -471,8 +471,8 @@ def _model_text(model: dict[str, Any]) -> str:
     )
 
 
-def _recipe(recipe: dict[str, Any]) -> str:
-    """The target's fine-tuning run in a line."""
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """The target's fine-tuning run in a line, of the `recipe` in [`training_facts`]."""
     steps = "one step" if recipe["steps"] == 1 else f"{recipe['steps']} steps"
     parts = [
         f"{steps} of {'AdamW' if recipe['optim'] == 'adamw' else 'SGD'}",
@@ -534,8 +534,17 @@ def _heading(name: str) -> str:
     return HEADINGS.get(name, name.replace("_", " "))
 
 
-def _table(validation: dict[str, Any]) -> str:
-    """Before and after, as a Markdown table."""
+def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
+    """
+    Before and after, as the cells of a table, its head first.
+
+    Args:
+        validation (`dict[str, Any]`):
+            Of one validation set, what [`summarize_validation`] gives.
+
+    Returns:
+        `list[list[str]]`: Rows of cells.
+    """
     sides = [side for side in (validation["before"], validation["after"]) if side is not None]
     heads = []
     for side in sides:
@@ -543,15 +552,21 @@ def _table(validation: dict[str, Any]) -> str:
         if side is validation["after"]:
             who = "this generator"
         heads.append(f"{who}, {side['draws']} draw{'s' if side['draws'] > 1 else ''}")
-    lines = ["| validation | " + " | ".join(heads) + " |", "|---|" + "---|" * len(sides)]
+    rows = [["validation", *heads]]
     for name in _shown(validation["after"]["mean"]):
         cells = []
         for side in sides:
             value, error = side["mean"].get(name), side["standard_error"].get(name)
             text = "" if value is None else f"{value:.4g}"
             cells.append(f"{text} ± {error:.1g}" if error else text)
-        lines.append(f"| {_heading(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([_heading(name), *cells])
+    return rows
+
+
+def _table(validation: dict[str, Any]) -> str:
+    """Before and after, as a Markdown table."""
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in validation_rows(validation))
+    return "\n".join([head, "|" + "---|" * len(validation_rows(validation)[0]), *rows])
 
 
 def _eval_results(facts: dict[str, Any], datasets: list[str]) -> list[EvalResult]:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 
 if TYPE_CHECKING:
@@ -134,6 +135,101 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
     _draw_patterns(titled, pattern, path, width=1.9)
 
 
+def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | PathLike[str], label: str) -> None:
+    """
+    Draws one logged figure over training.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            `trainer.state.log_history`.
+        key (`str`):
+            Name of the figure.
+        path (`str` or `PathLike`):
+            PNG file to write.
+        label (`str`):
+            What it is, with its unit.
+    """
+    import matplotlib.pyplot as plt
+
+    points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    axes.plot(*zip(*points, strict=True), color="tab:blue")
+    axes.set_ylim(0, 1.08 * max(value for _, value in points) or 1)
+    axes.set_xlabel("GRPO step")
+    axes.set_ylabel(label)
+    _finish(axes)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | PathLike[str], label: str) -> None:
+    """
+    Draws how a distribution changes over training: its median, and bands around it.
+
+    Args:
+        quantiles (`Mapping[int, Sequence[float]]`):
+            Step → minimum, 5 %, 25 %, median, 75 %, 95 % and maximum.
+        path (`str` or `PathLike`):
+            PNG file to write.
+        label (`str`):
+            What is distributed.
+    """
+    import matplotlib.pyplot as plt
+
+    steps = sorted(quantiles)
+    values = np.array([quantiles[step] for step in steps]).T
+    largest = np.abs(values).max()
+    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
+    if -2 <= exponent <= 2:
+        exponent = 0
+    values = values / 10.0**exponent
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    bands = (("all", 0, 6, 0.12), ("5 % to 95 %", 1, 5, 0.22), ("25 % to 75 %", 2, 4, 0.4))
+    for name, low, high, alpha in bands:
+        axes.fill_between(steps, values[low], values[high], color="tab:blue", alpha=alpha, lw=0, label=name)
+    axes.plot(steps, values[3], color="tab:blue", label="median")
+    axes.axhline(0, color="gray", lw=0.8)
+    axes.set_xlabel("GRPO step")
+    unit = f" / 10$^{{{exponent}}}$" if exponent else ""
+    axes.set_ylabel(label.replace("_", " ") + unit)
+    _finish(axes, columns=4)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str, width: int = 420) -> Image.Image:
+    """
+    Draws one frame of an animation: what was decoded, wrong pixels red, and a line below.
+
+    Args:
+        rows (`Sequence[str]`):
+            Rows of the pattern decoded, `"1"` for dark.
+        pattern (array-like of shape `(rows, columns)`):
+            Signs asked for.
+        caption (`str`):
+            The line; the share of right pixels is added.
+        width (`int`, *optional*, defaults to `420`):
+            Width in pixels, about.
+
+    Returns:
+        `PIL.Image.Image`: The frame. All frames of a pattern have the same size.
+    """
+    decoded = np.array([[1 if pixel == "1" else -1 for pixel in row] for row in rows])
+    wanted = np.asarray(pattern)
+    colors = np.array([ImageColor.getrgb(name) for name in (LIGHT, DARK, WRONG_LIGHT, WRONG_DARK)], dtype=np.uint8)
+    picture = colors[(decoded > 0) + 2 * (decoded != wanted)]
+    border = 4 if min(wanted.shape) >= 21 else 1
+    picture = np.pad(picture, ((border, border), (border, border), (0, 0)), constant_values=255)
+    size = max(1, width // picture.shape[1])
+    frame = Image.fromarray(picture.repeat(size, axis=0).repeat(size, axis=1))
+    canvas = Image.new("RGB", (frame.width, frame.height + 32), "white")
+    canvas.paste(frame)
+    text = f"{caption}: {_percent((decoded == wanted).mean())}"
+    draw = ImageDraw.Draw(canvas)
+    draw.text((frame.width / 2, frame.height + 10), text, "black", ImageFont.load_default(18), anchor="mm")
+    return canvas
+
+
 _DOTS: dict[str, Any] = {"color": "tab:orange", "linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
 
 
@@ -180,11 +276,11 @@ def _validations(log_history: Sequence[dict[str, Any]], key: str) -> dict[int, f
     return {step: fmean(values) for step, values in by_step.items()}
 
 
-def _finish(axes: "Axes") -> None:
+def _finish(axes: "Axes", columns: int = 2) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if handles:  # above the axes, where it hides nothing
         axes.legend(
-            handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2
+            handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2
         )

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
+from .callbacks import ReportCallback
 from .cards import PAPER
 from .config import DatasetPolicyGradientConfig
 from .data import completion_text, indices_to_train_on
@@ -216,6 +217,7 @@ class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
             tools=tools,
             rollout_func=rollout_func,
         )
+        self.add_callback(ReportCallback(self))
         # TRL calls a completion ended if its last token is one of these
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
 

@@ -2,8 +2,9 @@
 Target metrics Φ: what the fine-tuned model is wanted to do well on.
 
 A metric is any callable `metric(model) -> scalar tensor` that is differentiable in the model's parameters; higher is
-better. Two methods are optional: `setup(model)`, called on the original model before each fine-tuning run, and
-`readouts(model) -> dict[str, float]`, called on the fine-tuned model for numbers a person can read.
+better. Optional are `setup(model)`, called on the original model before each fine-tuning run, `readouts(model) ->
+dict[str, float]`, called on the fine-tuned model for numbers a person can read, and `state()` with `load_state(state)`, for
+what should survive a checkpoint.
 
 Beside the metrics, [`decode_pattern`] reads a pattern back from two checkpoints and [`evaluate_texts`] looks at what a
 generator writes.

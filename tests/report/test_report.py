@@ -1,0 +1,176 @@
+"""What a run leaves behind to be looked at: files, TensorBoard, and one HTML page."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from examples.resources import tiny_prompts
+from trl_dpg.callbacks import read_rows
+from trl_dpg.metrics import LMHeadNorm
+from trl_dpg.report import write_report
+
+
+VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+
+
+def report_of(trainer):
+    return Path(trainer.args.output_dir) / "report"
+
+
+def test_files(make_trainer):
+    trainer = make_trainer(**VALIDATED)
+    trainer.train()
+    report = report_of(trainer)
+    assert {path.name for path in report.iterdir()} == {
+        *("run.json", "log.jsonl", "samples.jsonl", "rewards.jsonl", "patterns.jsonl"),
+        *("curve.png", "entropy.png", "rewards.png", "pattern.gif", "patterns"),
+    }
+    assert read_rows(report / "log.jsonl") == trainer.state.log_history
+    run = json.loads((report / "run.json").read_text())
+    assert run["metric"]["name"] == "LMHeadPattern" and run["settings"]["max_completion_length"] == 6
+    assert run["validation"]["eval"]["after"]["step"] == 2
+    assert str(report.parent) not in (report / "run.json").read_text()
+
+    # the last step's samples are the best and the worst of its batch, by the raw metagradient
+    raw = list(trainer._logs["extra"]["metagradient_raw"])
+    samples = [row for row in read_rows(report / "samples.jsonl") if row["step"] == 2]
+    assert [row["reward"] for row in samples if row["kind"] == "highest"] == sorted(raw, reverse=True)[:3]
+    assert [row["reward"] for row in samples if row["kind"] == "lowest"] == sorted(raw)[:3]
+    best = samples[0]
+    index = raw.index(best["reward"])
+    assert (best["prompt"], best["completion"]) == (trainer._logs["prompt"][index], trainer._logs["completion"][index])
+    rewards = read_rows(report / "rewards.jsonl")
+    assert [row["step"] for row in rewards] == [1, 2]
+    assert rewards[1]["quantiles"][0] == min(raw) and rewards[1]["quantiles"][6] == max(raw)
+    assert rewards[1]["quantiles"][3] == pytest.approx(torch.tensor(raw, dtype=torch.float64).quantile(0.5).item())
+
+    patterns = {row["step"]: row["decoded"] for row in read_rows(report / "patterns.jsonl")}
+    signs = [[1 if pixel == "1" else -1 for pixel in row] for row in patterns[2]]
+    assert signs == trainer.metric.decoded.tolist()
+    assert sorted(path.name for path in (report / "patterns").iterdir()) == [f"step-{n:06d}.png" for n in (0, 1, 2)]
+    with Image.open(report / "pattern.gif") as animation:
+        assert animation.n_frames >= 2  # frames that are alike may be joined
+
+
+def test_metric_without_a_picture_and_without_validation(make_trainer):
+    trainer = make_trainer(metric=LMHeadNorm(), eval_dataset=None)
+    trainer.train()
+    names = {path.name for path in report_of(trainer).iterdir()}
+    assert "curve.png" in names and not names & {"patterns", "pattern.gif", "patterns.jsonl"} - {"patterns.jsonl"}
+    page = write_report(trainer.args.output_dir).read_text()
+    assert "the norm of its LM head becomes smaller" in page and "The picture in the weights" not in page
+
+
+def test_baseline_reward(make_trainer):
+    trainer = make_trainer(reward="edit_distance", reference_texts=["air and"], scale_rewards="batch")
+    trainer.train()
+    values = list(trainer._logs["rewards"]["edit_distance"])
+    assert read_rows(report_of(trainer) / "rewards.jsonl")[1]["quantiles"][6] == max(values)
+
+
+def test_a_resumed_run_goes_on_with_its_report(make_trainer):
+    config = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(**config)
+    whole.train()
+    report = report_of(whole)
+    files = {name: read_rows(report / name) for name in ("samples.jsonl", "rewards.jsonl", "patterns.jsonl")}
+    history = [row.get("loss", row.get("eval_metric")) for row in read_rows(report / "log.jsonl")]
+    resumed = make_trainer(**config)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert [row.get("loss", row.get("eval_metric")) for row in read_rows(report / "log.jsonl")] == history
+    for name, rows in files.items():
+        assert read_rows(report / name) == rows, name
+
+
+def test_another_run_in_the_same_place_starts_anew(make_trainer):
+    make_trainer(**VALIDATED).train()
+    trainer = make_trainer(**{**VALIDATED, "max_steps": 1})
+    trainer.train()
+    report = report_of(trainer)
+    assert {row["step"] for row in read_rows(report / "samples.jsonl")} == {1}
+    assert sorted(path.name for path in (report / "patterns").iterdir()) == ["step-000000.png", "step-000001.png"]
+
+
+def test_tensorboard_gets_pictures_and_texts(make_trainer):
+    trainer = make_trainer(report_to="tensorboard", **VALIDATED)
+    trainer.train()
+    (events,) = Path(trainer.args.output_dir).rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    assert {f"report/{name}" for name in ("curve", "rewards", "entropy", "pattern")} <= set(found.Tags()["images"])
+    image = found.Images("report/pattern")[-1]
+    with Image.open(report_of(trainer) / "patterns" / "step-000002.png") as picture:
+        assert (image.step, image.width, image.height) == (2, *picture.size)
+    text = found.Tensors("report/highest_rewards/text_summary")[-1]
+    best = read_rows(report_of(trainer) / "samples.jsonl")[6]
+    assert best["completion"].encode() in text.tensor_proto.string_val[0]
+
+
+def test_training_goes_on_where_no_report_can_be_written(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(**VALIDATED)
+    Path(trainer.args.output_dir).mkdir(exist_ok=True)
+    report_of(trainer).write_text("a file where the folder should be")
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "The report of step 0 could not be written" in caplog.text
+
+
+class Page(HTMLParser):
+    """Collects what a page loads, its tags, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.loaded, self.tags, self.texts = [], set(), []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.loaded += [value for name, value in attributes if name in ("src", "srcset", "data") or tag == "link"]
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path):
+    class Hostile(TrainerCallback):
+        """Puts markup into a completion before the report sees it."""
+
+        def on_log(self, args, state, control, **kwargs):
+            for index in range(len(trainer._logs["completion"])):
+                trainer._logs["completion"][index] = "<script>alert(1)</script> & <b>bold</b>"
+
+    trainer = make_trainer(**VALIDATED)
+    trainer.callback_handler.callbacks.insert(0, Hostile())
+    trainer.train()
+    path = write_report(trainer.args.output_dir, tmp_path / "page.html")
+    assert path == tmp_path / "page.html"
+    html = path.read_text()
+    page = Page(html)
+    assert "script" not in page.tags and "<script>alert(1)</script> & <b>bold</b>" in page.texts
+    assert len(page.loaded) == 5 and all(value.startswith("data:image/") for value in page.loaded)
+    assert not re.search(r"url\(|@import", html)
+    assert str(tmp_path) not in html
+    for fact in ("pixel accuracy", "before training, 1 draw", "GPT2LMHeadModel", "max_completion_length 6"):
+        assert fact in html
+
+
+def test_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"`run_dir` {str(tmp_path)!r} holds no report of a run")):
+        write_report(tmp_path)
+
+
+def test_prompts_of_a_conversation(make_trainer, chat_tokenizer):
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in tiny_prompts(16, 1)["train"]]
+    trainer = make_trainer(
+        train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=chat_tokenizer, eval_dataset=None
+    )
+    trainer.train()
+    (sample, *_) = read_rows(report_of(trainer) / "samples.jsonl")
+    assert sample["prompt"] in [prompt[0]["content"] for prompt in prompts] and isinstance(sample["completion"], str)

@@ -1,0 +1,92 @@
+"""One HTML page about a run."""
+
+import base64
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .callbacks import read_rows
+from .cards import PAPER, recipe_text, validation_rows
+
+
+def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
+    """
+    Writes one HTML page about a run: its figures, curves, pictures and texts. The page holds all of it, so it can be sent and opened
+    anywhere; it loads nothing and runs no script.
+
+    Args:
+        run_dir (`str` or `PathLike`):
+            The run's `output_dir`, in or after training.
+        path (`str` or `PathLike`, *optional*):
+            HTML file to write. `report.html` in `run_dir` if `None`.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        [`ValueError`]: If `run_dir` holds no report of a run.
+
+    Example:
+
+    ```python
+    from trl_dpg.report import write_report
+
+    write_report("runs/qr")
+    ```
+    """
+    folder = Path(run_dir) / "report"
+    if not (folder / "run.json").exists():
+        raise ValueError(
+            f"`run_dir` {os.fspath(run_dir)!r} holds no report of a run (`report/run.json`). Give the `output_dir` of a run of "
+            "`DatasetPolicyGradientTrainer`."
+        )
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    history = read_rows(folder / "log.jsonl")
+    samples = read_rows(folder / "samples.jsonl")
+    patterns = sorted((folder / "patterns").glob("step-*.png"))
+    steps = sorted({sample["step"] for sample in samples})
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files("trl_dpg").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    page = template.render(
+        name=Path(run_dir).absolute().name,
+        run=run,
+        recipe=recipe_text(run["recipe"]),
+        tables={name: validation_rows(validation) for name, validation in run["validation"].items()},
+        progress=_progress(history),
+        pictures={name: _data_uri(folder / f"{name}.png") for name in ("curve", "entropy", "rewards")},
+        pattern=_data_uri(patterns[-1]) if patterns else None,
+        animation=_data_uri(folder / "pattern.gif"),
+        samples=[
+            (step, kind, [sample for sample in samples if (sample["step"], sample["kind"]) == (step, kind)])
+            for step in dict.fromkeys([*steps[:1], *steps[-1:]])
+            for kind in ("highest", "lowest")
+        ],
+        paper=PAPER,
+    )
+    path = Path(path) if path is not None else Path(run_dir) / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _progress(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far the run is, from what was logged last."""
+    trained = [row for row in history if "loss" in row]
+    ended = [row for row in history if "train_runtime" in row]
+    return {
+        "step": trained[-1]["step"] if trained else 0,
+        "seconds": ended[-1]["train_runtime"] if ended else None,
+        "entropy": [row["entropy"] for row in trained if row.get("entropy") is not None],
+    }
+
+
+def _data_uri(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    kind = path.suffix.removeprefix(".")
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
