@@ -8,15 +8,22 @@ import pytest
 from trl import GRPOConfig, SFTConfig
 
 import trl_dpg.hub
+from examples.resources import save_tiny_models
 from tests.docs.pages import Directory, load_tiny_dataset, on_cpu, shrink
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Directories of a generator and a target."""
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture
-def directory(tmp_path, monkeypatch):
+def directory(tmp_path, tiny_models, monkeypatch):
     """The working directory of a page's code, with tiny models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    yield Directory(tmp_path)
+    yield Directory(tmp_path, *tiny_models)
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):  # of a file on a page
             del sys.modules[name]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import datasets
 from trl import GRPOConfig
 
-from examples.resources import save_tiny_models, tiny_prompts
+from examples.resources import tiny_prompts
 
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +49,8 @@ def read_blocks(page: str, language: str | None = None) -> list[Block]:
 class Directory:
     """The working directory of a page's code."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, generator: str, target: str):
         self.path = path
-        generator, target = save_tiny_models(path / "models")
         self.models = {name: {"generator": generator, "target": target}[role] for name, role in MODELS.items()}
         for folder in ("examples", "benchmarks", "trl_dpg"):
             (path / folder).symlink_to(ROOT / folder)
