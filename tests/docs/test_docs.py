@@ -13,6 +13,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -23,15 +24,31 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from trl.cli.main import main as trl
 from trl.scripts.grpo import GRPOScriptArguments
 
-from examples.resources import tiny_causal_lm, tiny_prompts
+from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from tests.docs.pages import MODELS, PAGES, ROOT, read_blocks
-from trl_dpg import DatasetPolicyGradientConfig, cli
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, cli
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metrics import LMHeadNorm
+from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 from trl_dpg.scripts.dpg import DPGScriptArguments
 
 
 LANGUAGES = {"python", "bash", "yaml", "diff", "text"}
+
+
+def finished_run():
+    """A run in `runs/qr`."""
+    tokenizer, prompts = tiny_tokenizer(), tiny_prompts(16, 1)["train"]
+    DatasetPolicyGradientTrainer(
+        model=tiny_causal_lm(),
+        target_model=tiny_causal_lm(seed=1),
+        metric=LMHeadPattern.sixty_seven(),
+        args=DatasetPolicyGradientConfig("runs/qr"),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        target_processing_class=tokenizer,
+    ).train()
+    return {}
+
 
 # What a page takes as given.
 TOKENS = [[1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 1, 2], [3, 3, 5, 1]]
@@ -46,6 +63,7 @@ GIVEN = {
         "metric": LMHeadNorm(),
         "args": ARGS,
     },
+    "docs/report.md": finished_run,
 }
 
 # What a page's code should have done, beyond running.
@@ -58,6 +76,7 @@ EXPECTED = {
         and compute_metagradients(tiny_causal_lm(), EXAMPLES, scope["small_embeddings"], ARGS).metagradients.all()
     ),
     "docs/recipe.md": lambda scope, out: "Metagradients: passed" in out,
+    "docs/report.md": lambda scope, out: Path("runs/qr/report.html").read_text().lower().startswith("<!doctype html>"),
     "docs/scaling.md": lambda scope, out: scope["target_model"].dtype == torch.float32,
 }
 
