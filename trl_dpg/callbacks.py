@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +214,7 @@ class ReportCallback(TrainerCallback):
         trackers = []
         for name in ("wandb", "trackio"):
             if name in (self.trainer.args.report_to or ()):
-                module = __import__(name)
+                module = import_module(name)
                 if name == "trackio" or module.run is not None:
                     trackers.append(module)
         return trackers

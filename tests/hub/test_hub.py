@@ -73,7 +73,7 @@ def test_push_to_hub(run, hub):
     repo = hub.repos["models", "me/generator"]
     assert commit.oid == repo.commits[-1] and repo.messages == ["A generator"]
     assert set(repo.files) == {
-        *("README.md", "dpg.json", "curve.png", "pattern.png", "config.json", "generation_config.json"),
+        *("README.md", "dpg.json", "curve.png", "pattern.png", "pattern.gif", "config.json", "generation_config.json"),
         *(WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
     }
     assert hub.created == [{"name": "generator", "organization": "me", "visibility": "private"}]
