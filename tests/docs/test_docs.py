@@ -241,10 +241,12 @@ def test_yaml(block, directory, cpu):
 
 
 def markdown_files():
-    skipped = {".venv", ".venv-lowest", "runs", ".git", ".pytest_cache"}
-    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
-    # templates are filled in where their links lead somewhere
-    return [str(path) for path in sorted(paths) if path.parts[0] not in skipped and "templates" not in path.parts]
+    """All of the repository's, but for templates, which are filled in where their links lead somewhere."""
+    folders = [
+        path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "runs"
+    ]
+    paths = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+    return [str(path.relative_to(ROOT)) for path in sorted(paths) if "templates" not in path.parts]
 
 
 def without_code(text):
