@@ -219,6 +219,11 @@ class TargetTrainingArguments:
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.
         """
+        sampling, strategy = "group_by_length", "random"
+        if hasattr(config, "train_sampling_strategy"):
+            sampling, strategy = "train_sampling_strategy", config.train_sampling_strategy
+        elif config.group_by_length:  # of Transformers 5.0
+            strategy = "group_by_length"
         unsupported = {
             "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),
             "max_steps": config.max_steps > 0,
@@ -236,8 +241,7 @@ class TargetTrainingArguments:
             "optim_args": bool(config.optim_args),  # SGD's momentum
             "router_aux_loss_coef": bool(config.router_aux_loss_coef),
             "accelerator_config": config.accelerator_config.split_batches,  # type: ignore[union-attr]
-            "train_sampling_strategy": config.train_sampling_strategy not in ("random", "sequential")
-            and "shuffle" not in overrides,
+            sampling: strategy not in ("random", "sequential") and "shuffle" not in overrides,
         }
         for name, is_unsupported in unsupported.items():
             if is_unsupported and name not in overrides:
@@ -262,7 +266,7 @@ class TargetTrainingArguments:
             "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
             "micro_batch_size": config.train_batch_size,
             "max_length": config.max_length,
-            "shuffle": config.shuffle_dataset or config.train_sampling_strategy == "random",
+            "shuffle": config.shuffle_dataset or strategy == "random",
             "seed": config.seed,
             "loss_normalization": "batch_tokens",
         }
