@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
@@ -47,6 +48,45 @@ def _whatever_the_disk(method: Callable) -> Callable:
             logger.warning(f"The report of step {state.global_step} could not be written: {error}. Training goes on.")
 
     return wrapped
+
+
+class FiniteStepsCallback(TrainerCallback):
+    """
+    Keeps what is not finite, and batches whose rewards were skipped, out of the generator's weights.
+
+    An optimizer step any batch of which was skipped is not made: without gradients, weights and moments stay as they are.
+    With DeepSpeed, whose engine has the gradients, nothing is looked at.
+
+    Args:
+        trainer ([`DatasetPolicyGradientTrainer`]):
+            Trainer whose steps they are.
+    """
+
+    def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        trainer = self.trainer
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params]
+        is_finite = torch.isfinite(torch.nn.utils.get_total_norm(grads)) if grads else torch.tensor(True)
+        if args.fp16:
+            is_finite = torch.tensor(True)  # the gradient scaler looks after them
+        elif trainer.accelerator.num_processes > 1:
+            is_finite = trainer.accelerator.reduce(is_finite.to(args.device, torch.float32), "min")
+        if not is_finite:
+            if args.nonfinite == "raise":
+                raise FloatingPointError(
+                    f"Not finite: the gradient of the generator's step {state.global_step + 1}. Lower `learning_rate` or "
+                    "`max_grad_norm`, or look for a prompt that gives such a loss. To go on without such a step, set "
+                    "`nonfinite='skip'`."
+                )
+            logger.warning(f"Step {state.global_step + 1} of the generator is skipped: its gradient is not finite.")
+            trainer._metrics["train"]["nonfinite_steps"].append(1.0)
+        if trainer.step_skipped or not is_finite:
+            for param in params:
+                param.grad = None
+        trainer.step_skipped = False
 
 
 class ReportCallback(TrainerCallback):

@@ -48,6 +48,14 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether the metagradients of a generation batch come from one run of the target on all of it. If `False`, there
             are `num_generations` runs, each on one completion per prompt. Has no effect on other rewards.
+        nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What happens where a loss, gradient, cotangent or metric is not finite, in the target's run or in the generator's
+            step. It is never written into weights.
+
+            - `"raise"`: the run ends with a `FloatingPointError` that names the step and the quantity;
+            - `"skip"`: generator and optimizer stay as they are for that generation batch, which is counted as
+              `metagradient/skipped` (of the generator's own step, `nonfinite_steps`); a validation that is not finite has an
+              `eval_metric` of minus infinity. Not with DeepSpeed or fp16, which make or skip steps themselves.
         reward_language (`str`, *optional*):
             Language for `reward="language_identification"`, as a code such as `"es"`.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
@@ -126,6 +134,13 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         metadata={
             "help": "Whether one run of the target is on the whole generation batch, rather than one run for each rollout "
             "index on one completion per prompt. For `reward='metagradient'`."
+        },
+    )
+    nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "What happens where a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
+            "choices": ["raise", "skip"],
         },
     )
     reward_language: str | None = field(
@@ -212,6 +227,13 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     def __post_init__(self):
         if self.reward not in _REWARDS:
             raise ValueError(f"`reward` must be {' or '.join(map(repr, _REWARDS))}, got {self.reward!r}.")
+        if self.nonfinite not in ("raise", "skip"):
+            raise ValueError(f"`nonfinite` must be 'raise' or 'skip', got {self.nonfinite!r}.")
+        if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
+            raise ValueError(
+                f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
+                "itself. Leave it at 'raise'."
+            )
         if self.reward == "language_identification" and self.reward_language is None:
             raise ValueError(
                 "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."

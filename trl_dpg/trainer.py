@@ -1,9 +1,7 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +9,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from .callbacks import ReportCallback
+from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
+from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
@@ -35,15 +35,14 @@ from .target import load_target_model, load_target_tokenizer
 from .validation import validate
 
 
+logger = logging.get_logger(__name__)
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
 
-STATE_FILE = "dpg_state.json"  # in every checkpoint: what `"auto"` settings were measured to be
-
-
-class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
+class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
     """
     Trainer for Dataset Policy Gradients (DPG), proposed in [Synthetic Data for any Differentiable
     Target](https://huggingface.co/papers/2604.08423).
@@ -187,12 +186,20 @@ class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
         self.target_training: TargetTraining
         if args.reward == "metagradient":
             reward = self.target_training = MetagradientReward(
-                *target, cross_group_batching=args.cross_group_batching, num_generations=args.num_generations
+                *target,
+                cross_group_batching=args.cross_group_batching,
+                num_generations=args.num_generations,
+                nonfinite=args.nonfinite,
             )
         elif args.reward == "naive":
-            reward = self.target_training = NaiveReward(*target, num_generations=args.num_generations)  # type: ignore[arg-type]
+            reward = self.target_training = NaiveReward(
+                *target,
+                num_generations=args.num_generations,  # type: ignore[arg-type]
+                nonfinite=args.nonfinite,
+            )
         else:
             self.target_training = TargetTraining(*target)
+        self.step_skipped = False  # whether a batch of the optimizer step to come was
         self.metric = metric
         self.text_evaluation = text_evaluation
 
@@ -217,9 +224,15 @@ class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
             tools=tools,
             rollout_func=rollout_func,
         )
+        self.add_callback(FiniteStepsCallback(self))
         self.add_callback(ReportCallback(self))
         # TRL calls a completion ended if its last token is one of these
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_skipped |= self.target_training.skipped
+        return loss
 
     def _tokenize_prompts(self, prompts):
         output = super()._tokenize_prompts(prompts)
@@ -290,7 +303,13 @@ class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
         with failing_together(self.accelerator):
             training.place_target(self.accelerator.device)
             trained = [examples[i] for i in indices_to_train_on(examples)]
-            results = validate(training.target_model, trained, self.metric, training.args)
+            try:
+                results = validate(training.target_model, trained, self.metric, training.args)
+            except FloatingPointError as error:
+                if self.args.nonfinite == "raise":  # type: ignore[attr-defined]
+                    raise
+                logger.warning(f"The validation at step {self.state.global_step} counts as the worst: {error}")
+                results = {"metric": -math.inf}
             texts = [example["text"] for example in examples]
             if self.text_evaluation is not None:
                 results.update(self.text_evaluation(texts))
@@ -299,17 +318,6 @@ class DatasetPolicyGradientTrainer(PublishingMixin, GRPOTrainer):
         results["completion_length"] = sum(example["length"] for example in examples) / len(examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         return EvalLoopOutput(predictions=texts, label_ids=None, metrics=metrics, num_samples=len(texts))  # type: ignore[arg-type]
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(self.target_training.state()))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / STATE_FILE).exists():
-            self.target_training.load_state(json.loads((Path(checkpoint) / STATE_FILE).read_text()))
 
 
 def _groupless_advantages(

@@ -1,6 +1,7 @@
 """Validation: what the generator's data does in an ordinary fine-tuning run."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -102,6 +103,11 @@ def validate(
         with metric_memory():
             with torch.no_grad():
                 after = float(metric(model))
+            if not math.isfinite(after) or not all(math.isfinite(loss) for loss in losses):
+                raise FloatingPointError(
+                    f"Not finite: a validation's metric ({after}) or losses ({losses[-1]} at last). Lower the target's "
+                    "learning rate, or look for a broken text."
+                )
             readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
     return {
         "metric": after,

@@ -171,6 +171,7 @@ def test_a_file_for_trl_grpo_will_do(here):
     )
     assert json.loads((here / "run" / "dpg.json").read_text())["further_rewards"] == ["length"]
     assert dpg.load_reward("think_format_reward") is trl.rewards.think_format_reward
+    assert dpg.load_reward("get_soft_overlong_punishment")(completion_ids=[[0] * 1280]) == [-1.0]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ PAGE = TEXTS["docs/troubleshooting.md"]
 # Logged in special cases, which the tests named here bring about.
 SPECIAL = {
     "metagradient/micro_batch_size": "tests/reliability/test_memory.py",
+    "metagradient/skipped": "tests/reliability/test_nonfinite.py",
     "metagradient/NAME": "stands for a read-out",
     "metagradient/pixel_accuracy": "a read-out",
     "eval_pixel_accuracy": "a read-out",

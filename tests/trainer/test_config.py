@@ -80,6 +80,7 @@ class TestDefaults:
         ours = fields - {field.name for field in dataclasses.fields(GRPOConfig)}
         others = {
             "reward",
+            "nonfinite",
             "cross_group_batching",
             "reward_language",
             "target_model_init_kwargs",

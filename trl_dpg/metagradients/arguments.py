@@ -222,7 +222,7 @@ class TargetTrainingArguments:
         sampling, strategy = "group_by_length", "random"
         if hasattr(config, "train_sampling_strategy"):
             sampling, strategy = "train_sampling_strategy", config.train_sampling_strategy
-        elif config.group_by_length:  # of Transformers 5.0
+        elif config.group_by_length:  # type: ignore[attr-defined]  # of Transformers 5.0
             strategy = "group_by_length"
         unsupported = {
             "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),

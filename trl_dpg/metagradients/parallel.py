@@ -36,8 +36,8 @@ class Processes:
         """
         Runs a block without collectives; if it raises on any process, raises on every process.
 
-        A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause, instead of
-        waiting forever in their next collective.
+        A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause (a
+        [`FloatingPointError`] where all causes are such), instead of waiting forever in their next collective.
         """
         error = self._failure
         try:
@@ -116,13 +116,14 @@ class Processes:
     def _raise_any(self, error: Exception | None) -> None:
         if self.count > 1:
             message = f"{type(error).__name__} on process {self.index}: {error}"
-            mine = [] if error is None else [(message, isinstance(error, OutOfMemory))]
-            failures = gather_object(mine)
-            causes = [message for message, out_of_memory in failures if not out_of_memory]
+            kind = next((kind for kind in (OutOfMemory, FloatingPointError) if isinstance(error, kind)), RuntimeError)
+            failures = gather_object([] if error is None else [(message, kind)])
+            causes = [cause for cause in failures if cause[1] is not OutOfMemory]
             if failures and not causes:
                 raise OutOfMemory(failures[0][0])
             if causes and (error is None or isinstance(error, OutOfMemory)):
-                raise RuntimeError(f"The run ends because another process failed. {causes[0]}")
+                kind = FloatingPointError if all(kind is FloatingPointError for _, kind in causes) else RuntimeError
+                raise kind(f"The run ends because another process failed. {causes[0][0]}")
         if error is not None:
             raise error
 

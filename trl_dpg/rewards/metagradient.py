@@ -60,6 +60,9 @@ class MetagradientReward(TargetReward):
             of the runs is their mean.
         num_generations (`int`, *optional*):
             The trainer's number of completions per prompt, which `cross_group_batching=False` needs.
+        nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What to do where a loss, gradient or metric of the run is not finite: `"raise"` a [`FloatingPointError`], or
+            `"skip"` the batch, all of whose rewards are then 0.
 
     Example:
 
@@ -87,6 +90,7 @@ class MetagradientReward(TargetReward):
         eos_token_ids: list[int] | None = None,
         cross_group_batching: bool = True,
         num_generations: int | None = None,
+        nonfinite: str = "raise",
     ):
         num_datasets = 1
         if not cross_group_batching:
@@ -96,7 +100,14 @@ class MetagradientReward(TargetReward):
                 )
             num_datasets = num_generations
         super().__init__(
-            target_model, metric, args, processing_class, formatting_func, eos_token_ids, num_datasets=num_datasets
+            target_model,
+            metric,
+            args,
+            processing_class,
+            formatting_func,
+            eos_token_ids,
+            num_datasets=num_datasets,
+            nonfinite=nonfinite,
         )
 
     def measure(

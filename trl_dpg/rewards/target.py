@@ -1,5 +1,6 @@
 """The target's fine-tuning run, and what rewards that come from it have in common."""
 
+import logging
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ from ..metagradients.model import check_model, trainable_parameters, vocab_size
 from ..metagradients.parallel import failing_together
 from ..target import load_target_model, load_target_tokenizer
 
+
+logger = logging.getLogger(__name__)
 
 STD_FLOOR = 0.05  # of the largest standard deviation so far
 
@@ -61,6 +64,7 @@ class TargetTraining:
         eos_token_ids: list[int] | None = None,
     ):
         check_metric(metric)
+        self.skipped = False  # only a reward that comes from the target's run skips a batch
         self.target_model = load_target_model(target_model)
         self.metric = metric
         self.args = args or TargetTrainingArguments(adam_epsilon_root="auto")
@@ -123,15 +127,19 @@ class TargetReward(TargetTraining, ABC):
     Args:
         num_datasets (`int`, *optional*, defaults to `1`):
             Datasets that a generation batch is split into: row i belongs to dataset `i % num_datasets`.
+        nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What to do where a loss, gradient or metric of the target's run is not finite: `"raise"` a
+            [`FloatingPointError`], or `"skip"` the batch: all rewards are 0, and `skipped` is `True` until the next one.
         **kwargs:
             Arguments of [`TargetTraining`].
     """
 
     __name__: str  # what TRL logs it as
 
-    def __init__(self, *args, num_datasets: int = 1, **kwargs):
+    def __init__(self, *args, num_datasets: int = 1, nonfinite: str = "raise", **kwargs):
         super().__init__(*args, **kwargs)
         self.num_datasets = num_datasets
+        self.nonfinite = nonfinite
         self.largest_std = 0.0
 
     @abstractmethod
@@ -177,11 +185,20 @@ class TargetReward(TargetTraining, ABC):
         return outputs
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), f"{self.__name__}_largest_std": self.largest_std}
+        return {
+            **super().state(),
+            f"{self.__name__}_largest_std": self.largest_std,
+            "micro_batch_size": self.args.micro_batch_size,
+            "skipped": self.skipped,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.largest_std = state.get(f"{self.__name__}_largest_std", 0.0)  # another reward's is in other units
+        self.skipped = state.get("skipped", False)
+        sizes = [size for size in (self.args.micro_batch_size, state.get("micro_batch_size")) if size is not None]
+        if sizes:  # where memory ran out, smaller than asked for
+            self.args = replace(self.args, micro_batch_size=min(sizes))
 
     def __call__(
         self,
@@ -233,7 +250,21 @@ class TargetReward(TargetTraining, ABC):
         if trainer_state is not None:
             args = replace(args, seed=args.seed + trainer_state.global_step)
         datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
-        raw, figures = self.measure(examples, datasets, args, state)
+        try:
+            raw, figures = self.measure(examples, datasets, args, state)
+        except FloatingPointError as error:  # on every process
+            step = "" if trainer_state is None else f" of step {trainer_state.global_step}"
+            if self.nonfinite == "raise":
+                raise FloatingPointError(
+                    f"The target's run on the generation batch{step}: {error} To go on without such a batch, set "
+                    "`nonfinite='skip'`."
+                ) from error
+            logger.warning("The generation batch%s is skipped: %s", step, error)
+            self.skipped = True
+            if log_metric is not None:
+                log_metric(f"{self.__name__}/skipped", 1.0)
+            return [0.0] * len(local)
+        self.skipped = False
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=figures["adam_epsilon_root"])
         if "micro_batch_size" in figures:  # smaller now if memory ran out
@@ -266,6 +297,7 @@ class TargetReward(TargetTraining, ABC):
                 "truncated": sum(not example["ended"] for example in examples),
                 "cut": sum(len(example["input_ids"]) > args.max_length for example in examples),
                 **figures,
+                **({"skipped": 0.0} if self.nonfinite == "skip" else {}),
                 "seconds": time.perf_counter() - start_time,
             }.items():
                 log_metric(f"{self.__name__}/{name}", value)

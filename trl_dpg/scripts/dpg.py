@@ -114,7 +114,13 @@ def load_reward(name: str) -> Callable:
     if module and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(import_module(module or "trl.rewards"), attribute)
+        reward = getattr(import_module(module or "trl.rewards"), attribute)
+        # as `trl grpo` does, which names it as if it were a reward
+        return (
+            reward(max_completion_len=1280, soft_punish_cache=256)
+            if name == "get_soft_overlong_punishment"
+            else reward
+        )
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`reward_funcs` {name!r} cannot be imported: {error}.") from error
 

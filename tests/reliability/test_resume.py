@@ -1,0 +1,149 @@
+"""A run that is killed, at any moment, and resumed ends as the run that was never killed: same weights, same logs, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_dpg.checkpoints import is_whole
+
+
+ROOT = Path(__file__).parents[2]
+
+# Moments of a run of six steps (three checkpoints of which have half a generation batch left to train on)
+MOMENTS = {
+    "generation": ["generation:2"],
+    "half_a_state": ["half_a_state:4"],
+    "rng_saved": ["rng_saved:2"],
+}
+MORE = {
+    **{f"optimizer_saved_{n}": [f"optimizer_saved:{n}"] for n in (2, 4, 5, 6)},
+    **{f"rng_saved_{n}": [f"rng_saved:{n}"] for n in (3, 4, 5, 6)},
+    **{f"half_a_state_{n}": [f"half_a_state:{n}"] for n in (2, 3, 5, 6)},
+    **{f"rotation_{n}": [f"rotation:{n}"] for n in (2, 3, 4)},
+    **{f"metric_{n}": [f"metric:{n}"] for n in (12, 15, 18)},
+    "inner_loop": ["inner_loop:3"],
+    "metric": ["metric:9"],
+    "optimizer_saved": ["optimizer_saved:3"],
+    "rotation": ["rotation:1"],
+    "validation_2": ["validation:2"],
+    "validation_3": ["validation:3"],
+    "again_and_again": ["half_a_state:2", "rng_saved:2", "validation:1", "optimizer_saved:1", "generation:1"],
+}
+# Other settings that a checkpoint must carry
+SETTINGS = {
+    "micro_batch": {"target_micro_batch_size": 4},
+    "best": {"load_best_model_at_end": True, "save_steps": 2},
+    "adaptive_entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.01},
+    "whole_batches": {"steps_per_generation": 1, "num_iterations": 1},
+}
+
+
+def run(directory: Path, scenarios: dict[str, dict]) -> dict[str, dict]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("resume_worker.py")),
+        str(directory),
+        json.dumps(scenarios),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))[8:])
+
+
+def check(killed: dict, whole: dict, moments: list[str]) -> None:
+    assert killed["kills"] == [9] * len(moments) + [0]
+    for what in ("weights", "history", "reward", "checkpoints", "log"):
+        assert killed[what] == whole[what], what
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    scenarios = {"whole": {"kills": []}, **{name: {"kills": places} for name, places in MOMENTS.items()}}
+    return run(tmp_path_factory.mktemp("resume"), scenarios)
+
+
+def test_a_run_is_reproducible_and_its_weights_move(results, tmp_path):
+    again = run(tmp_path, {"whole": {"kills": []}})["whole"]
+    assert again == results["whole"]
+    losses = [row["loss"] for row in again["history"] if "loss" in row]
+    assert len(losses) == 6 and any(losses)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(results, moment):
+    check(results[moment], results["whole"], MOMENTS[moment])
+
+
+@pytest.mark.slow
+def test_killed_at_many_more_moments(tmp_path):
+    scenarios = {"whole": {"kills": []}, **{name: {"kills": places} for name, places in MORE.items()}}
+    found = run(tmp_path, scenarios)
+    for name, places in MORE.items():
+        check(found[name], found["whole"], places)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_killed_with_other_settings(tmp_path, setting):
+    places = ["half_a_state:2", "validation:1"]
+    config = SETTINGS[setting]
+    scenarios = {"whole": {"kills": [], "config": config}, "killed": {"kills": places, "config": config}}
+    found = run(tmp_path, scenarios)
+    check(found["killed"], found["whole"], places)
+
+
+# ---- What counts as a checkpoint ----
+
+SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+
+def test_the_last_whole_one_is_taken_and_what_is_broken_is_deleted(make_trainer):
+    trainer = make_trainer(**SAVED)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    (folder / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()
+    assert [is_whole(folder / f"checkpoint-{n}") for n in (1, 2, 3)] == [True, False, False]
+    resumed = make_trainer(**{**SAVED, "max_steps": 1})
+    resumed.train(resume_from_checkpoint=True)
+    assert not (folder / "checkpoint-3").exists()
+    (folder / "checkpoint-2" / "trainer_state.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="'.*checkpoint-2' is no whole checkpoint"):
+        make_trainer(**SAVED).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_no_whole_checkpoint(make_trainer):
+    trainer = make_trainer(**SAVED)
+    folder = Path(trainer.args.output_dir)
+    (folder / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no whole checkpoint in `output_dir` .*\(checkpoint-1: not whole\)"):
+        trainer.train(resume_from_checkpoint=True)
+    assert (folder / "checkpoint-1").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, monkeypatch):
+    trainer = make_trainer(**SAVED, save_total_limit=1)
+
+    def full(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = make_trainer(**SAVED, save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    whole = make_trainer(**SAVED, output_dir=f"{trainer.args.output_dir}-whole")
+    whole.train()
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
