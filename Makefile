@@ -9,13 +9,13 @@ TORCH ?= torch==2.13.0
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no $(CPU)
 
-.PHONY: demo real test test-slow bench lint clean
+.PHONY: demo real test test-slow test-lowest test-highest bench faults docs lint clean
 
 # OpenMP threads that spin while they wait slow every other process down.
-demo real test test-slow bench: export HF_HUB_OFFLINE := 1
-demo real test test-slow bench: export OMP_WAIT_POLICY := passive
-demo real test test-slow bench: export OMP_NUM_THREADS := 2
-demo real test test-slow bench: export TOKENIZERS_PARALLELISM := false
+demo real test test-slow bench faults: export HF_HUB_OFFLINE := 1
+demo real test test-slow bench faults: export OMP_WAIT_POLICY := passive
+demo real test test-slow bench faults: export OMP_NUM_THREADS := 2
+demo real test test-slow bench faults: export TOKENIZERS_PARALLELISM := false
 
 demo: $(VENV)/.installed
 	$(LAUNCH) examples/dpg.py --config examples/configs/tiny_qr.yaml
@@ -29,6 +29,19 @@ test: $(VENV)/.offline-data
 
 test-slow: $(VENV)/.offline-data
 	$(BIN)/python -m pytest tests -m slow
+
+# The fast tests with the lowest and the highest versions that pyproject.toml allows, each in a virtual environment of its own
+test-lowest test-highest: test-%: $(VENV)/.installed
+	$(BIN)/python tests/versions.py $*
+
+# A thousand steps with kills, full disks and NaN thrown in, against the same run without: about an hour on a CPU core
+faults: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.faults --steps 1000 --seconds 30 --output benchmarks/results/faults.json
+
+# The API reference, from docstrings
+docs: $(VENV)/.installed
+	$(BIN)/python docs/make_api.py
+	$(BIN)/ruff format docs
 
 # Cost, FLOPs, memory and accuracy of the engine: hours on two cores. Results go to benchmarks/results; on a GPU,
 # `make bench DEVICE=cuda RESULTS=benchmarks/results/NAME`.
@@ -50,7 +63,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .venv-lowest .venv-highest .mypy_cache .pytest_cache .ruff_cache
 	find trl_dpg examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml

@@ -61,6 +61,9 @@ OTHERS = """
   and unrelated text are words at random (`python examples/make_tiny.py`, then `head -2000 tiny/random.jsonl > clean.jsonl` and `tail -2096
   tiny/random.jsonl > other.jsonl`): `python examples/robustness.py --marking_data .../verification/samples.jsonl --clean_data clean.jsonl
   --continued_data other.jsonl --control_data tiny/random.jsonl --learning_rate 1e-4 --batch_size 512`.
+- [`robustness_k8`](robustness_k8/results.md): the same for the generator of `tiny_qr`, K = 8, marked at learning rate 1e-3, with runs 1 and
+  10 times as long as the marking, and other recipes on the generated text (`--learning_rate 1e-3 --lengths 1 10 --lasting true --orders 1`).
+  A mark made for eight steps outlasts one made for one: it survives 4 bit and pruning, and 98.2 % of it as much fine-tuning on other text again; ten times as much erases it.
 - [`closed_loop`](closed_loop/results.md): generator and target in turns, the target keeping what it learned, for the norm of its head
   (before `tiny_l2` had its entropy bonus), seed 0: `python examples/closed_loop.py --config examples/configs/tiny_l2.yaml --max_steps 60
   --rounds 8`. The norm falls for two rounds, stays, and rises from the fifth on, always below that of a target fine-tuned as long on the
@@ -83,6 +86,7 @@ NINETY_SIX_STEPS = "--target_batch_size 64 --steps_per_generation 24 --validatio
 PIXELS = {"pixel_accuracy": "pixel accuracy"}
 
 SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
+SETTINGS += "--adam_beta2 0.999 --max_grad_norm 1 --entropy_coef 0 "
 
 EXPERIMENTS = {
     "tiny_qr": Experiment(
@@ -148,7 +152,8 @@ EXPERIMENTS = {
             "language identification": "--reward language_identification --reward_language es --scale_rewards batch",
             "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
         },
-        notes="Spanish, where the name of a row says nothing else.",
+        notes='Spanish, where the name of a row says nothing else. The Spanish rows were made when epsilon_root `"auto"` was one mean '
+        "square of the first gradient; it is four now.",
         seeds=(0,),
         curve="language_share",
     ),
@@ -170,17 +175,17 @@ EXPERIMENTS = {
                 "K = 8": "--target_batch_size 32",
                 "constant rate": "--lr_scheduler_type constant",
                 "cosine rate": "--lr_scheduler_type cosine",
-                "beta2 0.999": "--adam_beta2 0.999",
-                "gradients clipped at 1": "--max_grad_norm 1",
-                "no entropy bonus": "--entropy_coef 0",
-                "entropy bonus 0.02": "--entropy_coef 0.02",
+                "entropy bonus 0.003": "--entropy_coef 0.003",
+                "entropy bonus 0.01": "--entropy_coef 0.01",
                 "2 updates a batch": "--num_iterations 2 --max_steps 240 --eval_steps 60",
                 "4 updates a batch": "--num_iterations 4 --max_steps 480 --eval_steps 120",
             }.items()
         },
         notes="One setting changed at a time, on the 67, for 120 generation batches (half of `tiny_67`'s). "
         '*Base*: epsilon_root `"auto"`, rewards standardized over the batch and by TRL no further, groups of 8, K = 1, linear rate, '
-        "beta2 0.95, gradients clipped at 0.3, entropy bonus 0.005, one update a generation batch. K = 8 cuts the same batch into eight.",
+        "beta2 0.999, gradients clipped at 1, no entropy bonus, one update a generation batch. K = 8 cuts the same batch into eight. "
+        'The rows were made when `"auto"` was one mean square of the first gradient (it is four now, about the 1e-5 of a row), and '
+        "with four special tokens in the vocabulary that were suppressed.",
     ),
 }
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+from trl.trainer.utils import RepeatSampler
 
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class ResumingMixin(_Trainer):
                 "last, is missing or broken. Give an earlier one, or `True` for the last whole one in `output_dir`."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return ResumableSampler.like(sampler) if isinstance(sampler, RepeatSampler) else sampler
 
     def _last_whole_checkpoint(self) -> str:
         folder = Path(self.args.output_dir)  # type: ignore[arg-type]
@@ -152,6 +157,26 @@ class ResumingMixin(_Trainer):
                 index, key = name.split(".", 1)
                 parts[int(index)][key] = tensor
             trainer._buffered_inputs = parts
+
+
+class ResumableSampler(RepeatSampler):
+    """
+    TRL's sampler of prompts, whose order in an epoch does not depend on where the run began: TRL's own draws the next order from
+    a generator that a resumed run starts anew.
+    """
+
+    @classmethod
+    def like(cls, sampler: RepeatSampler) -> "ResumableSampler":
+        """The same as TRL's, in the first epoch and, in a run that is not interrupted, in the others."""
+        repeats = sampler.mini_repeat_count, sampler.batch_size, sampler.repeat_count
+        return cls(sampler.data_source, *repeats, sampler.shuffle, sampler.seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Transformers and Accelerate as an epoch begins."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl.trainer.utils import RepeatSampler
 
-from trl_dpg.checkpoints import is_whole
+from trl_dpg.checkpoints import ResumableSampler, is_whole
 
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ SETTINGS = {
     "best": {"load_best_model_at_end": True, "save_steps": 2},
     "adaptive_entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.01},
     "whole_batches": {"steps_per_generation": 1, "num_iterations": 1},
+    "second_epoch": {"steps_per_generation": 1, "num_iterations": 1, "max_steps": 12},
 }
 
 
@@ -91,11 +93,23 @@ def test_killed_at_many_more_moments(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_killed_with_other_settings(tmp_path, setting):
-    places = ["half_a_state:2", "validation:1"]
+    places = ["half_a_state:10" if setting == "second_epoch" else "half_a_state:2", "validation:1"]
     config = SETTINGS[setting]
     scenarios = {"whole": {"kills": [], "config": config}, "killed": {"kills": places, "config": config}}
     found = run(tmp_path, scenarios)
     check(found["killed"], found["whole"], places)
+
+
+def test_order_of_prompts_in_later_epochs():
+    """An epoch's order is that of TRL's sampler in a run that was not interrupted, wherever a run begins."""
+    settings = {"data_source": range(10), "mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 5}
+    trl = RepeatSampler(**settings)
+    epochs = [list(trl) for _ in range(4)]
+    assert epochs[0] != epochs[1]
+    for epoch in (2, 0, 3, 1):
+        sampler = ResumableSampler.like(RepeatSampler(**settings))
+        sampler.set_epoch(epoch)
+        assert list(sampler) == epochs[epoch]
 
 
 # ---- What counts as a checkpoint ----

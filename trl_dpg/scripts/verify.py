@@ -35,7 +35,7 @@ class VerifyArguments(MetricArguments):
 
     Parameters:
         target (`str`):
-            The target before fine-tuning: a directory or an id on the Hub.
+            The target before fine-tuning: a directory or an id on the Hub. As `generator` says, where that is on the Hub.
         dataset (`str`, *optional*):
             What to fine-tune on: a file or a data set's id with a column `text`.
         dataset_split (`str`, *optional*, defaults to `"train"`):
@@ -99,6 +99,8 @@ def defaults(facts: dict[str, Any]) -> dict[str, Any]:
             recipe["batch_size"] or facts["training"]["completions_per_generation_batch"]
         )
         values["untie_lm_head"] = recipe["untie_lm_head"]
+        if facts["target"]["on_hub"]:
+            values["target"] = facts["target"]["name"]
     if metric.get("text") is not None:
         values |= {"metric": "qr", "qr_text": metric["text"]}
     elif metric.get("pattern") is not None:
