@@ -134,7 +134,7 @@ def outcome(directory: str) -> tuple[str, list]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=12.0, help="Longest time to a fault.")
+    parser.add_argument("--seconds", type=float, default=2.0, help="Longest time to a fault.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON file to write.")
     options = parser.parse_args()
@@ -148,7 +148,7 @@ def main() -> None:
         counts = {"killed": 0, "full disk": 0}
         while True:
             fault = draw.choice(["kill", "kill", "full disk"])
-            status = train(rough, options.steps, fault, draw.uniform(0.2, options.seconds), draw.randrange(1, 40))
+            status = train(rough, options.steps, fault, draw.uniform(0.2, options.seconds), draw.randrange(1, 20))
             if os.WIFSIGNALED(status):
                 counts["killed"] += 1
             elif os.WEXITSTATUS(status) == 3:
