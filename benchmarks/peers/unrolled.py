@@ -66,7 +66,7 @@ def unrolled_metagradients(
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
             if epsilon_root == "auto":
                 flat = torch.cat([grad.detach().flatten() for grad in grads])
-                epsilon_root = flat.double().square().mean().item()
+                epsilon_root = 4 * flat.double().square().mean().item()
             if args.max_grad_norm:
                 norm = torch.cat([grad.flatten() for grad in grads]).norm()
                 factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
