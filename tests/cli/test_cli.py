@@ -159,12 +159,12 @@ def test_train(here, capsys):
 
 def test_a_file_for_trl_grpo_will_do(here):
     """Other rewards and a mixture of data sets, as `trl grpo` takes them."""
-    (here / "my_rewards.py").write_text(
+    (here / "length_rewards.py").write_text(
         "def length(completions, **kwargs): return [len(c) / 100 for c in completions]"
     )
     grpo = {k: v for k, v in TRAIN.items() if not k.startswith("target_") and k not in ("metric", "dataset_name")}
     grpo |= {"datasets": [{"path": "json", "data_files": "train.jsonl"}], "reward_weights": [1.0, 0.5]}
-    grpo |= {"reward_funcs": ["my_rewards.length"], "logging_steps": 1}
+    grpo |= {"reward_funcs": ["length_rewards.length"], "logging_steps": 1}
     (here / "grpo.yaml").write_text(json.dumps(grpo))
     assert (
         dpg.main(["--config", "grpo.yaml", "--target_model_name_or_path", "target", "--metric", "lm_head_norm"]) == 0
