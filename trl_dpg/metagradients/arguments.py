@@ -219,11 +219,14 @@ class TargetTrainingArguments:
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.
         """
+<<<<<<< ours
         sampling, strategy = "group_by_length", "random"
         if hasattr(config, "train_sampling_strategy"):
             sampling, strategy = "train_sampling_strategy", config.train_sampling_strategy
         elif config.group_by_length:  # type: ignore[attr-defined]  # of Transformers 5.0
             strategy = "group_by_length"
+=======
+>>>>>>> theirs
         unsupported = {
             "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),
             "max_steps": config.max_steps > 0,
@@ -241,7 +244,8 @@ class TargetTrainingArguments:
             "optim_args": bool(config.optim_args),  # SGD's momentum
             "router_aux_loss_coef": bool(config.router_aux_loss_coef),
             "accelerator_config": config.accelerator_config.split_batches,  # type: ignore[union-attr]
-            sampling: strategy not in ("random", "sequential") and "shuffle" not in overrides,
+            "train_sampling_strategy": config.train_sampling_strategy not in ("random", "sequential")
+            and "shuffle" not in overrides,
         }
         for name, is_unsupported in unsupported.items():
             if is_unsupported and name not in overrides:
@@ -266,7 +270,7 @@ class TargetTrainingArguments:
             "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
             "micro_batch_size": config.train_batch_size,
             "max_length": config.max_length,
-            "shuffle": config.shuffle_dataset or strategy == "random",
+            "shuffle": config.shuffle_dataset or config.train_sampling_strategy == "random",
             "seed": config.seed,
             "loss_normalization": "batch_tokens",
         }
