@@ -219,14 +219,6 @@ class TargetTrainingArguments:
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.
         """
-<<<<<<< ours
-        sampling, strategy = "group_by_length", "random"
-        if hasattr(config, "train_sampling_strategy"):
-            sampling, strategy = "train_sampling_strategy", config.train_sampling_strategy
-        elif config.group_by_length:  # type: ignore[attr-defined]  # of Transformers 5.0
-            strategy = "group_by_length"
-=======
->>>>>>> theirs
         unsupported = {
             "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),
             "max_steps": config.max_steps > 0,
