@@ -60,8 +60,10 @@ def run(directory: Path, scenarios: dict[str, dict]) -> dict[str, dict]:
 
 def check(killed: dict, whole: dict, moments: list[str]) -> None:
     assert killed["kills"] == [9] * len(moments) + [0]
-    for what in ("weights", "history", "reward", "checkpoints", "log"):
+    for what in ("weights", "history", "reward", "log"):
         assert killed[what] == whole[what], what
+    # of a deletion that was killed at the very end, something is left
+    assert set(whole["checkpoints"]) <= set(killed["checkpoints"])
 
 
 @pytest.fixture(scope="module")
