@@ -85,6 +85,11 @@ EIGHT_STEPS = "--target_batch_size 256 --steps_per_generation 8 --validation_pro
 NINETY_SIX_STEPS = "--target_batch_size 64 --steps_per_generation 24 --validation_prompts 768 --validation_draws 3"
 PIXELS = {"pixel_accuracy": "pixel accuracy"}
 
+# A quarter of the batch and a tenth of the steps, for hours of one CPU thread
+PART = "--use_cpu true --bf16 true --per_device_train_batch_size 32 --gradient_accumulation_steps 2 --max_completion_length 32 "
+PART += "--target_max_length 40 --max_steps 40 --eval_steps 10 --save_steps 5 --validation_draws 3 "
+PART += "--per_device_eval_batch_size 32 --max_prompt_words 24"
+
 SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
 SETTINGS += "--adam_beta2 0.999 --max_grad_norm 1 --entropy_coef 0 "
 
@@ -156,6 +161,22 @@ EXPERIMENTS = {
         "square of the first gradient; it is four now.",
         seeds=(0,),
         curve="language_share",
+    ),
+    "small_l2": Experiment(
+        "A smaller norm of SmolLM2's LM head, in part",
+        "small_l2.yaml",
+        {"metric_before": "Φ before fine-tuning", "lm_head_norm": "norm of the LM head"},
+        {"metagradient": PART, "naive": f"{PART} --reward naive"},
+        seeds=(0,),
+        curve="lm_head_norm",
+    ),
+    "small_uuid": Experiment(
+        "A UUID for SmolLM2, in part",
+        "small_uuid.yaml",
+        {"metric_before": "Φ before fine-tuning", "longest_common_substring": "Soft (target)"},
+        {"metagradient": PART, "naive": f"{PART} --reward naive"},
+        seeds=(0,),
+        curve="metric_gain",
     ),
     "tiny_settings": Experiment(
         "Settings",

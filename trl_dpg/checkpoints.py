@@ -32,14 +32,15 @@ class ResumingMixin(_Trainer):
     """
     What a trainer of generators does differently with checkpoints.
 
-    Transformers writes `trainer_state.json` last, before it deletes older checkpoints: one that has it, and where it can be read, is
-    whole. Until then the checkpoint before is there.
+    Transformers writes `trainer_state.json` last, before it deletes older checkpoints. A checkpoint is whole if that can be read
+    and all files that were there before it still are: a deletion that was cut off may leave it and take others. Until one is
+    whole, the checkpoint before is there.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         As of [`~transformers.Trainer`], but `resume_from_checkpoint=True` takes the last checkpoint that is whole, and deletes
-        those after it that a run was killed over.
+        those that a run was killed over, writing or (where `save_total_limit` deletes any) deleting them.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -52,26 +53,40 @@ class ResumingMixin(_Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_whole_checkpoint()
-        elif isinstance(resume_from_checkpoint, str) and not is_whole(Path(resume_from_checkpoint)):
-            raise ValueError(
-                f"`resume_from_checkpoint` {resume_from_checkpoint!r} is no whole checkpoint: {TRAINER_STATE_NAME!r}, which is written "
-                "last, is missing or broken. Give an earlier one, or `True` for the last whole one in `output_dir`."
-            )
+        elif isinstance(resume_from_checkpoint, str):
+            path = Path(resume_from_checkpoint)
+            if (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists():
+                logger.warning(
+                    f"{resume_from_checkpoint!r} is of another trainer, or was saved with `save_only_model`: the run goes on from "
+                    "it, but not as if it had not stopped."
+                )
+            elif not is_whole(path):
+                raise ValueError(
+                    f"`resume_from_checkpoint` {resume_from_checkpoint!r} is no whole checkpoint: {TRAINER_STATE_NAME!r}, which "
+                    f"is written last, or a file that {STATE_FILE!r} lists is missing or broken. Give an earlier one, or `True` for "
+                    "the last whole one in `output_dir`."
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
         return ResumableSampler.like(sampler) if isinstance(sampler, RepeatSampler) else sampler
 
+    def get_batch_samples(self, *args, **kwargs):
+        """As of [`~transformers.Trainer`], which trains a run that was over for one more step if it is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _last_whole_checkpoint(self) -> str:
         folder = Path(self.args.output_dir)  # type: ignore[arg-type]
         paths = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r".*-\d+", path.name)]
         paths.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))
-        broken = []
-        while paths and not is_whole(paths[-1]):
-            broken.append(paths.pop())
+        whole = [path for path in paths if is_whole(path)]
+        broken = [path for path in paths if path not in whole]
         self.accelerator.wait_for_everyone()  # all have looked
-        if not paths:
+        if not whole:
             found = f" ({', '.join(path.name for path in broken)}: not whole)" if broken else ""
             raise ValueError(
                 f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {str(folder)!r}{found}. Start "
@@ -79,10 +94,13 @@ class ResumingMixin(_Trainer):
             )
         if self.is_world_process_zero():
             for path in broken:
-                logger.warning(f"{str(path)!r} was being written when its run was killed, and is deleted.")
-                shutil.rmtree(path)
+                is_later = paths.index(path) > paths.index(whole[-1])
+                # Transformers deletes by time of change: a half deleted one would count as young, and outlive a whole one
+                if is_later or self.args.save_total_limit:
+                    logger.warning(f"{str(path)!r} is not whole, as its run was killed over it, and is deleted.")
+                    shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
-        return str(paths[-1])
+        return str(whole[-1])
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:  # of a run that went on from an earlier checkpoint
@@ -94,36 +112,37 @@ class ResumingMixin(_Trainer):
         """The last that Transformers writes before `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         trainer: Any = self
-        if self.args.should_save:
-            state = {**trainer.target_training.state(), "generator": {"entropy_coef": trainer.entropy_coef}}
-            if trainer.use_adaptive_entropy:
-                state["generator"]["last_world_entropy"] = trainer._last_world_entropy
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
-        self._save_generation_batch(Path(output_dir))
+        folder = Path(output_dir)
+        self._save_generation_batch(folder)
         self.accelerator.wait_for_everyone()  # every process's files are there before the checkpoint counts as whole
+        if self.args.should_save:
+            state = trainer.target_training.state()
+            state["files"] = sorted(
+                path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+            )
+            if trainer.use_adaptive_entropy:
+                state["entropy"] = {"coef": trainer.entropy_coef, "last_world": trainer._last_world_entropy}
+            (folder / STATE_FILE).write_text(json.dumps(state))
 
     def _save_generation_batch(self, folder: Path) -> None:
         trainer: Any = self
+        is_over = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) == 0
+        parts = [] if is_over else trainer._buffered_inputs
+        if any(isinstance(value, list) for part in parts for value in part.values()):
+            logger.warning("Pictures cannot be kept in a checkpoint, so a resumed run generates anew.")
+            parts = []
         facts = {
             "step": trainer._step,
             "num_processes": self.accelerator.num_processes,
             "metrics": trainer._metrics["train"],  # those that the next log is the mean of
-            "parts": [],
+            "parts": [[name for name, value in part.items() if value is None] for part in parts],
         }
-        tensors = {}
-        if trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0:
-            for index, part in enumerate(trainer._buffered_inputs):
-                facts["parts"].append([name for name, value in part.items() if value is None])
-                for name, value in part.items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[f"{index}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    elif value is not None:  # pictures
-                        logger.warning(f"{name!r} cannot be kept in a checkpoint, so a resumed run generates anew.")
-                        facts["parts"], tensors = [], {}
-                        break
-                else:
-                    continue
-                break
+        tensors = {
+            f"{index}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for index, part in enumerate(parts)
+            for name, value in part.items()
+            if value is not None
+        }
         save_file(tensors, folder / BATCH_FILE.format(self.accelerator.process_index), {"facts": json.dumps(facts)})
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -133,9 +152,11 @@ class ResumingMixin(_Trainer):
         trainer: Any = self
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text())
         trainer.target_training.load_state(state)
-        if trainer.use_adaptive_entropy and "last_world_entropy" in state["generator"]:
-            trainer.entropy_coef = state["generator"]["entropy_coef"]
-            trainer._last_world_entropy = state["generator"]["last_world_entropy"]
+        if trainer.use_adaptive_entropy and "entropy" in state:  # TRL's own file comes after `trainer_state.json`
+            trainer.entropy_coef, trainer._last_world_entropy = (
+                state["entropy"]["coef"],
+                state["entropy"]["last_world"],
+            )
         self._load_generation_batch(Path(checkpoint) / BATCH_FILE.format(self.accelerator.process_index))
 
     def _load_generation_batch(self, path: Path) -> None:
@@ -180,9 +201,10 @@ class ResumableSampler(RepeatSampler):
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint was written."""
+    """Whether all of a checkpoint was written, and nothing of it deleted."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        files = json.loads((checkpoint / STATE_FILE).read_text())["files"]
     except (OSError, json.JSONDecodeError):
         return False
-    return True
+    return all((checkpoint / name).exists() for name in files)
