@@ -88,7 +88,7 @@ PIXELS = {"pixel_accuracy": "pixel accuracy"}
 # A quarter of the batch and a tenth of the steps, for hours of one CPU thread
 PART = "--use_cpu true --bf16 true --per_device_train_batch_size 32 --gradient_accumulation_steps 2 --max_completion_length 32 "
 PART += "--target_max_length 40 --max_steps 40 --eval_steps 10 --save_steps 5 --validation_draws 3 "
-PART += "--per_device_eval_batch_size 32 --max_prompt_words 24"
+PART += "--per_device_eval_batch_size 32 --validation_prompts 64 --num_generations_eval 1 --max_prompt_words 24"
 
 SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
 SETTINGS += "--adam_beta2 0.999 --max_grad_norm 1 --entropy_coef 0 "
