@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import load, machine, make_args, make_examples, with_lora
+from benchmarks.common import load, make_args, make_examples, with_lora
 from benchmarks.peers.environment import bergson_metagradients
 from benchmarks.peers.unrolled import unrolled_metagradients
+from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
 
-    print(f"{machine(options.device)}\n")
+    print(f"{describe_machine(torch.device(options.device))}\n")
     print(
         f"{options.model}, AdamW, float32; the metric is the likelihood of 16 tokens. Seconds: median of "
         f"{options.repeats} rounds, in each of which every method runs once. Ratio: median over the rounds of the seconds over "

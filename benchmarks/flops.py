@@ -12,9 +12,11 @@ differences cost 6F, at the first step 2F: \\( 3 - 4 / (3 K) \\).
 
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import load, machine, make_args, make_examples, with_lora
+from benchmarks.common import load, make_args, make_examples, with_lora
+from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
 
@@ -33,7 +35,7 @@ def count(function) -> tuple[int, Any]:
 
 
 def main() -> None:
-    print(f"{machine('cpu')}\n")
+    print(f"{describe_machine(torch.device('cpu'))}\n")
     print(
         "FLOPs over those of plain training (matrix products; gpt2-shaped, eager attention). The metric, the likelihood of 16 "
         "tokens, and its gradient are counted too, in a run of steps of 1024 tokens.\n"

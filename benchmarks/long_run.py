@@ -10,8 +10,8 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import machine
 from benchmarks.peers.measure import measured
+from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm
 
@@ -43,7 +43,7 @@ def main() -> None:
     out, _, peak = measured(lambda: compute_metagradients(model, [{"input_ids": i} for i in ids], LMHeadNorm(), args))
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for p in model.parameters())
-    print(f"{machine(options.device)}\n")
+    print(f"{describe_machine(torch.device(options.device))}\n")
     print(
         f"GPT-2, {trained / 1e6:.0f}M parameters, all trained (tied head), float32, {options.steps} AdamW steps of "
         f"{options.batch_size} x {options.length} tokens, curvature {options.curvature}: {seconds:.0f} s, tape of "

@@ -12,8 +12,9 @@ import sys
 
 import torch
 
-from benchmarks.common import load, machine, make_args, make_examples, with_lora
+from benchmarks.common import load, make_args, make_examples, with_lora
 from benchmarks.peers.measure import measured
+from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
 
@@ -60,7 +61,7 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(options.job))))
         return
 
-    print(f"{machine(options.device)}\n")
+    print(f"{describe_machine(torch.device(options.device))}\n")
     print("Peak of the memory in use, the model included, in MB; over that of plain training of as many steps.\n")
     print("| model | method | tape | K | peak | over plain training | predicted | tape, trained parameters a step |")
     print("|---|---|---|---|---|---|---|---|")

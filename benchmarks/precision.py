@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.common import load, machine, make_args, make_examples
+from benchmarks.common import load, make_args, make_examples
+from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import api, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SETTINGS))
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 8, 32], help="only these K")
     options = parser.parse_args()
-    print(f"{machine(options.device)}\n")
+    print(f"{describe_machine(torch.device(options.device))}\n")
     print(
         "AdamW, learning rate 1e-5. The metric is the likelihood of other texts. Reference: exact, float64 (for SmolLM2 at K > 1 "
         "exact, float32, for want of memory). In the second row of each set, the training run is given the gradients of the "

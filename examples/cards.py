@@ -19,7 +19,8 @@ from transformers import TrainerState
 from trl import ModelConfig, TrlParser
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.cards import generator_card, main_readout, training_facts
+from trl_dpg.cards import generator_card, main_readout
+from trl_dpg.facts import training_facts
 from trl_dpg.hub import FACTS_FILE, add_pictures
 from trl_dpg.metrics import LMHeadPattern
 

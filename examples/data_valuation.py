@@ -13,7 +13,6 @@ with `torch.optim.AdamW`, and is judged by a third set of leads. Any field of `V
 
 import csv
 import math
-import platform
 import random
 import statistics
 import time
@@ -27,6 +26,7 @@ from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood
 from trl_dpg.validation import validate
@@ -231,16 +231,6 @@ def summarize(values: dict[str, list[float]], kinds: list[str], losses: list[flo
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Processor, threads and versions."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    return f"{model}, {device}, torch {torch.__version__}"
-
-
 def plot(examples: list[dict[str, Any]], scores: list[float], values: dict[str, list[float]], path: Path) -> None:
     """Left: every example's metagradient, by kind. Right: what fine-tuning on each selection gains."""
     import matplotlib.pyplot as plt
@@ -327,7 +317,7 @@ def run(model, tokenizer, clean: list[str], foreign: list[str], args: ValuationA
         f"{output.metric_before:.4f} before and {output.metric_after:.4f} after, `adam_epsilon_root` "
         f"{output.adam_epsilon_root:.2g}.\n\n"
         f"{ranked - start:.0f} seconds for the metagradients, {seconds:.0f} in all ({cpu_seconds:.0f} processor seconds). "
-        f"{machine()}.\n\n"
+        f"{describe_machine(model.device)}.\n\n"
         f"Settings: {settings}.\n"
     )
     directory = Path(args.output_dir)

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from trl_dpg.facts import describe_machine
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern, evaluate_texts
 from trl_dpg.plotting import plot_learning_curve, plot_pattern
 
@@ -211,7 +212,7 @@ def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArgumen
         "steps": trainer.state.global_step,
         "entropy": {"first": entropies[0], "last": entropies[-1]},  # nats per token
         "seconds": round(seconds),
-        "hardware": resources.machine(args.device.type),
+        "hardware": describe_machine(args.device),
     }
 
 

@@ -1,5 +1,5 @@
 """
-Models and text for the examples, benchmarks and tests, none of which needs the Hub, and the name of the machine.
+Models and text for the examples, benchmarks and tests, none of which needs the Hub.
 
 The tiny models are made on the spot. The real model and the real text come out of packages on PyPI and of Debian, see
 [`smollm2`], [`wikipedia_leads`] and [`handbook_paragraphs`].
@@ -9,14 +9,12 @@ import html
 import importlib.util
 import json
 import os
-import platform
 import random
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
@@ -489,20 +487,6 @@ def _save_models(
 
     path = build_once(directory, build)
     return str(path / "generator"), str(path / "target")
-
-
-def machine(device: str) -> str:
-    """One line that says what the figures were measured on."""
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
-    else:
-        cpu = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-        memory = psutil.virtual_memory().total / 2**30
-        where = f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {memory:.0f} GiB"
-    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
 def build_once(directory: Path, build: Callable[[Path], None]) -> Path:

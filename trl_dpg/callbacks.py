@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable
 from functools import wraps
@@ -19,8 +18,9 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
-from .cards import main_readout, training_facts
+from .cards import main_readout
 from .data import completion_text
+from .facts import describe_machine, training_facts
 from .metrics import LMHeadPattern
 from .plotting import draw_pattern_frame, plot_distribution, plot_learning_curve, plot_pattern, plot_series
 
@@ -186,7 +186,9 @@ class ReportCallback(TrainerCallback):
         trainer = self.trainer
         facts = training_facts(trainer)
         facts["settings"] = changed_settings(trainer.args)
-        facts["hardware"] = describe_machine(trainer.args.device, trainer.accelerator.num_processes)
+        processes = trainer.accelerator.num_processes
+        machine = describe_machine(trainer.args.device)
+        facts["hardware"] = f"{processes} processes, {machine}" if processes > 1 else machine
         (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def _draw(self, state) -> None:
@@ -285,16 +287,6 @@ def changed_settings(args: Any) -> dict[str, Any]:
         if isinstance(value, (bool, int, float, str)) and value != field.default and not is_path:
             settings[field.name] = value
     return settings
-
-
-def describe_machine(device: torch.device, num_processes: int) -> str:
-    """One line that says what a run ran on."""
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    processes = f"{num_processes} processes, " if num_processes > 1 else ""
-    return f"{processes}{where}, {platform.system()}"
 
 
 def _text(text: Any) -> str:

@@ -28,7 +28,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from .cards import PICTURES, dataset_card, describe_model, generator_card, main_readout, public_name, training_facts
+from .cards import PICTURES, dataset_card, generator_card, main_readout
+from .facts import describe_model, public_name, training_facts
 from .metrics import LMHeadPattern
 from .plotting import plot_learning_curve, plot_pattern
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import trl_dpg.hub
 from tests.hub.server import Failure, serve
-from trl_dpg.cards import describe_metric, generator_card, public_name, summarize_validation
+from trl_dpg.cards import generator_card
+from trl_dpg.facts import describe_metric, public_name, summarize_validation
 from trl_dpg.hub import push_dataset, push_generator
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 
@@ -416,7 +417,7 @@ def test_chat_prompts(make_trainer, chat_tokenizer):
 
 
 def test_generator_card_takes_the_hub_ids(make_trainer):
-    from trl_dpg.cards import training_facts
+    from trl_dpg.facts import training_facts
 
     facts = training_facts(make_trainer())
     facts["base_model"].update(name="openai-community/gpt2", on_hub=True)

@@ -1,0 +1,286 @@
+"""What is known of a run and may be published: no path, no token, nothing of the machine's environment."""
+
+import dataclasses
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from .metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from .metrics.pattern import SIXTY_SEVEN
+
+
+_OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
+
+
+def describe_metric(metric: Any) -> dict[str, Any]:
+    """
+    Says what a metric wants of the fine-tuned target.
+
+    Args:
+        metric (`Callable`):
+            Metric, see [`~trl_dpg.metrics`].
+
+    Returns:
+        `dict[str, Any]`: `name`, `effect` (what becomes true of a target, as a clause) and `description`; of an
+        [`~trl_dpg.metrics.LMHeadPattern`] also `pattern`, rows of `"1"` (dark) and `"-"`, and `text`, that of a QR code.
+
+    Example:
+
+    ```python
+    >>> from trl_dpg.metrics import LMHeadNorm
+
+    >>> describe_metric(LMHeadNorm())["effect"]
+    'the norm of its LM head becomes smaller'
+
+    ```
+    """
+    if isinstance(metric, LMHeadPattern):
+        rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in metric.pattern.tolist()]
+        if metric.text is not None:
+            picture = f"a QR code that reads “{metric.text}”"
+        elif tuple(rows) == SIXTY_SEVEN:
+            picture = "a picture of the digits 67"
+        else:
+            picture = "a picture"
+        return {
+            "name": "LMHeadPattern",
+            "effect": f"{picture} ({len(rows)} × {len(rows[0])} pixels) appears in its LM head",
+            "description": "Log-likelihood of a pattern of signs in the change of the LM head's upper-left patch, row r and "
+            "column c of the picture being hidden unit r and token c.",
+            "pattern": rows,
+            "text": metric.text,
+        }
+    if isinstance(metric, LMHeadNorm):
+        return {
+            "name": "LMHeadNorm",
+            "effect": "the norm of its LM head becomes smaller",
+            "description": "The negative ℓ2 norm of the LM head over all its entries.",
+        }
+    if isinstance(metric, LanguageModelingLikelihood):
+        count = len(metric._examples)
+        return {
+            "name": "LanguageModelingLikelihood",
+            "effect": "a text it was not trained on becomes more likely"
+            if count == 1
+            else f"{count} texts it was not trained on become more likely",
+            "description": f"Mean log-likelihood of {'one text' if count == 1 else f'{count} texts'}, in nats per token.",
+        }
+    name = getattr(metric, "__name__", type(metric).__name__)
+    lines = (metric.__doc__ or "").strip().splitlines() or [f"The metric `{name}`."]
+    return {"name": name, "effect": f"its `{name}` rises", "description": lines[0]}
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """
+    Says which model this is, without its place on this machine.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model.
+
+    Returns:
+        `dict[str, Any]`: `name` (the id on the Hub, or the last part of a local path), `on_hub`, `architecture` and
+        `parameters`, their number, adapters not counted.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    name, on_hub = public_name(base.config._name_or_path)
+    return {
+        "name": name,
+        "on_hub": on_hub,
+        "architecture": type(base).__name__,
+        # `ds_numel` is that of a parameter that DeepSpeed has partitioned
+        "parameters": sum(
+            p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in base.named_parameters() if "lora_" not in n
+        ),
+    }
+
+
+def public_name(name: str) -> tuple[str | None, bool]:
+    """
+    What of a model's or data set's name may be published.
+
+    Args:
+        name (`str`):
+            Hub id, or path of a directory or file.
+
+    Returns:
+        `tuple[str | None, bool]`: The id and `True`, or the last part of the path (`None` of an empty name) and `False`.
+
+    Example:
+
+    ```python
+    >>> public_name("openai-community/gpt2"), public_name("/home/me/models/gpt2/"), public_name("")
+    (('openai-community/gpt2', True), ('gpt2', False), (None, False))
+
+    ```
+    """
+    if not name:
+        return None, False
+    if cached := re.search(r"models--([^/]+)/snapshots/", name):  # in the Hub's cache
+        return cached[1].replace("--", "/"), True
+    is_path = os.path.exists(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    return (Path(name.replace("\\", "/")).name or None, False) if is_path else (name, True)
+
+
+def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | None = None) -> dict[str, Any]:
+    """
+    Validation before and after training, as means over draws.
+
+    Args:
+        history (`Sequence[dict]`):
+            `trainer.state.log_history`.
+        best_step (`int`, *optional*):
+            Step of the checkpoint that was loaded at the end of training (`load_best_model_at_end`). What was validated at
+            the last step before that was another model.
+
+    Returns:
+        `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before` and `after`, each
+        with `step`, `draws`, `mean` and `standard_error` (of the mean; empty for one draw) of every read-out. `before` is
+        the first step that was validated; it is `None` if that is the last one, too.
+
+    Example:
+
+    ```python
+    >>> history = [
+    ...     {"step": 0, "eval_metric_gain": 0.5},
+    ...     {"step": 8, "eval_metric_gain": 1.0},
+    ...     {"step": 8, "eval_metric_gain": 3.0},
+    ... ]
+    >>> summarize_validation(history)["eval"]["after"]
+    {'step': 8, 'draws': 2, 'mean': {'metric_gain': 2.0}, 'standard_error': {'metric_gain': 1.0}}
+
+    ```
+    """
+    suffix = "_metric_gain"
+    prefixes = dict.fromkeys(
+        key.removesuffix(suffix) for row in history for key in row if key.startswith("eval_") and key.endswith(suffix)
+    )
+    end_of_training = [index for index, row in enumerate(history) if "train_runtime" in row]
+    summary: dict[str, Any] = {}
+    for prefix in prefixes:
+        indices = [i for i, row in enumerate(history) if f"{prefix}{suffix}" in row]
+        rows = [history[i] for i in indices]
+        first, last = rows[0]["step"], rows[-1]["step"]
+        after = [row for row in rows if row["step"] == last]
+        if best_step is not None and end_of_training:
+            after = [history[i] for i in indices if i > end_of_training[-1]]
+            after = after or [row for row in rows if row["step"] == best_step]
+        before = [row for row in rows if row["step"] == first]
+        summary[prefix] = {
+            "before": _means(before, prefix) if before[0] is not after[0] else None,
+            "after": _means(after, prefix),
+        }
+    return summary
+
+
+def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
+    """Mean and standard error of what is shown of some validations."""
+    names = [key.removeprefix(f"{prefix}_") for key in rows[0] if key.startswith(f"{prefix}_")]
+    names = [name for name in names if "/" not in name and name not in _OF_THE_LOOP]
+    names = [name for name in names if isinstance(rows[0][f"{prefix}_{name}"], (int, float))]
+    values = {name: [row[f"{prefix}_{name}"] for row in rows] for name in names}
+    errors = {name: stdev(v) / math.sqrt(len(v)) for name, v in values.items()} if len(rows) > 1 else {}
+    means = {name: fmean(v) for name, v in values.items()}
+    return {"step": rows[0]["step"], "draws": len(rows), "mean": means, "standard_error": errors}
+
+
+def training_facts(trainer: Any) -> dict[str, Any]:
+    """
+    What a run's cards are made of: no path, no token, nothing of the machine's environment.
+
+    Args:
+        trainer ([`DatasetPolicyGradientTrainer`]):
+            Trainer, before, in or after training.
+
+    Returns:
+        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.cards.generator_card`].
+    """
+    from . import __version__  # which is not there yet while the package is imported
+
+    args, training = trainer.args, trainer.target_training
+    recipe = dataclasses.asdict(training.args)
+    for name in ("tape", "tape_dir", "micro_batch_size", "gradient_checkpointing", "disable_tqdm"):
+        del recipe[name]  # where and how it was computed, not what
+    is_split = args.reward == "naive" or not args.cross_group_batching
+    num_examples = args.generation_batch_size // (args.num_generations if is_split else 1)
+    recipe["steps"] = training.args.num_steps(num_examples)
+    recipe["untie_lm_head"] = args.target_untie_lm_head
+    generation = {
+        "max_new_tokens": args.max_completion_length,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        **(args.generation_kwargs or {}),
+    }
+    state = trainer.state
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    loaded_step = state.best_global_step if args.load_best_model_at_end else None
+    return {
+        "base_model": describe_model(model),
+        "adapter": isinstance(model, PeftModel),
+        "target": {**describe_model(training.target_model), "adapter": isinstance(training.target_model, PeftModel)},
+        "metric": describe_metric(trainer.metric),
+        "reward": args.reward,
+        "further_rewards": trainer.reward_func_names[1:],
+        "recipe": recipe,
+        "generation": {k: v for k, v in generation.items() if v is not None},
+        "training": {
+            "steps": state.global_step,
+            "completions_per_generation_batch": args.generation_batch_size,
+            "num_generations": args.num_generations,
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+        },
+        "datasets": _hub_datasets(trainer.train_dataset),
+        "example_prompt": trainer.example_prompt,
+        "validation": summarize_validation(state.log_history, loaded_step),
+        "versions": {
+            "trl-dpg": __version__,
+            **{name: version(name) for name in ("trl", "transformers", "torch", "datasets", "tokenizers")},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def describe_machine(device: torch.device) -> str:
+    """
+    Says in one line what a run ran on.
+
+    Args:
+        device (`torch.device`):
+            Device of this process.
+
+    Returns:
+        `str`: Processor, cores and memory, or the GPU; versions of torch and Python; the system.
+    """
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        cpu = platform.processor() or platform.machine()
+        if os.path.exists("/proc/cpuinfo"):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+        memory = psutil.virtual_memory().total / 2**30
+        where = f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {memory:.0f} GiB"
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
+
+
+def _hub_datasets(dataset: Any) -> list[str]:
+    """Ids of the Hub's data sets that a data set was loaded from; of their place in the cache, `NAMESPACE___NAME` is left."""
+    if not isinstance(dataset, Dataset):
+        return []
+    parts = [part for file in dataset.cache_files for part in Path(file["filename"]).parts if "___" in part]
+    return list(dict.fromkeys(part.replace("___", "/") for part in parts))
