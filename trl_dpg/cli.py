@@ -25,7 +25,7 @@ Dataset Policy Gradients for TRL, version {__version__}.
 commands:
 {chr(10).join(f"  {name:9} {text}" for name, text in COMMANDS.items())}
 
-`trl-dpg COMMAND --help` explains a command. `train`, `generate` and `verify` take a YAML file of their flags with `--config`.
+`trl-dpg COMMAND --help` explains a command. `train`, `generate`, `verify` and `check` take a YAML file of their flags with `--config`.
 The exit code is 0 for success, 1 where a check or verification did not pass or a run failed, 2 on bad input."""
 
 
@@ -55,8 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
     if command == "train":
         run = _train
-    elif command == "check":
-        run = importlib.import_module(".metagradients.check.__main__", __package__).main
     else:
         run = importlib.import_module(f".scripts.{command}", __package__).main
     return run_script(run, rest, f"trl-dpg {command}")

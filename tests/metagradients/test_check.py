@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import trl_dpg.metagradients.check as check
 from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import metagradients
+from trl_dpg.cli import main
 from trl_dpg.metagradients import TargetTrainingArguments, TrainingOutput
-from trl_dpg.metagradients.check.__main__ import main
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
 
@@ -225,7 +225,7 @@ def command_line(tmp_path, monkeypatch):
 
     def arguments(**further):
         pairs = {**flags, **further}.items()
-        return [part for name, value in pairs for part in (f"--{name}", str(value))]
+        return ["check", *(part for name, value in pairs for part in (f"--{name}", str(value)))]
 
     return arguments
 
@@ -248,7 +248,7 @@ def test_command_line_with_a_metric_of_ones_own(command_line, tmp_path, monkeypa
         "class Square:\n    def __call__(self, model):\n        return -model.lm_head.weight.double().square().sum()\n"
         "def cube(model):\n    return model.lm_head.weight.double().pow(3).sum()\n"
     )
-    command = [sys.executable, "-m", "trl_dpg.metagradients.check", *command_line(metric="mine:Square")]
+    command = [sys.executable, "-m", "trl_dpg.cli", *command_line(metric="mine:Square")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "RuntimeWarning" not in done.stderr
@@ -263,11 +263,11 @@ def test_command_line_with_a_metric_of_ones_own(command_line, tmp_path, monkeypa
         ({"learning_rate": -1}, "`learning_rate` must be"),
         ({"text_column": "content"}, "--text_column"),
         ({"dataset": "missing.json"}, "missing.json"),
-        ({"model": "missing"}, "`--model missing` cannot be loaded"),
+        ({"model": "missing"}, "`model` 'missing' cannot be loaded"),
         ({"no_such_flag": 1}, "no_such_flag"),
-        ({"num_examples": 0}, "number of examples"),
+        ({"num_examples": 0}, "`num_examples` must be"),
         ({"radius": -1}, "`radius`"),
-        ({"metric": "likelihood"}, "--metric_dataset"),
+        ({"metric": "likelihood"}, "`metric_dataset`"),
         ({"metric": "norm"}, "module:attribute"),
         ({"metric": "math:nothing"}, "nothing"),
         ({"metric": "no_such_module:metric"}, "no_such_module"),

@@ -132,10 +132,10 @@ def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any
     return rows
 
 
-def check_column(rows: Dataset, column: str, name: str, argument: str) -> None:
+def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: str = "Rename one.") -> None:
     """Refuses data without a column."""
     if column not in rows.column_names:
-        raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. Rename one.")
+        raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
 
 
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None, prog: str) -> int:

@@ -1,0 +1,132 @@
+"""
+Compares metagradients of a model, data, metric and recipe with actual fine-tuning runs.
+
+    trl-dpg check --model openai-community/gpt2 --dataset data.jsonl --metric lm_head_norm --learning_rate 1e-5 --plot check.png
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from ..metagradients import TargetTrainingArguments, check_metagradients
+from .common import MetricArguments, check_column, load_rows, run_script
+
+
+@dataclass
+class CheckArguments(MetricArguments):
+    """
+    Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`].
+
+    Parameters:
+        model (`str`):
+            The target: a directory or an id on the Hub, with its tokenizer.
+        dataset (`str`):
+            What to fine-tune on: a file or a data set's id.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Its column to train on.
+        num_examples (`int`, *optional*, defaults to `64`):
+            Its rows to train on, from the first.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision, `"float32"` or `"float64"`.
+        num_probes (`int`, *optional*, defaults to `4`):
+            As of [`~trl_dpg.metagradients.check_metagradients`], like the next two.
+        num_reweightings (`int`, *optional*, defaults to `8`):
+            Random directions to move all weights along.
+        radius (`float`, *optional*, defaults to `0.1`):
+            How far weights are moved.
+        check_seed (`int`, *optional*, defaults to `0`):
+            Seed of probes and directions.
+        plot (`str`, *optional*):
+            PNG file to write.
+        json (`bool`, *optional*, defaults to `False`):
+            Whether to print JSON.
+    """
+
+    metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
+    model: str = field(default="", metadata={"help": "The target: a directory or an id on the Hub, with tokenizer."})
+    dataset: str = field(default="", metadata={"help": "What to fine-tune on: a file or a data set's id."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    text_column: str = field(default="text", metadata={"help": "Its column to train on."})
+    num_examples: int = field(default=64, metadata={"help": "Its rows to train on, from the first."})
+    dtype: str = field(default="float32", metadata={"help": "Precision.", "choices": ["float32", "float64"]})
+    num_probes: int = field(default=4, metadata={"help": "Examples to move alone."})
+    num_reweightings: int = field(default=8, metadata={"help": "Random directions to move all weights along."})
+    radius: float = field(default=0.1, metadata={"help": "How far weights are moved."})
+    check_seed: int = field(default=0, metadata={"help": "Seed of probes and directions."})
+    plot: str | None = field(default=None, metadata={"help": "PNG file to write."})
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is missing. Pass it with `--{name}`: a path or an id on the Hub.")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"`dtype` must be 'float32' or 'float64', got {self.dtype!r}.")
+        if self.num_examples < 1:
+            raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
+
+
+@dataclass
+class RecipeArguments(TargetTrainingArguments):
+    """The recipe. The parser knows no type that is a number or `"auto"`."""
+
+    adam_epsilon_root: str = str(TargetTrainingArguments.adam_epsilon_root)  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.adam_epsilon_root != "auto":
+            try:
+                self.adam_epsilon_root = float(self.adam_epsilon_root)
+            except ValueError:
+                pass  # said below
+        super().__post_init__()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0 if the check passed, 1 if not, 2 on bad input."""
+    dataclasses: Any = (CheckArguments, RecipeArguments)
+    args, recipe = TrlParser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
+    metric = args.load_metric()
+    rows = load_rows(args.dataset, args.dataset_split, "dataset")
+    check_column(rows, args.text_column, args.dataset, "dataset", "Name one with `--text_column`.")
+    state = PartialState()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`model` {args.model!r} cannot be loaded, or has no tokenizer: {error}") from error
+    model.to(state.device)
+    texts = list(rows[args.text_column][: args.num_examples])
+    examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
+    try:
+        result = check_metagradients(
+            model,
+            examples,
+            metric,
+            recipe,
+            args.num_probes,
+            args.num_reweightings,
+            args.radius,
+            args.check_seed,
+            state,
+        )
+    except FloatingPointError as error:  # the recipe, rather than the input
+        print(f"Metagradients: failed\n- {error}", file=sys.stderr)
+        return 1
+    if state.is_main_process:
+        print(json.dumps(result.to_dict(), indent=2) if args.json else result)
+        if args.plot is not None:
+            result.plot(args.plot)
+    return 0 if result.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, None, "trl-dpg check"))
