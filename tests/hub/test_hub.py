@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 import trl_dpg.hub
-from tests.hub.server import Failure, serve
+from tests.hub.server import Failure, serve, validate
 from trl_dpg.cards import generator_card
 from trl_dpg.facts import describe_metric, public_name, summarize_validation
 from trl_dpg.hub import push_dataset, push_generator
@@ -153,7 +153,7 @@ def test_card_says_what_was_validated(run, hub):
     assert results["pixel_accuracy"] == pytest.approx(accuracy)
     assert results["metric"] == pytest.approx((rows[1]["eval_metric"] + rows[2]["eval_metric"]) / 2, rel=1e-5)
     assert ModelCardData(**card.data.__dict__).to_yaml() == card.data.to_yaml()
-    card.validate()
+    validate(card)
     assert hub.checked[-1] == str(card)
 
 
@@ -295,7 +295,7 @@ def test_push_dataset(run, hub, tmp_path):
     (tmp_path / "back.parquet").write_bytes(repo.files["data/train-00000-of-00001.parquet"])
     assert Dataset.from_parquet(str(tmp_path / "back.parquet")).to_list() == rows
     card = DatasetCard(repo.files["README.md"].decode())
-    card.validate()
+    validate(card)
     assert {"synthetic", "trl", "dpg"} <= set(card.data.tags)
     assert card.data.source_datasets == ["trl-lib/tldr"] and card.data.size_categories == "1K<n<10K"
     assert card.data.license == "mit"

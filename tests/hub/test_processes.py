@@ -66,11 +66,12 @@ DOWNLOAD = (
     + """
 import re
 from huggingface_hub import ModelCard, DatasetCard
+from tests.hub.server import validate
 
 print("TEXT", json.dumps(write("me/generator")))
 for card, repo_type in ((ModelCard, "model"), (DatasetCard, "dataset")):
     loaded = card.load({"model": "me/generator", "dataset": "me/data"}[repo_type])
-    loaded.validate()
+    validate(loaded)
     for code in re.findall(r"```python\\n(.*?)```", loaded.text, re.DOTALL):
         exec(code)  # what readers are told to run
 print("TEXTS", json.dumps(texts))
