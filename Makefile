@@ -9,13 +9,13 @@ TORCH ?= torch==2.13.0
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no $(CPU)
 
-.PHONY: demo real test test-slow test-lowest test-highest bench faults docs lint clean
+.PHONY: demo real test test-slow test-lowest test-highest bench faults docs picture lint clean
 
 # OpenMP threads that spin while they wait slow every other process down.
-demo real test test-slow bench faults: export HF_HUB_OFFLINE := 1
-demo real test test-slow bench faults: export OMP_WAIT_POLICY := passive
-demo real test test-slow bench faults: export OMP_NUM_THREADS := 2
-demo real test test-slow bench faults: export TOKENIZERS_PARALLELISM := false
+demo real test test-slow bench faults picture: export HF_HUB_OFFLINE := 1
+demo real test test-slow bench faults picture: export OMP_WAIT_POLICY := passive
+demo real test test-slow bench faults picture: export OMP_NUM_THREADS := 2
+demo real test test-slow bench faults picture: export TOKENIZERS_PARALLELISM := false
 
 demo: $(VENV)/.installed
 	$(LAUNCH) examples/dpg.py --config examples/configs/tiny_qr.yaml
@@ -56,6 +56,15 @@ bench: $(VENV)/.offline-data
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model gpt2-shaped $(if $(filter cpu,$(DEVICE)),--peers) > $(RESULTS)/cost_gpt2-shaped.md
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model smollm2 > $(RESULTS)/cost_smollm2.md
 	$(BIN)/python -m benchmarks.long_run --device $(DEVICE) > $(RESULTS)/long_run.md
+
+# The README's picture of a run's page, from ten minutes of training; needs a Chromium
+CHROMIUM ?= chromium
+picture: $(VENV)/.installed
+	$(BIN)/python examples/make_tiny.py
+	$(BIN)/trl-dpg train --config examples/configs/cli_qr.yaml
+	$(BIN)/trl-dpg report runs/qr
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1560 \
+	    --screenshot=examples/results/report.png $(CURDIR)/runs/qr/report.html
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -197,7 +197,7 @@ def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | Path
     plt.close(figure)
 
 
-def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str, width: int = 420) -> Image.Image:
+def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str) -> Image.Image:
     """
     Draws one frame of an animation: what was decoded, wrong pixels red, and a line below.
 
@@ -208,11 +208,9 @@ def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str, width: i
             Signs asked for.
         caption (`str`):
             The line; the share of right pixels is added.
-        width (`int`, *optional*, defaults to `420`):
-            Width in pixels, about.
 
     Returns:
-        `PIL.Image.Image`: The frame. All frames of a pattern have the same size.
+        `PIL.Image.Image`: The frame, about 420 pixels wide. All frames of a pattern have the same size.
     """
     decoded = np.array([[1 if pixel == "1" else -1 for pixel in row] for row in rows])
     wanted = np.asarray(pattern)
@@ -220,7 +218,7 @@ def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str, width: i
     picture = colors[(decoded > 0) + 2 * (decoded != wanted)]
     border = 4 if min(wanted.shape) >= 21 else 1
     picture = np.pad(picture, ((border, border), (border, border), (0, 0)), constant_values=255)
-    size = max(1, width // picture.shape[1])
+    size = max(1, 420 // picture.shape[1])
     frame = Image.fromarray(picture.repeat(size, axis=0).repeat(size, axis=1))
     canvas = Image.new("RGB", (frame.width, frame.height + 32), "white")
     canvas.paste(frame)

@@ -86,12 +86,18 @@ def limit(model, largest, applies=lambda: True, backwards=False, error="device")
     return sizes
 
 
-@pytest.mark.parametrize("backwards", [False, True], ids=["in forward", "in backward"])
-@pytest.mark.parametrize("sweep", ["forward", "adjoint"])
-@pytest.mark.parametrize("recipe", RECIPES)
+# The first step's adjoint is forward mode: it has no backward pass to fail in.
+PLACES = [
+    (recipe, sweep, backwards)
+    for recipe in RECIPES
+    for sweep in ("forward", "adjoint")
+    for backwards in (False, True)
+    if (recipe, sweep, backwards) != ("one-step", "adjoint", True)
+]
+
+
+@pytest.mark.parametrize("recipe, sweep, backwards", PLACES)
 def test_smaller_micro_batches_give_the_same(recipe, sweep, backwards, caplog):
-    if recipe == "one-step" and sweep == "adjoint" and backwards:
-        pytest.skip("the first step's adjoint is forward mode")
     model, metric = gpt2(), Metric()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = compute_metagradients(gpt2(), EXAMPLES, Metric(), arguments(recipe))
