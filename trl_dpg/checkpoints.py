@@ -37,6 +37,8 @@ class ResumingMixin(_Trainer):
     whole, the checkpoint before is there.
     """
 
+    _loss_to_log: tuple[float, int] | None = None  # of a checkpoint: sum since the last log, and the step of that
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         As of [`~transformers.Trainer`], but `resume_from_checkpoint=True` takes the last checkpoint that is whole, and deletes
@@ -74,6 +76,10 @@ class ResumingMixin(_Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         """As of [`~transformers.Trainer`], which trains a run that was over for one more step if it is resumed."""
+        if self._loss_to_log is not None:  # Transformers begins with none when it resumes
+            loss, self._globalstep_last_logged = self._loss_to_log
+            self._tr_loss += loss
+            self._loss_to_log = None
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
@@ -135,6 +141,7 @@ class ResumingMixin(_Trainer):
             "step": trainer._step,
             "num_processes": self.accelerator.num_processes,
             "metrics": trainer._metrics["train"],  # those that the next log is the mean of
+            "loss": [self._tr_loss.item(), self._globalstep_last_logged],
             "parts": [[name for name, value in part.items() if value is None] for part in parts],
         }
         tensors = {
@@ -172,6 +179,7 @@ class ResumingMixin(_Trainer):
             return
         trainer._step = facts["step"]
         trainer._metrics["train"].update(facts["metrics"])
+        self._loss_to_log = tuple(facts["loss"])
         if facts["parts"]:
             parts: list[dict[str, Any]] = [dict.fromkeys(names) for names in facts["parts"]]
             for name, tensor in tensors.items():

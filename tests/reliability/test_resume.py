@@ -40,6 +40,7 @@ SETTINGS = {
     "micro_batch": {"target_micro_batch_size": 4},
     "best": {"load_best_model_at_end": True, "save_steps": 2},
     "adaptive_entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.01},
+    "logged_now_and_then": {"logging_steps": 4},
     "whole_batches": {"steps_per_generation": 1, "num_iterations": 1},
     "second_epoch": {"steps_per_generation": 1, "num_iterations": 1, "max_steps": 12},
 }
