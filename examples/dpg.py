@@ -196,7 +196,8 @@ def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArgumen
     """What was run, and what it took."""
     args, log = trainer.args, trainer.state.log_history
     entropies = [row["entropy"] for row in log if "entropy" in row]
-    steps_per_batch = args.steps_per_generation * args.num_iterations
+    steps_per_batch = args.steps_per_generation * args.num_iterations  # of micro-batches
+    micro_steps = trainer.state.global_step * args.gradient_accumulation_steps
     is_split = args.reward == "naive" or not args.cross_group_batching
     num_datasets = args.num_generations if is_split else 1
     return {
@@ -207,7 +208,7 @@ def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArgumen
         "target_optim": args.target_optim,
         "target_steps": args.target_training_arguments().num_steps(args.generation_batch_size // num_datasets),
         "completions_per_generation_batch": args.generation_batch_size,
-        "completions": trainer.state.global_step // steps_per_batch * args.generation_batch_size,
+        "completions": micro_steps // steps_per_batch * args.generation_batch_size,
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "entropy": {"first": entropies[0], "last": entropies[-1]},  # nats per token

@@ -92,8 +92,6 @@ PART = "--use_cpu true --bf16 true --max_completion_length 32 "
 PART += "--target_max_length 40 --eval_steps 10 --save_steps 5 --validation_draws 3 "
 PART += "--per_device_eval_batch_size 32 --validation_prompts 64 --num_generations_eval 1 --max_prompt_words 24"
 
-LESS_MEMORY = "--per_device_train_batch_size 16 --gradient_accumulation_steps 4 --target_micro_batch_size 16"
-
 SETTINGS = "--max_steps 120 --validation_draws 3 --eval_steps 30 --load_best_model_at_end false "
 SETTINGS += "--adam_beta2 0.999 --max_grad_norm 1 --entropy_coef 0 "
 
@@ -166,19 +164,13 @@ EXPERIMENTS = {
         seeds=(0,),
         curve="language_share",
     ),
-    "small_l2": Experiment(
-        "A smaller norm of SmolLM2's LM head, in part",
-        "small_l2.yaml",
-        {"metric_before": "Φ before fine-tuning", "lm_head_norm": "norm of the LM head"},
-        {"metagradient": f"{PART} --max_steps 20 {LESS_MEMORY}"},
-        seeds=(0,),
-        curve="lm_head_norm",
-    ),
     "small_uuid": Experiment(
         "A UUID for SmolLM2, in part",
         "small_uuid.yaml",
-        {"metric_before": "Φ before fine-tuning", "longest_common_substring": "Soft (target)"},
+        {"metric_gain": "gain of Φ", "longest_common_substring": "Soft (target)"},
         {"metagradient": f"{PART} --max_steps 40 --per_device_train_batch_size 32 --gradient_accumulation_steps 2"},
+        notes="Forty steps of 64 completions, one target step on each batch: the target does not know the UUID yet, but gives it more likelihood. "
+        "One run; memory ran out at step 25 beside another run, it was resumed from its checkpoint of step 20, and the seconds are those since.",
         seeds=(0,),
         curve="metric_gain",
     ),
