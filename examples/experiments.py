@@ -5,8 +5,7 @@ Runs the experiments of examples/results and writes its README from what the run
     python examples/experiments.py report
 
 A run that has its `results.json` is not repeated, and one that has a checkpoint goes on from it, so a command that was stopped
-goes on where it was. `run` without names
-runs everything.
+goes on where it was. `run` without names runs everything.
 """
 
 import argparse

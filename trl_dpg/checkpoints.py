@@ -22,6 +22,7 @@ else:
 
 logger = logging.get_logger(__name__)
 
+NOT_NEEDED = {"training_args.bin", "README.md"}  # to resume, and not on the Hub
 STATE_FILE = "dpg_state.json"  # what `"auto"` settings were measured to be, and what else the reward carries on
 BATCH_FILE = (
     "generation_batch_{}.safetensors"  # of each process: what is left to train on of the last generation batch
@@ -124,7 +125,9 @@ class ResumingMixin(_Trainer):
         if self.args.should_save:
             state = trainer.target_training.state()
             state["files"] = sorted(
-                path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+                path.relative_to(folder).as_posix()
+                for path in folder.rglob("*")
+                if path.is_file() and path.name not in NOT_NEEDED
             )
             if trainer.use_adaptive_entropy:
                 state["entropy"] = {"coef": trainer.entropy_coef, "last_world": trainer._last_world_entropy}

@@ -29,6 +29,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .cards import PICTURES, dataset_card, generator_card, main_readout
+from .checkpoints import NOT_NEEDED
 from .facts import describe_model, public_name, training_facts
 from .metrics import LMHeadPattern
 from .plotting import plot_learning_curve, plot_pattern
@@ -306,9 +307,8 @@ def _upload_checkpoint(
     checkpoint: Path, path_in_repo: str, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
 ) -> CommitInfo:
     """Pushes what training resumes from."""
-    left_out = {"training_args.bin", "README.md"}
     with _explained(repo_id, token, _kept(checkpoint), "Training goes on."):
-        paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in left_out]
+        paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
         operations = [
             CommitOperationAdd(f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}", _without_paths(path))
             for path in paths

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import trl_dpg.hub
 from tests.hub.server import Failure, serve, validate
 from trl_dpg.cards import generator_card
+from trl_dpg.checkpoints import is_whole
 from trl_dpg.facts import describe_metric, public_name, summarize_validation
 from trl_dpg.hub import push_dataset, push_generator
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
@@ -105,6 +106,11 @@ def test_nothing_of_this_machine_is_pushed(run, hub, tmp_path, causal_lm, tokeni
     repo = hub.repos["models", "me/generator"]
     assert "adapter_model.safetensors" in repo.files and "last-checkpoint/optimizer.pt" in repo.files
     assert not any(name.endswith("training_args.bin") for name in repo.files)
+    for name in [name for name in repo.files if name.startswith("last-checkpoint/")]:
+        path = tmp_path / "downloaded" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(repo.files[name])
+    assert is_whole(tmp_path / "downloaded" / "last-checkpoint")
     for name, data in repo.files.items():
         for secret in (TOKEN, str(tmp_path), "secret-place", str(Path.home()), "swordfish"):
             assert secret.encode() not in data, f"{secret} is in {name}"
