@@ -1,13 +1,11 @@
 """Publishing on the Hub: generators and the data sets they write, with cards that say what the data does."""
 
-import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from os import PathLike
@@ -15,11 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -31,6 +27,7 @@ from transformers.utils.hub import PushInProgress
 from .cards import PICTURES, dataset_card, generator_card, main_readout
 from .checkpoints import NOT_NEEDED
 from .facts import describe_model, public_name, training_facts
+from .hub_client import API, explained
 from .metrics import LMHeadPattern
 from .plotting import plot_learning_curve, plot_pattern
 
@@ -67,8 +64,6 @@ PUBLISHED = [
     "processor_config.json",
     "*preprocessor_config.json",
 ]
-
-_API = HfApi(library_name="trl_dpg")
 
 
 def push_generator(
@@ -116,8 +111,8 @@ def push_generator(
     ```
     """
     _check_weights(Path(folder), repo_id)
-    with _explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
-        repo_id = _API.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    with explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
+        repo_id = API.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     return _upload(Path(folder), repo_id, token=token, revision=revision, commit_message=commit_message)
 
 
@@ -183,8 +178,8 @@ def push_dataset(
         raise ValueError(f"`dataset` is empty, so there is nothing to push to {repo_id!r}.")
     again = "Then call `push_dataset` again, with the same arguments."
     facts = _read_facts(generator, repo_id, token, kept, again)
-    with _explained(repo_id, token, kept, again), tempfile.TemporaryDirectory() as directory:
-        repo_id = _API.create_repo(repo_id, repo_type="dataset", private=private, token=token, exist_ok=True).repo_id
+    with explained(repo_id, token, kept, again), tempfile.TemporaryDirectory() as directory:
+        repo_id = API.create_repo(repo_id, repo_type="dataset", private=private, token=token, exist_ok=True).repo_id
         card = dataset_card(
             facts,
             repo_id=repo_id,
@@ -202,7 +197,7 @@ def push_dataset(
             CommitOperationAdd("data/train-00000-of-00001.parquet", path),
             CommitOperationAdd("README.md", str(card).encode()),
         ]
-        return _API.create_commit(repo_id, operations, repo_type="dataset", token=token, commit_message=commit_message)
+        return API.create_commit(repo_id, operations, repo_type="dataset", token=token, commit_message=commit_message)
 
 
 def read_jsonl(path: str | PathLike[str]) -> Dataset:
@@ -244,16 +239,16 @@ def _read_facts(generator: str, repo_id: str, token: str | None, kept: str, agai
         paths = [Path(generator) / FACTS_FILE, Path(generator).absolute().parent / FACTS_FILE]
         found = next((path for path in paths if path.exists()), None)
     else:
-        with _explained(repo_id, token, kept, again):
+        with explained(repo_id, token, kept, again):
             try:
-                found = Path(_API.hf_hub_download(generator, FACTS_FILE, token=token))
+                found = Path(API.hf_hub_download(generator, FACTS_FILE, token=token))
             except RemoteEntryNotFoundError:
                 pass
             except (RepositoryNotFoundError, HFValidationError):
                 is_missing = True
     if is_missing:
         raise ValueError(
-            f"`generator` {generator!r} is neither a directory nor a model on {_API.endpoint} that this token may see. Push the "
+            f"`generator` {generator!r} is neither a directory nor a model on {API.endpoint} that this token may see. Push the "
             "generator first (`trainer.push_to_hub()`), or pass its directory."
         )
     if found is None:
@@ -298,22 +293,22 @@ def _without_paths(path: Path) -> bytes | Path:
 
 def _upload(folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str) -> CommitInfo:
     _check_weights(folder, repo_id)
-    with _explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
+    with explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
         operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in _published_files(folder)]
-        return _API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
+        return API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
 
 
 def _upload_checkpoint(
     checkpoint: Path, path_in_repo: str, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
 ) -> CommitInfo:
     """Pushes what training resumes from."""
-    with _explained(repo_id, token, _kept(checkpoint), "Training goes on."):
+    with explained(repo_id, token, _kept(checkpoint), "Training goes on."):
         paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
         operations = [
             CommitOperationAdd(f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}", _without_paths(path))
             for path in paths
         ]
-        return _API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
+        return API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
 
 
 def _kept(folder: str | PathLike[str]) -> str:
@@ -325,74 +320,6 @@ def _again(folder: str | PathLike[str], repo_id: str) -> str:
         "Then push again, which sends only what the Hub does not have: `trainer.push_to_hub()`, or without the trainer "
         f"`trl_dpg.hub.push_generator({os.fspath(folder)!r}, {repo_id!r})`."
     )
-
-
-@contextmanager
-def _explained(repo_id: str, token: str | None, kept: str, again: str) -> Iterator[None]:
-    """Raises whatever goes wrong as an error that says which repository, what the Hub said, what is left and what to do."""
-    try:
-        yield
-    except Exception as error:  # the client's HTTP library has errors of its own
-        chain = list(_chain(error))
-        reason, remedy = _reason(chain)
-        message = f"The push to {repo_id!r} on {_API.endpoint} failed: {reason} {remedy} {kept} {again}"
-        secrets = [secret for secret in (token, get_token()) if secret]
-        for secret in secrets:
-            message = message.replace(secret, "<token>")
-        # the traceback would print the causes, too
-        leaks = any(secret in str(cause) for secret in secrets for cause in chain)
-        raise RuntimeError(message) from (None if leaks else error)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file is too large",
-}
-
-
-def _reason(chain: list[BaseException]) -> tuple[str, str]:
-    """What went wrong, and its remedy."""
-    for error in chain:
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            said = f": {error.server_message.strip()}" if error.server_message else ""
-            reason = f"the Hub answered {status} {error.response.reason_phrase}{said}".rstrip(".") + "."
-            return reason, _REMEDIES.get(status, "Try again later, and see https://status.huggingface.co.")
-        if isinstance(error, OfflineModeIsEnabled):
-            return "offline mode is on.", "Unset `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE`."
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return f"{_FULL[error.errno]} ({error.strerror}).", "Free some space."
-    first, last = chain[0], chain[-1]
-    reason = f"{first} ({last})." if last is not first and str(last) else f"{first or type(first).__name__}."
-    return (
-        reason,
-        "Check the network, and that no proxy or firewall is in the way (`HF_HUB_DISABLE_XET=1` uploads by plain HTTP, where Xet is not let through).",
-    )
-
-
-_LOGIN = "log in with `hf auth login`, set `HF_TOKEN`, or pass `hub_token` (`token` outside the trainer)"
-_STORAGE = (
-    "Free storage of the account or organization (https://huggingface.co/settings/billing), or push to another one with "
-    "`hub_model_id`."
-)
-_REMEDIES = {
-    400: "Correct what it names.",
-    401: f"The token is missing, wrong or expired: make one with write permission at https://huggingface.co/settings/tokens and {_LOGIN}.",
-    403: "The token may not write there: take one with write permission for this namespace, at "
-    f"https://huggingface.co/settings/tokens, and {_LOGIN}; or choose another `hub_model_id`.",
-    404: f"The repository is not there, or this token may not see it: check its name, and {_LOGIN}.",
-    409: "Another commit came between.",
-    413: _STORAGE,
-    429: "Wait until the rate limit is over.",
-    507: _STORAGE,
-}
 
 
 class PublishingMixin(_Trainer):
@@ -456,7 +383,7 @@ class PublishingMixin(_Trainer):
                 "",
                 "To train first, leave out `push_to_hub=True` and call `trainer.push_to_hub()` in the end.",
             )
-        with _explained(repo_id, token, kept, again):
+        with explained(repo_id, token, kept, again):
             super().init_hf_repo(token=token, private=private)
 
     def push_to_hub(
@@ -506,7 +433,7 @@ class PublishingMixin(_Trainer):
         repo_id: str = self.hub_model_id  # type: ignore[assignment]
         if "license" not in kwargs:
             kwargs["license"] = _license_of(describe_model(self.accelerator.unwrap_model(self.model)))
-        with _explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
+        with explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
             self.create_model_card(**kwargs)
         self._finish_current_push()
         upload = partial(
@@ -517,7 +444,7 @@ class PublishingMixin(_Trainer):
             revision=revision or self.args.hub_revision,
             commit_message=commit_message or "End of training",
         )
-        return upload() if blocking else _API.run_as_future(upload)
+        return upload() if blocking else API.run_as_future(upload)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         args: Any = self.args
@@ -570,12 +497,12 @@ class PublishingMixin(_Trainer):
         message = f"Training in progress, step {self.state.global_step}"
         where: dict[str, Any] = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         repo_id: str = self.hub_model_id  # type: ignore[assignment]
-        jobs: list[Future] = [_API.run_as_future(_upload, folder, repo_id, commit_message=message, **where)]
+        jobs: list[Future] = [API.run_as_future(_upload, folder, repo_id, commit_message=message, **where)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             path_in_repo = "last-checkpoint" if last else checkpoint.name
             jobs.append(
-                _API.run_as_future(
+                API.run_as_future(
                     _upload_checkpoint,
                     checkpoint,
                     path_in_repo,
@@ -609,7 +536,7 @@ def _license_of(model: dict[str, Any]) -> str | None:
     if not model["on_hub"]:
         return None
     try:
-        card = _API.model_info(model["name"], timeout=10).card_data
+        card = API.model_info(model["name"], timeout=10).card_data
     except Exception as error:  # a license is not worth a failed push
         logger.info(f"The license of {model['name']!r} is left out of the card: {error}")
         return None

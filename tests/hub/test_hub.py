@@ -39,7 +39,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(trl_dpg.hub._API, "endpoint", server.url)
+        monkeypatch.setattr(trl_dpg.hub.API, "endpoint", server.url)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
