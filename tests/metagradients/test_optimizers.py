@@ -10,6 +10,7 @@ from trl_dpg.metagradients.optimizers import (
     Moments,
     Optimizer,
     adamw_adjoint_,
+    adamw_first_adjoint_,
     adamw_update_,
     clip_adjoint_,
     sgd_adjoint_,
@@ -152,15 +153,46 @@ def test_adamw_adjoint_where_no_gradient_ever_was():
     moments, given = Moments(torch.zeros_like(grad), torch.zeros_like(grad)), cotangent.clone()
     moment_cotangents = Moments(torch.zeros_like(grad), torch.zeros_like(grad))
     scratch = [torch.full_like(param, torch.nan) for _ in range(3)]
-    of_grad = adamw_adjoint_(cotangent, moment_cotangents, grad, moments, hp, scratch)
+    of_grad = adamw_adjoint_(cotangent, moment_cotangents, grad, moments, hp, scratch).clone()
     assert all(torch.isfinite(t).all() for t in (of_grad, cotangent, *moment_cotangents))
     torch.testing.assert_close(of_grad[zero], -hp.learning_rate / hp.epsilon * given[zero], rtol=1e-10, atol=0)
+    first = adamw_first_adjoint_(given.clone(), None, grad, hp, scratch)
+    torch.testing.assert_close(first, of_grad, rtol=1e-6, atol=1e-9)
     cotangent = given
 
     variable = grad.clone().requires_grad_()
     updated = reference_adamw(param, *nothing, variable, hp)[0]
     (expected,) = torch.autograd.grad(updated, variable, cotangent)
     torch.testing.assert_close(of_grad[~zero], expected[~zero], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("epsilon_root", [0.0, 1e-9, 1e-2])
+@pytest.mark.parametrize("alone", [True, False], ids=["only step", "more steps"])
+def test_adamw_first_adjoint(alone, epsilon_root):
+    """Against autograd through the formula, from moments of zero."""
+    param, grad = (tensors(seed)[0].requires_grad_() for seed in (0, 1))
+    cotangents = [tensors(seed)[0] for seed in (4, 5, 6)]
+    hp = hyperparameters(1, epsilon_root=epsilon_root)
+    outputs = reference_adamw(param, torch.zeros_like(param), torch.zeros_like(param), grad, hp)
+    count = 1 if alone else 3
+    expected = torch.autograd.grad(outputs[:count], [grad, param], cotangents[:count])
+    scratch = [torch.full_like(param, torch.nan) for _ in range(3)]
+    moment_cotangents = None if alone else Moments(*cotangents[1:])
+    of_grad = adamw_first_adjoint_(cotangents[0], moment_cotangents, grad.detach(), hp, scratch)
+    # Autograd subtracts terms that agree in up to 10 of 16 digits.
+    assert relative_error([of_grad, cotangents[0]], expected) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+def test_adamw_first_adjoint_does_not_cancel(scale):
+    """Float32 against float64, also where the update is little else than the gradient's sign."""
+    hp = hyperparameters(1, epsilon=1e-8, epsilon_root=1e-9)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        grad, cotangent = (flat_tensor(seed, dtype=torch.float32).to(dtype) for seed in (1, 2))
+        scratch = [torch.empty_like(grad) for _ in range(3)]
+        found.append(adamw_first_adjoint_(cotangent, None, grad * scale, hp, scratch))
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])

@@ -23,8 +23,9 @@ from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
 
 
-FIRST_DISTANCE = 1e-4  # relative; where central differences begin to look for their step size
-PROBED = 32  # one in so many examples, to find it
+FIRST_DISTANCE = 1e-4  # relative to the parameters; where central differences begin to look for their step size
+FIRST_CHANGE = 0.1  # nats per token over the cube root of the precision; the change of loss that they look for
+PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at least four
 
 
 def gradient(losses: ExampleLosses, flat: FlatParameters, batches: list[MicroBatch], example_losses: Tensor) -> float:
@@ -183,8 +184,9 @@ class CentralDifference:
     hundredth of the first difference, and rounding a tenth of it.
 
     \\( \epsilon \\) is chosen where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
-    smallest sum, as measured at the step treated before; at the first one on a few examples. A step whose error is estimated
-    above the tolerance is repeated, with a better \\( \epsilon \\) if there is one, or else by [`Exact`].
+    smallest sum, as measured at the step treated before. At the first one it is such that the losses of a few examples change
+    by half a thousandth of a nat per token. A step whose error is estimated above the tolerance is repeated, with a better
+    \\( \epsilon \\) if there is one, or else by [`Exact`].
 
     Args:
         exact ([`Exact`]): What to fall back to.
@@ -231,16 +233,7 @@ class CentralDifference:
     ) -> Tensor | None:
         differences = torch.zeros_like(metagradients)
         if self._distance == 0:
-            size = self.flat.values.norm().item() or 1.0
-            self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
-            # as many examples whatever the size of micro-batches, on which the step should not depend
-            count = max(1, sum(len(batch.indices) for batch in batches) // PROBED)
-            few = [batch.rows(count) for batch in batches[:1]]
-            for _ in range(4):
-                distance = self._distance
-                self._run(few, vector, norm, 0.0, example_losses, differences, self.flat.zeros(TAIL), False)
-                if 0.2 * distance < self._distance < 5 * distance:
-                    break
+            self._find_distance(batches, vector, norm, example_losses)
         for _ in range(2):
             if product_needed:
                 self._buffer = buffer = self.flat.accumulate_into(self._buffer)
@@ -253,11 +246,38 @@ class CentralDifference:
         self.errors.append(error)
         if not error <= self.tolerance:  # also where it is not a number
             self.num_fallbacks += 1
+            if not math.isfinite(error):
+                self._distance = 0.0  # nothing was learned about it
             self._return(vector, product_needed)
             return self.exact(batches, vector, inner, example_losses, metagradients, product_needed)
         epsilon = distance / norm
         metagradients += differences / (2 * epsilon)
         return buffer[: self.flat.size] if product_needed else None
+
+    def _find_distance(self, batches, vector, norm, example_losses) -> None:
+        """The distance at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them."""
+        size = self.flat.values.norm().item() or 1.0
+        self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
+        wanted = FIRST_CHANGE * torch.finfo(self.flat.dtype).eps ** (1 / 3)
+        # as many examples whatever the size of micro-batches, on which the step should not depend
+        rows = min(PROBED, max(4, sum(len(batch.indices) for batch in batches) // PROBED))
+        few = [batch.rows(rows) for batch in batches[:1]]
+        for _ in range(4):
+            self._move_to(self._distance / norm, vector)
+            sums = [0.0, 0.0]
+            with self.processes.summing(self.flat.zeros(TAIL), sums), torch.no_grad():
+                for batch in few:
+                    change = (self.losses(batch) - example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
+                    sums[0] += len(batch.indices)
+                    sums[1] += change.abs().sum().item()
+            count, change = sums
+            if count == 0:
+                break
+            # Of a change that is little more than rounding, or no longer linear, less follows.
+            factor = min(max(wanted * count / change, 0.01), 100.0) if change > 0 else 100.0
+            self._distance = min(self._distance * (factor if math.isfinite(change) else 0.01), self._farthest)
+            if 0.1 < factor < 10:
+                break
 
     def _return(self, vector: Tensor, product_needed: bool) -> None:
         r"""Back to \\( \phi_t \\): to rounding, or exactly if it is the first."""
