@@ -1,12 +1,14 @@
 """
 Prints, as Markdown tables, peak memory beside plain training and beside what was predicted, and the size of the tape. Each
-figure comes from a process of its own.
+figure comes from a process of its own, in which memory that was freed goes back to the operating system: with its default
+settings, the C library keeps up to as much again as is in use, of which predictions allow for some.
 
     python -m benchmarks.memory > benchmarks/results/memory.md
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -48,7 +50,9 @@ def measure(name: str, method: str, num_steps: int, batch_size: int, tape: str, 
 
 def in_a_process(**job) -> dict:
     command = [sys.executable, "-m", "benchmarks.memory", "--job", json.dumps(job)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

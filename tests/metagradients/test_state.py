@@ -312,8 +312,8 @@ def test_derivatives_over_micro_batches(size):
             grad = flat.accumulate_into()
             gradient(losses, flat, batches, values)
             exact = Exact(losses, flat, processes)
-            product = exact(batches, vector, 0.0, values, double_backward, product_needed=True)
-            assert exact(batches, vector, 0.0, values, forward_mode, product_needed=False) is None
+            product = exact(batches, vector, 0.0, values, double_backward, torch.empty_like(vector))
+            assert exact(batches, vector, 0.0, values, forward_mode, None) is None
             assert relative_error(forward_mode, double_backward) < 1e-12
             results.append(torch.cat([grad[: flat.size], product, double_backward, values]))
     assert relative_error(results[1], results[0]) < 1e-12

@@ -198,6 +198,7 @@ def compute_metagradients(
         products = exact if args.curvature == "exact" else central
         metagradients = torch.zeros(len(run.examples), dtype=torch.float64, device=flat.device)
         state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
+        buffer = None
         for step in reversed(range(run.num_steps)):
             moments, grad = None, state
             with processes.passing_on():
@@ -205,6 +206,12 @@ def compute_metagradients(
             grad_cotangent, inner = optimizer.adjoint_(
                 step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
             )
+            if step == 0:  # nothing lies before the first step: only the metagradients are needed
+                buffer = None
+            elif moments is not None and processes.count == 1:  # not needed any more until the next rewind
+                buffer = moments.first
+            elif buffer is None:
+                buffer = flat.zeros(flat.size + TAIL)
             del grad, moments
             if processes.count > 1:
                 values, grad_cotangent = processes.gather(state, grad_cotangent)
@@ -218,10 +225,10 @@ def compute_metagradients(
                     inner=inner,
                     example_losses=run.example_losses[step * args.num_train_epochs // run.num_steps],
                     metagradients=metagradients,
-                    product_needed=step > 0,
+                    buffer=buffer,
                 ),
             )
-            if product is not None:  # nothing lies before the first step: only the metagradients are needed
+            if product is not None:
                 _check_finite(f"the Hessian-vector product of step {step + 1}", product)
                 cotangent += product[slice(*run.shard)]
             del grad_cotangent, product  # not beside the next ones

@@ -6,7 +6,7 @@ Derivatives of one batch's loss: its gradient, and, by double backward or by cen
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -60,7 +60,6 @@ class Exact:
         self.losses = losses
         self.flat = flat
         self.processes = processes
-        self._buffer: Tensor | None = None
 
     def __call__(
         self,
@@ -69,7 +68,7 @@ class Exact:
         inner: float,
         example_losses: Tensor,
         metagradients: Tensor,
-        product_needed: bool,
+        buffer: Tensor | None,
     ) -> Tensor | None:
         r"""
         Derivatives of one batch along \\( \lambda_g \\), at the parameters' values.
@@ -80,19 +79,17 @@ class Exact:
             inner (`float`): This process's part of \\( \langle \lambda_g, g_t \rangle \\), to compare with.
             example_losses (`Tensor`): \\( \ell_i(\phi_t) / Z_t \\) of the forward sweep, shape `(n,)`, to compare with.
             metagradients (`Tensor`): The examples' derivatives are added to it, shape `(n,)`.
-            product_needed (`bool`): Whether \\( H_t \lambda_g \\) is wanted too.
+            buffer (`Tensor`):
+                Memory for the product, shape `(size + TAIL,)`, or `(size,)` for a single process. `None`: the product is
+                not wanted.
 
         Returns:
-            `Tensor`: \\( H_t \lambda_g \\) over all processes, shape `(size,)`, or `None`. The next call overwrites it.
+            `Tensor`: \\( H_t \lambda_g \\) over all processes, shape `(size,)`, in the memory of `buffer`; `None` without it.
         """
         parts = torch.zeros_like(metagradients)
-        if product_needed:
-            self._buffer = buffer = self.flat.accumulate_into(self._buffer)
-        else:
-            buffer = self.flat.zeros(TAIL)
         sums = [inner, 0.0, 0.0]
-        with self.processes.summing(buffer, sums), twice_differentiable(self.losses.model):
-            if product_needed:
+        with _summing(self.flat, self.processes, buffer, sums), twice_differentiable(self.losses.model):
+            if buffer is not None:
                 self._product(batches, vector, parts)
             else:
                 self._example_derivatives(batches, vector, parts)
@@ -109,7 +106,7 @@ class Exact:
                 stacklevel=3,
             )
         metagradients += parts
-        return buffer[: self.flat.size] if product_needed else None
+        return None if buffer is None else buffer[: self.flat.size]
 
     def _product(self, batches, vector, metagradients) -> None:
         vectors = self.flat.views(vector)
@@ -201,7 +198,6 @@ class CentralDifference:
         self.num_fallbacks = 0
         self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
         self._position = 0.0  # the epsilon at which the parameters are
-        self._buffer: Tensor | None = None
 
     def __call__(
         self,
@@ -210,37 +206,31 @@ class CentralDifference:
         inner: float,
         example_losses: Tensor,
         metagradients: Tensor,
-        product_needed: bool,
+        buffer: Tensor | None,
     ) -> Tensor | None:
         """As of [`Exact`]."""
         # The second is slow, but cannot underflow.
         norm = vector.norm().item() or vector.norm(dtype=torch.float64).item()
         if norm == 0:
             self.errors.append(0.0)
-            return self.flat.zeros(self.flat.size) if product_needed else None
+            return None if buffer is None else buffer.zero_()[: self.flat.size]
         self._position = 0.0
         before = self._distance, len(self.errors), self.num_fallbacks
         try:
-            return self._differentiate(batches, vector, norm, inner, example_losses, metagradients, product_needed)
+            return self._differentiate(batches, vector, norm, inner, example_losses, metagradients, buffer)
         except OutOfMemory:  # as it was, for whoever tries again
             self._distance, count, self.num_fallbacks = before
             del self.errors[count:]
-            self._return(vector, product_needed)
+            self._return(vector, last=buffer is None)
             raise
 
-    def _differentiate(
-        self, batches, vector, norm, inner, example_losses, metagradients, product_needed
-    ) -> Tensor | None:
+    def _differentiate(self, batches, vector, norm, inner, example_losses, metagradients, buffer) -> Tensor | None:
         differences = torch.zeros_like(metagradients)
         if self._distance == 0:
             self._find_distance(batches, vector, norm, example_losses)
         for _ in range(2):
-            if product_needed:
-                self._buffer = buffer = self.flat.accumulate_into(self._buffer)
-            else:
-                buffer = self.flat.zeros(TAIL)
             distance = self._distance
-            error = self._run(batches, vector, norm, inner, example_losses, differences, buffer, product_needed)
+            error = self._run(batches, vector, norm, inner, example_losses, differences, buffer)
             if error <= self.tolerance or distance / 1.5 < self._distance < 1.5 * distance:
                 break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
         self.errors.append(error)
@@ -248,11 +238,11 @@ class CentralDifference:
             self.num_fallbacks += 1
             if not math.isfinite(error):
                 self._distance = 0.0  # nothing was learned about it
-            self._return(vector, product_needed)
-            return self.exact(batches, vector, inner, example_losses, metagradients, product_needed)
+            self._return(vector, last=buffer is None)
+            return self.exact(batches, vector, inner, example_losses, metagradients, buffer)
         epsilon = distance / norm
         metagradients += differences / (2 * epsilon)
-        return buffer[: self.flat.size] if product_needed else None
+        return None if buffer is None else buffer[: self.flat.size]
 
     def _find_distance(self, batches, vector, norm, example_losses) -> None:
         """The distance at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them."""
@@ -267,7 +257,9 @@ class CentralDifference:
             sums = [0.0, 0.0]
             with self.processes.summing(self.flat.zeros(TAIL), sums), torch.no_grad():
                 for batch in few:
-                    change = (self.losses(batch) - example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
+                    change = (self.losses(batch) - example_losses[batch.indices]) / (
+                        batch.scale * batch.num_supervised
+                    )
                     sums[0] += len(batch.indices)
                     sums[1] += change.abs().sum().item()
             count, change = sums
@@ -279,30 +271,30 @@ class CentralDifference:
             if 0.1 < factor < 10:
                 break
 
-    def _return(self, vector: Tensor, product_needed: bool) -> None:
-        r"""Back to \\( \phi_t \\): to rounding, or exactly if it is the first."""
-        if product_needed:
-            self._move_to(0.0, vector)
-        else:
+    def _return(self, vector: Tensor, last: bool) -> None:
+        r"""Back to \\( \phi_t \\): to rounding, or exactly if it is the first, which comes last."""
+        if last:
             self.flat.load_originals(0, self.flat.values)
+        else:
+            self._move_to(0.0, vector)
 
     def _move_to(self, epsilon: float, vector: Tensor) -> None:
         self.flat.values.add_(vector, alpha=epsilon - self._position)
         self._position = epsilon
 
-    def _run(self, batches, vector, norm, inner, example_losses, differences, buffer, product_needed) -> float:
+    def _run(self, batches, vector, norm, inner, example_losses, differences, buffer) -> float:
         """Fills `differences` and `buffer`, chooses the next distance and returns the estimated error."""
         epsilon = self._distance / norm
         sums = [0.0, 0.0, 0.0, 0.0, 0.0, inner, 0.0]
-        with self.processes.summing(buffer, sums):
+        with _summing(self.flat, self.processes, buffer, sums):
             differences.zero_()
             seconds = torch.zeros_like(differences)
             for sign in (1, -1):
                 self._move_to(sign * epsilon, vector)
                 for batch in batches:
-                    with torch.set_grad_enabled(product_needed):
+                    with torch.set_grad_enabled(buffer is not None):
                         values = self.losses(batch)
-                    if product_needed:
+                    if buffer is not None:
                         values.backward(batch.weights * (sign / (2 * epsilon)), inputs=self.flat.params)
                     values = (values.detach() - example_losses[batch.indices]).to(differences)
                     differences[batch.indices] += sign * values
@@ -332,6 +324,13 @@ class CentralDifference:
         # Of a change that is little more than rounding, the second difference says nothing.
         self._distance = min(self._distance * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
         return max(truncation, rounding, abs(found - expected) / size if size > 0 else 0.0)
+
+
+def _summing(
+    flat: FlatParameters, processes: Processes, buffer: Tensor | None, scalars: list[float]
+) -> AbstractContextManager[None]:
+    """[`Processes.summing`], where backward passes accumulate into `buffer`, if there is one."""
+    return processes.summing(flat.zeros(TAIL) if buffer is None else flat.accumulate_into(buffer), scalars)
 
 
 @contextmanager

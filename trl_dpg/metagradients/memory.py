@@ -97,9 +97,12 @@ def plan_memory(
     on_cpu = flat.device.type == "cpu"
     # parameters, gradient and moments, and a gradient on its way to the tape
     training = (3 + moments) * of_parameters + int(ACTIVATIONS["gradient"] * activations)
-    # parameters, lambda_g and the product, and the cotangents; on the CPU, the tape's moments stay
+    # Parameters, lambda_g and the product, and the cotangents. lambda_g is where the tape's second moment was, and with one
+    # process the product where the first was; with several, these stay on the CPU.
     cotangents = (1 + moments) * of_shard
-    adjoint = 3 * of_parameters + cotangents + moments * of_shard * on_cpu + int(ACTIVATIONS[args.curvature] * whole)
+    adjoint = 3 * of_parameters + cotangents + int(ACTIVATIONS[args.curvature] * whole)
+    if on_cpu and num_processes > 1:
+        adjoint += moments * of_shard
     # parameters, the product and the cotangents, state and gradients of the replay; several processes put two tensors together
     replay = (
         2 * of_parameters + cotangents + (3 + moments) * of_shard + (4 * of_parameters if num_processes > 1 else 0)

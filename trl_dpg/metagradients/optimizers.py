@@ -274,8 +274,9 @@ class Optimizer:
             cotangent (`Tensor`): Of the parameters after the step; becomes that before it.
             moment_cotangents ([`Moments`]): Of the moments after the step; become those before it, but at the first step.
                 `None` for SGD, and for zeros at the first step.
-            grad (`Tensor`): The step's gradient before clipping; overwritten where nothing was clipped.
-            moments ([`Moments`]): Moments before the step; overwritten. `None` for SGD, and for AdamW at the first step.
+            grad (`Tensor`): The step's gradient before clipping; may be overwritten.
+            moments ([`Moments`]): Moments before the step; overwritten, the second by the result. `None`
+                for SGD, and for AdamW at the first step.
             sum_over_processes (`Callable`, *optional*): Sums a number; asked for only where a gradient was clipped.
 
         Returns:
@@ -283,7 +284,10 @@ class Optimizer:
             \\( \langle \lambda_g, g \rangle \\) over the elements at hand.
         """
         factor = clip_factor(self.norms[step], self.max_grad_norm)
-        of_grad = grad if factor == 1.0 else torch.empty_like(grad)
+        if moments is not None:
+            of_grad = moments.second  # whose place is free after it was read, while the gradient's is given back
+        else:
+            of_grad = grad if factor == 1.0 else torch.empty_like(grad)
         inner = torch.zeros((), dtype=torch.float64, device=grad.device)
         scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(3)]
         for part, hp in self._parts(step, cotangent):
