@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
-from .linear import WithoutWeightGradients
+from .gelu import closed_form_gelus
 from .memory import OutOfMemory
 from .model import TargetModel, is_compiled
 from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
+from .second_order import SecondOrder
 
 
 FIRST_DISTANCE = 1e-4  # relative to the parameters; where central differences begin to look for their step size
@@ -110,13 +111,16 @@ class Exact:
 
     def _product(self, batches, vector, metagradients) -> None:
         vectors = self.flat.views(vector)
+        bf16 = self.losses.bf16  # under autocast, a layer's own kernel does the rounding
         for batch in batches:
             # The weights w are a leaf of the same graph, so the pass also gives the examples' derivatives.
             weights = batch.weights.clone().requires_grad_()
             detached = DetachedOnce()
-            with dora_under(self.losses.model, detached):
-                # Under autocast, a layer's own kernel does the rounding.
-                with nullcontext() if self.losses.bf16 else WithoutWeightGradients():
+            with (
+                dora_under(self.losses.model, detached),
+                nullcontext() if bf16 else closed_form_gelus(self.losses.model),
+            ):
+                with nullcontext() if bf16 else SecondOrder():
                     loss = torch.dot(self.losses(batch), weights)
                 grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
                 # <g, vector> is differentiated without being computed.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from .linear import zeros
 from .model import TargetModel, is_compiled
+from .second_order import zeros
 
 
 WHOLE = 1 << 21  # logits up to this many are computed at once, by ordinary autograd

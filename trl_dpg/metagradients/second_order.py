@@ -1,9 +1,9 @@
 r"""
-Linear layers whose weight gradient is differentiated but never computed.
+Second-order graphs that leave out what a Hessian-vector product does not need.
 
-A Hessian-vector product by double backward differentiates \\( \langle g, \lambda \rangle \\), of which it does not need the
-value, and so not \\( g \\) either. For a layer \\( y = x W^\top \\), that leaves out one of nine matrix products, and what
-would be the largest tensor of the graph.
+A product by double backward differentiates \\( \langle g, \lambda \rangle \\), of which it does not need the value, and so not
+\\( g \\) either. For a layer \\( y = x W^\top \\), that leaves out one of nine matrix products, and what would be the largest
+tensor of the graph.
 """
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from .gelu import TanhGELU
 
-class WithoutWeightGradients(TorchFunctionMode):
+
+class SecondOrder(TorchFunctionMode):
     """
-    Has a second-order graph hold zeros in place of the gradients of linear layers' weights, with the right derivatives.
+    Builds second-order graphs that cost less.
 
-    Only of weights that are parameters: the gradient of any other is a factor of what comes next.
+    They hold zeros in place of the gradients of linear layers' weights, with the right derivatives. Only of weights that are
+    parameters: the gradient of any other is a factor of what comes next. And [`TanhGELU`] in place of PyTorch's.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -26,6 +29,8 @@ class WithoutWeightGradients(TorchFunctionMode):
             return product if len(args) < 3 or args[2] is None else product + args[2]
         if not kwargs and func is torch.addmm and isinstance(args[2], nn.Parameter) and args[2].requires_grad:
             return args[0] + _Product.apply(args[1], args[2], False)
+        if func is F.gelu and kwargs == {"approximate": "tanh"}:
+            return TanhGELU.apply(*args)
         return func(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,80 @@
+"""Cheaper second derivatives against plain double backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
+
+from trl_dpg.metagradients.gelu import TanhGELU, closed_form_gelus
+from trl_dpg.metagradients.second_order import SecondOrder
+
+
+def linear(x, weight, bias):
+    return F.linear(x, weight, bias)
+
+
+def conv1d(x, weight, bias):
+    return torch.addmm(bias, x.view(-1, x.shape[-1]), weight.T.contiguous()).view(*x.shape[:-1], -1)
+
+
+def transposed(x, weight, bias):
+    return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("layer", [linear, conv1d, transposed])
+def test_product(layer):
+    """With one weight used twice, and another that is not a parameter but made of one."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(4, 4, generator=generator).double()) for _ in range(2)]
+    params.append(nn.Parameter(torch.randn(4, generator=generator).double()))
+    x = torch.randn(2, 3, 4, generator=generator).double()
+    directions = [torch.randn(p.shape, generator=generator).double() for p in params]
+
+    def product():
+        w, u, b = params
+        hidden = torch.tanh(layer(torch.tanh(layer(x, w, b)), w, b))
+        loss = layer(layer(hidden, u, b), torch.exp(u), b).square().sum()
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        return grads[0], torch.autograd.grad(grads, params, directions)
+
+    grad, expected = product()
+    with SecondOrder():
+        zeros, actual = product()
+    torch.testing.assert_close(actual, expected)
+    assert grad.any() and (layer is conv1d or not zeros.any())
+
+
+def second_derivatives(function, dtype):
+    """Value, gradient and second derivatives, from far left to far right."""
+    x = torch.linspace(-12, 12, 2001).to(dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(x.shape, generator=generator).to(dtype).requires_grad_()
+    direction = torch.randn(x.shape, generator=generator).to(dtype)
+    value = function(x)
+    (grad,) = torch.autograd.grad(value, x, cotangent, create_graph=True)
+    return [value.detach(), grad.detach(), *torch.autograd.grad(grad, [x, cotangent], direction)]
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_gelu(name, dtype, tolerance):
+    """Float32, here too, against float64: PyTorch's own derivatives of the first formula are as far from it."""
+    actual = second_derivatives(TanhGELU.apply, dtype)
+    expected = second_derivatives(ACT2FN[name], torch.float64)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
+def test_gelu_of_a_model(name):
+    """It is used, and the model's modules are as before."""
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, activation_function=name)
+    model = GPT2LMHeadModel(config)
+    with closed_form_gelus(model), SecondOrder():
+        out = model.transformer.h[0].mlp.act(torch.ones(3, requires_grad=True))
+    assert "TanhGELU" in type(out.grad_fn).__name__
+    assert "forward" not in vars(model.transformer.h[0].mlp.act)
+    out = model.transformer.h[0].mlp.act(torch.ones(3, requires_grad=True))
+    assert "TanhGELU" not in type(out.grad_fn).__name__
