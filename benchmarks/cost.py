@@ -26,8 +26,8 @@ from trl_dpg.metrics import LanguageModelingLikelihood
 # (steps K, batch size, tokens per example): work that does not grow with the tokens of a step, elementwise on all parameters
 # and the metric's gradient, counts most at K = 1
 SETTINGS = {
-    "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (32, 16, 64)],
-    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 8, 32), (32, 8, 32)],
+    "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
+    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (32, 16, 64)],
 }
 
 
@@ -69,7 +69,7 @@ def rows(options, model, lora, metric, queries, num_steps, batch_size, length):
         "exact": lambda: compute_metagradients(model, examples, metric, exact),
         "central differences": lambda: compute_metagradients(model, examples, metric, central),
     }
-    if num_steps <= 8 and not options.skip_lora:
+    if not options.skip_lora:
         methods |= {
             "LoRA, plain": lambda: train_and_measure(lora, examples, metric, exact),
             "LoRA, exact": lambda: compute_metagradients(lora, examples, metric, exact),
