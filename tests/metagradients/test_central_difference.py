@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature, objective
 
 
 CENTRAL = {"curvature": "central_difference"}
@@ -87,6 +87,27 @@ def test_first_order_operations_only(monkeypatch):
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = compute_metagradients(model, examples, lambda m: -m.lm_head.weight.norm(), args)
     assert out.metagradients.all() and out.num_exact_fallbacks == 0
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_the_step_size_is_found_on_few_examples(spread, monkeypatch):
+    """Two passes over a batch of one step, beside the training pass, and at most two over an eighth of it."""
+    config = GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=spread, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    generator = torch.Generator().manual_seed(1)
+    examples = [{"input_ids": torch.randint(32, (10,), generator=generator).tolist()} for _ in range(32)]
+    rows, forward = [], objective.ExampleLosses.forward
+    monkeypatch.setattr(
+        objective.ExampleLosses, "forward", lambda self, batch: rows.append(len(batch.indices)) or forward(self, batch)
+    )
+    args = TargetTrainingArguments(batch_size=32, learning_rate=1e-4, adam_epsilon_root="auto", **CENTRAL)
+    out = compute_metagradients(model, examples, likelihood, args)
+    assert out.num_exact_fallbacks == 0 and max(out.curvature_errors) < 5e-3
+    assert rows.count(32) == 3 and set(rows) == {32, 4} and rows.count(4) <= 2
 
 
 @pytest.mark.parametrize("fields", [{}, {**CENTRAL, "curvature_tolerance": 0.0}], ids=["exact", "fallback"])

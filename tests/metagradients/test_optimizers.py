@@ -129,8 +129,8 @@ def test_adamw_adjoint(step, epsilon_root):
     outputs = reference_adamw(param, first, second, grad, hp)
     expected = torch.autograd.grad(outputs, [grad, param, first, second], cotangents)
     moments = Moments(first.detach().clone(), second.detach().clone())
-    scratch = [torch.full_like(param, torch.nan) for _ in range(3)]
-    of_grad = adamw_adjoint_(cotangents[0], Moments(*cotangents[1:]), grad.detach(), moments, hp, scratch)
+    out, *scratch = (torch.full_like(param, torch.nan) for _ in range(3))
+    of_grad = adamw_adjoint_(cotangents[0], Moments(*cotangents[1:]), grad.detach(), moments, hp, out, scratch)
     assert relative_error([of_grad, *cotangents], expected) < 1e-10
     assert relative_error(moments, outputs[1:]) < 1e-12
 
@@ -152,11 +152,11 @@ def test_adamw_adjoint_where_no_gradient_ever_was():
     assert torch.isfinite(param).all()
     moments, given = Moments(torch.zeros_like(grad), torch.zeros_like(grad)), cotangent.clone()
     moment_cotangents = Moments(torch.zeros_like(grad), torch.zeros_like(grad))
-    scratch = [torch.full_like(param, torch.nan) for _ in range(3)]
-    of_grad = adamw_adjoint_(cotangent, moment_cotangents, grad, moments, hp, scratch).clone()
+    out, *scratch = (torch.full_like(param, torch.nan) for _ in range(3))
+    of_grad = adamw_adjoint_(cotangent, moment_cotangents, grad, moments, hp, out, scratch).clone()
     assert all(torch.isfinite(t).all() for t in (of_grad, cotangent, *moment_cotangents))
     torch.testing.assert_close(of_grad[zero], -hp.learning_rate / hp.epsilon * given[zero], rtol=1e-10, atol=0)
-    first = adamw_first_adjoint_(given.clone(), None, grad, hp, scratch)
+    first = adamw_first_adjoint_(given.clone(), None, grad, hp, *scratch)
     torch.testing.assert_close(first, of_grad, rtol=1e-6, atol=1e-9)
     cotangent = given
 
@@ -176,9 +176,9 @@ def test_adamw_first_adjoint(alone, epsilon_root):
     outputs = reference_adamw(param, torch.zeros_like(param), torch.zeros_like(param), grad, hp)
     count = 1 if alone else 3
     expected = torch.autograd.grad(outputs[:count], [grad, param], cotangents[:count])
-    scratch = [torch.full_like(param, torch.nan) for _ in range(3)]
+    buffers = [torch.full_like(param, torch.nan) for _ in range(2)]
     moment_cotangents = None if alone else Moments(*cotangents[1:])
-    of_grad = adamw_first_adjoint_(cotangents[0], moment_cotangents, grad.detach(), hp, scratch)
+    of_grad = adamw_first_adjoint_(cotangents[0], moment_cotangents, grad.detach(), hp, *buffers)
     # Autograd subtracts terms that agree in up to 10 of 16 digits.
     assert relative_error([of_grad, cotangents[0]], expected) < 1e-6
 
@@ -190,8 +190,8 @@ def test_adamw_first_adjoint_does_not_cancel(scale):
     found = []
     for dtype in (torch.float32, torch.float64):
         grad, cotangent = (flat_tensor(seed, dtype=torch.float32).to(dtype) for seed in (1, 2))
-        scratch = [torch.empty_like(grad) for _ in range(3)]
-        found.append(adamw_first_adjoint_(cotangent, None, grad * scale, hp, scratch))
+        out, scratch = torch.empty_like(grad), torch.empty_like(grad)
+        found.append(adamw_first_adjoint_(cotangent, None, grad * scale, hp, out, scratch))
     torch.testing.assert_close(found[0].double(), found[1], rtol=1e-6, atol=0)
 
 

@@ -31,6 +31,10 @@ class Moments(NamedTuple):
     first: Tensor
     second: Tensor
 
+    def part(self, part: slice) -> "Moments":
+        """Of some of the elements."""
+        return Moments(self.first[part], self.second[part])
+
 
 def sgd_update_(param: Tensor, grad: Tensor, hp: Hyperparameters) -> None:
     r"""
@@ -70,6 +74,7 @@ def adamw_adjoint_(
     grad: Tensor,
     moments: Moments,
     hp: Hyperparameters,
+    out: Tensor,
     scratch: Sequence[Tensor],
 ) -> Tensor:
     r"""
@@ -88,19 +93,20 @@ def adamw_adjoint_(
         grad (`Tensor`): Gradient that the update was given.
         moments ([`Moments`]): Moments *before* the update; become those after it.
         hp ([`Hyperparameters`]): Scalars of the step.
-        scratch (`Sequence[Tensor]`): Three tensors of the same size: fresh ones would cost more than the arithmetic.
+        out (`Tensor`): For the result. May be the second moment, which is then no longer that after the update.
+        scratch (`Sequence[Tensor]`): Two tensors of the same size: fresh ones would cost more than the arithmetic.
 
     Returns:
-        `Tensor`: \\( \lambda_g \\), the last tensor of `scratch`.
+        `Tensor`: \\( \lambda_g \\), which is `out`.
     """
-    root, denominator, of_grad = scratch
+    root, denominator = scratch
     correction, size = 1 - hp.beta2**hp.step, _step_size(hp)
     moments.first.lerp_(grad, 1 - hp.beta1)
     moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
     torch.add(root.new_tensor(hp.epsilon_root), moments.second, alpha=1 / correction, out=root).sqrt_()
     torch.add(root, hp.epsilon, out=denominator)
 
-    ratio = torch.div(cotangent, denominator, out=of_grad)
+    ratio = torch.div(cotangent, denominator, out=out)
     mu = moment_cotangents.first.add_(ratio, alpha=-size)
     denominator.mul_(root)
     if hp.epsilon_root == 0.0:
@@ -108,12 +114,12 @@ def adamw_adjoint_(
         denominator.masked_fill_(root == 0, 1.0)
     nu = moment_cotangents.second.addcdiv_(ratio.mul_(moments.first), denominator, value=size / (2 * correction))
 
-    torch.mul(mu, 1 - hp.beta1, out=of_grad).addcmul_(grad, nu, value=2 * (1 - hp.beta2))
+    torch.mul(mu, 1 - hp.beta1, out=out).addcmul_(grad, nu, value=2 * (1 - hp.beta2))
     mu.mul_(hp.beta1)
     nu.mul_(hp.beta2)
     if hp.weight_decay:
         cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
-    return of_grad
+    return out
 
 
 def adamw_first_adjoint_(
@@ -121,7 +127,8 @@ def adamw_first_adjoint_(
     moment_cotangents: Moments | None,
     grad: Tensor,
     hp: Hyperparameters,
-    scratch: Sequence[Tensor],
+    out: Tensor,
+    scratch: Tensor,
 ) -> Tensor:
     r"""
     Adjoint of [`adamw_update_`] at the first step of a run, in place on \\( \lambda_{\phi'} \\) alone.
@@ -138,25 +145,25 @@ def adamw_first_adjoint_(
         moment_cotangents ([`Moments`]): \\( \lambda_{m'}, \lambda_{v'} \\); `None` are zeros.
         grad (`Tensor`): Gradient that the update was given.
         hp ([`Hyperparameters`]): Scalars of the step.
-        scratch (`Sequence[Tensor]`): Three tensors of the same size.
+        out (`Tensor`): For the result.
+        scratch (`Tensor`): Another of the same size.
 
     Returns:
-        `Tensor`: \\( \lambda_g \\), the last tensor of `scratch`.
+        `Tensor`: \\( \lambda_g \\), which is `out`.
     """
-    root, denominator, of_grad = scratch
-    torch.mul(grad, grad, out=root).add_(hp.epsilon_root).sqrt_()
-    torch.add(root, hp.epsilon, out=denominator)
-    torch.div(cotangent, denominator, out=of_grad).div_(denominator)
+    root = torch.mul(grad, grad, out=scratch).add_(hp.epsilon_root).sqrt_()
+    torch.add(root, hp.epsilon, out=out)
+    torch.div(cotangent, out.mul_(out), out=out)
     if hp.epsilon_root == 0.0:  # also where the gradient is zero, and so is the root: nothing flows through it
-        of_grad.mul_(-hp.learning_rate * hp.epsilon)
+        out.mul_(-hp.learning_rate * hp.epsilon)
     else:
-        of_grad.mul_(root.reciprocal_().mul_(hp.epsilon_root).add_(hp.epsilon)).mul_(-hp.learning_rate)
+        out.mul_(root.reciprocal_().mul_(-hp.learning_rate * hp.epsilon_root).sub_(hp.learning_rate * hp.epsilon))
     if moment_cotangents is not None:
-        of_grad.add_(moment_cotangents.first, alpha=1 - hp.beta1)
-        of_grad.addcmul_(grad, moment_cotangents.second, value=2 * (1 - hp.beta2))
+        out.add_(moment_cotangents.first, alpha=1 - hp.beta1)
+        out.addcmul_(grad, moment_cotangents.second, value=2 * (1 - hp.beta2))
     if hp.weight_decay:
         cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
-    return of_grad
+    return out
 
 
 def _root(second_moment: Tensor, hp: Hyperparameters) -> Tensor:
@@ -253,8 +260,11 @@ class Optimizer:
             if self.optim == "sgd":
                 sgd_update_(values[part], piece, hp)
             else:
-                piece_moments = _part_of(moments, part) or Moments(torch.zeros_like(piece), torch.zeros_like(piece))
-                adamw_update_(values[part], piece, piece_moments, hp)
+                if moments is None:
+                    of_piece = Moments(torch.zeros_like(piece), torch.zeros_like(piece))
+                else:
+                    of_piece = moments.part(part)
+                adamw_update_(values[part], piece, of_piece, hp)
 
     @torch.no_grad()
     def adjoint_(
@@ -289,20 +299,28 @@ class Optimizer:
         else:
             of_grad = grad if factor == 1.0 else torch.empty_like(grad)
         inner = torch.zeros((), dtype=torch.float64, device=grad.device)
-        scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(3)]
+        scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(2)]
         for part, hp in self._parts(step, cotangent):
             piece = grad[part] if factor == 1.0 else grad[part] * factor
-            pieces = [t[: len(piece)] for t in scratch]
+            buffers = [t[: len(piece)] for t in scratch]
             if self.optim == "sgd":
                 of_piece = sgd_adjoint_(cotangent[part], hp)
-            elif moments is None:
-                of_piece = adamw_first_adjoint_(cotangent[part], _part_of(moment_cotangents, part), piece, hp, pieces)
-            else:
+            elif moments is not None and moment_cotangents is not None:
                 of_piece = adamw_adjoint_(
-                    cotangent[part], _part_of(moment_cotangents, part), piece, _part_of(moments, part), hp, pieces
+                    cotangent[part],
+                    moment_cotangents.part(part),
+                    piece,
+                    moments.part(part),
+                    hp,
+                    of_grad[part],
+                    buffers,
                 )
+            else:
+                of_moments = None if moment_cotangents is None else moment_cotangents.part(part)
+                of_piece = adamw_first_adjoint_(cotangent[part], of_moments, piece, hp, *buffers)
             inner += torch.dot(of_piece, grad[part])
-            of_grad[part] = of_piece
+            if moments is None:  # otherwise it is there already
+                of_grad[part] = of_piece
         if factor < 1.0:
             whole = sum_over_processes(inner.item())
             clip_adjoint_(of_grad, grad, whole, self.norms[step], self.max_grad_norm)
@@ -321,7 +339,3 @@ class Optimizer:
         ):
             for position in range(start, stop, chunk):
                 yield slice(position, min(position + chunk, stop)), scalars
-
-
-def _part_of(moments: Moments | None, part: slice) -> Moments | None:
-    return None if moments is None else Moments(moments.first[part], moments.second[part])
