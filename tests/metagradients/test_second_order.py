@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
-from trl_dpg.metagradients.gelu import TanhGELU, closed_form_gelus
-from trl_dpg.metagradients.second_order import SecondOrder
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.gelu import TanhGELU
+from trl_dpg.metagradients.second_order import cheaper_second_order
 
 
 def linear(x, weight, bias):
@@ -40,7 +41,7 @@ def test_product(layer):
         return grads[0], torch.autograd.grad(grads, params, directions)
 
     grad, expected = product()
-    with SecondOrder():
+    with cheaper_second_order(nn.Module()):
         zeros, actual = product()
     torch.testing.assert_close(actual, expected)
     assert grad.any() and (layer is conv1d or not zeros.any())
@@ -72,9 +73,37 @@ def test_gelu_of_a_model(name):
     """It is used, and the model's modules are as before."""
     config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, activation_function=name)
     model = GPT2LMHeadModel(config)
-    with closed_form_gelus(model), SecondOrder():
+    with cheaper_second_order(model):
         out = model.transformer.h[0].mlp.act(torch.ones(3, requires_grad=True))
     assert "TanhGELU" in type(out.grad_fn).__name__
     assert "forward" not in vars(model.transformer.h[0].mlp.act)
     out = model.transformer.h[0].mlp.act(torch.ones(3, requires_grad=True))
     assert "TanhGELU" not in type(out.grad_fn).__name__
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2), GPT2LMHeadModel),
+        (LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2), LlamaForCausalLM),
+        (GemmaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4), GemmaForCausalLM),
+    ],
+    ids=["gpt2", "llama", "gemma"],
+)  # fmt: skip
+def test_checkpointing(config, architecture):
+    """What is recomputed is what was computed, of layers of every kind."""
+    torch.manual_seed(0)
+    model = architecture(config).double()
+    examples = [{"input_ids": [1 + i, 2, 3, 4 + i, 5]} for i in range(6)]
+    args = {"batch_size": 2, "learning_rate": 1e-3, "adam_epsilon_root": "auto"}
+    expected, actual = (
+        compute_metagradients(
+            model,
+            examples,
+            lambda model: -model.lm_head.weight.norm(),
+            TargetTrainingArguments(**args, gradient_checkpointing=checkpointing),
+        ).metagradients
+        for checkpointing in (False, True)
+    )
+    assert expected.any()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)

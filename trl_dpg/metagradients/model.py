@@ -220,10 +220,15 @@ def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
                 layer.forward = forward
 
 
+def checkpointed_layers(model: TargetModel) -> list[nn.Module]:
+    """What [`checkpointed`] acts on now."""
+    return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "func", None) is checkpoint]
+
+
 @contextmanager
 def without_checkpoints(model: TargetModel) -> Iterator[None]:
     """Undoes [`checkpointed`] within it."""
-    layers = [m for m in model.modules() if getattr(m.__dict__.get("forward"), "func", None) is checkpoint]
+    layers = checkpointed_layers(model)
     forwards: list[Any] = [layer.forward for layer in layers]
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward.args[0]

@@ -6,23 +6,31 @@ A product by double backward differentiates \\( \langle g, \lambda \rangle \\), 
 tensor of the graph.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from .gelu import TanhGELU
+from .gelu import TanhGELU, closed_form_gelus
 
 
-class SecondOrder(TorchFunctionMode):
+@contextmanager
+def cheaper_second_order(model: nn.Module) -> Iterator[None]:
     """
-    Builds second-order graphs that cost less.
+    Has forward passes of a model build second-order graphs that cost less.
 
     They hold zeros in place of the gradients of linear layers' weights, with the right derivatives. Only of weights that are
-    parameters: the gradient of any other is a factor of what comes next. And [`TanhGELU`] in place of PyTorch's.
+    parameters: the gradient of any other is a factor of what comes next. And [`TanhGELU`] stands for PyTorch's.
     """
+    with closed_form_gelus(model), _Replacements():
+        yield
 
+
+class _Replacements(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not kwargs and func is F.linear and isinstance(args[1], nn.Parameter) and args[1].requires_grad:
             product = _Product.apply(args[0], args[1], True)
