@@ -169,3 +169,10 @@ def test_central_difference(name):
     assert (len(out.curvature_errors), out.num_exact_fallbacks) == (3, 0)
     assert F.cosine_similarity(out.metagradients, metagradients, dim=0) > 0.9999
     assert relative_error(out.metagradients, metagradients) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing(name):
+    """In float32: what is computed again in the backward pass, `Float64` does not reach."""
+    out = run(make_model(name, torch.float32), gradient_checkpointing=True)
+    assert relative_error(out.metagradients, exact(name)[1]) < 3e-5

@@ -7,7 +7,7 @@ of the inputs. Both are elementwise, so they are written out here rather than le
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +30,6 @@ class Moments(NamedTuple):
 
     first: Tensor
     second: Tensor
-
-    def part(self, part: slice) -> "Moments":
-        """Of some of the elements."""
-        return Moments(self.first[part], self.second[part])
 
 
 def sgd_update_(param: Tensor, grad: Tensor, hp: Hyperparameters) -> None:
@@ -255,16 +251,14 @@ class Optimizer:
         `moments=None` are zeros, and are not wanted afterwards.
         """
         factor = clip_factor(self.norms[step], self.max_grad_norm)
-        for part, hp in self._parts(step, values):
-            piece = grad[part] if factor == 1.0 else grad[part] * factor
+        for hp, part, piece, *of_piece in self._pieces(step, values, grad, *(moments or ())):
+            if factor < 1.0:
+                piece = piece * factor
             if self.optim == "sgd":
-                sgd_update_(values[part], piece, hp)
+                sgd_update_(part, piece, hp)
             else:
-                if moments is None:
-                    of_piece = Moments(torch.zeros_like(piece), torch.zeros_like(piece))
-                else:
-                    of_piece = moments.part(part)
-                adamw_update_(values[part], piece, of_piece, hp)
+                zeros = () if of_piece else (torch.zeros_like(piece), torch.zeros_like(piece))
+                adamw_update_(part, piece, Moments(*of_piece, *zeros), hp)
 
     @torch.no_grad()
     def adjoint_(
@@ -300,27 +294,20 @@ class Optimizer:
             of_grad = grad if factor == 1.0 else torch.empty_like(grad)
         inner = torch.zeros((), dtype=torch.float64, device=grad.device)
         scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(2)]
-        for part, hp in self._parts(step, cotangent):
-            piece = grad[part] if factor == 1.0 else grad[part] * factor
+        tensors = cotangent, grad, of_grad, *(moment_cotangents or ()), *(moments or ())
+        for hp, part, piece, target, *of_piece in self._pieces(step, *tensors):
+            clipped = piece if factor == 1.0 else piece * factor
             buffers = [t[: len(piece)] for t in scratch]
             if self.optim == "sgd":
-                of_piece = sgd_adjoint_(cotangent[part], hp)
-            elif moments is not None and moment_cotangents is not None:
-                of_piece = adamw_adjoint_(
-                    cotangent[part],
-                    moment_cotangents.part(part),
-                    piece,
-                    moments.part(part),
-                    hp,
-                    of_grad[part],
-                    buffers,
-                )
+                result = sgd_adjoint_(part, hp)
+            elif moments is None:
+                result = adamw_first_adjoint_(part, Moments(*of_piece) if of_piece else None, clipped, hp, *buffers)
             else:
-                of_moments = None if moment_cotangents is None else moment_cotangents.part(part)
-                of_piece = adamw_first_adjoint_(cotangent[part], of_moments, piece, hp, *buffers)
-            inner += torch.dot(of_piece, grad[part])
-            if moments is None:  # otherwise it is there already
-                of_grad[part] = of_piece
+                before, after = Moments(*of_piece[2:]), Moments(*of_piece[:2])
+                result = adamw_adjoint_(part, after, clipped, before, hp, target, buffers)
+            inner += torch.dot(result, piece)
+            if result is not target:
+                target.copy_(result)
         if factor < 1.0:
             whole = sum_over_processes(inner.item())
             clip_adjoint_(of_grad, grad, whole, self.norms[step], self.max_grad_norm)
@@ -330,12 +317,13 @@ class Optimizer:
     def _chunk(self, values: Tensor) -> int:
         return self.CHUNK.get(values.device.type, len(values))
 
-    def _parts(self, step: int, values: Tensor) -> Iterator[tuple[slice, Hyperparameters]]:
+    def _pieces(self, step: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Scalars of a step, and pieces of tensors that they apply to."""
         hp = self.hyperparameters[step]
-        chunk = self._chunk(values)
-        for start, stop, scalars in (
-            (0, self.num_decayed, hp),
-            (self.num_decayed, len(values), hp._replace(weight_decay=0.0)),
+        chunk = self._chunk(tensors[0])
+        sizes = self.num_decayed, len(tensors[0]) - self.num_decayed
+        for scalars, *parts in zip(
+            (hp, hp._replace(weight_decay=0.0)), *(t.split(sizes) for t in tensors), strict=True
         ):
-            for position in range(start, stop, chunk):
-                yield slice(position, min(position + chunk, stop)), scalars
+            for pieces in zip(*(part.split(chunk) for part in parts), strict=True):
+                yield scalars, *pieces
