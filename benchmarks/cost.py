@@ -27,7 +27,7 @@ from trl_dpg.metrics import LanguageModelingLikelihood
 # and the metric's gradient, counts most at K = 1
 SETTINGS = {
     "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
-    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (32, 16, 64)],
+    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 16, 64)],
 }
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32], help="only these K")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--skip_lora", action="store_true")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
+    parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
 
@@ -55,7 +56,8 @@ def main() -> None:
     queries = make_examples(options.model, 1, 16, skip=4096)  # cheap beside a step
     metric = LanguageModelingLikelihood(queries)
     for num_steps, batch_size, length in SETTINGS[options.model]:
-        if num_steps in options.steps:
+        wanted = options.tokens is None or batch_size * length in options.tokens
+        if num_steps in options.steps and wanted:
             for row in rows(options, model, lora, metric, queries, num_steps, batch_size, length):
                 print(row, flush=True)
 
@@ -68,15 +70,13 @@ def rows(options, model, lora, metric, queries, num_steps, batch_size, length):
         "plain": lambda: train_and_measure(model, examples, metric, exact),
         "exact": lambda: compute_metagradients(model, examples, metric, exact),
         "central differences": lambda: compute_metagradients(model, examples, metric, central),
+        "LoRA, plain": lambda: train_and_measure(lora, examples, metric, exact),
+        "LoRA, exact": lambda: compute_metagradients(lora, examples, metric, exact),
+        "LoRA, central differences": lambda: compute_metagradients(lora, examples, metric, central),
     }
-    if not options.skip_lora:
-        methods |= {
-            "LoRA, plain": lambda: train_and_measure(lora, examples, metric, exact),
-            "LoRA, exact": lambda: compute_metagradients(lora, examples, metric, exact),
-            "LoRA, central differences": lambda: compute_metagradients(lora, examples, metric, central),
-        }
     if options.peers and num_steps <= 8:
         methods["autograd through the unrolled run"] = lambda: unrolled_metagradients(model, examples, metric, exact)
+    methods = {name: method for name, method in methods.items() if not any(word in name for word in options.skip)}
     times = {name: [] for name in methods}
     own_ratios, scores = [], {}
     if options.peers:
