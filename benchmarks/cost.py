@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
+    if any(word in "LoRA, plain" and word != "LoRA" for word in options.skip):
+        parser.error("--skip: all other methods are compared with plain training")
 
     print(f"{describe_machine(torch.device(options.device))}\n")
     print(

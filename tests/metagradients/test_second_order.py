@@ -68,6 +68,15 @@ def test_gelu(name, dtype, tolerance):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gelu_in_half_precision(dtype):
+    """Where a frozen part is: no value is too large for the formula, as long as the activation is not."""
+    x = torch.linspace(-1e4, 1e4, 2001).to(dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(TanhGELU.apply(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.dtype == dtype and second.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
 def test_gelu_of_a_model(name):
     """It is used, and the model's modules are as before."""

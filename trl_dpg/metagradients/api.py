@@ -206,16 +206,16 @@ def compute_metagradients(
             grad_cotangent, inner = optimizer.adjoint_(
                 step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
             )
-            if step == 0:  # nothing lies before the first step: only the metagradients are needed
-                buffer = None
-            elif moments is not None and processes.count == 1:  # not needed any more until the next rewind
-                buffer = moments.first
-            elif buffer is None:
-                buffer = flat.zeros(flat.size + TAIL)
+            into = None  # nothing lies before the first step: only the metagradients are needed
+            if step > 0 and moments is not None and processes.count == 1:
+                into = moments.first  # not needed any more until the next rewind
+            elif step > 0:
+                into = buffer = flat.zeros(flat.size + TAIL) if buffer is None else buffer
             del grad, moments
             if processes.count > 1:
                 values, grad_cotangent = processes.gather(state, grad_cotangent)
                 flat.values.copy_(values)
+                del values
             _check_finite(f"the cotangent of the gradient of step {step + 1}", grad_cotangent)
             product = run.in_memory(
                 step,
@@ -225,13 +225,14 @@ def compute_metagradients(
                     inner=inner,
                     example_losses=run.example_losses[step * args.num_train_epochs // run.num_steps],
                     metagradients=metagradients,
-                    buffer=buffer,
+                    buffer=into,
                 ),
             )
             if product is not None:
                 _check_finite(f"the Hessian-vector product of step {step + 1}", product)
                 cotangent += product[slice(*run.shard)]
-            del grad_cotangent, product  # not beside the next ones
+                flat.release_gradients()
+            del grad_cotangent, product, into  # not beside the next ones
             run.progress.update()
         processes.sum_(metagradients)
 

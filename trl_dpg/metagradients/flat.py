@@ -65,7 +65,8 @@ class FlatParameters:
 
     def accumulate_into(self, buffer: Tensor | None = None) -> Tensor:
         """
-        Zeroes a buffer of shape `(size + TAIL,)`, or makes one, and has backward passes accumulate gradients into it.
+        Zeroes a buffer, or makes one, and has backward passes accumulate gradients into it. Its shape is `(size + TAIL,)`, or
+        `(size,)` where nothing is summed along.
 
         Accumulation in place needs no second copy of all gradients.
         """

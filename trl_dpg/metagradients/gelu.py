@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
@@ -25,7 +24,7 @@ class TanhGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu(x, approximate="tanh")
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -45,7 +44,8 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx, direction):
         cotangent, x = ctx.saved_tensors
         of_cotangent = torch.ops.aten.gelu_backward(direction, x, approximate="tanh")
-        return of_cotangent, second_derivative(x).mul_(cotangent).mul_(direction)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has not the range
+        return of_cotangent, second_derivative(wide).mul_(cotangent).mul_(direction).to(x.dtype)
 
 
 def second_derivative(x: Tensor) -> Tensor:

@@ -98,11 +98,13 @@ def plan_memory(
     # parameters, gradient and moments, and a gradient on its way to the tape
     training = (3 + moments) * of_parameters + int(ACTIVATIONS["gradient"] * activations)
     # Parameters, lambda_g and the product, and the cotangents. lambda_g is where the tape's second moment was, and with one
-    # process the product where the first was; with several, these stay on the CPU.
+    # process the product where the first was; with several, the moments stay on the CPU.
     cotangents = (1 + moments) * of_shard
     adjoint = 3 * of_parameters + cotangents + int(ACTIVATIONS[args.curvature] * whole)
-    if on_cpu and num_processes > 1:
-        adjoint += moments * of_shard
+    if num_processes > 1:
+        adjoint += (1 + moments * on_cpu) * of_shard  # this process's part of the parameters
+    if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
+        adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
     # parameters, the product and the cotangents, state and gradients of the replay; several processes put two tensors together
     replay = (
         2 * of_parameters + cotangents + (3 + moments) * of_shard + (4 * of_parameters if num_processes > 1 else 0)
