@@ -27,7 +27,7 @@ from trl_dpg.metrics import LanguageModelingLikelihood
 # and the metric's gradient, counts most at K = 1
 SETTINGS = {
     "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
-    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 16, 64)],
+    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 8, 32)],
 }
 
 

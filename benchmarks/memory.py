@@ -7,6 +7,7 @@ settings, the C library keeps up to as much again as is in use, of which predict
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -21,9 +22,17 @@ from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
 
 
-def measure(name: str, method: str, num_steps: int, batch_size: int, tape: str, lora: bool, device: str) -> dict:
+# (examples, tokens per example of a step; steps K)
+SETTINGS = {
+    "gpt2-shaped": [(32, 64, [2, 8, 16])],
+    "smollm2": [(8, 32, [2]), (32, 64, [2])],  # parameters are most of the memory, or activations are
+}
+
+
+def measure(
+    name: str, method: str, num_steps: int, batch_size: int, length: int, tape: str, lora: bool, device: str
+) -> dict:
     """Peak bytes of one run, the model's own included, and what was predicted."""
-    length = {"gpt2-shaped": 64, "smollm2": 32}[name]
     examples = make_examples(name, num_steps * batch_size, length)
     model = load(name, device)
     if lora:
@@ -67,25 +76,25 @@ def main() -> None:
 
     print(f"{describe_machine(torch.device(options.device))}\n")
     print("Peak of the memory in use, the model included, in MB; over that of plain training of as many steps.\n")
-    print("| model | method | tape | K | peak | over plain training | predicted | tape, trained parameters a step |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | tokens a step | method | tape | K | peak | over plain training | predicted | tape, trained parameters a step |"
+    )
+    print("|---" * 9 + "|")
     off_device = "disk" if options.device == "cpu" else "host"
     for name in options.models:
-        batch_size, many = {"gpt2-shaped": (32, [2, 8, 16]), "smollm2": (8, [2])}[name]
-        for lora in (False, True) if name == "gpt2-shaped" else (False,):
-            for num_steps in many if not lora else many[:1]:
-                common = {"name": name, "num_steps": num_steps, "batch_size": batch_size, "lora": lora}
-                common["device"] = options.device
-                plain = in_a_process(method="plain", tape="device", **common)
-                label = f"{name}{', LoRA' if lora else ''}"
-                print(f"| {label} | plain | | {num_steps} | {plain['peak'] / 1e6:.0f} | | | |", flush=True)
-                for method in ("exact", "central_difference"):
-                    for tape in (
-                        ["device", off_device] if name == "gpt2-shaped" and num_steps == many[-1] else [off_device]
-                    ):
+        for batch_size, length, many in SETTINGS[name]:
+            for lora in (False, True) if name == "gpt2-shaped" else (False,):
+                for num_steps in many if not lora else many[:1]:
+                    common = {"name": name, "num_steps": num_steps, "batch_size": batch_size, "length": length}
+                    common |= {"lora": lora, "device": options.device}
+                    label = f"| {name}{', LoRA' if lora else ''} | {batch_size * length} |"
+                    plain = in_a_process(method="plain", tape="device", **common)
+                    print(f"{label} plain | | {num_steps} | {plain['peak'] / 1e6:.0f} | | | |", flush=True)
+                    tapes = ["device", off_device] if name == "gpt2-shaped" and num_steps == many[-1] else [off_device]
+                    for method, tape in itertools.product(("exact", "central_difference"), tapes):
                         out = in_a_process(method=method, tape=tape, **common)
                         print(
-                            f"| {label} | {method} | {out['place']} | {num_steps} | {out['peak'] / 1e6:.0f} | "
+                            f"{label} {method} | {out['place']} | {num_steps} | {out['peak'] / 1e6:.0f} | "
                             f"{out['peak'] / plain['peak']:.2f} | {out['predicted'] / 1e6:.0f} | "
                             f"{out['tape'] / out['trained'] / num_steps:.2f} |",
                             flush=True,

@@ -178,7 +178,7 @@ def test_too_little_room_is_an_error_before_the_first_step(tape, monkeypatch, tm
     monkeypatch.setattr(memory, "_free_memory", lambda device: without)
     with pytest.raises(MemoryError, match=r"needs .* MB .*central_difference.*adapters"):
         compute_metagradients(target, EXAMPLES, metric, args)
-    assert len(calls) == 2  # the passes that measure
+    assert len(calls) == 4  # the passes that measure: gradients, and second derivatives
 
 
 def test_too_little_room_for_the_batch_takes_smaller_micro_batches(monkeypatch):
@@ -235,4 +235,4 @@ def test_checkpointing_keeps_less_but_not_under_a_second_derivative():
             target = model(n_layer=4)
             plans[curvature, checkpointing] = compute_metagradients(target, EXAMPLES, metric, args).plan.peak_bytes
     assert plans["central_difference", True] < plans["central_difference", False] < plans["exact", False]
-    assert plans["exact", True] == plans["exact", False]
+    assert plans["exact", True] > plans["exact", False]

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -17,6 +17,7 @@ from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
 from .model import without_checkpoints
 from .objective import ExampleLosses, MicroBatch
+from .second_order import cheaper_second_order
 from .trajectory import tape_tensors
 
 
@@ -84,10 +85,10 @@ def plan_memory(
     try:
         if batches:
             activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
-            if (
-                args.gradient_checkpointing and args.curvature == "exact"
-            ):  # a second derivative keeps what was recomputed
-                whole = _activation_bytes(losses, batches[0], False)
+            if args.curvature == "exact":  # a second derivative keeps what was recomputed, but less of some layers
+                plain = args.bf16 or args.gradient_checkpointing
+                with nullcontext() if plain else cheaper_second_order(losses.model):
+                    whole = _activation_bytes(losses, batches[0], False)
     except Exception as error:  # of two examples at a time
         if not is_out_of_memory(error):
             raise
