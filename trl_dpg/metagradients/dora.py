@@ -14,6 +14,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .forwards import replaced_forwards
+
 
 class ThroughDetached(TorchFunctionMode):
     """`detach()` detaches nothing."""
@@ -63,14 +65,5 @@ def dora_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
 
         return run
 
-    hooked = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = under_mode(layer.forward)  # type: ignore[method-assign]
-    try:
+    with replaced_forwards(layers, under_mode):
         yield
-    finally:
-        for layer, forward in zip(layers, hooked, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward  # type: ignore[method-assign]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 
+from .forwards import replaced_forwards
+
 
 SLOPE, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -62,14 +64,5 @@ def second_derivative(x: Tensor) -> Tensor:
 def closed_form_gelus(model: nn.Module) -> Iterator[None]:
     """Evaluates every [`~transformers.activations.NewGELUActivation`] of a model by [`TanhGELU`]."""
     modules = [m for m in model.modules() if isinstance(m, NewGELUActivation)]
-    hooked = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = TanhGELU.apply  # type: ignore[method-assign]
-    try:
+    with replaced_forwards(modules, lambda forward: TanhGELU.apply):
         yield
-    finally:
-        for module, forward in zip(modules, hooked, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import get_parameter_names
 
 from .arguments import TargetTrainingArguments
+from .forwards import replaced_forwards
 
 
 TargetModel = PreTrainedModel | PeftModel
@@ -207,17 +208,8 @@ def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
             f"`gradient_checkpointing` is on, but `model` ({type(model).__name__}) has no layers that Transformers can "
             "checkpoint. Turn it off, and lower `micro_batch_size` to save memory."
         )
-    hooked = [layer.__dict__.get("forward") for layer in layers]  # Accelerate's hooks replace it on the instance
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
+    with replaced_forwards(layers, lambda forward: partial(checkpoint, forward, use_reentrant=False)):
         yield
-    finally:
-        for layer, forward in zip(layers, hooked, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
 
 
 def checkpointed_layers(model: TargetModel) -> list[nn.Module]:
