@@ -3,14 +3,19 @@ Prints, as a Markdown table, what metagradients cost over plain training on the 
 2.5.1 (MAGIC) and beside autograd through the unrolled run.
 
     python -m benchmarks.cost --model gpt2-shaped --peers > benchmarks/results/cost_gpt2-shaped.md
+
+Rounds of large models take half an hour each: with `--rounds FILE`, every one is kept in a file as it ends, and the table is of
+all that the file holds, so that they can be run in parts.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +28,13 @@ from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
 
 
+BERGSON = "bergson 2.5.1, MAGIC"
+
 # (steps K, batch size, tokens per example): work that does not grow with the tokens of a step, elementwise on all parameters
 # and the metric's gradient, counts most at K = 1
 SETTINGS = {
     "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
-    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 8, 32)],
+    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 16, 64)],
 }
 
 
@@ -35,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(SETTINGS), default="gpt2-shaped")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32], help="only these K")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds to run")
+    parser.add_argument("--rounds", type=Path, help="file that keeps rounds, one JSON object a line")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
     parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
@@ -46,25 +54,35 @@ def main() -> None:
 
     print(f"{describe_machine(torch.device(options.device))}\n")
     print(
-        f"{options.model}, AdamW, float32; the metric is the likelihood of 16 tokens. Seconds: median of "
-        f"{options.repeats} rounds, in each of which every method runs once. Ratio: median over the rounds of the seconds over "
-        "those of plain training in the same round, by the same code without tape and adjoint (for bergson: by its own "
-        "code, too, in brackets)."
+        f"{options.model}, AdamW, float32; the metric is the likelihood of 16 tokens. Seconds: median of the rounds, in each of "
+        "which every method runs once. Ratio: median over the rounds of the seconds over those of plain training in the same "
+        "round, by the same code without tape and adjoint (for bergson: by its own code, too, in brackets)."
     )
-    print("\n| K | tokens a step | method | seconds | over plain training | lowest, highest |")
-    print("|---" * 6 + "|", flush=True)
+    print("\n| K | tokens a step | method | rounds | seconds | over plain training | lowest, highest |")
+    print("|---" * 7 + "|", flush=True)
     model = load(options.model, options.device)
     lora = with_lora(load(options.model, options.device))
     queries = make_examples(options.model, 1, 16, skip=4096)  # cheap beside a step
     metric = LanguageModelingLikelihood(queries)
     for num_steps, batch_size, length in SETTINGS[options.model]:
-        wanted = options.tokens is None or batch_size * length in options.tokens
-        if num_steps in options.steps and wanted:
-            for row in rows(options, model, lora, metric, queries, num_steps, batch_size, length):
-                print(row, flush=True)
+        tokens = batch_size * length
+        if num_steps not in options.steps or (options.tokens is not None and tokens not in options.tokens):
+            continue
+        new = measure(options, model, lora, metric, queries, num_steps, batch_size, length)
+        if options.rounds is None:
+            done = list(new)
+        else:
+            for done_now in new:
+                with options.rounds.open("a") as file:
+                    print(json.dumps(done_now), file=file)
+            kept = map(json.loads, options.rounds.read_text().splitlines())
+            done = [r for r in kept if (r["model"], r["K"], r["tokens"]) == (options.model, num_steps, tokens)]
+        for row in rows(done):
+            print(row, flush=True)
 
 
-def rows(options, model, lora, metric, queries, num_steps, batch_size, length):
+def measure(options, model, lora, metric, queries, num_steps, batch_size, length) -> Iterator[dict[str, Any]]:
+    """Rounds, in each of which every method runs once: their seconds."""
     examples = make_examples(options.model, batch_size * num_steps, length)
     exact = make_args(options.model, num_steps, batch_size=batch_size, max_length=length)
     central = replace(exact, curvature="central_difference")
@@ -79,36 +97,49 @@ def rows(options, model, lora, metric, queries, num_steps, batch_size, length):
     if options.peers and num_steps <= 8:
         methods["autograd through the unrolled run"] = lambda: unrolled_metagradients(model, examples, metric, exact)
     methods = {name: method for name, method in methods.items() if not any(word in name for word in options.skip)}
-    times = {name: [] for name in methods}
-    own_ratios, scores = [], {}
-    if options.peers:
-        times["bergson 2.5.1, MAGIC"] = []
-    if num_steps == 1:
+    if num_steps == 1 and options.repeats > 0:
         for method in methods.values():  # warm up
             method()
     for _ in range(options.repeats):
+        seconds, fallbacks, own_training = {}, {}, None
         for name, method in methods.items():
             start = time.perf_counter()
             result = method()
             if options.device == "cuda":
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-            print(f"K = {num_steps}, {name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
-            scores[name] = result
+            seconds[name] = time.perf_counter() - start
+            print(f"K = {num_steps}, {name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
+            if "central" in name:
+                fallbacks[name] = result.num_exact_fallbacks
+            del result
         if options.peers:
             out = bergson_metagradients(model, examples, queries, exact)
-            times["bergson 2.5.1, MAGIC"] += out["seconds"]
-            own_ratios.append(out["seconds"][0] / out["train_seconds"][0])
-    for name, seconds in times.items():
-        plain = times["LoRA, plain" if name.startswith("LoRA") else "plain"]
-        ratios = [a / b for a, b in zip(seconds, plain, strict=True)]
+            (seconds[BERGSON],), (own_training,) = out["seconds"], out["train_seconds"]
+        yield {
+            "model": options.model,
+            "K": num_steps,
+            "tokens": batch_size * length,
+            "seconds": seconds,
+            "fallbacks": fallbacks,
+            "own_training": own_training,
+        }
+
+
+def rows(rounds: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of the table. A method counts in the rounds that it was part of."""
+    for name in dict.fromkeys(name for r in rounds for name in r["seconds"]):
+        of_method = [r for r in rounds if name in r["seconds"]]
+        seconds = [r["seconds"][name] for r in of_method]
+        plain = "LoRA, plain" if name.startswith("LoRA") else "plain"
+        ratios = [r["seconds"][name] / r["seconds"][plain] for r in of_method]
         ratio = f"{statistics.median(ratios):.2f}"
-        if name.startswith("bergson"):
-            ratio += f" ({statistics.median(own_ratios):.2f})"
+        if name == BERGSON:
+            ratio += f" ({statistics.median(r['seconds'][name] / r['own_training'] for r in of_method):.2f})"
         if "central" in name:
-            ratio += f"; {scores[name].num_exact_fallbacks} steps repeated exactly"
+            ratio += f"; {max(r['fallbacks'][name] for r in of_method)} steps repeated exactly"
         yield (
-            f"| {num_steps} | {batch_size * length} | {name} | {statistics.median(seconds):.2f} | {ratio} | {min(ratios):.2f}, {max(ratios):.2f} |"
+            f"| {rounds[0]['K']} | {rounds[0]['tokens']} | {name} | {len(seconds)} | {statistics.median(seconds):.2f} | "
+            f"{ratio} | {min(ratios):.2f}, {max(ratios):.2f} |"
         )
 
 

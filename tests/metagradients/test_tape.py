@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, memory
 from trl_dpg.metagradients.flat import FlatParameters
 from trl_dpg.metagradients.objective import ExampleLosses
-from trl_dpg.metagradients.optimizers import Hyperparameters, Optimizer
+from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer
 from trl_dpg.metagradients.storage import DeviceStorage, open_storage
 from trl_dpg.metagradients.trajectory import Tape, tape_tensors
 
@@ -53,16 +53,22 @@ def record(tape, optimizer, num_steps):
 @pytest.mark.parametrize("num_steps", [*range(1, 11), 31, 64, 96])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
 def test_replays_to_the_last_bit(optim, num_steps, location, tmp_path):
-    """States and gradients of every step, walked backwards and written to, equal those copied on the way."""
+    """States and gradients of every step, walked backwards and written to, equal those copied on the way; so does what was
+    set aside."""
     optimizer, storage = make_optimizer(optim, num_steps), open_storage(location, str(tmp_path), CPU)
     tape = Tape(optimizer, num_steps, load_originals, storage)
-    for expected in reversed(record(tape, optimizer, num_steps)):
+    expected_aside = []
+    for step, expected in reversed(list(enumerate(record(tape, optimizer, num_steps)))):
         values = torch.full((SIZE,), torch.nan)
-        moments, grad = tape.rewind(values)
+        moments, grad, aside = tape.rewind(values)
         actual = [values, *(moments or optimizer.initial_moments(values) or ()), grad]
         assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
-        for tensor in actual:  # they are the caller's
+        assert len(aside or ()) == len(expected_aside) and all(map(torch.equal, aside or (), expected_aside))
+        for tensor in (*actual, *(aside or ())):  # they are the caller's
             tensor.fill_(torch.nan)
+        expected_aside = [torch.full((SIZE,), 2.0 * step), torch.full((SIZE,), 2.0 * step + 1)][: 2 * (step % 3 > 0)]
+        if expected_aside:
+            tape.set_aside(Moments(*(t.clone() for t in expected_aside)))
     storage.close()
 
 
@@ -190,6 +196,17 @@ def test_too_little_room_for_the_batch_takes_smaller_micro_batches(monkeypatch):
     out = compute_metagradients(model(), EXAMPLES, metric, args)
     assert out.micro_batch_size == 2 and out.plan.peak_bytes <= room
     assert torch.equal(out.metagradients, expected.metagradients)
+
+
+def test_cotangents_lie_beside_a_tape_on_disk():
+    """What AdamW's moments need while the model is called is predicted for the disk, not for the device."""
+    target, args = model(n_layer=4), TargetTrainingArguments(batch_size=16)
+    device, disk = (
+        compute_metagradients(target, EXAMPLES * 4, metric, replace(args, tape=tape)).plan
+        for tape in ("device", "disk")
+    )
+    with FlatParameters(list(target.parameters()), []) as flat:
+        assert device.peak_bytes - device.tape_bytes == disk.peak_bytes + 2 * 4 * flat.size
 
 
 def test_too_little_room_names_the_place_that_has_it(monkeypatch):

@@ -189,8 +189,6 @@ def compute_metagradients(
                 readouts = _readouts(metric, model)
         if processes.count > 1:
             cotangent = cotangent[slice(*run.shard)].clone()
-        # Moments of a single step and their cotangents are zeros that lead nowhere.
-        moment_cotangents = None if run.num_steps == 1 else optimizer.initial_moments(cotangent)
 
         # Adjoint sweep: walk the run backwards. Each process does its share of the elementwise work.
         exact = Exact(run.losses, flat, processes)
@@ -200,12 +198,18 @@ def compute_metagradients(
         state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
         buffer = None
         for step in reversed(range(run.num_steps)):
-            moments, grad = None, state
+            moments, grad, moment_cotangents = None, state, None
             with processes.passing_on():
-                moments, grad = run.tape.rewind(state)
+                moments, grad, moment_cotangents = run.tape.rewind(state)
+            if moments is not None and moment_cotangents is None:  # nothing comes after the last step
+                moment_cotangents = optimizer.initial_moments(cotangent)
             grad_cotangent, inner = optimizer.adjoint_(
                 step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
             )
+            if step > 0 and moment_cotangents is not None:
+                with processes.passing_on():
+                    run.tape.set_aside(moment_cotangents)
+            del moment_cotangents
             into = None  # nothing lies before the first step: only the metagradients are needed
             if step > 0 and moments is not None and processes.count == 1:
                 into = moments.first  # not needed any more until the next rewind

@@ -110,7 +110,10 @@ def plan_memory(
     replay = (
         2 * of_parameters + cotangents + (3 + moments) * of_shard + (4 * of_parameters if num_processes > 1 else 0)
     )
-    working = max(training, adjoint, replay)
+    # The cotangents of the moments lie beside the tape while the model is called.
+    aside = moments * of_shard if num_steps > 1 else 0
+    on_device = {"device": True, "host": on_cpu, "disk": False}
+    working = {place: max(training, adjoint - aside * (not on_device[place]), replay) for place in on_device}
 
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if num_processes > 1 else 1
     device, host = _free_memory(flat.device), psutil.virtual_memory().available // neighbors
@@ -118,14 +121,11 @@ def plan_memory(
         device //= neighbors
     directory = args.tape_dir or tempfile.gettempdir()
     free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free // neighbors}
-    plans = {}
-    for place in ("device", "host", "disk"):
-        on_device = place == "device" or (place == "host" and flat.device.type == "cpu")
-        plans[place] = MemoryPlan(place, tape, working + tape if on_device else working, activations)
-    fits = {
-        place: plan.peak_bytes <= device and (plan.peak_bytes > working or tape <= free[place])
-        for place, plan in plans.items()
+    plans = {
+        place: MemoryPlan(place, tape, working[place] + tape * on_device[place], activations) for place in on_device
     }
+    has_room = {place: on_device[place] or tape + aside <= free[place] for place in plans}
+    fits = {place: plan.peak_bytes <= device and has_room[place] for place, plan in plans.items()}
     if args.tape != "auto":
         if fits[args.tape]:
             return plans[args.tape]
@@ -136,27 +136,29 @@ def plan_memory(
 
     advice: list[str] = []
     refusal: type[MemoryError] = MemoryError
+    considered = plans if args.tape == "auto" else (args.tape,)
+    least = min(working[place] for place in considered)
     if args.tape != "auto" and any(fits.values()):
         place = next(place for place in fits if fits[place])
         advice.append(f'set `tape="{place}"`')
-    if working > device and rows > 1:
-        spare = device - (working - int(ACTIVATIONS[args.curvature] * whole))
+    if least > device and rows > 1:
+        spare = device - (least - int(ACTIVATIONS[args.curvature] * whole))
         fitting = int(spare / (ACTIVATIONS[args.curvature] * whole / rows))
         if fitting >= 1:
             advice.append(f"set `micro_batch_size` to {fitting} or less")
-            if any(tape <= free[place] for place in (plans if args.tape == "auto" else (args.tape,))):
+            if any(tape <= free[place] for place in considered):
                 refusal = OutOfMemory
-    if working > device and not args.gradient_checkpointing:
+    if least > device and not args.gradient_checkpointing:
         advice.append("set `gradient_checkpointing`")
-    if working > device and args.curvature == "exact":
+    if least > device and args.curvature == "exact":
         advice.append('set `curvature="central_difference"`')
-    if tape > free["disk"]:
+    if not has_room["disk"]:
         advice.append(
-            f"point `tape_dir` to a disk with {_gigabytes(tape)} free, or raise `batch_size` for fewer steps"
+            f"point `tape_dir` to a disk with {_gigabytes(tape + aside)} free, or raise `batch_size` for fewer steps"
         )
     advice.append("train adapters instead of all parameters")
     raise refusal(
-        f"This run of {num_steps} steps needs {_gigabytes(working)} of the device's memory beyond the model and "
+        f"This run of {num_steps} steps needs {_gigabytes(least)} of the device's memory beyond the model and "
         f"{_gigabytes(tape)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
         f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory}). To make it fit: "
         f"{'; '.join(advice)}."

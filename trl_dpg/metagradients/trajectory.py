@@ -50,6 +50,7 @@ class Tape:
         self.gradients: list[Any] = []
         self.states: list[tuple[int, list[Any]]] = []  # (step before which it holds, its tensors), in order
         self._moments: Moments | None = None
+        self._aside: list[Any] = []
         self._limit = tape_tensors(num_steps, optimizer.optim)
         self._next_kept = (num_steps + 1) // 2
 
@@ -64,11 +65,21 @@ class Tape:
             self._next_kept = (step + self.num_steps + 1) // 2
         self.gradients.append(self.storage.put(gradient))
 
-    def rewind(self, values: Tensor) -> tuple[Moments | None, Tensor]:
+    def set_aside(self, cotangents: Moments) -> None:
+        """
+        Keeps the cotangents of the moments where the tape lies, until the next [`~Tape.rewind`]: a model call, which does not
+        need them, then has their memory.
+        """
+        self._aside = [self.storage.put(t) for t in cotangents]
+
+    def rewind(self, values: Tensor) -> tuple[Moments | None, Tensor, Moments | None]:
         """
         Takes the last step off the tape: writes the parameters before it into `values`, shape `(n,)`, and returns the moments
-        before it (`None` for zeros) and its gradient, which the caller owns.
+        before it (`None` for zeros), its gradient, and what was set aside. The caller owns all of it.
         """
+        return *self._rewind(values), self._take_back()
+
+    def _rewind(self, values: Tensor) -> tuple[Moments | None, Tensor]:
         target = len(self.gradients) - 1
         while self.states and self.states[-1][0] > target:
             self._drop_last_state()
@@ -88,10 +99,19 @@ class Tape:
         return moments, self._pop_gradient()
 
     def _pop_gradient(self) -> Tensor:
-        key = self.gradients.pop()
-        gradient = self.storage.get(key)
+        return self._pop(self.gradients.pop())
+
+    def _take_back(self) -> Moments | None:
+        if not self._aside:
+            return None
+        first, second = self._aside
+        self._aside = []
+        return Moments(self._pop(first, ahead=second), self._pop(second))
+
+    def _pop(self, key: Any, ahead: Any = None) -> Tensor:
+        tensor = self.storage.get(key, ahead)
         self.storage.drop(key)
-        return gradient
+        return tensor
 
     def _has_room(self, num_gradients: int) -> bool:
         states = (len(self.states) + 1) * TENSORS_OF_A_STATE[self.optimizer.optim]
