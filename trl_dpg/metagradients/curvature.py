@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
 from .memory import OutOfMemory
-from .model import TargetModel, checkpointed_layers, is_compiled
+from .model import TargetModel, is_compiled
 from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
 from .second_order import cheaper_second_order
@@ -110,14 +110,12 @@ class Exact:
 
     def _product(self, batches, vector, metagradients) -> None:
         vectors = self.flat.views(vector)
-        # Under autocast, a layer's own kernel does the rounding; and what is recomputed must be as it was computed.
-        plain = self.losses.bf16 or bool(checkpointed_layers(self.losses.model))
         for batch in batches:
             # The weights w are a leaf of the same graph, so the pass also gives the examples' derivatives.
             weights = batch.weights.clone().requires_grad_()
             detached = DetachedOnce()
             with dora_under(self.losses.model, detached):
-                with nullcontext() if plain else cheaper_second_order(self.losses.model):
+                with cheaper_second_order(self.losses.model, self.losses.bf16):
                     loss = torch.dot(self.losses(batch), weights)
                 grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
                 # <g, vector> is differentiated without being computed.

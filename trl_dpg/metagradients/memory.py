@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -86,8 +86,7 @@ def plan_memory(
         if batches:
             activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
             if args.curvature == "exact":  # a second derivative keeps what was recomputed, but less of some layers
-                plain = args.bf16 or args.gradient_checkpointing
-                with nullcontext() if plain else cheaper_second_order(losses.model):
+                with cheaper_second_order(losses.model, args.bf16):
                     whole = _activation_bytes(losses, batches[0], False)
     except Exception as error:  # of two examples at a time
         if not is_out_of_memory(error):

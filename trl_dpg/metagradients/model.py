@@ -212,7 +212,7 @@ def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
         yield
 
 
-def checkpointed_layers(model: TargetModel) -> list[nn.Module]:
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
     """What [`checkpointed`] acts on now."""
     return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "func", None) is checkpoint]
 

@@ -7,7 +7,7 @@ tensor of the graph.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,24 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from .gelu import TanhGELU, closed_form_gelus
+from .model import checkpointed_layers
 
 
 @contextmanager
-def cheaper_second_order(model: nn.Module) -> Iterator[None]:
+def cheaper_second_order(model: nn.Module, bf16: bool = False) -> Iterator[None]:
     """
     Has forward passes of a model build second-order graphs that cost less.
 
     They hold zeros in place of the gradients of linear layers' weights, with the right derivatives. Only of weights that are
     parameters: the gradient of any other is a factor of what comes next. And [`TanhGELU`] stands for PyTorch's.
+
+    Not under autocast, where a layer's own kernel does the rounding, nor with checkpoints: what is recomputed must be as it was
+    computed.
     """
-    with closed_form_gelus(model), _Replacements():
+    with ExitStack() as stack:
+        if not bf16 and not checkpointed_layers(model):
+            stack.enter_context(closed_form_gelus(model))
+            stack.enter_context(_Replacements())
         yield
 
 
