@@ -5,7 +5,7 @@ Prints, as a Markdown table, what metagradients cost over plain training on the 
     python -m benchmarks.cost --model gpt2-shaped --peers > benchmarks/results/cost_gpt2-shaped.md
 
 Rounds of large models take half an hour each: with `--rounds FILE`, every one is kept in a file as it ends, and the table is of
-all that the file holds, so that they can be run in parts.
+all that the file holds of this machine, so that they can be run in parts.
 """
 
 import argparse
@@ -52,7 +52,10 @@ def main() -> None:
     if any(word in "LoRA, plain" and word != "LoRA" for word in options.skip):
         parser.error("--skip: all other methods are compared with plain training")
 
-    print(f"{describe_machine(torch.device(options.device))}\n")
+    machine = describe_machine(torch.device(options.device))
+    if options.rounds is not None:
+        options.rounds.touch()
+    print(f"{machine}\n")
     print(
         f"{options.model}, AdamW, float32; the metric is the likelihood of 16 tokens. Seconds: median of the rounds, in each of "
         "which every method runs once. Ratio: median over the rounds of the seconds over those of plain training in the same "
@@ -74,9 +77,10 @@ def main() -> None:
         else:
             for done_now in new:
                 with options.rounds.open("a") as file:
-                    print(json.dumps(done_now), file=file)
+                    print(json.dumps({"machine": machine, **done_now}), file=file)
+            key = machine, options.model, num_steps, tokens
             kept = map(json.loads, options.rounds.read_text().splitlines())
-            done = [r for r in kept if (r["model"], r["K"], r["tokens"]) == (options.model, num_steps, tokens)]
+            done = [r for r in kept if (r["machine"], r["model"], r["K"], r["tokens"]) == key]
         for row in rows(done):
             print(row, flush=True)
 
@@ -86,25 +90,26 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
     examples = make_examples(options.model, batch_size * num_steps, length)
     exact = make_args(options.model, num_steps, batch_size=batch_size, max_length=length)
     central = replace(exact, curvature="central_difference")
-    methods: dict[str, Callable[[], Any]] = {
-        "plain": lambda: train_and_measure(model, examples, metric, exact),
-        "exact": lambda: compute_metagradients(model, examples, metric, exact),
-        "central differences": lambda: compute_metagradients(model, examples, metric, central),
-        "LoRA, plain": lambda: train_and_measure(lora, examples, metric, exact),
-        "LoRA, exact": lambda: compute_metagradients(lora, examples, metric, exact),
-        "LoRA, central differences": lambda: compute_metagradients(lora, examples, metric, central),
+    methods: dict[str, Callable[[list], Any]] = {
+        "plain": lambda examples: train_and_measure(model, examples, metric, exact),
+        "exact": lambda examples: compute_metagradients(model, examples, metric, exact),
+        "central differences": lambda examples: compute_metagradients(model, examples, metric, central),
+        "LoRA, plain": lambda examples: train_and_measure(lora, examples, metric, exact),
+        "LoRA, exact": lambda examples: compute_metagradients(lora, examples, metric, exact),
+        "LoRA, central differences": lambda examples: compute_metagradients(lora, examples, metric, central),
     }
     if options.peers and num_steps <= 8:
-        methods["autograd through the unrolled run"] = lambda: unrolled_metagradients(model, examples, metric, exact)
+        methods["autograd through the unrolled run"] = lambda examples: unrolled_metagradients(
+            model, examples, metric, exact
+        )
     methods = {name: method for name, method in methods.items() if not any(word in name for word in options.skip)}
-    if num_steps == 1 and options.repeats > 0:
-        for method in methods.values():  # warm up
-            method()
+    for method in methods.values() if options.repeats > 0 else ():
+        method(examples[:batch_size])  # one step, to warm up
     for _ in range(options.repeats):
         seconds, fallbacks, own_training = {}, {}, None
         for name, method in methods.items():
             start = time.perf_counter()
-            result = method()
+            result = method(examples)
             if options.device == "cuda":
                 torch.cuda.synchronize()
             seconds[name] = time.perf_counter() - start

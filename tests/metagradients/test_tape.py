@@ -16,7 +16,7 @@ from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.flat import FlatParameters
 from trl_dpg.metagradients.objective import ExampleLosses
 from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer
-from trl_dpg.metagradients.storage import DeviceStorage, open_storage
+from trl_dpg.metagradients.storage import DeviceStorage, HostStorage, open_storage
 from trl_dpg.metagradients.trajectory import Tape, tape_tensors
 
 
@@ -33,14 +33,14 @@ def load_originals(values):
     torch.arange(float(SIZE), out=values)
 
 
-def record(tape, optimizer, num_steps):
+def record(tape, optimizer, num_steps, device=CPU):
     """Records a run on random gradients; returns every step's state and gradient, copied on the way."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.arange(float(SIZE))
+    values = torch.arange(float(SIZE), device=device)
     moments = optimizer.initial_moments(values)
     naive = []
     for step in range(num_steps):
-        grad = torch.randn(SIZE, generator=generator)
+        grad = torch.randn(SIZE, generator=generator).to(device)
         state = [values, *(moments or ())]
         naive.append([t.clone() for t in (*state, grad)])
         optimizer.measure(grad)
@@ -53,20 +53,32 @@ def record(tape, optimizer, num_steps):
 @pytest.mark.parametrize("num_steps", [*range(1, 11), 31, 64, 96])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
 def test_replays_to_the_last_bit(optim, num_steps, location, tmp_path):
+    check_replays(optim, num_steps, location, CPU, tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("location", ["device", "host", "disk"])
+def test_replays_to_the_last_bit_on_a_gpu(location, tmp_path, monkeypatch):
+    monkeypatch.setattr(HostStorage, "BLOCK", 4)
+    check_replays("adamw", 31, location, torch.device("cuda"), tmp_path)
+
+
+def check_replays(optim, num_steps, location, device, tmp_path):
     """States and gradients of every step, walked backwards and written to, equal those copied on the way; so does what was
     set aside."""
-    optimizer, storage = make_optimizer(optim, num_steps), open_storage(location, str(tmp_path), CPU)
+    optimizer, storage = make_optimizer(optim, num_steps), open_storage(location, str(tmp_path), device)
     tape = Tape(optimizer, num_steps, load_originals, storage)
     expected_aside = []
-    for step, expected in reversed(list(enumerate(record(tape, optimizer, num_steps)))):
-        values = torch.full((SIZE,), torch.nan)
+    for step, expected in reversed(list(enumerate(record(tape, optimizer, num_steps, device)))):
+        values = torch.full((SIZE,), torch.nan, device=device)
         moments, grad, aside = tape.rewind(values)
         actual = [values, *(moments or optimizer.initial_moments(values) or ()), grad]
         assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
         assert len(aside or ()) == len(expected_aside) and all(map(torch.equal, aside or (), expected_aside))
         for tensor in (*actual, *(aside or ())):  # they are the caller's
             tensor.fill_(torch.nan)
-        expected_aside = [torch.full((SIZE,), 2.0 * step), torch.full((SIZE,), 2.0 * step + 1)][: 2 * (step % 3 > 0)]
+        pair = [torch.full((SIZE,), 2.0 * step + i, device=device) for i in range(2)]
+        expected_aside = pair if step % 3 > 0 else []
         if expected_aside:
             tape.set_aside(Moments(*(t.clone() for t in expected_aside)))
     storage.close()

@@ -195,14 +195,18 @@ def compute_metagradients(
         central = CentralDifference(exact, args.curvature_tolerance)
         products = exact if args.curvature == "exact" else central
         metagradients = torch.zeros(len(run.examples), dtype=torch.float64, device=flat.device)
-        state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
-        buffer = None
+        with processes.failing_together():
+            state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
+            # for the product, unless it goes where the moments were; nothing lies before the first step, which needs none
+            alone = processes.count == 1 and args.optim == "adamw"
+            buffer = None if alone or run.num_steps == 1 else flat.zeros(flat.size + TAIL)
         for step in reversed(range(run.num_steps)):
             moments, grad, moment_cotangents = None, state, None
             with processes.passing_on():
                 moments, grad, moment_cotangents = run.tape.rewind(state)
-            if moments is not None and moment_cotangents is None:  # nothing comes after the last step
-                moment_cotangents = optimizer.initial_moments(cotangent)
+            if step > 0 and step == run.num_steps - 1:  # nothing comes after the last step
+                with processes.failing_together():
+                    moment_cotangents = optimizer.initial_moments(cotangent)
             grad_cotangent, inner = optimizer.adjoint_(
                 step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
             )
@@ -210,11 +214,9 @@ def compute_metagradients(
                 with processes.passing_on():
                     run.tape.set_aside(moment_cotangents)
             del moment_cotangents
-            into = None  # nothing lies before the first step: only the metagradients are needed
-            if step > 0 and moments is not None and processes.count == 1:
+            into = buffer if step > 0 else None
+            if step > 0 and buffer is None and moments is not None:
                 into = moments.first  # not needed any more until the next rewind
-            elif step > 0:
-                into = buffer = flat.zeros(flat.size + TAIL) if buffer is None else buffer
             del grad, moments
             if processes.count > 1:
                 values, grad_cotangent = processes.gather(state, grad_cotangent)
@@ -332,7 +334,7 @@ class _Run:
                         self.metric_before = _evaluate(self.metric, self.model).item()
                 decayed = decayed_parameters(self.model, self.params, self.args)
                 self.losses = ExampleLosses(self.model, self.args.bf16)
-            self.flat = stack.enter_context(FlatParameters(self.params, decayed, self.processes.count))
+                self.flat = stack.enter_context(FlatParameters(self.params, decayed, self.processes.count))
             first = self.processes.index * self.flat.shard_size
             self.shard = (first, first + self.flat.shard_size)
             self.progress = stack.enter_context(_progress(self.args, self.processes, 2 * self.num_steps))
@@ -379,10 +381,12 @@ class _Run:
             self._open_tape_storage()
         shard = slice(*self.shard)
         taken_over = keep_tape and self.processes.count == 1
-        buffer = None
+        with self.processes.failing_together():
+            buffer = flat.zeros(flat.size + TAIL)
         for step in range(self.num_steps):
             losses = self.example_losses[step * self.args.num_train_epochs // self.num_steps]
-            buffer = flat.zeros(flat.size + TAIL) if taken_over or buffer is None else buffer
+            if taken_over and step > 0:  # the tape has the last one
+                buffer = flat.zeros(flat.size + TAIL)
             total = self.in_memory(step, partial(self._sum_gradient, buffer, losses))
             grad = buffer[: flat.size]
             _check_finite(f"the loss of step {step + 1}", torch.tensor(total))
@@ -390,7 +394,8 @@ class _Run:
             if step == 0:
                 self.epsilon_root = _epsilon_root(self.args, grad, sum(p.numel() for p in self.params))
                 self.optimizer = _optimizer(self.args, self.epsilon_root, len(self.examples), flat.num_decayed)
-                moments = None if self.num_steps == 1 else self.optimizer.initial_moments(flat.values)
+                with self.processes.failing_together():
+                    moments = None if self.num_steps == 1 else self.optimizer.initial_moments(flat.values)
                 if keep_tape:
                     self.tape = Tape(
                         self.optimizer.shard(*self.shard),

@@ -94,71 +94,72 @@ def plan_memory(
         clear_frames(error)
         raise OutOfMemory(str(error)) from None
     moments = 2 if args.optim == "adamw" else 0
-    on_cpu = flat.device.type == "cpu"
-    # parameters, gradient and moments, and a gradient on its way to the tape
-    training = (3 + moments) * of_parameters + int(ACTIVATIONS["gradient"] * activations)
-    # Parameters, lambda_g and the product, and the cotangents. lambda_g is where the tape's second moment was, and with one
-    # process the product where the first was; with several, the moments stay on the CPU.
-    cotangents = (1 + moments) * of_shard
-    adjoint = 3 * of_parameters + cotangents + int(ACTIVATIONS[args.curvature] * whole)
-    if num_processes > 1:
-        adjoint += (1 + moments * on_cpu) * of_shard  # this process's part of the parameters
-    if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
-        adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
-    # parameters, the product and the cotangents, state and gradients of the replay; several processes put two tensors together
-    replay = (
-        2 * of_parameters + cotangents + (3 + moments) * of_shard + (4 * of_parameters if num_processes > 1 else 0)
-    )
-    # The cotangents of the moments lie beside the tape while the model is called.
-    aside = moments * of_shard if num_steps > 1 else 0
+    on_cpu, several = flat.device.type == "cpu", num_processes > 1
     on_device = {"device": True, "host": on_cpu, "disk": False}
-    working = {place: max(training, adjoint - aside * (not on_device[place]), replay) for place in on_device}
+    # The cotangents of the moments lie beside a tape that is not on the device while the model is called.
+    aside = moments * of_shard if num_steps > 1 else 0
 
-    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if num_processes > 1 else 1
+    def working(place: str, share: float = 1.0) -> int:
+        """Peak of the device's memory without the tape, with this share of the micro-batch's examples."""
+        elsewhere = 0 if on_device[place] else aside
+        # parameters, gradient and moments, and a gradient on its way to the tape
+        training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
+        # Parameters, lambda_g and the product, and the cotangents. lambda_g is where the tape's second moment was, and with
+        # one process the product where the first was; with several, the moments stay on the CPU.
+        cotangents = (1 + moments) * of_shard
+        adjoint = 3 * of_parameters + cotangents - elsewhere + int(share * ACTIVATIONS[args.curvature] * whole)
+        if several:
+            adjoint += (1 + moments * on_cpu) * of_shard  # this process's part of the parameters
+        if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
+            adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
+        # parameters, moments and two gradients, and cotangents; when all of those are back, one gradient
+        replay = of_parameters + (2 + moments) * of_shard + cotangents - min(elsewhere, of_shard)
+        if several or not moments:
+            replay += of_parameters  # memory of the product
+        if several:
+            replay += (
+                of_shard + 4 * of_parameters
+            )  # this process's part of the parameters; two tensors are put together
+        return max(training, adjoint, replay)
+
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if several else 1
     device, host = _free_memory(flat.device), psutil.virtual_memory().available // neighbors
     if on_cpu:
         device //= neighbors
     directory = args.tape_dir or tempfile.gettempdir()
     free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free // neighbors}
-    plans = {
-        place: MemoryPlan(place, tape, working[place] + tape * on_device[place], activations) for place in on_device
-    }
-    has_room = {place: on_device[place] or tape + aside <= free[place] for place in plans}
-    fits = {place: plan.peak_bytes <= device and has_room[place] for place, plan in plans.items()}
-    if args.tape != "auto":
-        if fits[args.tape]:
-            return plans[args.tape]
-    else:
-        for place, plan in plans.items():
-            if fits[place]:
-                return plan
+
+    def fits(place: str, share: float = 1.0) -> bool:
+        if on_device[place]:
+            return working(place, share) + tape <= device
+        return working(place, share) <= device and tape + aside <= free[place]
+
+    considered = list(on_device) if args.tape == "auto" else [args.tape]
+    for place in considered:
+        if fits(place):
+            return MemoryPlan(place, tape, working(place) + tape * on_device[place], activations)
 
     advice: list[str] = []
     refusal: type[MemoryError] = MemoryError
-    considered = plans if args.tape == "auto" else (args.tape,)
-    least = min(working[place] for place in considered)
-    if args.tape != "auto" and any(fits.values()):
-        place = next(place for place in fits if fits[place])
-        advice.append(f'set `tape="{place}"`')
-    if least > device and rows > 1:
-        spare = device - (least - int(ACTIVATIONS[args.curvature] * whole))
-        fitting = int(spare / (ACTIVATIONS[args.curvature] * whole / rows))
-        if fitting >= 1:
-            advice.append(f"set `micro_batch_size` to {fitting} or less")
-            if any(tape <= free[place] for place in considered):
-                refusal = OutOfMemory
-    if least > device and not args.gradient_checkpointing:
-        advice.append("set `gradient_checkpointing`")
-    if least > device and args.curvature == "exact":
-        advice.append('set `curvature="central_difference"`')
-    if not has_room["disk"]:
+    least = min(working(place) for place in considered)
+    advice += [f'set `tape="{place}"`' for place in on_device if fits(place)][:1]
+    if least > device:
+        smaller = [n for n in range(1, rows) if any(fits(place, n / rows) for place in considered)]
+        if smaller:
+            advice.append(f"set `micro_batch_size` to {smaller[-1]} or less")
+            refusal = OutOfMemory
+        if not args.gradient_checkpointing:
+            advice.append("set `gradient_checkpointing`")
+        if args.curvature == "exact":
+            advice.append('set `curvature="central_difference"`')
+    if tape + aside > free["disk"]:
         advice.append(
             f"point `tape_dir` to a disk with {_gigabytes(tape + aside)} free, or raise `batch_size` for fewer steps"
         )
     advice.append("train adapters instead of all parameters")
     raise refusal(
         f"This run of {num_steps} steps needs {_gigabytes(least)} of the device's memory beyond the model and "
-        f"{_gigabytes(tape)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
+        f"{_gigabytes(tape + aside)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
         f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory}). To make it fit: "
         f"{'; '.join(advice)}."
     )

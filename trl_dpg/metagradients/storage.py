@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -64,9 +64,11 @@ class HostStorage:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self._ahead: tuple[Any, Tensor] | None = None
+        self._blocks: dict[int, list[Tensor]] = {}
+        self._next = 0
+        self._ahead: tuple[int, Tensor] | None = None
 
-    def put(self, tensor: Tensor) -> list[Tensor]:
+    def put(self, tensor: Tensor) -> int:
         blocks = []
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -74,27 +76,34 @@ class HostStorage:
                 blocks.append(torch.empty(part.shape, dtype=part.dtype, pin_memory=True))
                 blocks[-1].copy_(part, non_blocking=True)
         tensor.record_stream(self.stream)  # its memory is not reused before it is copied
-        return blocks
+        self._blocks[self._next] = blocks
+        self._next += 1
+        return self._next - 1
 
-    def get(self, key: list[Tensor], ahead: list[Tensor] | None = None) -> Tensor:
-        tensor = self._ahead[1] if self._ahead is not None and self._ahead[0] is key else self._fetch(key)
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.stream)
-        tensor.record_stream(current)
+    def get(self, key: int, ahead: int | None = None) -> Tensor:
+        tensor = self._ahead[1] if self._ahead is not None and self._ahead[0] == key else self._fetch(key)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self._ahead = None if ahead is None else (ahead, self._fetch(ahead))
         return tensor
 
-    def _fetch(self, blocks: list[Tensor]) -> Tensor:
+    def _fetch(self, key: int) -> Tensor:
+        # Memory of the stream that computes, which has it again when the tensor is freed; it may still be at work on it.
+        tensor = torch.empty(sum(map(len, self._blocks[key])), dtype=self._blocks[key][0].dtype, device=self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            return torch.cat([block.to(self.device, non_blocking=True) for block in blocks])
+            for part, block in zip(tensor.split(self.BLOCK), self._blocks[key], strict=True):
+                part.copy_(block, non_blocking=True)
+        tensor.record_stream(self.stream)
+        return tensor
 
-    def drop(self, key: list[Tensor]) -> None:
-        pass
+    def drop(self, key: int) -> None:
+        del self._blocks[key]
 
     def close(self) -> None:
         self.stream.synchronize()
+        self._blocks.clear()
         self._ahead = None
-        torch._C._host_emptyCache()  # PyTorch keeps freed pinned memory, which nothing else could use
+        torch.accelerator.empty_host_cache()  # PyTorch keeps freed pinned memory, which nothing else could use
 
 
 class DiskStorage:
@@ -128,11 +137,12 @@ class DiskStorage:
         return key
 
     def get(self, key: int, ahead: int | None = None) -> Tensor:
-        if self._writing is not None and self._writing.done():
-            self._writing.result()  # raises its error, such as a full disk
         if self._ahead is None or self._ahead[0] != key:
             self._ahead = self._read(key)
         _, tensor, reading = self._ahead
+        wait([reading])
+        if self._writing is not None and self._writing.done():
+            self._writing.result()  # raises its error, such as a full disk: what was read was perhaps never written
         reading.result()
         self._ahead = None if ahead is None else self._read(ahead)
         return tensor.to(self.device)
