@@ -98,7 +98,8 @@ class TargetTrainingArguments:
             Largest estimated relative error of a central difference. A step with a larger one is repeated exactly.
         tape (`str`, *optional*, defaults to `"auto"`):
             Where the gradients of all steps are kept for the way back: in the `"device"`'s memory, the `"host"`'s, or on
-            `"disk"`, 1.1 times the trained parameters per step at most. `"auto"` takes the first that has room.
+            `"disk"`, 1.1 times the trained parameters per step at most, and on host and disk twice the trained parameters
+            for a while. `"auto"` takes the first that has room.
         tape_dir (`str`, *optional*):
             Directory of the tape on disk. The system's directory for temporary files if `None`.
         disable_tqdm (`bool`, *optional*):

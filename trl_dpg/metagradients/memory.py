@@ -38,7 +38,7 @@ class MemoryPlan:
         tape (`str`):
             Where the tape lies: `"device"`, `"host"` or `"disk"`.
         tape_bytes (`int`):
-            The most that the tape takes up there.
+            The most that gradients and states take up there.
         peak_bytes (`int`):
             Peak of the device's memory; with the tape, if it lies there.
         activation_bytes (`int`):
