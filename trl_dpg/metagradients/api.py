@@ -386,6 +386,8 @@ class _Run:
         for step in range(self.num_steps):
             losses = self.example_losses[step * self.args.num_train_epochs // self.num_steps]
             if taken_over and step > 0:  # the tape has the last one
+                del buffer
+                flat.release_gradients()
                 buffer = flat.zeros(flat.size + TAIL)
             total = self.in_memory(step, partial(self._sum_gradient, buffer, losses))
             grad = buffer[: flat.size]
@@ -409,6 +411,7 @@ class _Run:
                 with self.processes.passing_on():
                     self.tape.record(state, grad if taken_over else grad[shard].clone())
             self.optimizer.update_(step, flat.values, moments, grad)
+            del grad  # the tape's, if there is one: not beside the next one
             self.training_losses.append(total)
             self.progress.update()
         flat.release_gradients()  # a metric may call `backward()`

@@ -101,7 +101,7 @@ def plan_memory(
 
     def working(place: str, share: float = 1.0) -> int:
         """Peak of the device's memory without the tape, with this share of the micro-batch's examples."""
-        elsewhere = 0 if on_device[place] else aside
+        elsewhere = 0 if on_device[place] else aside - aside // 2  # one of the two may still be on its way
         # parameters, gradient and moments, and a gradient on its way to the tape
         training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
         # Parameters, lambda_g and the product, and the cotangents. lambda_g is where the tape's second moment was, and with
@@ -112,8 +112,8 @@ def plan_memory(
             adjoint += (1 + moments * on_cpu) * of_shard  # this process's part of the parameters
         if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
             adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
-        # parameters, moments and two gradients, and cotangents; when all of those are back, one gradient
-        replay = of_parameters + (2 + moments) * of_shard + cotangents - min(elsewhere, of_shard)
+        # parameters, moments, two gradients, and cotangents
+        replay = of_parameters + (2 + moments) * of_shard + cotangents
         if several or not moments:
             replay += of_parameters  # memory of the product
         if several:
