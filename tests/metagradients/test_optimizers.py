@@ -215,17 +215,22 @@ def test_clip_adjoint_of_a_zero_gradient(max_norm):
     assert relative_error([actual], [cotangent * min(1.0, max_norm / 1e-6)]) < 1e-12
 
 
-@pytest.fixture(params=[None, 3], ids=["whole", "chunks of 3"])
-def chunk(request, monkeypatch):
+@pytest.fixture(params=[None, 3], ids=["whole", "blocks of 3"])
+def block(request, monkeypatch):
     if request.param is not None:
-        monkeypatch.setattr(Optimizer, "CHUNK", {"cpu": request.param})
+        monkeypatch.setattr(Optimizer, "BLOCK", {"cpu": request.param})
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
-@pytest.mark.parametrize("last", [0, 2])
-def test_optimizer_adjoint(last, optim, max_grad_norm, chunk):
-    """The adjoint of a whole step, the first or the third, against autograd: every input from every output."""
+@pytest.mark.parametrize(("last", "place"), [(0, "apart"), (2, "apart"), (0, "cotangent"), (2, "second moment")])
+def test_optimizer_adjoint(last, place, optim, max_grad_norm, block):
+    """
+    The adjoint of a whole step, the first or the third, against autograd: every input from every output, wherever the result
+    goes.
+    """
+    if place == "second moment" and optim == "sgd":
+        pytest.skip("SGD has none")
     table = [hyperparameters(step, 0.1 / step, 0.3, epsilon_root=1e-3) for step in (1, 2, 3)]
     decay = 0.3 * (torch.arange(SIZE) < DECAYED).double()
     optimizer = Optimizer(optim, table, DECAYED, max_grad_norm)
@@ -248,11 +253,16 @@ def test_optimizer_adjoint(last, optim, max_grad_norm, chunk):
     optimizer.measure(grad)
     moment_cotangents = Moments(*cotangents[1:]) if optim == "adamw" else None
     before = Moments(*(m.detach().clone() for m in moments)) if optim == "adamw" and last > 0 else None
-    of_grad, inner = optimizer.adjoint_(last, cotangents[0], moment_cotangents, grad.clone(), before)
+    out = {"apart": torch.full_like(grad, torch.nan), "cotangent": cotangents[0]}.get(place, before and before.second)
+    inner = optimizer.adjoint_(last, cotangents[0], moment_cotangents, grad, before, out)
+    assert inner.item() == pytest.approx(torch.dot(out, grad).item(), rel=1e-10)
+    if optimizer.clips(last):
+        assert max_grad_norm == 0.5
+        inner = optimizer.clip_adjoint_(last, out, grad, inner.item())
+        assert inner.item() == pytest.approx(torch.dot(out, grad).item(), rel=1e-10)
     of_moments = moment_cotangents or () if last > 0 else ()  # nothing lies before the first step
-    actual = [of_grad, cotangents[0], *of_moments]
+    actual = [out, *([] if place == "cotangent" else [cotangents[0]]), *of_moments]
     assert relative_error(actual, expected[: len(actual)]) < 1e-10
-    assert inner == pytest.approx(torch.dot(of_grad, grad).item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
@@ -266,7 +276,10 @@ def test_shards(optim, max_grad_norm):
         values, grad, cotangent = (flat_tensor(seed)[part].clone() for seed in (0, 1, 2))
         moments, moment_cotangents = (optimizer.initial_moments(values) for _ in range(2))
         optimizer.update_(0, values, moments, grad)
-        of_grad, inner = optimizer.adjoint_(0, cotangent, moment_cotangents, grad, None, total)
+        of_grad = torch.empty_like(grad)
+        inner = optimizer.adjoint_(0, cotangent, moment_cotangents, grad, None, of_grad).item()
+        if optimizer.clips(0):
+            inner = optimizer.clip_adjoint_(0, of_grad, grad, total(inner)).item()
         return [values, cotangent, of_grad, *(moments or ()), *(moment_cotangents or ())], inner
 
     inners = []

@@ -182,7 +182,7 @@ def compute_metagradients(
         run.train(keep_tape=True)
 
         # The metric of the fine-tuned model, and its gradient.
-        flat, processes, optimizer = run.flat, run.processes, run.optimizer.shard(*run.shard)
+        flat, processes = run.flat, run.processes
         with processes.failing_together():
             with metric_memory():
                 value, cotangent = _metric_gradient(metric, model, flat)
@@ -201,23 +201,16 @@ def compute_metagradients(
             alone = processes.count == 1 and args.optim == "adamw"
             buffer = None if alone or run.num_steps == 1 else flat.zeros(flat.size + TAIL)
         for step in reversed(range(run.num_steps)):
-            moments, grad, moment_cotangents = None, state, None
+            grad_cotangent, inner, spare = cotangent, 0.0, None
             with processes.passing_on():
-                moments, grad, moment_cotangents = run.tape.rewind(state)
-            if step > 0 and step == run.num_steps - 1:  # nothing comes after the last step
-                with processes.failing_together():
-                    moment_cotangents = optimizer.initial_moments(cotangent)
-            grad_cotangent, inner = optimizer.adjoint_(
-                step, cotangent, moment_cotangents, grad, moments, lambda x: processes.sum_float(x, flat.device)
-            )
-            if step > 0 and moment_cotangents is not None:
+                grad_cotangent, inner, spare = run.tape.rewind(state, cotangent)
+            if run.optimizer.clips(step):
+                total = processes.sum_float(inner, flat.device)
                 with processes.passing_on():
-                    run.tape.set_aside(moment_cotangents)
-            del moment_cotangents
-            into = buffer if step > 0 else None
-            if step > 0 and buffer is None and moments is not None:
-                into = moments.first  # not needed any more until the next rewind
-            del grad, moments
+                    inner = run.tape.rewind_clipping(grad_cotangent, total)
+            into = None
+            if step > 0:
+                into = spare if buffer is None else buffer
             if processes.count > 1:
                 values, grad_cotangent = processes.gather(state, grad_cotangent)
                 flat.values.copy_(values)
@@ -238,7 +231,7 @@ def compute_metagradients(
                 _check_finite(f"the Hessian-vector product of step {step + 1}", product)
                 cotangent += product[slice(*run.shard)]
                 flat.release_gradients()
-            del grad_cotangent, product, into  # not beside the next ones
+            del grad_cotangent, product, into, spare  # not beside the next ones
             run.progress.update()
         processes.sum_(metagradients)
 

@@ -17,12 +17,16 @@ from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
 from .model import without_checkpoints
 from .objective import ExampleLosses, MicroBatch
+from .optimizers import Optimizer
 from .second_order import cheaper_second_order
 from .trajectory import tape_tensors
 
 
 # Activations of a pass over those of a forward pass, measured by `python -m benchmarks.memory`.
 ACTIVATIONS = {"gradient": 1.7, "exact": 6.2, "central_difference": 1.8}
+
+# The most blocks that a step taken off the tape has in hand: intermediate results; elsewhere also what is read and written
+BLOCKS = {"device": 3, "host": 12, "disk": 12}
 
 
 class OutOfMemory(MemoryError):
@@ -96,31 +100,26 @@ def plan_memory(
     moments = 2 if args.optim == "adamw" else 0
     on_cpu, several = flat.device.type == "cpu", num_processes > 1
     on_device = {"device": True, "host": on_cpu, "disk": False}
-    # The cotangents of the moments lie beside a tape that is not on the device while the model is called.
+    # The cotangents of the moments lie beside the tape; of one on the device, only they are beyond it.
     aside = moments * of_shard if num_steps > 1 else 0
+    block = min(Optimizer.BLOCK.get(flat.device.type, flat.size) * flat.values.element_size(), of_shard)
 
     def working(place: str, share: float = 1.0) -> int:
         """Peak of the device's memory without the tape, with this share of the micro-batch's examples."""
-        elsewhere = 0 if on_device[place] else aside - aside // 2  # one of the two may still be on its way
         # parameters, gradient and moments, and a gradient on its way to the tape
         training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
-        # Parameters, lambda_g and the product, and the cotangents. lambda_g is where the tape's second moment was, and with
-        # one process the product where the first was; with several, the moments stay on the CPU.
-        cotangents = (1 + moments) * of_shard
-        adjoint = 3 * of_parameters + cotangents - elsewhere + int(share * ACTIVATIONS[args.curvature] * whole)
+        # Between model calls, parameters, moments and the cotangent of the parameters. With one process and AdamW, lambda_g
+        # and the product are where the moments were; otherwise there is memory for them.
+        replay = of_parameters + (1 + (moments or 1)) * of_shard + on_device[place] * aside
+        if several or not moments:
+            replay += of_parameters
+        adjoint = replay + int(share * ACTIVATIONS[args.curvature] * whole)
         if several:
-            adjoint += (1 + moments * on_cpu) * of_shard  # this process's part of the parameters
+            adjoint += of_parameters + of_shard  # all of lambda_g, and this process's part of the parameters
+            replay += of_shard + 4 * of_parameters  # two tensors are put together
         if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
             adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
-        # parameters, moments, two gradients, and cotangents
-        replay = of_parameters + (2 + moments) * of_shard + cotangents
-        if several or not moments:
-            replay += of_parameters  # memory of the product
-        if several:
-            replay += (
-                of_shard + 4 * of_parameters
-            )  # this process's part of the parameters; two tensors are put together
-        return max(training, adjoint, replay)
+        return max(training, adjoint, replay + BLOCKS[place] * block)
 
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if several else 1
     device, host = _free_memory(flat.device), psutil.virtual_memory().available // neighbors

@@ -6,7 +6,7 @@ of the inputs. Both are elementwise, so they are written out here rather than le
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,7 +201,7 @@ class Optimizer:
     r"""
     The update \\( U \\) of a whole run and its adjoint, on flat tensors: clipping, then SGD or AdamW.
 
-    Elementwise work goes through the tensors in chunks: what it allocates stays in the cache, where fresh tensors of the
+    Elementwise work goes through the tensors in blocks: what it allocates stays in the cache, where fresh tensors of the
     size of a model cost more than the arithmetic on them.
 
     Args:
@@ -215,7 +215,7 @@ class Optimizer:
             Global norm that gradients are clipped to; `0.0` means no clipping.
     """
 
-    CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements
+    BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements
 
     def __init__(self, optim: str, hyperparameters: list[Hyperparameters], num_decayed: int, max_grad_norm: float):
         self.optim = optim
@@ -234,6 +234,13 @@ class Optimizer:
         )
         part.norms = self.norms
         return part
+
+    def blocks(self, values: Tensor) -> Iterator[tuple[slice, "Optimizer"]]:
+        """Consecutive parts of flat tensors, and the same run on each."""
+        size = self.BLOCK.get(values.device.type, len(values))
+        for start in range(0, len(values), size):
+            stop = min(start + size, len(values))
+            yield slice(start, stop), self.shard(start, stop)
 
     def measure(self, grad: Tensor) -> None:
         """Notes the next step's gradient norm, if clipping needs it."""
@@ -268,36 +275,30 @@ class Optimizer:
         moment_cotangents: Moments | None,
         grad: Tensor,
         moments: Moments | None,
-        sum_over_processes: Callable[[float], float] = float,
-    ) -> tuple[Tensor, float]:
+        out: Tensor,
+    ) -> Tensor:
         r"""
-        Adjoint of [`~Optimizer.update_`], in place.
+        Adjoint of [`~Optimizer.update_`], in place, up to clipping, which needs a sum over all elements first.
 
         Args:
             step (`int`): Step, from 0.
             cotangent (`Tensor`): Of the parameters after the step; becomes that before it.
             moment_cotangents ([`Moments`]): Of the moments after the step; become those before it, but at the first step.
                 `None` for SGD, and for zeros at the first step.
-            grad (`Tensor`): The step's gradient before clipping; may be overwritten.
-            moments ([`Moments`]): Moments before the step; overwritten, the second by the result. `None`
-                for SGD, and for AdamW at the first step.
-            sum_over_processes (`Callable`, *optional*): Sums a number; asked for only where a gradient was clipped.
+            grad (`Tensor`): The step's gradient before clipping.
+            moments ([`Moments`]): Moments before the step; overwritten. `None` for SGD, and for AdamW at the first step.
+            out (`Tensor`): For the cotangent \\( \lambda_g \\) of the gradient after clipping. May be the second moment or,
+                at the first step, `cotangent`.
 
         Returns:
-            `tuple[Tensor, float]`: Cotangent \\( \lambda_g \\) of the gradient (before clipping), and
-            \\( \langle \lambda_g, g \rangle \\) over the elements at hand.
+            `Tensor`: \\( \langle \lambda_g, g \rangle \\), float64 of shape `()`.
         """
         factor = clip_factor(self.norms[step], self.max_grad_norm)
-        if moments is not None:
-            of_grad = moments.second  # whose place is free after it was read, while the gradient's is given back
-        else:
-            of_grad = grad if factor == 1.0 else torch.empty_like(grad)
         inner = torch.zeros((), dtype=torch.float64, device=grad.device)
-        scratch = [torch.empty_like(grad[: self._chunk(grad)]) for _ in range(2)]
-        tensors = cotangent, grad, of_grad, *(moment_cotangents or ()), *(moments or ())
+        tensors = cotangent, grad, out, *(moment_cotangents or ()), *(moments or ())
         for hp, part, piece, target, *of_piece in self._pieces(step, *tensors):
             clipped = piece if factor == 1.0 else piece * factor
-            buffers = [t[: len(piece)] for t in scratch]
+            buffers = [torch.empty_like(piece) for _ in range(2)]
             if self.optim == "sgd":
                 result = sgd_adjoint_(part, hp)
             elif moments is None:
@@ -308,22 +309,35 @@ class Optimizer:
             inner += torch.dot(result, piece)
             if result is not target:
                 target.copy_(result)
-        if factor < 1.0:
-            whole = sum_over_processes(inner.item())
-            clip_adjoint_(of_grad, grad, whole, self.norms[step], self.max_grad_norm)
-            inner = torch.dot(of_grad, grad)
-        return of_grad, inner.item()
+        return inner
 
-    def _chunk(self, values: Tensor) -> int:
-        return self.CHUNK.get(values.device.type, len(values))
+    def clips(self, step: int) -> bool:
+        """Whether the step's gradient was clipped."""
+        return clip_factor(self.norms[step], self.max_grad_norm) < 1.0
+
+    @torch.no_grad()
+    def clip_adjoint_(self, step: int, cotangent: Tensor, grad: Tensor, inner: float) -> Tensor:
+        r"""
+        Adjoint of a step's clipping, in place on what [`~Optimizer.adjoint_`] gave.
+
+        Args:
+            step (`int`): Step, from 0.
+            cotangent (`Tensor`): \\( \lambda_g \\) after clipping; becomes that before it.
+            grad (`Tensor`): The step's gradient before clipping.
+            inner (`float`): What [`~Optimizer.adjoint_`] returned, summed over all elements.
+
+        Returns:
+            `Tensor`: \\( \langle \lambda_g, g \rangle \\) with the new one, float64 of shape `()`.
+        """
+        clip_adjoint_(cotangent, grad, inner, self.norms[step], self.max_grad_norm)
+        return torch.dot(cotangent, grad).double()
 
     def _pieces(self, step: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Scalars of a step, and pieces of tensors that they apply to."""
         hp = self.hyperparameters[step]
-        chunk = self._chunk(tensors[0])
-        sizes = self.num_decayed, len(tensors[0]) - self.num_decayed
-        for scalars, *parts in zip(
-            (hp, hp._replace(weight_decay=0.0)), *(t.split(sizes) for t in tensors), strict=True
-        ):
-            for pieces in zip(*(part.split(chunk) for part in parts), strict=True):
-                yield scalars, *pieces
+        for part, block in self.blocks(tensors[0]):
+            decayed = part.start + block.num_decayed
+            if part.start < decayed:
+                yield hp, *(t[part.start : decayed] for t in tensors)
+            if decayed < part.stop:
+                yield hp._replace(weight_decay=0.0), *(t[decayed : part.stop] for t in tensors)

@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor
 
 
+AHEAD = 2  # tensors that are fetched while the caller computes
+
+
 class Storage(Protocol):
     """
-    Keeps flat tensors of one size.
+    Keeps flat tensors, of which most are of one size.
 
-    `put` takes a tensor over: the caller may no longer write to it. `get` returns a tensor that the caller may write to only
-    after `drop`; with `ahead`, what will be asked for next is fetched while the caller computes.
+    `put` takes tensors over: the caller may no longer write to them. `stream` yields those of keys in order, and fetches the next
+    ones meanwhile; the caller may write to one only if it drops the key.
     """
 
-    def put(self, tensor: Tensor) -> Any: ...
+    def put(self, tensors: list[Tensor]) -> list[Any]: ...
 
-    def get(self, key: Any, ahead: Any = None) -> Tensor: ...
+    def stream(self, keys: list[Any]) -> Iterator[Tensor]: ...
 
     def drop(self, key: Any) -> None: ...
 
@@ -39,11 +43,11 @@ def open_storage(location: str, directory: str | None, device: torch.device) -> 
 class DeviceStorage:
     """The device's own memory. Nothing is copied."""
 
-    def put(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def put(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
 
-    def get(self, key: Tensor, ahead: Tensor | None = None) -> Tensor:
-        return key
+    def stream(self, keys: list[Tensor]) -> Iterator[Tensor]:
+        return iter(keys)
 
     def drop(self, key: Tensor) -> None:
         pass
@@ -53,56 +57,47 @@ class DeviceStorage:
 
 
 class HostStorage:
-    """
-    Pinned host memory of a CUDA device; copies run on a stream of their own, beside the computation.
-
-    Tensors are cut into blocks of a power of two, as PyTorch rounds pinned allocations up to one.
-    """
-
-    BLOCK = 1 << 24  # elements
+    """Pinned host memory of a CUDA device; copies run on a stream of their own, beside the computation."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self._blocks: dict[int, list[Tensor]] = {}
+        self.side = torch.cuda.Stream(device)
+        self._kept: dict[int, Tensor] = {}
         self._next = 0
-        self._ahead: tuple[int, Tensor] | None = None
 
-    def put(self, tensor: Tensor) -> int:
-        blocks = []
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            for part in tensor.split(self.BLOCK):
-                blocks.append(torch.empty(part.shape, dtype=part.dtype, pin_memory=True))
-                blocks[-1].copy_(part, non_blocking=True)
-        tensor.record_stream(self.stream)  # its memory is not reused before it is copied
-        self._blocks[self._next] = blocks
-        self._next += 1
-        return self._next - 1
+    def put(self, tensors: list[Tensor]) -> list[int]:
+        keys = []
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        for tensor in tensors:
+            with torch.cuda.stream(self.side):
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                kept.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self.side)  # its memory is not reused before it is copied
+            self._kept[self._next] = kept
+            keys.append(self._next)
+            self._next += 1
+        return keys
 
-    def get(self, key: int, ahead: int | None = None) -> Tensor:
-        tensor = self._ahead[1] if self._ahead is not None and self._ahead[0] == key else self._fetch(key)
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self._ahead = None if ahead is None else (ahead, self._fetch(ahead))
-        return tensor
+    def stream(self, keys: list[int]) -> Iterator[Tensor]:
+        for tensor, fetched in _ahead(self._fetch, keys):
+            torch.cuda.current_stream(self.device).wait_event(fetched)
+            yield tensor
 
-    def _fetch(self, key: int) -> Tensor:
+    def _fetch(self, key: int) -> tuple[Tensor, torch.cuda.Event]:
         # Memory of the stream that computes, which has it again when the tensor is freed; it may still be at work on it.
-        tensor = torch.empty(sum(map(len, self._blocks[key])), dtype=self._blocks[key][0].dtype, device=self.device)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            for part, block in zip(tensor.split(self.BLOCK), self._blocks[key], strict=True):
-                part.copy_(block, non_blocking=True)
-        tensor.record_stream(self.stream)
-        return tensor
+        tensor = torch.empty_like(self._kept[key], device=self.device)
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            tensor.copy_(self._kept[key], non_blocking=True)
+        tensor.record_stream(self.side)
+        return tensor, self.side.record_event()
 
     def drop(self, key: int) -> None:
-        del self._blocks[key]
+        del self._kept[key]
 
     def close(self) -> None:
-        self.stream.synchronize()
-        self._blocks.clear()
-        self._ahead = None
+        self.side.synchronize()
+        self._kept.clear()
         torch.accelerator.empty_host_cache()  # PyTorch keeps freed pinned memory, which nothing else could use
 
 
@@ -121,35 +116,37 @@ class DiskStorage:
         self.file = tempfile.TemporaryFile(dir=directory, prefix="trl_dpg-tape-", buffering=0)
         self.device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trl_dpg-tape")
-        self._writing: Future | None = None
-        self._ahead: tuple[int, Tensor, Future] | None = None
-        self._free: list[int] = []
+        self._writes: list[Future] = []  # of the last call of `put`
+        self._free: dict[int, list[int]] = defaultdict(list)  # offsets, by size
         self._end = 0
 
-    def put(self, tensor: Tensor) -> int:
-        if self._writing is not None:
-            self._writing.result()  # at most one write is under way; also raises its error, such as a full disk
-        self._shape, self._dtype = tensor.shape, tensor.dtype
-        key = self._free.pop() if self._free else self._end
-        self._end = max(self._end, key + tensor.nbytes)
-        data = tensor.detach().cpu()
-        self._writing = self._thread.submit(self._transfer, os.pwritev, data, key)
-        return key
+    def put(self, tensors: list[Tensor]) -> list[tuple[int, torch.Size, torch.dtype]]:
+        for write in self._writes:
+            write.result()  # at most one call's are under way; also raises its error, such as a full disk
+        self._writes = []
+        keys = []
+        for tensor in tensors:
+            data = tensor.detach().cpu()
+            free = self._free[data.nbytes]
+            offset = free.pop() if free else self._end
+            self._end = max(self._end, offset + data.nbytes)
+            self._writes.append(self._thread.submit(self._transfer, os.pwritev, data, offset))
+            keys.append((offset, data.shape, data.dtype))
+        return keys
 
-    def get(self, key: int, ahead: int | None = None) -> Tensor:
-        if self._ahead is None or self._ahead[0] != key:
-            self._ahead = self._read(key)
-        _, tensor, reading = self._ahead
-        wait([reading])
-        if self._writing is not None and self._writing.done():
-            self._writing.result()  # raises its error, such as a full disk: what was read was perhaps never written
-        reading.result()
-        self._ahead = None if ahead is None else self._read(ahead)
-        return tensor.to(self.device)
+    def stream(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> Iterator[Tensor]:
+        for data, reading in _ahead(self._fetch, keys):
+            wait([reading])
+            for write in self._writes:
+                if write.done():
+                    write.result()  # raises its error: what was read was perhaps never written
+            reading.result()
+            yield data.to(self.device)
 
-    def _read(self, key: int) -> tuple[int, Tensor, Future]:
-        data = torch.empty(self._shape, dtype=self._dtype)  # not in the thread, whose heap would keep the memory
-        return key, data, self._thread.submit(self._transfer, os.preadv, data, key)
+    def _fetch(self, key: tuple[int, torch.Size, torch.dtype]) -> tuple[Tensor, Future]:
+        offset, shape, dtype = key
+        data = torch.empty(shape, dtype=dtype)  # not in the thread, whose heap would keep the memory
+        return data, self._thread.submit(self._transfer, os.preadv, data, offset)
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], data: Tensor, offset: int) -> None:
         view = memoryview(data.numpy()).cast("B")  # type: ignore[arg-type]
@@ -159,9 +156,21 @@ class DiskStorage:
                 raise OSError("The tape's file ends early: it was not written whole. Is the disk of `tape_dir` full?")
             view, offset = view[done:], offset + done
 
-    def drop(self, key: int) -> None:
-        self._free.append(key)
+    def drop(self, key: tuple[int, torch.Size, torch.dtype]) -> None:
+        offset, shape, dtype = key
+        self._free[shape.numel() * dtype.itemsize].append(offset)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self.file.close()
+
+
+def _ahead(fetch: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
+    """What `fetch` returns for every key, called for some of the next ones before."""
+    fetched: deque[Any] = deque()
+    for key in keys:
+        fetched.append(fetch(key))
+        if len(fetched) > AHEAD:
+            yield fetched.popleft()
+    while fetched:
+        yield fetched.popleft()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .optimizers import Moments, Optimizer
@@ -29,6 +30,9 @@ class Tape:
     states at halves of the way are kept (bisection), so that K steps cost about \\( \tfrac{1}{2} K \log_2 K \\) updates.
     Gradients that were walked over make room for more of them.
 
+    All of this is elementwise, and goes through the parameters block by block: of what lies elsewhere, only a few blocks are
+    in memory at a time. There, too, lie the cotangents of AdamW's moments while the model is called, which does not need them.
+
     Args:
         optimizer ([`Optimizer`]):
             The update rule to replay.
@@ -47,10 +51,13 @@ class Tape:
         self.num_steps = num_steps
         self.load_originals = load_originals
         self.storage = storage
-        self.gradients: list[Any] = []
-        self.states: list[tuple[int, list[Any]]] = []  # (step before which it holds, its tensors), in order
+        # Keys of blocks: of a gradient one each, of a state one for every tensor
+        self.gradients: list[list[Any]] = []
+        self.states: list[tuple[int, list[list[Any]]]] = []  # (step before which it holds, its blocks), in order
+        self._aside: list[list[Any]] = []  # cotangents of both moments
+        self._clipped: list[Any] = []  # the last gradient, if its clipping is still to be walked back
+        self._blocks: list[tuple[slice, Optimizer]] = []
         self._moments: Moments | None = None
-        self._aside: list[Any] = []
         self._limit = tape_tensors(num_steps, optimizer.optim)
         self._next_kept = (num_steps + 1) // 2
 
@@ -60,80 +67,110 @@ class Tape:
         and moments.
         """
         step = len(self.gradients)
-        if step == self._next_kept and self._has_room(self.num_steps):
-            self._keep(step, state)
+        if step == 0:
+            self._blocks = list(self.optimizer.blocks(gradient))
+        if step == self._next_kept and self._has_room(self.num_steps, len(self.states) + 1):
+            self.states.append((step, [self._keep([t[part] for t in state]) for part, _ in self._blocks]))
             self._next_kept = (step + self.num_steps + 1) // 2
-        self.gradients.append(self.storage.put(gradient))
+        self.gradients.append(self.storage.put([gradient[part] for part, _ in self._blocks]))
 
-    def set_aside(self, cotangents: Moments) -> None:
-        """
-        Keeps the cotangents of the moments where the tape lies, until the next [`~Tape.rewind`]: a model call, which does not
-        need them, then has their memory.
-        """
-        self._aside = [self.storage.put(t) for t in cotangents]
+    @torch.no_grad()
+    def rewind(self, values: Tensor, cotangent: Tensor) -> tuple[Tensor, float, Tensor | None]:
+        r"""
+        Takes the last step off the tape, and walks its update back.
 
-    def rewind(self, values: Tensor) -> tuple[Moments | None, Tensor, Moments | None]:
-        """
-        Takes the last step off the tape: writes the parameters before it into `values`, shape `(n,)`, and returns the moments
-        before it (`None` for zeros), its gradient, and what was set aside. The caller owns all of it.
-        """
-        return *self._rewind(values), self._take_back()
+        Args:
+            values (`Tensor`): Shape `(n,)`; the parameters before the step are written to it.
+            cotangent (`Tensor`): \\( \lambda_\phi \\) after the update, shape `(n,)`; becomes that before it.
 
-    def _rewind(self, values: Tensor) -> tuple[Moments | None, Tensor]:
-        target = len(self.gradients) - 1
-        while self.states and self.states[-1][0] > target:
-            self._drop_last_state()
-        if target == 0:
-            self._moments = None
+        Returns:
+            `tuple[Tensor, float, Tensor | None]`: The cotangent \\( \lambda_g \\) of the gradient, up to
+            [`~Tape.rewind_clipping`]; \\( \langle \lambda_g, g \rangle \\); and memory of shape `(n,)` that nothing needs until the
+            next step is taken off, if there is some. At the first step, \\( \lambda_g \\) is where `cotangent` was.
+        """
+        step = len(self.gradients) - 1
+        while self.states and self.states[-1][0] > step:
+            for keys in self.states.pop()[1]:
+                self._drop(keys)
+        start, state = self.states[-1] if self.states else (0, [])
+        if start == 0:
             self.load_originals(values)
-            return None, self._pop_gradient()  # moments of zeros
-        step, moments = self._load_last_state(values)
+        if step == 0:
+            self._moments = None  # zeros, and of no use afterwards
+        elif self._moments is None:
+            self._moments = self.optimizer.initial_moments(values)
+        out = cotangent if step == 0 else self._moments.second if self._moments else torch.empty_like(cotangent)
+        kept: dict[int, list[list[Any]]] = {position: [] for position in self._positions_to_keep(start, step)}
+        inner = torch.zeros((), dtype=torch.float64, device=values.device)
+
+        replayed, last = self.gradients[start:step], self.gradients.pop()
+        columns = [state, *([[key] for key in gradient] for gradient in (*replayed, last)), self._aside]
+        keys = [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
+        blocks = self.storage.stream(keys)
+        aside, self._aside = self._aside, []
+        for i, (part, optimizer) in enumerate(self._blocks):
+            moments = None if self._moments is None else Moments(*(t[part] for t in self._moments))
+            tensors = [values[part], *(moments or ())]
+            if state:
+                for tensor in tensors:
+                    tensor.copy_(next(blocks))
+            else:
+                for moment in moments or ():
+                    moment.zero_()
+            for position in range(start, step):
+                optimizer.update_(position, tensors[0], moments, next(blocks))
+                if position + 1 in kept:
+                    kept[position + 1].append(self._keep(tensors))
+            gradient = next(blocks)
+            moment_cotangents: Moments | None
+            if aside:
+                moment_cotangents = Moments(next(blocks), next(blocks))
+                self._drop(aside[i])
+            else:  # nothing comes after the last step
+                moment_cotangents = optimizer.initial_moments(tensors[0]) if step > 0 else None
+            inner += optimizer.adjoint_(step, cotangent[part], moment_cotangents, gradient, moments, out[part])
+            if not optimizer.clips(step):
+                self._drop([last[i]])
+            if step > 0 and moment_cotangents is not None:
+                self._aside.append(self.storage.put(list(moment_cotangents)))
+        self._clipped = last if self.optimizer.clips(step) else []
+        self.states += kept.items()
+        return out, inner.item(), self._moments and self._moments.first
+
+    @torch.no_grad()
+    def rewind_clipping(self, grad_cotangent: Tensor, inner: float) -> float:
+        r"""
+        Walks the clipping of the same step back, if there was one.
+
+        Args:
+            grad_cotangent (`Tensor`): \\( \lambda_g \\) of the clipped gradient, shape `(n,)`; becomes that before clipping.
+            inner (`float`): \\( \langle \lambda_g, g \rangle \\) over all processes.
+
+        Returns:
+            `float`: \\( \langle \lambda_g, g \rangle \\), of this process, with the new one.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=grad_cotangent.device)
+        blocks = self.storage.stream(self._clipped)
+        for (part, optimizer), gradient in zip(self._blocks, blocks, strict=True):
+            total += optimizer.clip_adjoint_(len(self.gradients), grad_cotangent[part], gradient, inner)
+        self._drop(self._clipped)
+        self._clipped = []
+        return total.item()
+
+    def _positions_to_keep(self, step: int, target: int) -> list[int]:
+        positions: list[int] = []
         while step < target:
-            middle = (step + target + 1) // 2
-            for position in range(step, middle):
-                gradient = self.storage.get(self.gradients[position], ahead=self.gradients[position + 1])
-                self.optimizer.update_(position, values, moments, gradient)
-            step = middle
-            if step < target and self._has_room(len(self.gradients)):
-                self._keep(step, [values, *(moments or ())])
-        return moments, self._pop_gradient()
+            step = (step + target + 1) // 2
+            if step < target and self._has_room(target + 1, len(self.states) + len(positions) + 1):
+                positions.append(step)
+        return positions
 
-    def _pop_gradient(self) -> Tensor:
-        return self._pop(self.gradients.pop())
+    def _has_room(self, num_gradients: int, num_states: int) -> bool:
+        return num_gradients + num_states * TENSORS_OF_A_STATE[self.optimizer.optim] <= self._limit
 
-    def _take_back(self) -> Moments | None:
-        if not self._aside:
-            return None
-        first, second = self._aside
-        self._aside = []
-        return Moments(self._pop(first, ahead=second), self._pop(second))
+    def _keep(self, tensors: list[Tensor]) -> list[Any]:
+        return self.storage.put([t.clone() for t in tensors])
 
-    def _pop(self, key: Any, ahead: Any = None) -> Tensor:
-        tensor = self.storage.get(key, ahead)
-        self.storage.drop(key)
-        return tensor
-
-    def _has_room(self, num_gradients: int) -> bool:
-        states = (len(self.states) + 1) * TENSORS_OF_A_STATE[self.optimizer.optim]
-        return num_gradients + states <= self._limit
-
-    def _keep(self, step: int, state: list[Tensor]) -> None:
-        self.states.append((step, [self.storage.put(t.clone()) for t in state]))
-
-    def _load_last_state(self, values: Tensor) -> tuple[int, Moments | None]:
-        moments = self._moments or self.optimizer.initial_moments(values)
-        if values.device.type == "cpu":
-            self._moments = moments  # there, memory from the operating system costs more than the arithmetic
-        if not self.states:
-            self.load_originals(values)
-            for moment in moments or ():
-                moment.zero_()
-            return 0, moments
-        step, keys = self.states[-1]
-        for tensor, key in zip([values, *(moments or ())], keys, strict=True):
-            tensor.copy_(self.storage.get(key))
-        return step, moments
-
-    def _drop_last_state(self) -> None:
-        for key in self.states.pop()[1]:
+    def _drop(self, keys: list[Any]) -> None:
+        for key in keys:
             self.storage.drop(key)
