@@ -65,8 +65,9 @@ def test_walks_back_to_the_last_bit(optim, num_steps, location, blocks, tmp_path
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("location", ["device", "host", "disk"])
-def test_walks_back_to_the_last_bit_on_a_gpu(location, blocks, tmp_path):
-    check_walk("adamw", 31, location, torch.device("cuda"), tmp_path)
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_walks_back_to_the_last_bit_on_a_gpu(optim, location, blocks, tmp_path):
+    check_walk(optim, 31, location, torch.device("cuda"), tmp_path)
 
 
 def check_walk(optim, num_steps, location, device, tmp_path):

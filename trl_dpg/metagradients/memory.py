@@ -100,7 +100,7 @@ def plan_memory(
     moments = 2 if args.optim == "adamw" else 0
     on_cpu, several = flat.device.type == "cpu", num_processes > 1
     on_device = {"device": True, "host": on_cpu, "disk": False}
-    # The cotangents of the moments lie beside the tape; of one on the device, only they are beyond it.
+    # The cotangents of the moments lie where the tape does, but are not counted in its size.
     aside = moments * of_shard if num_steps > 1 else 0
     block = min(Optimizer.BLOCK.get(flat.device.type, flat.size) * flat.values.element_size(), of_shard)
 
@@ -108,15 +108,15 @@ def plan_memory(
         """Peak of the device's memory without the tape, with this share of the micro-batch's examples."""
         # parameters, gradient and moments, and a gradient on its way to the tape
         training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
-        # Between model calls, parameters, moments and the cotangent of the parameters. With one process and AdamW, lambda_g
-        # and the product are where the moments were; otherwise there is memory for them.
+        # Between model calls, parameters, moments and the cotangent of the parameters. With AdamW, lambda_g is where the second
+        # moment was, and with one process the product where the first was; otherwise there is memory for them.
         replay = of_parameters + (1 + (moments or 1)) * of_shard + on_device[place] * aside
         if several or not moments:
             replay += of_parameters
         adjoint = replay + int(share * ACTIVATIONS[args.curvature] * whole)
         if several:
             adjoint += of_parameters + of_shard  # all of lambda_g, and this process's part of the parameters
-            replay += of_shard + 4 * of_parameters  # two tensors are put together
+            replay += 3 * of_shard + 4 * of_parameters  # a shard of the parameters; two tensors are put together
         if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
             adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
         return max(training, adjoint, replay + BLOCKS[place] * block)

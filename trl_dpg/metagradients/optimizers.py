@@ -215,7 +215,7 @@ class Optimizer:
             Global norm that gradients are clipped to; `0.0` means no clipping.
     """
 
-    BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements
+    BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; a power of two, to which pinned memory is rounded up
 
     def __init__(self, optim: str, hyperparameters: list[Hyperparameters], num_decayed: int, max_grad_norm: float):
         self.optim = optim

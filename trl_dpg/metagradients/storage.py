@@ -19,10 +19,12 @@ class Storage(Protocol):
     Keeps flat tensors, of which most are of one size.
 
     `put` takes tensors over: the caller may no longer write to them. `stream` yields those of keys in order, and fetches the next
-    ones meanwhile; the caller may write to one only if it drops the key.
+    ones meanwhile; the caller may write to one only if it drops the key. `expect` says what will be streamed next.
     """
 
     def put(self, tensors: list[Tensor]) -> list[Any]: ...
+
+    def expect(self, keys: list[Any]) -> None: ...
 
     def stream(self, keys: list[Any]) -> Iterator[Tensor]: ...
 
@@ -46,6 +48,9 @@ class DeviceStorage:
     def put(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
 
+    def expect(self, keys: list[Tensor]) -> None:
+        pass
+
     def stream(self, keys: list[Tensor]) -> Iterator[Tensor]:
         return iter(keys)
 
@@ -64,32 +69,47 @@ class HostStorage:
         self.side = torch.cuda.Stream(device)
         self._kept: dict[int, Tensor] = {}
         self._next = 0
+        self._leaving: list[Tensor] = []  # of the last call of `put`, which may still be read
+        self._left = torch.cuda.Event()
 
     def put(self, tensors: list[Tensor]) -> list[int]:
         keys = []
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
-        for tensor in tensors:
-            with torch.cuda.stream(self.side):
+        current = torch.cuda.current_stream(self.device)
+        # One call's copies are under way, so that a computation that is far behind this line does not fill the memory. What
+        # they read is freed only for work that comes after them.
+        current.wait_event(self._left)
+        self.side.wait_stream(current)
+        with torch.cuda.stream(self.side):
+            for tensor in tensors:
                 kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 kept.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self.side)  # its memory is not reused before it is copied
-            self._kept[self._next] = kept
-            keys.append(self._next)
-            self._next += 1
+                self._kept[self._next] = kept
+                keys.append(self._next)
+                self._next += 1
+            self._left.record(self.side)
+        self._leaving = tensors
         return keys
 
+    def expect(self, keys: list[int]) -> None:
+        pass
+
     def stream(self, keys: list[int]) -> Iterator[Tensor]:
-        for tensor, fetched in _ahead(self._fetch, keys):
-            torch.cuda.current_stream(self.device).wait_event(fetched)
-            yield tensor
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self._left)
+        self._leaving = []
+        try:
+            for tensor, fetched in _ahead(self._fetch, keys):
+                current.wait_event(fetched)
+                yield tensor
+        finally:  # also where the caller breaks off: memory that copies still write to is not used before they end
+            current.wait_stream(self.side)
 
     def _fetch(self, key: int) -> tuple[Tensor, torch.cuda.Event]:
-        # Memory of the stream that computes, which has it again when the tensor is freed; it may still be at work on it.
+        # Memory of the stream that computes, which may still be at work on what it held before; so the copy waits.
         tensor = torch.empty_like(self._kept[key], device=self.device)
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             tensor.copy_(self._kept[key], non_blocking=True)
-        tensor.record_stream(self.side)
         return tensor, self.side.record_event()
 
     def drop(self, key: int) -> None:
@@ -98,6 +118,7 @@ class HostStorage:
     def close(self) -> None:
         self.side.synchronize()
         self._kept.clear()
+        self._leaving = []
         torch.accelerator.empty_host_cache()  # PyTorch keeps freed pinned memory, which nothing else could use
 
 
@@ -134,12 +155,21 @@ class DiskStorage:
             keys.append((offset, data.shape, data.dtype))
         return keys
 
+    def expect(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            self._thread.submit(self._will_need, keys)
+
+    def _will_need(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
+        """Has the operating system read into memory that is free otherwise, while the model is called."""
+        for offset, shape, dtype in keys:
+            os.posix_fadvise(self.file.fileno(), offset, shape.numel() * dtype.itemsize, os.POSIX_FADV_WILLNEED)
+
     def stream(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> Iterator[Tensor]:
         for data, reading in _ahead(self._fetch, keys):
             wait([reading])
-            for write in self._writes:
-                if write.done():
-                    write.result()  # raises its error: what was read was perhaps never written
+            while self._writes and self._writes[0].done():
+                self._writes[0].result()  # raises its error: what was read was perhaps never written
+                self._writes.pop(0)
             reading.result()
             yield data.to(self.device)
 

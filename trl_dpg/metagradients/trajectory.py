@@ -30,8 +30,8 @@ class Tape:
     states at halves of the way are kept (bisection), so that K steps cost about \\( \tfrac{1}{2} K \log_2 K \\) updates.
     Gradients that were walked over make room for more of them.
 
-    All of this is elementwise, and goes through the parameters block by block: of what lies elsewhere, only a few blocks are
-    in memory at a time. There, too, lie the cotangents of AdamW's moments while the model is called, which does not need them.
+    On the way back all of this goes through the parameters block by block: of what lies elsewhere, only a few blocks are in
+    memory at a time. There, too, lie the cotangents of AdamW's moments while the model is called, which does not need them.
 
     Args:
         optimizer ([`Optimizer`]):
@@ -85,14 +85,12 @@ class Tape:
 
         Returns:
             `tuple[Tensor, float, Tensor | None]`: The cotangent \\( \lambda_g \\) of the gradient, up to
-            [`~Tape.rewind_clipping`]; \\( \langle \lambda_g, g \rangle \\); and memory of shape `(n,)` that nothing needs until the
-            next step is taken off, if there is some. At the first step, \\( \lambda_g \\) is where `cotangent` was.
+            [`~Tape.rewind_clipping`]; \\( \langle \lambda_g, g \rangle \\) of this process; and memory of shape `(n,)` for the
+            caller's use, if there is some. It and \\( \lambda_g \\) may be the tape's, which takes them back when the next
+            step is taken off; at the first step, \\( \lambda_g \\) is where `cotangent` was.
         """
         step = len(self.gradients) - 1
-        while self.states and self.states[-1][0] > step:
-            for keys in self.states.pop()[1]:
-                self._drop(keys)
-        start, state = self.states[-1] if self.states else (0, [])
+        start, keys = self._to_read()
         if start == 0:
             self.load_originals(values)
         if step == 0:
@@ -103,15 +101,12 @@ class Tape:
         kept: dict[int, list[list[Any]]] = {position: [] for position in self._positions_to_keep(start, step)}
         inner = torch.zeros((), dtype=torch.float64, device=values.device)
 
-        replayed, last = self.gradients[start:step], self.gradients.pop()
-        columns = [state, *([[key] for key in gradient] for gradient in (*replayed, last)), self._aside]
-        keys = [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
         blocks = self.storage.stream(keys)
-        aside, self._aside = self._aside, []
+        last, aside, self._aside = self.gradients.pop(), self._aside, []
         for i, (part, optimizer) in enumerate(self._blocks):
             moments = None if self._moments is None else Moments(*(t[part] for t in self._moments))
             tensors = [values[part], *(moments or ())]
-            if state:
+            if start > 0:
                 for tensor in tensors:
                     tensor.copy_(next(blocks))
             else:
@@ -135,12 +130,24 @@ class Tape:
                 self._aside.append(self.storage.put(list(moment_cotangents)))
         self._clipped = last if self.optimizer.clips(step) else []
         self.states += kept.items()
+        if step > 0:
+            self.storage.expect(self._to_read()[1])
         return out, inner.item(), self._moments and self._moments.first
+
+    def _to_read(self) -> tuple[int, list[Any]]:
+        """For the last step: the step that its replay starts from, and keys of all that is read, block by block."""
+        step = len(self.gradients) - 1
+        while self.states and self.states[-1][0] > step:
+            for keys in self.states.pop()[1]:
+                self._drop(keys)
+        start, state = self.states[-1] if self.states else (0, [])
+        columns = [state, *([[key] for key in gradient] for gradient in self.gradients[start:]), self._aside]
+        return start, [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
 
     @torch.no_grad()
     def rewind_clipping(self, grad_cotangent: Tensor, inner: float) -> float:
         r"""
-        Walks the clipping of the same step back, if there was one.
+        Walks the clipping of the same step back. To be called where [`~Optimizer.clips`] says that there was one.
 
         Args:
             grad_cotangent (`Tensor`): \\( \lambda_g \\) of the clipped gradient, shape `(n,)`; becomes that before clipping.
