@@ -42,13 +42,18 @@ def relative_error(actual, expected):
 
 
 def reference_adamw(param, first, second, grad, hp):
-    """One out-of-place step, written from the formula, which autograd can differentiate."""
+    """
+    One out-of-place step, written from the formula, which autograd can differentiate: with `epsilon_root` below the root. Moments
+    come and go with it in the second one, as ours do.
+    """
+    second = second - (1 - hp.beta2 ** (hp.step - 1)) * hp.epsilon_root
     first = hp.beta1 * first + (1 - hp.beta1) * grad
     second = hp.beta2 * second + (1 - hp.beta2) * grad**2
     corrected_first = first / (1 - hp.beta1**hp.step)
     corrected_second = second / (1 - hp.beta2**hp.step)
     direction = corrected_first / (torch.sqrt(corrected_second + hp.epsilon_root) + hp.epsilon)
-    return param - hp.learning_rate * (direction + hp.weight_decay * param), first, second
+    updated = param - hp.learning_rate * (direction + hp.weight_decay * param)
+    return updated, first, second + (1 - hp.beta2**hp.step) * hp.epsilon_root
 
 
 def reference_sgd(param, grad, hp):
@@ -62,16 +67,19 @@ def reference_clip(grads, max_norm):
     return [g * torch.clamp(max_norm / (norm + 1e-6), max=1.0) for g in grads]
 
 
-@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+@pytest.mark.parametrize("optim, fused", [("adamw", False), ("adamw", True), ("sgd", False)])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
-def test_update_is_that_of_torch(optim, max_grad_norm):
-    """Five steps at changing learning rates, some elements without weight decay, gradients of changing scale."""
+def test_update_is_that_of_torch(optim, fused, max_grad_norm):
+    """
+    Five steps at changing learning rates, some elements without weight decay, gradients of changing scale; to the last bit by
+    the same kernel.
+    """
     rates = [0.01, 0.1, 0.1, 0.05, 0.02]
     values = flat_tensor(0)
     theirs = [torch.nn.Parameter(part.clone()) for part in values.split([DECAYED, SIZE - DECAYED])]
     groups = [{"params": [p], "weight_decay": w} for p, w in zip(theirs, [0.3, 0.0], strict=True)]
     if optim == "adamw":
-        stock = torch.optim.AdamW(groups, lr=1.0, betas=(BETA1, BETA2), eps=EPSILON)
+        stock = torch.optim.AdamW(groups, lr=1.0, betas=(BETA1, BETA2), eps=EPSILON, fused=fused)
     else:
         stock = torch.optim.SGD(groups, lr=1.0)
     table = [hyperparameters(step + 1, lr) for step, lr in enumerate(rates)]
@@ -88,17 +96,20 @@ def test_update_is_that_of_torch(optim, max_grad_norm):
         stock.step()
         ours.measure(grad)
         ours.update_(step, values, moments, grad)
-        assert relative_error([values], [torch.cat([p.detach() for p in theirs])]) < 1e-12
+        expected = torch.cat([p.detach() for p in theirs])
+        assert relative_error([values], [expected]) < 1e-12
+        assert not fused or max_grad_norm or torch.equal(values, expected)
 
 
+@pytest.mark.parametrize("beta2", [0.0, BETA2])
 @pytest.mark.parametrize("epsilon_root", [1e-9, 1e-4, 1.0])
-def test_adamw_update_with_epsilon_root(epsilon_root):
+def test_adamw_update_with_epsilon_root(epsilon_root, beta2):
     """Against the formula, where the root matters: gradients around its square root."""
     (param, *_), (first, *_), (second, *_) = tensors(0), tensors(1, 0.0), tensors(2, 0.0)
     ours, moments = param.clone(), Moments(first.clone(), second.clone())
     for step in range(1, 6):
         grad = tensors(step + 2, scale=math.sqrt(epsilon_root))[0]
-        hp = hyperparameters(step, epsilon_root=epsilon_root)
+        hp = hyperparameters(step, epsilon_root=epsilon_root)._replace(beta2=beta2)
         adamw_update_(ours, grad, moments, hp)
         param, first, second = reference_adamw(param, first, second, grad, hp)
         assert relative_error([ours, *moments], [param, first, second]) < 1e-12
@@ -123,7 +134,7 @@ def test_sgd_adjoint():
 def test_adamw_adjoint(step, epsilon_root):
     """All four cotangents against autograd through the formula, from nonzero moments and moment cotangents."""
     param, grad, first = (tensors(seed)[0].requires_grad_() for seed in (0, 1, 2))
-    second = (tensors(3)[0] ** 2).requires_grad_()
+    second = (tensors(3)[0] ** 2 + epsilon_root).requires_grad_()
     cotangents = [tensors(seed)[0] for seed in (4, 5, 6)]
     hp = hyperparameters(step, epsilon_root=epsilon_root)
     outputs = reference_adamw(param, first, second, grad, hp)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 class Hyperparameters(NamedTuple):
@@ -26,7 +27,7 @@ class Hyperparameters(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """AdamW's first and second moment of one parameter; also the cotangents of the two."""
+    """AdamW's first and second moment of one parameter, the latter with `epsilon_root` in it; also the cotangents of the two."""
 
     first: Tensor
     second: Tensor
@@ -52,16 +53,33 @@ def sgd_adjoint_(cotangent: Tensor, hp: Hyperparameters) -> Tensor:
 
 def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparameters) -> None:
     r"""
-    AdamW with `epsilon_root`, in place; with `epsilon_root = 0` it is [`~torch.optim.AdamW`].
+    AdamW with `epsilon_root`, in place; with `epsilon_root = 0` it is [`~torch.optim.AdamW`], by the same fused kernel.
 
-    $$ m' = \beta_1 m + (1 - \beta_1) g, \quad v' = \beta_2 v + (1 - \beta_2) g^2, \quad
-       \phi' = (1 - \eta w) \phi - \eta \frac{m' / (1 - \beta_1^t)}{\sqrt{v' / (1 - \beta_2^t) + r} + \epsilon} $$
+    $$ m' = \beta_1 m + (1 - \beta_1) g, \quad v' = \beta_2 v + (1 - \beta_2) (g^2 + r), \quad
+       \phi' = (1 - \eta w) \phi - \eta \frac{m' / (1 - \beta_1^t)}{\sqrt{v' / (1 - \beta_2^t)} + \epsilon} $$
+
+    With \\( r \\) in the second moment from the start, \\( v' / (1 - \beta_2^t) \\) is that of [`~torch.optim.AdamW`] plus \\( r \\).
     """
-    moments.first.lerp_(grad, 1 - hp.beta1)
-    moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
-    if hp.weight_decay:
-        param.mul_(1 - hp.learning_rate * hp.weight_decay)
-    param.addcdiv_(moments.first, _root(moments.second, hp).add_(hp.epsilon), value=-_step_size(hp))
+    beta2 = hp.beta2
+    if hp.epsilon_root > 0.0:  # the kernel only knows \\( \beta_2 v + (1 - \beta_2) g^2 \\)
+        beta2 = beta2 or 1e-20  # which no sum with the square notices
+        moments.second.add_((1 - beta2) / beta2 * hp.epsilon_root)
+    adamw(
+        [param],
+        [grad],
+        [moments.first],
+        [moments.second],
+        [],
+        [torch.full((), float(hp.step - 1), device=param.device)],
+        lr=hp.learning_rate,
+        beta1=hp.beta1,
+        beta2=beta2,
+        eps=hp.epsilon,
+        weight_decay=hp.weight_decay,
+        amsgrad=False,
+        maximize=False,
+        fused=True,
+    )
 
 
 def adamw_adjoint_(
@@ -76,10 +94,10 @@ def adamw_adjoint_(
     r"""
     Adjoint of [`adamw_update_`], in place: cotangents of what came out of the update become those of what went in.
 
-    With \\( d = \sqrt{v' / (1 - \beta_2^t) + r} + \epsilon \\) and \\( s = \eta / (1 - \beta_1^t) \\):
+    With \\( \rho = \sqrt{v' / (1 - \beta_2^t)} \\), \\( d = \rho + \epsilon \\) and \\( s = \eta / (1 - \beta_1^t) \\):
 
     $$ \mu = \lambda_{m'} - \frac{s}{d} \lambda_{\phi'}, \quad
-       \nu = \lambda_{v'} + \frac{s\, m'}{2 d^2 (d - \epsilon) (1 - \beta_2^t)} \lambda_{\phi'} $$
+       \nu = \lambda_{v'} + \frac{s\, m'}{2 d^2 \rho\, (1 - \beta_2^t)} \lambda_{\phi'} $$
     $$ \lambda_g = (1 - \beta_1) \mu + 2 (1 - \beta_2) g\, \nu, \quad \lambda_m = \beta_1 \mu, \quad
        \lambda_v = \beta_2 \nu, \quad \lambda_\phi = (1 - \eta w) \lambda_{\phi'} $$
 
@@ -96,19 +114,23 @@ def adamw_adjoint_(
         `Tensor`: \\( \lambda_g \\), which is `out`.
     """
     root, denominator = scratch
-    correction, size = 1 - hp.beta2**hp.step, _step_size(hp)
+    correction, size = 1 - hp.beta2**hp.step, hp.learning_rate / (1 - hp.beta1**hp.step)
     moments.first.lerp_(grad, 1 - hp.beta1)
     moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
-    torch.add(root.new_tensor(hp.epsilon_root), moments.second, alpha=1 / correction, out=root).sqrt_()
-    torch.add(root, hp.epsilon, out=denominator)
+    if hp.epsilon_root > 0.0:
+        moments.second.add_((1 - hp.beta2) * hp.epsilon_root)
+    # The root of 1 / correction is left to scalars.
+    torch.sqrt(moments.second, out=root)
+    torch.add(root, hp.epsilon * math.sqrt(correction), out=denominator)
 
+    size *= math.sqrt(correction)
     ratio = torch.div(cotangent, denominator, out=out)
     mu = moment_cotangents.first.add_(ratio, alpha=-size)
     denominator.mul_(root)
     if hp.epsilon_root == 0.0:
         # Where the root is zero (no gradient so far) m' and g are zero too: nothing flows through it.
         denominator.masked_fill_(root == 0, 1.0)
-    nu = moment_cotangents.second.addcdiv_(ratio.mul_(moments.first), denominator, value=size / (2 * correction))
+    nu = moment_cotangents.second.addcdiv_(ratio.mul_(moments.first), denominator, value=size / 2)
 
     torch.mul(mu, 1 - hp.beta1, out=out).addcmul_(grad, nu, value=2 * (1 - hp.beta2))
     mu.mul_(hp.beta1)
@@ -160,17 +182,6 @@ def adamw_first_adjoint_(
     if hp.weight_decay:
         cotangent.mul_(1 - hp.learning_rate * hp.weight_decay)
     return out
-
-
-def _root(second_moment: Tensor, hp: Hyperparameters) -> Tensor:
-    correction = 1 - hp.beta2**hp.step
-    if hp.epsilon_root == 0.0:  # the order of operations of torch.optim.AdamW, so that both round alike
-        return second_moment.sqrt().div_(math.sqrt(correction))
-    return torch.add(second_moment.new_tensor(hp.epsilon_root), second_moment, alpha=1 / correction).sqrt_()
-
-
-def _step_size(hp: Hyperparameters) -> float:
-    return hp.learning_rate / (1 - hp.beta1**hp.step)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
