@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from trl_dpg.metagradients.flat import ALIGNMENT
 from trl_dpg.metagradients.optimizers import (
     Hyperparameters,
     Moments,
@@ -43,8 +44,8 @@ def relative_error(actual, expected):
 
 def reference_adamw(param, first, second, grad, hp):
     """
-    One out-of-place step, written from the formula, which autograd can differentiate: with `epsilon_root` below the root. Moments
-    come and go with it in the second one, as ours do.
+    One out-of-place step, written from the formula, which autograd can differentiate: with `epsilon_root` under the root. The
+    second moment has it in it on the way in and out, as ours has.
     """
     second = second - (1 - hp.beta2 ** (hp.step - 1)) * hp.epsilon_root
     first = hp.beta1 * first + (1 - hp.beta1) * grad
@@ -99,6 +100,39 @@ def test_update_is_that_of_torch(optim, fused, max_grad_norm):
         expected = torch.cat([p.detach() for p in theirs])
         assert relative_error([values], [expected]) < 1e-12
         assert not fused or max_grad_norm or torch.equal(values, expected)
+
+
+def test_adamw_update_whatever_the_default_dtype():
+    """A step above 256 is not a bfloat16."""
+    hp, found = hyperparameters(302), []
+    for dtype in (torch.float32, torch.bfloat16):
+        param, grad = (flat_tensor(seed, dtype=torch.float32) for seed in (0, 1))
+        moments = Moments(grad.clone(), grad**2)
+        torch.set_default_dtype(dtype)
+        try:
+            adamw_update_(param, grad, moments, hp._replace(beta2=0.999))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(param)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_update_of_parts(dtype, num_threads):
+    """To the last bit that of the whole, whatever the number of threads: parts as `FlatParameters` cuts them."""
+    whole = [t.abs() for t in torch.randn(4, 64 * 512, generator=torch.Generator().manual_seed(0), dtype=dtype)]
+    parts = [t.clone() for t in whole]
+    hp = hyperparameters(3, epsilon_root=1e-3)
+    before = torch.get_num_threads()
+    adamw_update_(*whole[:2], Moments(*whole[2:]), hp)
+    torch.set_num_threads(num_threads)
+    try:
+        for cut in zip(*(t.split(ALIGNMENT * 37) for t in parts), strict=True):
+            adamw_update_(*cut[:2], Moments(*cut[2:]), hp)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, parts, whole))
 
 
 @pytest.mark.parametrize("beta2", [0.0, BETA2])

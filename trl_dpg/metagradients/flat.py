@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 
-ALIGNMENT = 64  # elements; where a parameter starts, so that kernels see aligned addresses
+# Elements. Where parameters and shards start, so that kernels see aligned addresses, and whole vectors: what is left over of one
+# is rounded differently, and parts would not equal the whole to the last bit.
+ALIGNMENT = 64
 TAIL = 64  # elements after the parameters in a gradient buffer: scalars that are summed over processes along with it
 
 

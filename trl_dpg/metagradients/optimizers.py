@@ -2,7 +2,7 @@
 SGD and AdamW on one tensor: each update beside its adjoint.
 
 An update maps `(param, state, grad)` to the next `(param, state)`. Its adjoint maps the cotangents of the outputs to those
-of the inputs. Both are elementwise, so they are written out here rather than left to autograd.
+of the inputs. Both are elementwise, so adjoints are written out here rather than left to autograd.
 """
 
 import math
@@ -53,7 +53,7 @@ def sgd_adjoint_(cotangent: Tensor, hp: Hyperparameters) -> Tensor:
 
 def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparameters) -> None:
     r"""
-    AdamW with `epsilon_root`, in place; with `epsilon_root = 0` it is [`~torch.optim.AdamW`], by the same fused kernel.
+    AdamW with `epsilon_root`, in place; with `epsilon_root = 0` it is [`~torch.optim.AdamW`] with `fused=True`.
 
     $$ m' = \beta_1 m + (1 - \beta_1) g, \quad v' = \beta_2 v + (1 - \beta_2) (g^2 + r), \quad
        \phi' = (1 - \eta w) \phi - \eta \frac{m' / (1 - \beta_1^t)}{\sqrt{v' / (1 - \beta_2^t)} + \epsilon} $$
@@ -62,7 +62,9 @@ def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparame
     """
     beta2 = hp.beta2
     if hp.epsilon_root > 0.0:  # the kernel only knows \\( \beta_2 v + (1 - \beta_2) g^2 \\)
-        beta2 = beta2 or 1e-20  # which no sum with the square notices
+        if beta2 < 1e-20:  # of v nothing stays
+            beta2 = 1e-20
+            moments.second.zero_()
         moments.second.add_((1 - beta2) / beta2 * hp.epsilon_root)
     adamw(
         [param],
@@ -70,7 +72,7 @@ def adamw_update_(param: Tensor, grad: Tensor, moments: Moments, hp: Hyperparame
         [moments.first],
         [moments.second],
         [],
-        [torch.full((), float(hp.step - 1), device=param.device)],
+        [torch.full((), float(hp.step - 1), dtype=torch.float32, device=param.device)],  # whatever the default dtype
         lr=hp.learning_rate,
         beta1=hp.beta1,
         beta2=beta2,
@@ -119,7 +121,7 @@ def adamw_adjoint_(
     moments.second.mul_(hp.beta2).addcmul_(grad, grad, value=1 - hp.beta2)
     if hp.epsilon_root > 0.0:
         moments.second.add_((1 - hp.beta2) * hp.epsilon_root)
-    # The root of 1 / correction is left to scalars.
+    # The root of `correction` is taken out of root and denominator, into scalars.
     torch.sqrt(moments.second, out=root)
     torch.add(root, hp.epsilon * math.sqrt(correction), out=denominator)
 
@@ -226,7 +228,7 @@ class Optimizer:
             Global norm that gradients are clipped to; `0.0` means no clipping.
     """
 
-    BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; a power of two, to which pinned memory is rounded up
+    BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; pinned memory is rounded up to a power of two
 
     def __init__(self, optim: str, hyperparameters: list[Hyperparameters], num_decayed: int, max_grad_norm: float):
         self.optim = optim

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class HostStorage:
     def put(self, tensors: list[Tensor]) -> list[int]:
         keys = []
         current = torch.cuda.current_stream(self.device)
-        # One call's copies are under way, so that a computation that is far behind this line does not fill the memory. What
+        # One call's copies are under way, so that a device that lags behind the host does not fill its memory. What
         # they read is freed only for work that comes after them.
         current.wait_event(self._left)
         self.side.wait_stream(current)
@@ -138,6 +139,7 @@ class DiskStorage:
         self.device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trl_dpg-tape")
         self._writes: list[Future] = []  # of the last call of `put`
+        self._hints: list[Future] = []
         self._free: dict[int, list[int]] = defaultdict(list)  # offsets, by size
         self._end = 0
 
@@ -156,15 +158,27 @@ class DiskStorage:
         return keys
 
     def expect(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            self._thread.submit(self._will_need, keys)
-
-    def _will_need(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
         """Has the operating system read into memory that is free otherwise, while the model is called."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        room = psutil.virtual_memory().available // 2  # more would push out what is needed first
         for offset, shape, dtype in keys:
-            os.posix_fadvise(self.file.fileno(), offset, shape.numel() * dtype.itemsize, os.POSIX_FADV_WILLNEED)
+            size = shape.numel() * dtype.itemsize
+            room -= size
+            if room < 0:
+                break
+            self._hints.append(self._thread.submit(self._will_need, offset, size))
+
+    def _will_need(self, offset: int, size: int) -> None:
+        for start in range(
+            offset, offset + size, 1 << 20
+        ):  # Linux reads only the first few MB of what it is told at once
+            os.posix_fadvise(self.file.fileno(), start, min(1 << 20, offset + size - start), os.POSIX_FADV_WILLNEED)
 
     def stream(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> Iterator[Tensor]:
+        for hint in self._hints:
+            hint.cancel()
+        self._hints = []
         for data, reading in _ahead(self._fetch, keys):
             wait([reading])
             while self._writes and self._writes[0].done():

@@ -130,12 +130,15 @@ class Tape:
                 self._aside.append(self.storage.put(list(moment_cotangents)))
         self._clipped = last if self.optimizer.clips(step) else []
         self.states += kept.items()
-        if step > 0:
+        if step > 0 and not self._clipped:
             self.storage.expect(self._to_read()[1])
         return out, inner.item(), self._moments and self._moments.first
 
     def _to_read(self) -> tuple[int, list[Any]]:
-        """For the last step: the step that its replay starts from, and keys of all that is read, block by block."""
+        """
+        For the last step: the step that its replay starts from, and keys of all that is read, block by block. Drops states that
+        lie after it.
+        """
         step = len(self.gradients) - 1
         while self.states and self.states[-1][0] > step:
             for keys in self.states.pop()[1]:
@@ -162,6 +165,8 @@ class Tape:
             total += optimizer.clip_adjoint_(len(self.gradients), grad_cotangent[part], gradient, inner)
         self._drop(self._clipped)
         self._clipped = []
+        if self.gradients:
+            self.storage.expect(self._to_read()[1])
         return total.item()
 
     def _positions_to_keep(self, step: int, target: int) -> list[int]:
