@@ -170,9 +170,8 @@ class DiskStorage:
             self._hints.append(self._thread.submit(self._will_need, offset, size))
 
     def _will_need(self, offset: int, size: int) -> None:
-        for start in range(
-            offset, offset + size, 1 << 20
-        ):  # Linux reads only the first few MB of what it is told at once
+        # Linux reads only the first few MB of what it is told at once
+        for start in range(offset, offset + size, 1 << 20):
             os.posix_fadvise(self.file.fileno(), start, min(1 << 20, offset + size - start), os.POSIX_FADV_WILLNEED)
 
     def stream(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> Iterator[Tensor]:
