@@ -37,8 +37,8 @@ def training_gradients(kept: list[Tensor], given: bool) -> Iterator[None]:
     steps = iter(list(kept))
     gradient = api.gradient
 
-    def kept_or_given(losses, flat, batches, example_losses):
-        loss = gradient(losses, flat, batches, example_losses)
+    def kept_or_given(losses, flat, batches, example_losses, prepare):
+        loss = gradient(losses, flat, batches, example_losses, prepare)
         if given:
             for param, value in zip(flat.params, flat.views(next(steps)), strict=True):
                 param.grad.copy_(value)

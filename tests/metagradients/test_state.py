@@ -310,7 +310,7 @@ def test_derivatives_over_micro_batches(size):
             batches = micro_batches(examples, list(range(6)), args, torch.device("cpu"), torch.float64)
             values, double_backward, forward_mode = torch.zeros(3, 6, dtype=torch.float64)
             grad = flat.accumulate_into()
-            gradient(losses, flat, batches, values)
+            gradient(losses, flat, batches, values, lambda: None)
             exact = Exact(losses, flat, processes)
             product = exact(batches, vector, 0.0, values, double_backward, torch.empty_like(vector))
             assert exact(batches, vector, 0.0, values, forward_mode, None) is None

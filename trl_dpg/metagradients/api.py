@@ -39,7 +39,7 @@ from .model import (
 from .objective import ExampleLosses, MicroBatch, micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
 from .parallel import Processes
-from .storage import open_storage
+from .storage import DeviceStorage, Storage, open_storage
 from .trajectory import Tape
 
 
@@ -367,6 +367,7 @@ class _Run:
         """Fine-tunes the model; with `keep_tape`, keeps what the adjoint sweep needs."""
         flat = self.flat
         self.plan: MemoryPlan | None = None
+        self.storage: Storage = DeviceStorage()
         self.training_losses: list[float] = []
         shape = self.args.num_train_epochs, len(self.examples)
         self.example_losses = torch.zeros(shape, dtype=torch.float64, device=flat.device)
@@ -378,7 +379,7 @@ class _Run:
             buffer = flat.zeros(flat.size + TAIL)
         for step in range(self.num_steps):
             losses = self.example_losses[step * self.args.num_train_epochs // self.num_steps]
-            if taken_over and step > 0:  # the tape has the last one
+            if taken_over and step > 0 and not self.storage.copies:  # the tape has the last one
                 del buffer
                 flat.release_gradients()
                 buffer = flat.zeros(flat.size + TAIL)
@@ -411,9 +412,14 @@ class _Run:
 
     def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
         total = [0.0]
-        self.flat.accumulate_into(buffer)
+
+        def prepare() -> None:
+            if self.processes.count == 1:
+                self.storage.settle()  # what the buffer holds is on its way to the tape
+            self.flat.accumulate_into(buffer)
+
         with self.processes.summing(buffer, total):
-            total[0] = gradient(self.losses, self.flat, batches, losses)
+            total[0] = gradient(self.losses, self.flat, batches, losses, prepare)
         return total[0]
 
     def _open_tape_storage(self) -> None:

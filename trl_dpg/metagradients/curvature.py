@@ -5,7 +5,7 @@ Derivatives of one batch's loss: its gradient, and, by double backward or by cen
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -28,15 +28,26 @@ FIRST_CHANGE = 0.1  # nats per token over the cube root of the precision; the ch
 PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at least four
 
 
-def gradient(losses: ExampleLosses, flat: FlatParameters, batches: list[MicroBatch], example_losses: Tensor) -> float:
+def gradient(
+    losses: ExampleLosses,
+    flat: FlatParameters,
+    batches: list[MicroBatch],
+    example_losses: Tensor,
+    prepare: Callable[[], None],
+) -> float:
     r"""
     Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of this process's micro-batches, and returns their loss.
 
-    The \\( \ell_i(\phi_t) / Z_t \\) are written into `example_losses`, shape `(n,)`.
+    The \\( \ell_i(\phi_t) / Z_t \\) are written into `example_losses`, shape `(n,)`. `prepare` is called before the first backward
+    pass: until then, memory for gradients may hold other things.
     """
     total = 0.0
-    for batch in batches:
+    if not batches:
+        prepare()
+    for i, batch in enumerate(batches):
         values = losses(batch)
+        if i == 0:
+            prepare()
         values.backward(batch.weights, inputs=flat.params)
         example_losses[batch.indices] = values.detach().to(example_losses)
         total += torch.dot(values.detach(), batch.weights).item()

@@ -26,7 +26,7 @@ from .trajectory import tape_tensors
 ACTIVATIONS = {"gradient": 1.7, "exact": 6.6, "central_difference": 1.8}
 
 # The most blocks that a step taken off the tape has in hand: intermediate results; elsewhere also what is read and written
-BLOCKS = {"device": 3, "host": 12, "disk": 12}
+BLOCKS = {"device": 3, "host": 14, "disk": 14}
 
 
 class OutOfMemory(MemoryError):

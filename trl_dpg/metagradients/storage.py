@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 
-AHEAD = 2  # tensors that are fetched while the caller computes
+AHEAD = 4  # tensors that are fetched while the caller computes
 
 
 class Storage(Protocol):
     """
     Keeps flat tensors, of which most are of one size.
 
-    `put` takes tensors over: the caller may no longer write to them. `stream` yields those of keys in order, and fetches the next
-    ones meanwhile; the caller may write to one only if it drops the key. `expect` says what will be streamed next.
+    `put` takes tensors over: the caller may no longer write to them, or, if the storage `copies`, not before it calls `settle`.
+    `stream` yields those of keys in order, and fetches the next ones meanwhile; the caller may write to one only if
+    it drops the key. `expect` says what will be streamed next.
     """
 
+    copies: bool
+
     def put(self, tensors: list[Tensor]) -> list[Any]: ...
+
+    def settle(self) -> None: ...
 
     def expect(self, keys: list[Any]) -> None: ...
 
@@ -46,8 +51,13 @@ def open_storage(location: str, directory: str | None, device: torch.device) -> 
 class DeviceStorage:
     """The device's own memory. Nothing is copied."""
 
+    copies = False
+
     def put(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
+
+    def settle(self) -> None:
+        pass
 
     def expect(self, keys: list[Tensor]) -> None:
         pass
@@ -64,6 +74,8 @@ class DeviceStorage:
 
 class HostStorage:
     """Pinned host memory of a CUDA device; copies run on a stream of their own, beside the computation."""
+
+    copies = True
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -91,13 +103,16 @@ class HostStorage:
         self._leaving = tensors
         return keys
 
+    def settle(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self._left)
+        self._leaving = []
+
     def expect(self, keys: list[int]) -> None:
         pass
 
     def stream(self, keys: list[int]) -> Iterator[Tensor]:
+        self.settle()
         current = torch.cuda.current_stream(self.device)
-        current.wait_event(self._left)
-        self._leaving = []
         try:
             for tensor, fetched in _ahead(self._fetch, keys):
                 current.wait_event(fetched)
@@ -134,6 +149,8 @@ class DiskStorage:
         device (`torch.device`): Where tensors come from and go to.
     """
 
+    copies = True
+
     def __init__(self, directory: str | None, device: torch.device):
         self.file = tempfile.TemporaryFile(dir=directory, prefix="trl_dpg-tape-", buffering=0)
         self.device = device
@@ -144,9 +161,7 @@ class DiskStorage:
         self._end = 0
 
     def put(self, tensors: list[Tensor]) -> list[tuple[int, torch.Size, torch.dtype]]:
-        for write in self._writes:
-            write.result()  # at most one call's are under way; also raises its error, such as a full disk
-        self._writes = []
+        self.settle()  # at most one call's are under way
         keys = []
         for tensor in tensors:
             data = tensor.detach().cpu()
@@ -156,6 +171,11 @@ class DiskStorage:
             self._writes.append(self._thread.submit(self._transfer, os.pwritev, data, offset))
             keys.append((offset, data.shape, data.dtype))
         return keys
+
+    def settle(self) -> None:
+        for write in self._writes:
+            write.result()  # also raises its error, such as a full disk
+        self._writes = []
 
     def expect(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
         """Has the operating system read into memory that is free otherwise, while the model is called."""
