@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.flat import FlatParameters
 from trl_dpg.metagradients.objective import ExampleLosses
 from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer, clip_factor
-from trl_dpg.metagradients.storage import AHEAD, DeviceStorage, open_storage
+from trl_dpg.metagradients.storage import AHEAD, DeviceStorage, DiskStorage, open_storage
 from trl_dpg.metagradients.trajectory import Tape, tape_tensors
 
 
@@ -187,6 +188,21 @@ def test_location_changes_no_bit(tape, tmp_path):
     out = compute_metagradients(model(), EXAMPLES, metric, args)
     assert torch.equal(out.metagradients, expected.metagradients)
     assert out.plan.tape == tape and os.listdir(tmp_path) == []
+
+
+def test_a_slow_disk_changes_no_bit(monkeypatch, tmp_path):
+    """The next gradient goes where the last one was, but not before that is written."""
+    args = TargetTrainingArguments(batch_size=2, learning_rate=1e-3, tape="disk", tape_dir=str(tmp_path))
+    expected = compute_metagradients(model(), EXAMPLES, metric, args)
+    transfer = DiskStorage._transfer
+
+    def slowly(self, *call):
+        time.sleep(0.05)
+        transfer(self, *call)
+
+    monkeypatch.setattr(DiskStorage, "_transfer", slowly)
+    out = compute_metagradients(model(), EXAMPLES, metric, args)
+    assert torch.equal(out.metagradients, expected.metagradients)
 
 
 def test_the_file_has_no_name(tmp_path):
