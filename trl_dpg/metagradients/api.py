@@ -405,7 +405,7 @@ class _Run:
                 with self.processes.passing_on():
                     self.tape.record(state, grad if taken_over else grad[shard].clone())
             self.optimizer.update_(step, flat.values, moments, grad)
-            del grad  # the tape's, if there is one: not beside the next one
+            del grad  # the tape's, if that keeps it on the device: not beside the next one
             self.training_losses.append(total)
             self.progress.update()
         flat.release_gradients()  # a metric may call `backward()`
