@@ -36,7 +36,16 @@ BERGSON = "bergson 2.5.1, MAGIC"
 # and the metric's gradient, counts most at K = 1
 SETTINGS = {
     "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
-    "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 16, 64), (32, 32, 64)],
+    "smollm2": [
+        (1, 8, 32),
+        (1, 32, 64),
+        (8, 16, 64),
+        (8, 32, 64),
+        (32, 8, 64),
+        (32, 12, 64),
+        (32, 16, 64),
+        (32, 32, 64),
+    ],
 }
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -51,10 +60,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
     parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
+    parser.add_argument("--lora", action="store_true", help="only methods with LoRA")
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
     if any(word in "LoRA, plain" and word != "LoRA" for word in options.skip):
         parser.error("--skip: all other methods are compared with plain training")
+    if options.lora and options.peers:
+        parser.error("--lora: peers train all parameters")
 
     keep_freed_memory()
     machine = describe_machine(torch.device(options.device))
@@ -94,8 +106,8 @@ def keep_freed_memory() -> None:
     """
     Has glibc keep the memory of large tensors for the next ones, as PyTorch does on a GPU, rather than give it back.
 
-    On a virtual machine whose host takes freed memory away, every page of it is slow to come by again: 0.3 GB/s on the one of
-    the results, which measures the host, and mostly methods that need memory for a tape.
+    On a virtual machine whose host takes freed memory away, every page of it is slow to come by again, which measures the host,
+    and mostly methods that need memory for a tape.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -120,6 +132,8 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
         methods["autograd through the unrolled run"] = lambda examples: unrolled_metagradients(
             model, examples, metric, exact
         )
+    if options.lora:
+        methods = {name: method for name, method in methods.items() if name.startswith("LoRA")}
     methods = {name: method for name, method in methods.items() if not any(word in name for word in options.skip)}
     for method in methods.values() if options.repeats > 0 else ():
         method(examples[:batch_size])  # one step, to warm up

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, memory
 from trl_dpg.metagradients.flat import FlatParameters
-from trl_dpg.metagradients.objective import ExampleLosses
+from trl_dpg.metagradients.objective import ExampleLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer, clip_factor
 from trl_dpg.metagradients.storage import AHEAD, DeviceStorage, DiskStorage, open_storage
 from trl_dpg.metagradients.trajectory import Tape, tape_tensors
@@ -36,17 +36,24 @@ def load_originals(values):
 
 
 def record(tape, optimizer, num_steps, device=CPU):
-    """Records a run on random gradients; returns every step's state and gradient, copied on the way."""
+    """
+    Records a run on random gradients; returns every step's state and gradient, copied on the way. Like the engine, has all
+    gradients in one place if the storage copies them.
+    """
     generator = torch.Generator().manual_seed(0)
+    buffer = torch.empty(SIZE, device=device)
     values = torch.arange(float(SIZE), device=device)
     moments = optimizer.initial_moments(values)
     naive = []
     for step in range(num_steps):
         grad = torch.randn(SIZE, generator=generator).to(device)
+        if tape.storage.copies:
+            tape.storage.settle()
+            grad = buffer.copy_(grad)
         state = [values, *(moments or ())]
         naive.append([t.clone() for t in (*state, grad)])
         optimizer.measure(grad)
-        tape.record(state, grad.clone())
+        tape.record(state, grad)
         optimizer.update_(step, values, moments, grad)
     return naive
 
@@ -291,9 +298,31 @@ def test_cotangents_lie_beside_a_tape_on_disk(small_blocks):
     )
     with FlatParameters(list(target.parameters()), []) as flat:
         assert device.peak_bytes - device.tape_bytes == disk.peak_bytes + 2 * 4 * flat.size
-        # Without activations the peak is in the forward sweep, where a gradient is on its way to the tape.
-        disk = memory.plan_memory(ExampleLosses(target, False), flat, replace(args, tape="disk"), 4, [])
+        # Without activations and double backward, the peak is in the forward sweep.
+        args = replace(args, tape="disk", curvature="central_difference")
+        disk = memory.plan_memory(ExampleLosses(target, False), flat, args, 4, [])
         assert disk.peak_bytes == 5 * 4 * flat.size
+
+
+def test_long_texts_keep_attention_under_double_backward_alone():
+    """The fused kernel keeps no matrix of attention, but has no second derivative either."""
+    args = TargetTrainingArguments(batch_size=2, max_length=256, tape="disk")
+    peaks = {}
+    for implementation in ("sdpa", "eager"):
+        config = GPT2Config(
+            vocab_size=11, n_positions=256, n_embd=8, n_layer=2, n_head=4, attn_implementation=implementation
+        )
+        target = GPT2LMHeadModel(config).eval()
+        examples = prepare_examples([{"input_ids": [1] * 256}] * 2, 256, 11)
+        batches = micro_batches(examples, [0, 1], args, CPU, torch.float32)
+        for curvature in ("exact", "central_difference"):
+            with FlatParameters(list(target.parameters()), []) as flat:
+                plan = memory.plan_memory(
+                    ExampleLosses(target, False), flat, replace(args, curvature=curvature), 2, batches
+                )
+            peaks[implementation, curvature] = plan.peak_bytes
+    assert peaks["sdpa", "exact"] > 0.8 * peaks["eager", "exact"]
+    assert peaks["sdpa", "central_difference"] < 0.5 * peaks["eager", "central_difference"]
 
 
 def test_too_little_room_names_the_place_that_has_it(monkeypatch):

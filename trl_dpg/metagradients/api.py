@@ -414,7 +414,7 @@ class _Run:
         total = [0.0]
 
         def prepare() -> None:
-            if self.processes.count == 1:
+            if self.processes.count == 1:  # with several, the tape was given a copy
                 self.storage.settle()  # what the buffer holds is on its way to the tape
             self.flat.accumulate_into(buffer)
 

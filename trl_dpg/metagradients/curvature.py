@@ -5,22 +5,20 @@ Derivatives of one batch's loss: its gradient, and, by double backward or by cen
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
 from .memory import OutOfMemory
-from .model import TargetModel, is_compiled
 from .objective import ExampleLosses, MicroBatch
 from .parallel import Processes
-from .second_order import cheaper_second_order
+from .second_order import cheaper_second_order, twice_differentiable
 
 
 FIRST_DISTANCE = 1e-4  # relative to the parameters; where central differences begin to look for their step size
@@ -345,26 +343,3 @@ def _summing(
 ) -> AbstractContextManager[None]:
     """[`Processes.summing`], where backward passes accumulate into `buffer`, if there is one."""
     return processes.summing(flat.zeros(TAIL) if buffer is None else flat.accumulate_into(buffer), scalars)
-
-
-@contextmanager
-def twice_differentiable(model: TargetModel) -> Iterator[None]:
-    """
-    Runs a model by kernels that have a second derivative, and restores it on leaving.
-
-    SDPA keeps its interface but takes the math kernel; any attention other than SDPA and eager becomes eager. A compiled model
-    is run as it was before.
-    """
-    implementation = model.config._attn_implementation
-    replaced = implementation not in (None, "eager", "sdpa")
-    if replaced:
-        model.set_attn_implementation("eager")
-    try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
-        ):
-            yield
-    finally:
-        if replaced:
-            model.set_attn_implementation(implementation)

@@ -18,12 +18,17 @@ from .flat import FlatParameters
 from .model import without_checkpoints
 from .objective import ExampleLosses, MicroBatch
 from .optimizers import Optimizer
-from .second_order import cheaper_second_order
+from .second_order import cheaper_second_order, twice_differentiable
 from .trajectory import tape_tensors
 
 
-# Activations of a pass over those of a forward pass, measured by `python -m benchmarks.memory`.
-ACTIVATIONS = {"gradient": 1.7, "exact": 6.6, "central_difference": 1.8}
+# Activations of a pass over those of a forward pass, measured by `python -m benchmarks.memory`; of an exact one up to 3 on short
+# texts, and more on long ones, where attention is most of them.
+ACTIVATIONS = {"gradient": 1.7, "exact": 4.0, "central_difference": 1.8}
+
+# Tensors of the size of the trained parameters that double backward holds: what one use of a parameter adds to the product waits
+# for what the others add.
+WAITING = 2.5
 
 # The most blocks that a step taken off the tape has in hand: intermediate results; elsewhere also what is read and written
 BLOCKS = {"device": 3, "host": 14, "disk": 14}
@@ -90,7 +95,7 @@ def plan_memory(
         if batches:
             activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
             if args.curvature == "exact":  # a second derivative keeps what was recomputed, but less of some layers
-                with cheaper_second_order(losses.model, args.bf16):
+                with twice_differentiable(losses.model), cheaper_second_order(losses.model, args.bf16):
                     whole = _activation_bytes(losses, batches[0], False)
     except Exception as error:  # of two examples at a time
         if not is_out_of_memory(error):
@@ -106,7 +111,8 @@ def plan_memory(
 
     def working(place: str, share: float = 1.0) -> int:
         """Peak of the device's memory without the tape, with this share of the micro-batch's examples."""
-        # parameters, gradient and moments, and a gradient on its way to the tape
+        # parameters, gradient and moments; and, with several processes, a gradient on its way to the tape, for which with one
+        # there is what the allocator keeps
         training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
         # Between model calls, parameters, moments and the cotangent of the parameters. With AdamW, lambda_g is where the second
         # moment was, and with one process the product where the first was; otherwise there is memory for them.
@@ -117,8 +123,10 @@ def plan_memory(
         if several:
             adjoint += of_parameters + of_shard  # all of lambda_g, and this process's part of the parameters
             replay += 3 * of_shard + 4 * of_parameters  # a shard of the parameters; two tensors are put together
-        if args.curvature == "exact" and (args.bf16 or args.gradient_checkpointing):
-            adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
+        if args.curvature == "exact":
+            adjoint += int(WAITING * of_parameters)
+            if args.bf16 or args.gradient_checkpointing:
+                adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
         return max(training, adjoint, replay + BLOCKS[place] * block)
 
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if several else 1

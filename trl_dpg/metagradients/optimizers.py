@@ -315,7 +315,7 @@ class Optimizer:
         tensors = cotangent, grad, out, *(moment_cotangents or ()), *(moments or ())
         for hp, part, piece, target, *of_piece in self._pieces(step, self.PIECE, *tensors):
             clipped = piece if factor == 1.0 else piece * factor
-            buffers = [torch.empty_like(piece) for _ in range(2)]
+            buffers = [torch.empty_like(piece) for _ in range(2 if self.optim == "adamw" else 0)]
             if self.optim == "sgd":
                 result = sgd_adjoint_(part, hp)
             elif moments is None:

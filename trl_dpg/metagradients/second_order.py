@@ -1,5 +1,5 @@
 r"""
-Second-order graphs that leave out what a Hessian-vector product does not need.
+Double backward: kernels that have a second derivative, and graphs that leave out what a Hessian-vector product does not need.
 
 A product by double backward differentiates \\( \langle g, \lambda \rangle \\), of which it does not need the value, and so not
 \\( g \\) either. For a layer \\( y = x W^\top \\), that leaves out one of nine matrix products, and what would be the largest
@@ -7,16 +7,40 @@ tensor of the graph.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .gelu import TanhGELU, closed_form_gelus
-from .model import checkpointed_layers
+from .model import TargetModel, checkpointed_layers, is_compiled
+
+
+@contextmanager
+def twice_differentiable(model: TargetModel) -> Iterator[None]:
+    """
+    Runs a model by kernels that have a second derivative, and restores it on leaving.
+
+    SDPA keeps its interface but takes the math kernel; any attention other than SDPA and eager becomes eager. A compiled model
+    is run as it was before.
+    """
+    implementation = model.config._attn_implementation
+    replaced = implementation not in (None, "eager", "sdpa")
+    if replaced:
+        model.set_attn_implementation("eager")
+    try:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
+        ):
+            yield
+    finally:
+        if replaced:
+            model.set_attn_implementation(implementation)
 
 
 @contextmanager

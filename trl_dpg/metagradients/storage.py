@@ -161,7 +161,7 @@ class DiskStorage:
         self._end = 0
 
     def put(self, tensors: list[Tensor]) -> list[tuple[int, torch.Size, torch.dtype]]:
-        self.settle()  # at most one call's are under way
+        self._end_writes()  # at most one call's are under way
         keys = []
         for tensor in tensors:
             data = tensor.detach().cpu()
@@ -173,6 +173,10 @@ class DiskStorage:
         return keys
 
     def settle(self) -> None:
+        if self.device.type == "cpu":  # otherwise what is written is a copy already
+            self._end_writes()
+
+    def _end_writes(self) -> None:
         for write in self._writes:
             write.result()  # also raises its error, such as a full disk
         self._writes = []
