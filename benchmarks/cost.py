@@ -65,8 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     if any(word in "LoRA, plain" and word != "LoRA" for word in options.skip):
         parser.error("--skip: all other methods are compared with plain training")
-    if options.lora and options.peers:
-        parser.error("--lora: peers train all parameters")
+    if options.lora and (options.peers or "LoRA" in options.skip):
+        parser.error("--lora: peers train all parameters, and with `--skip LoRA` nothing is left")
 
     keep_freed_memory()
     machine = describe_machine(torch.device(options.device))
@@ -106,8 +106,8 @@ def keep_freed_memory() -> None:
     """
     Has glibc keep the memory of large tensors for the next ones, as PyTorch does on a GPU, rather than give it back.
 
-    On a virtual machine whose host takes freed memory away, every page of it is slow to come by again, which measures the host,
-    and mostly methods that need memory for a tape.
+    On a virtual machine whose host takes freed memory away, every page of it is slow to get back: one would time the host, and
+    most of all for methods that keep a tape.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

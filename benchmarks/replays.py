@@ -34,7 +34,9 @@ def replays(optim: str, num_steps: int) -> int:
 
 
 def main() -> None:
-    print("On the way back: updates replayed a step, and the most that a tape holds, in trained parameters a step.\n")
+    print(
+        "On the way back: updates replayed a step, and the most that a tape holds, in trained parameters a step, beside the cotangents of AdamW's moments.\n"
+    )
     print("| K | AdamW, updates | AdamW, tape | SGD, updates | SGD, tape |")
     print("|---" * 5 + "|")
     for num_steps in STEPS:

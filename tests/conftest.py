@@ -1,5 +1,7 @@
 """Tiny models, tokenizers and trainers for the tests of rewards and trainers."""
 
+import os
+
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -28,6 +30,13 @@ CONFIG = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Cores that this process may use, not those of the machine; each worker takes half a gigabyte."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 def _causal_lm(seed=0, **kwargs):

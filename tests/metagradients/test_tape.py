@@ -248,6 +248,12 @@ def test_a_killed_process_leaves_nothing(tmp_path):
 # Prediction
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A block is a small part of these models, too."""
+    monkeypatch.setattr(Optimizer, "BLOCK", {"cpu": 16})
+
+
 def test_auto_takes_what_has_room(monkeypatch, tmp_path):
     args = TargetTrainingArguments(batch_size=1, num_train_epochs=20, tape_dir=str(tmp_path))
     out = compute_metagradients(model(), EXAMPLES, metric, args)
@@ -259,23 +265,17 @@ def test_auto_takes_what_has_room(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("tape", ["auto", "device", "disk"])
-def test_too_little_room_is_an_error_before_the_first_step(tape, monkeypatch, tmp_path):
+def test_too_little_room_is_an_error_before_the_first_step(tape, monkeypatch, small_blocks, tmp_path):
+    """One example at a time would need a little more than there is."""
     target = model()
     args = TargetTrainingArguments(batch_size=4, num_train_epochs=20, tape=tape, tape_dir=str(tmp_path))
-    plan = compute_metagradients(target, EXAMPLES, metric, replace(args, tape="disk")).plan
+    plan = compute_metagradients(target, EXAMPLES, metric, replace(args, tape="disk", micro_batch_size=1)).plan
     calls = []
     target.register_forward_hook(lambda *args: calls.append(torch.is_grad_enabled()))
-    without = plan.peak_bytes - int(memory.ACTIVATIONS["exact"] * plan.activation_bytes)
-    monkeypatch.setattr(memory, "_free_memory", lambda device: without)
+    monkeypatch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.activation_bytes)
     with pytest.raises(MemoryError, match=r"needs .* MB .*central_difference.*adapters"):
         compute_metagradients(target, EXAMPLES, metric, args)
     assert len(calls) == 4  # the passes that measure: gradients, and second derivatives
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """A block is a small part of these models, too."""
-    monkeypatch.setattr(Optimizer, "BLOCK", {"cpu": 16})
 
 
 def test_too_little_room_for_the_batch_takes_smaller_micro_batches(monkeypatch, small_blocks):
@@ -321,7 +321,7 @@ def test_long_texts_keep_attention_under_double_backward_alone():
                     ExampleLosses(target, False), flat, replace(args, curvature=curvature), 2, batches
                 )
             peaks[implementation, curvature] = plan.peak_bytes
-    assert peaks["sdpa", "exact"] > 0.8 * peaks["eager", "exact"]
+    assert 0.8 < peaks["sdpa", "exact"] / peaks["eager", "exact"] < 1.25
     assert peaks["sdpa", "central_difference"] < 0.5 * peaks["eager", "central_difference"]
 
 

@@ -18,17 +18,16 @@ from .flat import FlatParameters
 from .model import without_checkpoints
 from .objective import ExampleLosses, MicroBatch
 from .optimizers import Optimizer
-from .second_order import cheaper_second_order, twice_differentiable
+from .second_order import cheaper_second_order, num_in_graph, twice_differentiable
 from .trajectory import tape_tensors
 
 
-# Activations of a pass over those of a forward pass, measured by `python -m benchmarks.memory`; of an exact one up to 3 on short
-# texts, and more on long ones, where attention is most of them.
+# Activations of a pass over those of a forward pass, by the same kernels: measured
 ACTIVATIONS = {"gradient": 1.7, "exact": 4.0, "central_difference": 1.8}
 
-# Tensors of the size of the trained parameters that double backward holds: what one use of a parameter adds to the product waits
-# for what the others add.
-WAITING = 2.5
+# What several uses of a parameter contribute to a Hessian-vector product is held until all of it is there: in tensors of the size of
+# the trained parameters, measured 2.2
+CONTRIBUTIONS = 2.5
 
 # The most blocks that a step taken off the tape has in hand: intermediate results; elsewhere also what is read and written
 BLOCKS = {"device": 3, "host": 14, "disk": 14}
@@ -111,8 +110,8 @@ def plan_memory(
 
     def working(place: str, share: float = 1.0) -> int:
         """Peak of the device's memory without the tape, with this share of the micro-batch's examples."""
-        # parameters, gradient and moments; and, with several processes, a gradient on its way to the tape, for which with one
-        # there is what the allocator keeps
+        # parameters, gradient and moments; one more: with several processes the part on its way to the tape, with one slack for what
+        # the allocator keeps
         training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
         # Between model calls, parameters, moments and the cotangent of the parameters. With AdamW, lambda_g is where the second
         # moment was, and with one process the product where the first was; otherwise there is memory for them.
@@ -124,9 +123,8 @@ def plan_memory(
             adjoint += of_parameters + of_shard  # all of lambda_g, and this process's part of the parameters
             replay += 3 * of_shard + 4 * of_parameters  # a shard of the parameters; two tensors are put together
         if args.curvature == "exact":
-            adjoint += int(WAITING * of_parameters)
-            if args.bf16 or args.gradient_checkpointing:
-                adjoint += of_parameters  # gradients of linear layers' weights, which are left out otherwise
+            in_graph = num_in_graph(losses.model, flat.params, args.bf16) * flat.values.element_size()
+            adjoint += int(CONTRIBUTIONS * of_parameters) + in_graph
         return max(training, adjoint, replay + BLOCKS[place] * block)
 
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if several else 1

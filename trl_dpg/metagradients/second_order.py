@@ -6,7 +6,7 @@ A product by double backward differentiates \\( \langle g, \lambda \rangle \\), 
 tensor of the graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from .gelu import TanhGELU, closed_form_gelus
 from .model import TargetModel, checkpointed_layers, is_compiled
@@ -59,6 +60,14 @@ def cheaper_second_order(model: nn.Module, bf16: bool = False) -> Iterator[None]
             stack.enter_context(closed_form_gelus(model))
             stack.enter_context(_Replacements())
         yield
+
+
+def num_in_graph(model: nn.Module, params: Sequence[nn.Parameter], bf16: bool = False) -> int:
+    """Elements of the gradients that a second-order graph of [`cheaper_second_order`] holds: all but linear layers' weights."""
+    left_out: set[int] = set()
+    if not bf16 and not checkpointed_layers(model):
+        left_out = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return sum(p.numel() for p in params if id(p) not in left_out)
 
 
 class _Replacements(TorchFunctionMode):

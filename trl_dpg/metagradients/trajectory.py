@@ -28,7 +28,7 @@ class Tape:
     within 1.1 times the gradients' size; all others are rebuilt from the nearest kept one, or from the original parameters,
     by replaying the elementwise updates: no model call, and equal to the last bit. Gradients that were walked over make room
     for more states. So the forward sweep keeps the first one late, at three quarters of the way, and a replay keeps one at a
-    third of its way, a third of what remains, and so on: mostly two to four updates a step, with AdamW up to seven for K from
+    third of its way, a third of what remains, and so on: about three updates a step at most, with AdamW up to seven for K from
     10 to 29, where there is room for none at first.
 
     On the way back all of this goes through the parameters block by block: of what lies elsewhere, only a few blocks are in
