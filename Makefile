@@ -25,7 +25,7 @@ real: $(VENV)/.offline-data
 	$(LAUNCH) examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml
 
 test: $(VENV)/.offline-data
-	$(BIN)/python -m pytest tests trl_dpg --doctest-modules -m "not slow"
+	$(BIN)/python -m pytest tests trl_dpg --doctest-modules -m "not slow" -n auto --dist worksteal
 
 test-slow: $(VENV)/.offline-data
 	$(BIN)/python -m pytest tests -m slow
@@ -50,6 +50,7 @@ RESULTS ?= benchmarks/results
 bench: $(VENV)/.offline-data
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m benchmarks.flops > $(RESULTS)/flops.md
+	$(BIN)/python -m benchmarks.replays > $(RESULTS)/replays.md
 	$(BIN)/python -m benchmarks.accuracy > $(RESULTS)/accuracy.md
 	$(BIN)/python -m benchmarks.precision --device $(DEVICE) > $(RESULTS)/precision.md
 	$(BIN)/python -m benchmarks.memory --device $(DEVICE) > $(RESULTS)/memory.md

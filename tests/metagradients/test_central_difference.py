@@ -7,6 +7,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature, objective
+from trl_dpg.metagradients.curvature import CentralDifference
+from trl_dpg.metagradients.flat import TAIL, FlatParameters
+from trl_dpg.metagradients.objective import MicroBatch
+from trl_dpg.metagradients.parallel import Processes
 
 
 CENTRAL = {"curvature": "central_difference"}
@@ -214,3 +218,40 @@ def test_autocast_of_the_caller_plays_no_part():
     with torch.autocast("cpu", torch.bfloat16):
         out = compute_metagradients(tiny(), batches_of_two([]), likelihood, args)
     assert torch.equal(out.metagradients, expected.metagradients)
+
+
+def test_one_example_far_from_linear():
+    """Its third derivative shows in no second difference; the distance shrinks until the optimizer's adjoint agrees."""
+    num, direction = 12, torch.zeros(64)
+    direction[0] = 1.0
+
+    class Losses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.bf16 = torch.nn.Module(), False
+            self.at = torch.nn.Parameter(torch.zeros(64))
+
+        def forward(self, batch):
+            slopes = torch.tensor([(-1.0) ** i for i in batch.indices])
+            cubic = torch.tensor([600.0 * (i == 3) for i in batch.indices])
+            return 3 + slopes * self.at[0] + cubic * self.at[0] ** 3
+
+    class NotWanted:
+        def __init__(self, losses, flat):
+            self.losses, self.flat, self.processes = losses, flat, Processes(None)
+
+    losses = Losses()
+    ids = torch.ones(num, 2, dtype=torch.long)
+    batch = MicroBatch(
+        list(range(num)), ids, ids, ids, torch.ones(num), torch.ones(num, dtype=torch.long), torch.ones(num)
+    )
+    with FlatParameters([losses.at], []) as flat:
+        central = CentralDifference(NotWanted(losses, flat), tolerance=0.01)
+        central._distance, central._farthest = 0.1, 1.0  # right for all others
+        found = torch.zeros(num, dtype=torch.float64)
+        product = central(
+            [batch], direction, 0.0, torch.full((num,), 3.0, dtype=torch.float64), found, flat.zeros(flat.size + TAIL)
+        )
+    assert central.num_fallbacks == 0 and central.errors[0] < 0.01
+    assert found == pytest.approx([(-1.0) ** i for i in range(num)], abs=0.1)
+    assert product.abs().max() < 1e-2

@@ -189,7 +189,7 @@ class CentralDifference:
     hundredth of the first difference, and rounding a tenth of it.
 
     \\( \epsilon \\) is chosen where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
-    smallest sum, as measured at the step treated before. At the first one, or after one that taught nothing, it is such that the
+    smallest sum, as measured at the step treated before; what is missed beyond rounding counts as truncation, if it is more. At the first one, or after one that taught nothing, it is such that the
     losses of a few examples change by 5e-4 nats per token (in float32; 6e-7 in float64). A step whose error is estimated above
     the tolerance is repeated, with a better \\( \epsilon \\) if there is one, or else by [`Exact`].
 
@@ -244,8 +244,7 @@ class CentralDifference:
         self.errors.append(error)
         if not error <= self.tolerance:  # also where it is not a number
             self.num_fallbacks += 1
-            if not math.isfinite(error):
-                self._distance = 0.0  # nothing was learned about it
+            self._distance = 0.0  # nothing was learned about it
             self._return(vector, last=buffer is None)
             return self.exact(batches, vector, inner, example_losses, metagradients, buffer)
         epsilon = distance / norm
@@ -331,11 +330,13 @@ class CentralDifference:
             self._distance = min(100 * self._distance, self._farthest)
             return math.inf
         rounding = torch.finfo(self.flat.dtype).eps * 2 * loss / first
-        truncation = 2 * max((second / first) ** 2 - rounding**2, 0.0)
+        missed = abs(found - expected) / size if size > 0 else 0.0
+        # One example that is far less linear than the others hardly shows in means, but in what is missed.
+        truncation = max(2 * max((second / first) ** 2 - rounding**2, 0.0), missed - rounding)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
         # Of a change that is little more than rounding, the second difference says nothing.
         self._distance = min(self._distance * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
-        return max(truncation, rounding, abs(found - expected) / size if size > 0 else 0.0)
+        return max(truncation, rounding, missed)
 
 
 def _summing(
