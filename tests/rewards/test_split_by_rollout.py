@@ -278,6 +278,16 @@ class TestBoth:
             assert call(make(reward_class, args=recipe(batch_size=2)), ["the red sun"] * 6) == [0.0] * 6
 
     @both
+    def test_rounding_is_no_difference(self, make, call, monkeypatch, reward_class):
+        """Kernels may round rows of a batch differently, and processors sums."""
+        reward = make(reward_class)
+        raw = -0.3 * (1 + 2e-7 * torch.arange(6, dtype=torch.float64).remainder(3))
+        monkeypatch.setattr(reward, "measure", lambda *args: (raw, {}))
+        with pytest.warns(UserWarning, match="have the same value"):
+            assert call(reward, TEXTS) == [0.0] * 6
+        assert reward.largest_std == 0.0
+
+    @both
     def test_state_is_taken_up(self, make, call, reward_class):
         first = make(reward_class, args=recipe(adam_epsilon_root="auto"))
         call(first, TEXTS)

@@ -27,6 +27,7 @@ from ..target import load_target_model, load_target_tokenizer
 logger = logging.getLogger(__name__)
 
 STD_FLOOR = 0.05  # of the largest standard deviation so far
+ROUNDING = 1e-6  # of the largest value: by which values of equal completions may differ, in different rows of a batch
 
 Output = TypeVar("Output", bound=TrainingOutput)
 
@@ -272,13 +273,14 @@ class TargetReward(TargetTraining, ABC):
 
         finite = raw.isfinite()
         mean, std = raw[finite].mean(), raw[finite].std(correction=0)
-        self.largest_std = max(self.largest_std, std.item())
-        if std == 0:
+        if raw[finite].max() - raw[finite].min() <= ROUNDING * raw[finite].abs().max():
+            std = torch.zeros_like(std)
             warnings.warn(
                 "All completions of this generation batch have the same value, so its rewards are zero and the generator "
                 "learns nothing from it. Are all completions the same? Raise `temperature` or lower `learning_rate`.",
                 stacklevel=2,
             )
+        self.largest_std = max(self.largest_std, std.item())
         scale = max(std.item(), STD_FLOOR * self.largest_std)
         rewards = (raw - mean) / scale if std > 0 else torch.zeros_like(raw)
 
