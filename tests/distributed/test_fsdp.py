@@ -80,5 +80,9 @@ def test_fsdp2_equals_data_parallel(tmp_path):
     # the generator that was trained on them, as saved
     change = sum((plain_weights[name] - weight).norm() for name, weight in original.items())
     assert change > 0.1
+    for weights in (sharded_weights, plain_weights):
+        for name in [name for name in weights if name.endswith("c_attn.bias")]:
+            # softmax does not see a bias of keys: its gradient is rounding, which Adam blows up
+            weights[name] = weights[name].view(3, -1)[[0, 2]]
     torch.testing.assert_close(sharded_weights, plain_weights, rtol=1e-4, atol=1e-6)
     assert sharded["eval_mean_length"] == plain["eval_mean_length"]
