@@ -27,7 +27,7 @@ MORE = {
     **{f"half_a_state_{n}": [f"half_a_state:{n}"] for n in (2, 3, 5, 6)},
     **{f"rotation_{n}": [f"rotation:{n}"] for n in (2, 3, 4)},
     **{f"metric_{n}": [f"metric:{n}"] for n in (8, 10)},
-    "inner_loop": ["inner_loop:3"],
+    "inner_loop": ["inner_loop:5"],
     "metric": ["metric:9"],
     "optimizer_saved": ["optimizer_saved:3"],
     "rotation": ["rotation:1"],
