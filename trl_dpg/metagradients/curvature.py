@@ -189,8 +189,8 @@ class CentralDifference:
     hundredth of the first difference, and rounding a tenth of it.
 
     \\( \epsilon \\) is chosen where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
-    smallest sum, as measured at the step treated before; what is missed beyond rounding counts as truncation, if it is more. At the first one, or after one that taught nothing, it is such that the
-    losses of a few examples change by 5e-4 nats per token (in float32; 6e-7 in float64). A step whose error is estimated above
+    smallest sum, as measured at the step treated before; what is missed beyond rounding counts as truncation, if it is more.
+    At the first one, or after one that fell back or taught nothing, it is such that the losses of a few examples change by 5e-4 nats per token (in float32; 6e-7 in float64). A step whose error is estimated above
     the tolerance is repeated, with a better \\( \epsilon \\) if there is one, or else by [`Exact`].
 
     Args:
