@@ -11,13 +11,16 @@ from trl_dpg.metagradients import TargetTrainingArguments
 
 
 # batch size and tokens per example of a step
-SHAPES = {"gpt2-shaped": (8, 64), "smollm2": (2, 64)}
+SHAPES = {"gpt2-shaped": (8, 64), "gpt2": (8, 512), "smollm2": (2, 64)}
 
 
 def load(name: str, device: str, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
-    """A random 5.3M GPT-2 with untied head, or pretrained SmolLM2-135M-Instruct."""
+    """A random 5.3M GPT-2 with untied head, a random GPT-2 of its own size, 124M, or pretrained SmolLM2-135M-Instruct."""
     if name == "smollm2":
         model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype, **kwargs)
+    elif name == "gpt2":
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**kwargs)).to(dtype)
     else:
         torch.manual_seed(0)
         config = GPT2Config(
@@ -36,7 +39,7 @@ def with_lora(model: PreTrainedModel) -> Any:
 
 
 def make_examples(name: str, num_examples: int, length: int, skip: int = 0) -> list[dict[str, list[int]]]:
-    """Random tokens for the random model, leads of Wikipedia articles for the pretrained one."""
+    """Random tokens for a random model, leads of Wikipedia articles for the pretrained one."""
     if name != "smollm2":
         generator = torch.Generator().manual_seed(skip)
         return [

@@ -35,16 +35,14 @@ BERGSON = "bergson 2.5.1, MAGIC"
 # (steps K, batch size, tokens per example): work that does not grow with the tokens of a step, elementwise on all parameters
 # and the metric's gradient, counts most at K = 1
 SETTINGS = {
-    "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
-    "smollm2": [
-        (1, 8, 32),
-        (1, 32, 64),
-        (8, 16, 64),
-        (8, 32, 64),
-        (32, 12, 64),
-        (32, 16, 64),
-        (32, 32, 64),
-    ],
+    "cpu": {
+        "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
+        "smollm2": [(1, 8, 32), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 12, 64), (32, 16, 64), (32, 32, 64)],
+    },
+    "cuda": {  # enough to keep it busy
+        "gpt2": [(1, 8, 512), (8, 8, 512), (32, 4, 512)],
+        "smollm2": [(1, 32, 128), (8, 32, 128), (32, 16, 128)],
+    },
 }
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -52,16 +50,21 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=list(SETTINGS), default="gpt2-shaped")
+    parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
+    parser.add_argument("--model", help="gpt2-shaped (on a GPU: gpt2) or smollm2")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32], help="only these K")
     parser.add_argument("--repeats", type=int, default=5, help="rounds to run")
     parser.add_argument("--rounds", type=Path, help="file that keeps rounds, one JSON object a line")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tape", default="auto")
     parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
     parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
     parser.add_argument("--lora", action="store_true", help="only methods with LoRA")
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
+    settings = SETTINGS[options.device]
+    options.model = options.model or next(iter(settings))
+    if options.model not in settings:
+        parser.error(f"--model {options.model}: on {options.device} there are {', '.join(settings)}")
     if any(word in "LoRA, plain" and word != "LoRA" for word in options.skip):
         parser.error("--skip: all other methods are compared with plain training")
     if options.lora and (options.peers or "LoRA" in options.skip):
@@ -73,7 +76,7 @@ def main() -> None:
         options.rounds.touch()
     print(f"{machine}\n")
     print(
-        f"{options.model}, AdamW, float32; the metric is the likelihood of 16 tokens. Seconds: median of the rounds, in each of "
+        f"{options.model}, AdamW, float32, tape {options.tape}; the metric is the likelihood of 16 tokens. Seconds: median of the rounds, in each of "
         "which every method runs once. Ratio: median over the rounds of the seconds over those of plain training in the same "
         "round, by the same code without tape and adjoint (for bergson: by its own code, too, in brackets)."
     )
@@ -83,7 +86,7 @@ def main() -> None:
     lora = with_lora(load(options.model, options.device))
     queries = make_examples(options.model, 1, 16, skip=4096)  # cheap beside a step
     metric = LanguageModelingLikelihood(queries)
-    for num_steps, batch_size, length in SETTINGS[options.model]:
+    for num_steps, batch_size, length in settings[options.model]:
         tokens = batch_size * length
         if num_steps not in options.steps or (options.tokens is not None and tokens not in options.tokens):
             continue
@@ -117,7 +120,7 @@ def keep_freed_memory() -> None:
 def measure(options, model, lora, metric, queries, num_steps, batch_size, length) -> Iterator[dict[str, Any]]:
     """Rounds, in each of which every method runs once: their seconds."""
     examples = make_examples(options.model, batch_size * num_steps, length)
-    exact = make_args(options.model, num_steps, batch_size=batch_size, max_length=length)
+    exact = make_args(options.model, num_steps, batch_size=batch_size, max_length=length, tape=options.tape)
     central = replace(exact, curvature="central_difference")
     methods: dict[str, Callable[[list], Any]] = {
         "plain": lambda examples: train_and_measure(model, examples, metric, exact),

@@ -1,6 +1,6 @@
 """
 Prints, as Markdown tables, peak memory beside plain training and beside what was predicted, and the size of the tape. Each
-figure comes from a process of its own, in which memory that was freed goes back to the operating system: with its default
+figure of a CPU comes from a process of its own, in which memory that was freed goes back to the operating system: with its default
 settings, the C library keeps up to as much again as is in use, of which predictions allow for some.
 
     python -m benchmarks.memory > benchmarks/results/memory.md
@@ -24,8 +24,11 @@ from trl_dpg.metrics import LanguageModelingLikelihood
 
 # (examples, tokens per example of a step; steps K)
 SETTINGS = {
-    "gpt2-shaped": [(32, 64, [2, 8, 16])],
-    "smollm2": [(8, 32, [2]), (32, 64, [2])],  # parameters are most of the memory, or activations are
+    "cpu": {
+        "gpt2-shaped": [(32, 64, [2, 8, 16])],
+        "smollm2": [(8, 32, [2]), (32, 64, [2])],  # parameters are most of the memory, or activations are
+    },
+    "cuda": {"gpt2": [(8, 512, [2, 8, 16])], "smollm2": [(8, 32, [2]), (32, 128, [2])]},
 }
 
 
@@ -66,33 +69,35 @@ def in_a_process(**job) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--models", nargs="+", default=["gpt2-shaped", "smollm2"])
+    parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
+    parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(measure(**json.loads(options.job))))
         return
 
+    on_cpu, settings = options.device == "cpu", SETTINGS[options.device]
+    run = in_a_process if on_cpu else measure
     print(f"{describe_machine(torch.device(options.device))}\n")
     print("Peak of the memory in use, the model included, in MB; over that of plain training of as many steps.\n")
     print(
         "| model | tokens a step | method | tape | K | peak | over plain training | predicted | tape, trained parameters a step |"
     )
     print("|---" * 9 + "|")
-    off_device = "disk" if options.device == "cpu" else "host"
-    for name in options.models:
-        for batch_size, length, many in SETTINGS[name]:
-            for lora in (False, True) if name == "gpt2-shaped" else (False,):
+    off_device = "disk" if on_cpu else "host"
+    for name in options.models or settings:
+        for batch_size, length, many in settings[name]:
+            for lora in (False, True) if name != "smollm2" else (False,):
                 for num_steps in many if not lora else many[:1]:
                     common = {"name": name, "num_steps": num_steps, "batch_size": batch_size, "length": length}
                     common |= {"lora": lora, "device": options.device}
                     label = f"| {name}{', LoRA' if lora else ''} | {batch_size * length} |"
-                    plain = in_a_process(method="plain", tape="device", **common)
+                    plain = run(method="plain", tape="device", **common)
                     print(f"{label} plain | | {num_steps} | {plain['peak'] / 1e6:.0f} | | | |", flush=True)
-                    tapes = ["device", off_device] if name == "gpt2-shaped" and num_steps == many[-1] else [off_device]
+                    tapes = ["device", off_device] if name != "smollm2" and num_steps == many[-1] else [off_device]
                     for method, tape in itertools.product(("exact", "central_difference"), tapes):
-                        out = in_a_process(method=method, tape=tape, **common)
+                        out = run(method=method, tape=tape, **common)
                         print(
                             f"{label} {method} | {out['place']} | {num_steps} | {out['peak'] / 1e6:.0f} | "
                             f"{out['peak'] / plain['peak']:.2f} | {out['predicted'] / 1e6:.0f} | "

@@ -264,7 +264,6 @@ def test_clip_adjoint_of_a_zero_gradient(max_norm):
 def block(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr(Optimizer, "BLOCK", {"cpu": request.param})
-        monkeypatch.setattr(Optimizer, "PIECE", {"cpu": request.param})
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])

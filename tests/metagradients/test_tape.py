@@ -62,7 +62,6 @@ def record(tape, optimizer, num_steps, device=CPU):
 def blocks(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr(Optimizer, "BLOCK", {"cpu": request.param, "cuda": request.param})
-        monkeypatch.setattr(Optimizer, "PIECE", {"cpu": request.param, "cuda": request.param})
 
 
 @pytest.mark.parametrize("location", ["device", "host", "disk"])

@@ -22,7 +22,7 @@ from trl_dpg.metagradients.vocabulary import has_plain_head, token_losses
 @pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows} rows")
 def chunks(request, monkeypatch):
     """Logits of so many tokens at once, and whole ones never."""
-    monkeypatch.setattr(vocabulary, "CHUNK", 5 * request.param)
+    monkeypatch.setattr(vocabulary, "CHUNK", dict.fromkeys(vocabulary.CHUNK, 5 * request.param))
     monkeypatch.setattr(objective, "WHOLE", 0)
 
 

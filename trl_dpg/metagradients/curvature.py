@@ -23,7 +23,7 @@ from .second_order import cheaper_second_order, twice_differentiable
 
 FIRST_DISTANCE = 1e-4  # relative to the parameters; where central differences begin to look for their step size
 FIRST_CHANGE = 0.1  # nats per token over the cube root of the precision; the change of loss that they look for
-PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at least four
+PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at least two
 
 
 def gradient(
@@ -257,7 +257,7 @@ class CentralDifference:
         self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
         wanted = FIRST_CHANGE * torch.finfo(self.flat.dtype).eps ** (1 / 3)
         # as many examples whatever the size of micro-batches, on which the step should not depend
-        rows = min(PROBED, max(4, sum(len(batch.indices) for batch in batches) // PROBED))
+        rows = min(PROBED, max(2, sum(len(batch.indices) for batch in batches) // PROBED))
         few = []
         for batch in batches:
             few += [batch.rows(rows)] if rows > 0 else []

@@ -15,11 +15,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
-from .model import without_checkpoints
+from .model import vocab_size, without_checkpoints
 from .objective import ExampleLosses, MicroBatch
 from .optimizers import Optimizer
 from .second_order import cheaper_second_order, num_in_graph, twice_differentiable
 from .trajectory import tape_tensors
+from .vocabulary import chunk_size
 
 
 # Activations of a pass over those of a forward pass, by the same kernels: measured
@@ -28,6 +29,9 @@ ACTIVATIONS = {"gradient": 1.7, "exact": 4.0, "central_difference": 1.8}
 # What several uses of a parameter contribute to a Hessian-vector product is held until all of it is there: in tensors of the size of
 # the trained parameters, measured 2.2
 CONTRIBUTIONS = 2.5
+
+# Chunks of logits at once, in a gradient and in a second derivative
+CHUNKS = {"gradient": 2, "exact": 4, "central_difference": 2}
 
 # The most blocks that a step taken off the tape has in hand: intermediate results; elsewhere also what is read and written
 BLOCKS = {"device": 3, "host": 14, "disk": 14}
@@ -89,9 +93,11 @@ def plan_memory(
     of_shard = flat.shard_size * flat.values.element_size()
     tape = tape_tensors(num_steps, args.optim) * of_shard
     rows = len(batches[0].indices) if batches else 0
-    activations = whole = 0
+    activations = whole = chunk = 0
     try:
         if batches:
+            logits = min(batches[0].input_ids.numel() * vocab_size(losses.model), chunk_size(flat.device))
+            chunk = logits * flat.values.element_size()
             activations = whole = _activation_bytes(losses, batches[0], args.gradient_checkpointing)
             if args.curvature == "exact":  # a second derivative keeps what was recomputed, but less of some layers
                 with twice_differentiable(losses.model), cheaper_second_order(losses.model, args.bf16):
@@ -113,12 +119,13 @@ def plan_memory(
         # parameters, gradient and moments; one more: with several processes the part on its way to the tape, with one slack for what
         # the allocator keeps
         training = (3 + moments) * of_parameters + int(share * ACTIVATIONS["gradient"] * activations)
+        training += CHUNKS["gradient"] * chunk
         # Between model calls, parameters, moments and the cotangent of the parameters. With AdamW, lambda_g is where the second
         # moment was, and with one process the product where the first was; otherwise there is memory for them.
         replay = of_parameters + (1 + (moments or 1)) * of_shard + on_device[place] * aside
         if several or not moments:
             replay += of_parameters
-        adjoint = replay + int(share * ACTIVATIONS[args.curvature] * whole)
+        adjoint = replay + int(share * ACTIVATIONS[args.curvature] * whole) + CHUNKS[args.curvature] * chunk
         if several:
             adjoint += of_parameters + of_shard  # all of lambda_g, and this process's part of the parameters
             replay += 3 * of_shard + 4 * of_parameters  # a shard of the parameters; two tensors are put together

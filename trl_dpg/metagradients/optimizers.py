@@ -214,8 +214,8 @@ class Optimizer:
     r"""
     The update \\( U \\) of a whole run and its adjoint, on flat tensors: clipping, then SGD or AdamW.
 
-    Elementwise work goes through the tensors in blocks, and the adjoint, of many operations, through pieces of them that stay
-    in a processor's cache with all that it allocates: fresh tensors of the size of a model cost more than the arithmetic on them.
+    Elementwise work goes through the tensors in blocks: fresh tensors of the size of a model cost more than the arithmetic on
+    them. On smaller ones, threads of a processor would mostly wait for each other.
 
     Args:
         optim (`str`):
@@ -229,7 +229,6 @@ class Optimizer:
     """
 
     BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements; pinned memory is rounded up to a power of two
-    PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
 
     def __init__(self, optim: str, hyperparameters: list[Hyperparameters], num_decayed: int, max_grad_norm: float):
         self.optim = optim
@@ -251,10 +250,7 @@ class Optimizer:
 
     def blocks(self, values: Tensor) -> Iterator[tuple[slice, "Optimizer"]]:
         """Consecutive parts of flat tensors, and the same run on each."""
-        return self._parts(values, self.BLOCK)
-
-    def _parts(self, values: Tensor, sizes: dict[str, int]) -> Iterator[tuple[slice, "Optimizer"]]:
-        size = sizes.get(values.device.type, len(values))
+        size = self.BLOCK.get(values.device.type, len(values))
         for start in range(0, len(values), size):
             stop = min(start + size, len(values))
             yield slice(start, stop), self.shard(start, stop)
@@ -275,7 +271,7 @@ class Optimizer:
         `moments=None` are zeros, and are not wanted afterwards.
         """
         factor = clip_factor(self.norms[step], self.max_grad_norm)
-        for hp, part, piece, *of_piece in self._pieces(step, self.BLOCK, values, grad, *(moments or ())):
+        for hp, part, piece, *of_piece in self._pieces(step, values, grad, *(moments or ())):
             if factor < 1.0:
                 piece = piece * factor
             if self.optim == "sgd":
@@ -313,7 +309,7 @@ class Optimizer:
         factor = clip_factor(self.norms[step], self.max_grad_norm)
         inner = torch.zeros((), dtype=torch.float64, device=grad.device)
         tensors = cotangent, grad, out, *(moment_cotangents or ()), *(moments or ())
-        for hp, part, piece, target, *of_piece in self._pieces(step, self.PIECE, *tensors):
+        for hp, part, piece, target, *of_piece in self._pieces(step, *tensors):
             clipped = piece if factor == 1.0 else piece * factor
             buffers = [torch.empty_like(piece) for _ in range(2 if self.optim == "adamw" else 0)]
             if self.optim == "sgd":
@@ -349,10 +345,10 @@ class Optimizer:
         clip_adjoint_(cotangent, grad, inner, self.norms[step], self.max_grad_norm)
         return torch.dot(cotangent, grad).double()
 
-    def _pieces(self, step: int, sizes: dict[str, int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    def _pieces(self, step: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Scalars of a step, and pieces of tensors that they apply to."""
         hp = self.hyperparameters[step]
-        for part, block in self._parts(tensors[0], sizes):
+        for part, block in self.blocks(tensors[0]):
             decayed = part.start + block.num_decayed
             if part.start < decayed:
                 yield hp, *(t[part.start : decayed] for t in tensors)

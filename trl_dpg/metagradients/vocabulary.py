@@ -17,8 +17,14 @@ from .second_order import zeros
 
 
 WHOLE = 1 << 21  # logits up to this many are computed at once, by ordinary autograd
-CHUNK = 1 << 21  # logits of one chunk
+# Logits of one chunk. Every one reads the head's weight: a GPU would do little else with small ones.
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 ADJUSTMENTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+def chunk_size(device: torch.device) -> int:
+    """Logits that are computed at once, of a row at least."""
+    return CHUNK.get(device.type, CHUNK["cuda"])
 
 
 def decoder_and_head(model: TargetModel) -> tuple[nn.Module, Any]:
@@ -63,17 +69,14 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return _TokenLosses.apply(hidden, weight, labels)
-    chunk = max(1, CHUNK // len(weight))  # forward-mode derivatives go through these operations
+    # forward-mode derivatives go through these operations
     return torch.cat(
-        [
-            F.cross_entropy(h @ weight.T, y, reduction="none")
-            for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        ]
+        [F.cross_entropy(hidden[c] @ weight.T, labels[c], reduction="none") for c in _chunks(hidden, weight)]
     )
 
 
 def _chunks(hidden: Tensor, weight: Tensor):
-    size = max(1, CHUNK // len(weight))
+    size = max(1, chunk_size(weight.device) // len(weight))
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 
