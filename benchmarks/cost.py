@@ -138,7 +138,7 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
         methods = {name: method for name, method in methods.items() if name.startswith("LoRA")}
     methods = {name: method for name, method in methods.items() if not any(word in name for word in options.skip)}
     for method in methods.values() if options.repeats > 0 else ():
-        method(examples[:batch_size])  # one step, to warm up
+        method(examples[: 2 * batch_size])  # to warm up: a step with a second derivative takes the most memory
     for _ in range(options.repeats):
         seconds, fallbacks, own_training = {}, {}, None
         for name, method in methods.items():
