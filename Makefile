@@ -12,9 +12,10 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 .PHONY: demo real test test-slow test-lowest test-highest bench faults docs picture lint clean
 
 demo real test test-slow bench faults picture: export HF_HUB_OFFLINE := 1
-demo real test test-slow bench faults picture: export OMP_NUM_THREADS := 2
+demo real test test-slow faults picture: export OMP_NUM_THREADS := 2
+bench: export OMP_NUM_THREADS ?= 2
 demo real test test-slow bench faults picture: export TOKENIZERS_PARALLELISM := false
-# Threads that spin while they wait for each other slow other processes down, but a process that is alone up: by a quarter.
+# Threads that spin while they wait for each other slow other processes down, but make one that is alone faster.
 test test-slow faults: export OMP_WAIT_POLICY := passive
 
 demo: $(VENV)/.installed

@@ -80,8 +80,8 @@ def main() -> None:
         "which every method runs once. Ratio: median over the rounds of the seconds over those of plain training in the same "
         "round, by the same code without tape and adjoint (for bergson: by its own code, too, in brackets)."
     )
-    print("\n| K | tokens a step | method | rounds | seconds | over plain training | lowest, highest |")
-    print("|---" * 7 + "|", flush=True)
+    print("\n| K | tokens a step | method | tape | rounds | seconds | over plain training | lowest, highest |")
+    print("|---" * 8 + "|", flush=True)
     model = load(options.model, options.device)
     lora = with_lora(load(options.model, options.device))
     queries = make_examples(options.model, 1, 16, skip=4096)  # cheap beside a step
@@ -140,7 +140,7 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
     for method in methods.values() if options.repeats > 0 else ():
         method(examples[: 2 * batch_size])  # to warm up: a step with a second derivative takes the most memory
     for _ in range(options.repeats):
-        seconds, fallbacks, own_training = {}, {}, None
+        seconds, fallbacks, tapes, own_training = {}, {}, {}, None
         for name, method in methods.items():
             start = time.perf_counter()
             result = method(examples)
@@ -150,6 +150,8 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
             print(f"K = {num_steps}, {name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
             if "central" in name:
                 fallbacks[name] = result.num_exact_fallbacks
+            if "plain" not in name and "autograd" not in name and result.plan is not None:
+                tapes[name] = result.plan.tape
             del result
         if options.peers:
             out = bergson_metagradients(model, examples, queries, exact)
@@ -160,14 +162,15 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
             "tokens": batch_size * length,
             "seconds": seconds,
             "fallbacks": fallbacks,
+            "tapes": tapes,
             "own_training": own_training,
         }
 
 
 def rows(rounds: list[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table. A method counts in the rounds that it was part of."""
-    for name in dict.fromkeys(name for r in rounds for name in r["seconds"]):
-        of_method = [r for r in rounds if name in r["seconds"]]
+    for name, tape in dict.fromkeys((name, r["tapes"].get(name)) for r in rounds for name in r["seconds"]):
+        of_method = [r for r in rounds if name in r["seconds"] and r["tapes"].get(name) == tape]
         seconds = [r["seconds"][name] for r in of_method]
         plain = "LoRA, plain" if name.startswith("LoRA") else "plain"
         ratios = [r["seconds"][name] / r["seconds"][plain] for r in of_method]
@@ -177,7 +180,7 @@ def rows(rounds: list[dict[str, Any]]) -> Iterator[str]:
         if "central" in name:
             ratio += f"; {max(r['fallbacks'][name] for r in of_method)} steps repeated exactly"
         yield (
-            f"| {rounds[0]['K']} | {rounds[0]['tokens']} | {name} | {len(seconds)} | {statistics.median(seconds):.2f} | "
+            f"| {rounds[0]['K']} | {rounds[0]['tokens']} | {name} | {tape or ''} | {len(seconds)} | {statistics.median(seconds):.2f} | "
             f"{ratio} | {min(ratios):.2f}, {max(ratios):.2f} |"
         )
 

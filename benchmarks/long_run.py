@@ -18,7 +18,7 @@ from trl_dpg.metrics import LMHeadNorm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--length", type=int, default=32)
@@ -39,8 +39,14 @@ def main() -> None:
         curvature=options.curvature,
         adam_epsilon_root="auto",
     )
+    examples = [{"input_ids": i} for i in ids]
     start = time.perf_counter()
-    out, _, peak = measured(lambda: compute_metagradients(model, [{"input_ids": i} for i in ids], LMHeadNorm(), args))
+    if options.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        out = compute_metagradients(model, examples, LMHeadNorm(), args)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        out, _, peak = measured(lambda: compute_metagradients(model, examples, LMHeadNorm(), args))
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for p in model.parameters())
     print(f"{describe_machine(torch.device(options.device))}\n")
@@ -48,8 +54,8 @@ def main() -> None:
         f"GPT-2, {trained / 1e6:.0f}M parameters, all trained (tied head), float32, {options.steps} AdamW steps of "
         f"{options.batch_size} x {options.length} tokens, curvature {options.curvature}: {seconds:.0f} s, tape of "
         f"{out.plan.tape_bytes / 1e9:.1f} GB on {out.plan.tape} ({out.plan.tape_bytes / 4 / trained / options.steps:.3f} times "
-        f"the trained parameters a step), peak {peak / 1e9:.1f} GB of host memory beyond the model (predicted: "
-        f"{out.plan.peak_bytes / 1e9:.1f} GB of the device's). Metric {out.metric_before:.6f} before, {out.metric_after:.6f} "
+        f"the trained parameters a step), peak {peak / 1e9:.1f} GB of memory beyond the model (predicted: "
+        f"{out.plan.peak_bytes / 1e9:.1f} GB). Metric {out.metric_before:.6f} before, {out.metric_after:.6f} "
         f"after; {int((out.metagradients != 0).sum())} of {count} metagradients are not zero."
     )
 

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from tests.metagradients.test_finite_differences import CASES, PROBE, make_examples, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, objective, vocabulary
 from trl_dpg.metagradients.check import check_metagradients
 from trl_dpg.metagradients.optimizers import Optimizer
+from trl_dpg.metagradients.storage import HostStorage
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
 
@@ -141,10 +142,43 @@ def test_adapters_on_a_quantized_model(name, curvature, tmp_path):
     assert cosine > (0.9999 if name == "nf4" else 0.98)
 
 
-def wide_model():
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_logits_in_chunks(curvature, monkeypatch):
+    examples, args = random_examples(16, 24), TargetTrainingArguments(**ADAMW, batch_size=8, curvature=curvature)
+    model = llama(torch.float64)
+    expected = compute_metagradients(model, examples, metric, args)
+    monkeypatch.setattr(objective, "WHOLE", 0)
+    monkeypatch.setattr(vocabulary, "CHUNK", {"cuda": 5 * 256})
+    out = compute_metagradients(model.cuda(), examples, metric, args)
+    assert relative_error(out.metagradients, expected.metagradients.double()) < 1e-5
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_slow_copies_change_nothing(curvature, monkeypatch):
+    """What is copied is not written to before, nor read from too early."""
+    make_model, fields = CASES["adamw-k9"]
+    args = TargetTrainingArguments(**fields, curvature=curvature, tape="device")
+    model = make_model().cuda()
+    expected = compute_metagradients(model, make_examples(), metric, args)
+
+    def slowly(method):
+        def wrapped(self, *arguments):
+            with torch.cuda.stream(self.side):
+                torch.cuda._sleep(10_000_000)
+            return method(self, *arguments)
+
+        return wrapped
+
+    for name in ("put", "_fetch"):
+        monkeypatch.setattr(HostStorage, name, slowly(getattr(HostStorage, name)))
+    out = compute_metagradients(model, make_examples(), metric, replace(args, tape="host"))
+    assert relative_error(out.metagradients, expected.metagradients.double()) < 1e-6
+
+
+def wide_model(vocab_size=4096, width=512, num_layers=4):
     config = GPT2Config(
-        vocab_size=4096, n_positions=128, n_embd=512, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0
-    )
+        vocab_size=vocab_size, n_positions=128, n_embd=width, n_layer=num_layers, n_head=8, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).cuda()
 
@@ -169,6 +203,13 @@ def test_memory_is_as_planned(tape, curvature):
     for num_steps in (8, 24):
         peak, planned = peak_and_plan(model, num_steps, curvature=curvature, tape=tape)
         assert 0.4 * planned < peak <= planned
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_memory_of_many_logits_is_as_planned(curvature):
+    """Three chunks of them a step."""
+    peak, planned = peak_and_plan(wide_model(150_000, 64, 1), 8, curvature=curvature, tape="host")
+    assert 0.4 * planned < peak <= planned
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)

@@ -211,6 +211,11 @@ def test_a_slow_disk_changes_no_bit(monkeypatch, tmp_path):
     assert torch.equal(out.metagradients, expected.metagradients)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(1, 1), (5, 8), (64, 64), (65, 65), (64 * 3 + 33, 64 * 4)])
+def test_pinned_memory_is_rounded_up(size, expected):
+    assert memory._pinned_bytes(size, 64) == expected
+
+
 def test_the_file_has_no_name(tmp_path):
     storage = open_storage("disk", str(tmp_path), CPU)
     keys = [*storage.put([torch.full((3,), 0.0), torch.full((3,), 1.0)]), *storage.put([torch.full((3,), 2.0)])]

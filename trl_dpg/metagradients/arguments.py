@@ -82,8 +82,8 @@ class TargetTrainingArguments:
 
             Examples without a supervised token count in none of them.
         bf16 (`bool`, *optional*, defaults to `False`):
-            Whether the model runs under bfloat16 autocast. Its metagradients then differ from those in float32, by up to
-            tens of per cent, see `benchmarks/results/precision.md`.
+            Whether the model runs under bfloat16 autocast. Its metagradients then differ from those in float32, by tens of
+            per cent, and at a small `adam_epsilon_root` altogether, see `benchmarks/results/precision.md`.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Whether activations are computed again in the backward pass instead of kept. It saves memory with
             `curvature="central_difference"`, and hardly any with `"exact"`.

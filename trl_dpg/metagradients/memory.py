@@ -140,11 +140,15 @@ def plan_memory(
         device //= neighbors
     directory = args.tape_dir or tempfile.gettempdir()
     free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free // neighbors}
+    kept = {"host": tape + aside, "disk": tape + aside}
+    if flat.device.type == "cuda":
+        size = Optimizer.BLOCK["cuda"] * flat.values.element_size()
+        kept["host"] = (tape + aside) // of_shard * _pinned_bytes(of_shard, size)
 
     def fits(place: str, share: float = 1.0) -> bool:
         if on_device[place]:
             return working(place, share) + tape <= device
-        return working(place, share) <= device and tape + aside <= free[place]
+        return working(place, share) <= device and kept[place] <= free[place]
 
     considered = list(on_device) if args.tape == "auto" else [args.tape]
     for place in considered:
@@ -209,6 +213,12 @@ def _bytes_of(losses: ExampleLosses, batch: MicroBatch, num_tokens: int) -> int:
         values = losses(batch, num_tokens)
     del values
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _pinned_bytes(size: int, block: int) -> int:
+    """Of a tensor that is pinned block by block: PyTorch rounds each up to a power of two, which whole blocks are."""
+    rest = size % block
+    return size - rest + (1 << (rest - 1).bit_length() if rest > 0 else 0)
 
 
 def _free_memory(device: torch.device) -> int:

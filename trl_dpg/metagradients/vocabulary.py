@@ -167,4 +167,5 @@ class _TokenLossGradients(torch.autograd.Function):
                 of_weight.addmm_(q.T, h)
                 if alpha is not None:
                     of_weight.addmm_(error.T, alpha[c])
+            del change, logits, p, error, q  # not beside the next ones
         return of_cotangent, of_hidden, of_weight, None, None, None, None
