@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature, objective
-from trl_dpg.metagradients.curvature import CentralDifference
+from trl_dpg.metagradients.curvature import CentralDifference, Exact
 from trl_dpg.metagradients.flat import TAIL, FlatParameters
 from trl_dpg.metagradients.objective import MicroBatch
 from trl_dpg.metagradients.parallel import Processes
@@ -218,6 +218,39 @@ def test_autocast_of_the_caller_plays_no_part():
     with torch.autocast("cpu", torch.bfloat16):
         out = compute_metagradients(tiny(), batches_of_two([]), likelihood, args)
     assert torch.equal(out.metagradients, expected.metagradients)
+
+
+def test_a_curved_direction_is_seen_on_few_examples():
+    """Where losses change by what is looked for, they are too far from linear; no gradient of the batch is taken there."""
+    num, direction = 32, torch.zeros(64)
+    direction[0] = 1.0
+    rows = []
+
+    class Losses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.bf16 = torch.nn.Module(), False
+            self.at = torch.nn.Parameter(torch.zeros(64))
+
+        def forward(self, batch):
+            rows.append(len(batch.indices))
+            slopes = torch.tensor([(-1.0) ** i for i in batch.indices])
+            return 3 + slopes * self.at[0] + 200 * self.at[0] ** 2
+
+    losses = Losses()
+    ids = torch.ones(num, 2, dtype=torch.long)
+    batch = MicroBatch(
+        list(range(num)), ids, ids, ids, torch.ones(num), torch.ones(num, dtype=torch.long), torch.ones(num)
+    )
+    with FlatParameters([losses.at], []) as flat:
+        central = CentralDifference(Exact(losses, flat, Processes(None)), tolerance=0.01)
+        found = torch.zeros(num, dtype=torch.float64)
+        product = central(
+            [batch], direction, 0.0, torch.full((num,), 3.0, dtype=torch.float64), found, flat.zeros(flat.size + TAIL)
+        )
+    assert rows.count(num) == 2 and central.num_fallbacks == 0
+    assert found == pytest.approx([(-1.0) ** i for i in range(num)], abs=1e-2)
+    assert product[0].item() == pytest.approx(400 * num, rel=1e-2)
 
 
 def test_one_example_far_from_linear():
