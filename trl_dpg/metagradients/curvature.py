@@ -323,12 +323,12 @@ class CentralDifference:
                     seconds[batch.indices] += values
             for batch in batches:
                 nats = 1 / (batch.scale * batch.num_supervised).to(differences)
-                first, second = differences[batch.indices], seconds[batch.indices]
-                weighted = first * batch.weights.to(first) / (2 * epsilon)
+                odd, even = differences[batch.indices], seconds[batch.indices]
+                weighted = odd * batch.weights.to(odd) / (2 * epsilon)
                 sums[0] += len(batch.indices)
                 sums[1] += (example_losses[batch.indices] * nats).sum().item()
-                sums[2] += (first * nats).abs().sum().item()
-                sums[3] += (second * nats).abs().sum().item()
+                sums[2] += (odd * nats).abs().sum().item()
+                sums[3] += (even * nats).abs().sum().item()
                 sums[4] += weighted.sum().item()
                 sums[6] += weighted.abs().sum().item()
         count, loss, first, second, found, expected, size = sums
