@@ -255,20 +255,22 @@ class CentralDifference:
     def _find_distance(self, batches, vector, norm, example_losses, refine: bool) -> None:
         """
         The distance at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them; with
-        `refine`, by two more, a shorter one if that is better for them: cheaper than two gradients of the batch at a wrong one.
+        `refine`, by two more, a shorter one if that is better for them, where they are few beside the batch: cheaper than two
+        gradients of it at a wrong one.
         """
         size = self.flat.values.norm().item() or 1.0
         self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
         wanted = FIRST_CHANGE * torch.finfo(self.flat.dtype).eps ** (1 / 3)
         # as many examples whatever the size of micro-batches, on which the step should not depend
-        rows = min(PROBED, max(2, sum(len(batch.indices) for batch in batches) // PROBED))
+        num = sum(len(batch.indices) for batch in batches)
+        rows = min(PROBED, max(2, num // PROBED))
         few = []
         for batch in batches:
             few += [batch.rows(rows)] if rows > 0 else []
             rows -= len(batch.indices)
         for _ in range(4):
             self._move_to(self._distance / norm, vector)
-            sums = [0.0, 0.0]
+            sums = [0.0, 0.0, float(num)]
             with self.processes.summing(self.flat.zeros(TAIL), sums), torch.no_grad():
                 for batch in few:
                     change = (self.losses(batch) - example_losses[batch.indices]) / (
@@ -276,7 +278,7 @@ class CentralDifference:
                     )
                     sums[0] += len(batch.indices)
                     sums[1] += change.abs().sum().item()
-            count, change = sums
+            count, change, total = sums
             if count == 0:
                 break
             # Of a change that is little more than rounding, or no longer linear, less follows.
@@ -285,7 +287,7 @@ class CentralDifference:
             self._distance = min(distance * (factor if math.isfinite(change) else 0.01), self._farthest)
             if 0.1 < factor < 10 or self._distance == distance:
                 break
-        if refine:
+        if refine and 0 < 4 * count <= total:
             distance = self._distance
             self._run(few, vector, norm, None, example_losses, torch.zeros_like(example_losses), None)
             self._distance = min(self._distance, distance)  # a few say little about how far one may go with all
