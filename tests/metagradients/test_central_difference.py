@@ -220,75 +220,54 @@ def test_autocast_of_the_caller_plays_no_part():
     assert torch.equal(out.metagradients, expected.metagradients)
 
 
+class Curves(torch.nn.Module):
+    """Losses of examples, by their indices, as functions of the first of 64 parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.model, self.bf16 = torch.nn.Module(), False
+        self.at = torch.nn.Parameter(torch.zeros(64))
+        self.function, self.rows = function, []
+
+    def forward(self, batch):
+        self.rows.append(len(batch.indices))
+        return self.function(torch.tensor(batch.indices), self.at[0])
+
+
+def differentiate(losses, num, distance=None):
+    """Along the first parameter, at losses of 3 and slopes whose sum is 0."""
+    direction = torch.zeros(64)
+    direction[0] = 1.0
+    ids = torch.ones(num, 2, dtype=torch.long)
+    batch = MicroBatch(
+        list(range(num)), ids, ids, ids, torch.ones(num), torch.ones(num, dtype=torch.long), torch.ones(num)
+    )
+    found = torch.zeros(num, dtype=torch.float64)
+    with FlatParameters([losses.at], []) as flat:
+        central = CentralDifference(Exact(losses, flat, Processes(None)), tolerance=0.01)
+        if distance is not None:
+            central._distance, central._farthest = distance, 1.0
+        product = central([batch], direction, 0.0, torch.full_like(found, 3.0), found, flat.zeros(flat.size + TAIL))
+    return central, found, product
+
+
 @pytest.mark.parametrize(("num", "passes"), [(32, [4] * 3 + [32] * 2), (4, [2] + [4] * 4)], ids=["few", "half"])
 def test_a_curved_direction_is_seen_on_few_examples(num, passes):
     """
     Where losses change by what is looked for, they are too far from linear. No gradient of the batch is taken there, unless the
     few examples would be half of it.
     """
-    direction = torch.zeros(64)
-    direction[0] = 1.0
-    rows = []
-
-    class Losses(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.bf16 = torch.nn.Module(), False
-            self.at = torch.nn.Parameter(torch.zeros(64))
-
-        def forward(self, batch):
-            rows.append(len(batch.indices))
-            slopes = torch.tensor([(-1.0) ** i for i in batch.indices])
-            return 3 + slopes * self.at[0] + 200 * self.at[0] ** 2
-
-    losses = Losses()
-    ids = torch.ones(num, 2, dtype=torch.long)
-    batch = MicroBatch(
-        list(range(num)), ids, ids, ids, torch.ones(num), torch.ones(num, dtype=torch.long), torch.ones(num)
-    )
-    with FlatParameters([losses.at], []) as flat:
-        central = CentralDifference(Exact(losses, flat, Processes(None)), tolerance=0.01)
-        found = torch.zeros(num, dtype=torch.float64)
-        product = central(
-            [batch], direction, 0.0, torch.full((num,), 3.0, dtype=torch.float64), found, flat.zeros(flat.size + TAIL)
-        )
-    assert rows == passes and central.num_fallbacks == 0
+    losses = Curves(lambda i, x: 3 + (-1.0) ** i * x + 200 * x**2)
+    central, found, product = differentiate(losses, num)
+    assert losses.rows == passes and central.num_fallbacks == 0
     assert found == pytest.approx([(-1.0) ** i for i in range(num)], abs=1e-2)
     assert product[0].item() == pytest.approx(400 * num, rel=1e-2)
 
 
 def test_one_example_far_from_linear():
     """Its third derivative shows in no second difference; the distance shrinks until the optimizer's adjoint agrees."""
-    num, direction = 12, torch.zeros(64)
-    direction[0] = 1.0
-
-    class Losses(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.bf16 = torch.nn.Module(), False
-            self.at = torch.nn.Parameter(torch.zeros(64))
-
-        def forward(self, batch):
-            slopes = torch.tensor([(-1.0) ** i for i in batch.indices])
-            cubic = torch.tensor([600.0 * (i == 3) for i in batch.indices])
-            return 3 + slopes * self.at[0] + cubic * self.at[0] ** 3
-
-    class NotWanted:
-        def __init__(self, losses, flat):
-            self.losses, self.flat, self.processes = losses, flat, Processes(None)
-
-    losses = Losses()
-    ids = torch.ones(num, 2, dtype=torch.long)
-    batch = MicroBatch(
-        list(range(num)), ids, ids, ids, torch.ones(num), torch.ones(num, dtype=torch.long), torch.ones(num)
-    )
-    with FlatParameters([losses.at], []) as flat:
-        central = CentralDifference(NotWanted(losses, flat), tolerance=0.01)
-        central._distance, central._farthest = 0.1, 1.0  # right for all others
-        found = torch.zeros(num, dtype=torch.float64)
-        product = central(
-            [batch], direction, 0.0, torch.full((num,), 3.0, dtype=torch.float64), found, flat.zeros(flat.size + TAIL)
-        )
+    losses = Curves(lambda i, x: 3 + (-1.0) ** i * x + 600 * (i == 3) * x**3)
+    central, found, product = differentiate(losses, 12, distance=0.1)  # right for all others
     assert central.num_fallbacks == 0 and central.errors[0] < 0.01
-    assert found == pytest.approx([(-1.0) ** i for i in range(num)], abs=0.1)
+    assert found == pytest.approx([(-1.0) ** i for i in range(12)], abs=0.1)
     assert product.abs().max() < 1e-2
