@@ -47,21 +47,22 @@ HEX_DIGITS = "0123456789abcdef"
 
 def tiny_tokenizer(num_words: int = 60, special_tokens: list[str] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:
     """
-    A tokenizer of English words, one token each, and then the special tokens.
+    A tokenizer of English words, one token each, and then the special tokens. Behind the first 60 come made-up words.
 
     It adds no special tokens. Decoding joins words with one space, so that encoding what was decoded gives the same
     words again.
 
     Args:
         num_words (`int`, *optional*, defaults to `60`):
-            Number of words, 60 at most.
+            Number of words.
         special_tokens (`list[str]`, *optional*, defaults to `SPECIAL_TOKENS`):
             Special tokens: all four, or `ONE_SPECIAL_TOKEN` that is all of them.
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: The tokenizer, padding on the left.
     """
-    tokenizer = _tokenizer(WORDS[:num_words], special_tokens)
+    words = [*WORDS, *(f"word{number}" for number in range(len(WORDS), num_words))]
+    tokenizer = _tokenizer(words[:num_words], special_tokens)
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     return tokenizer
 

@@ -19,6 +19,8 @@ _TARGET_FIELDS = [f.name for f in dataclasses.fields(TargetTrainingArguments) if
 
 _REWARDS = ["metagradient", "naive", "embedding_similarity", "edit_distance", "language_identification"]
 
+_CREDIT_ASSIGNMENTS = ["auto", "sequence", "token", "expected"]
+
 
 @dataclass
 class DatasetPolicyGradientConfig(GRPOConfig):
@@ -48,6 +50,20 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether the metagradients of a generation batch come from one run of the target on all of it. If `False`, there
             are `num_generations` runs, each on one completion per prompt. Has no effect on other rewards.
+        credit_assignment (`str`, *optional*, defaults to `"auto"`):
+            Which tokens of a completion get its metagradient, a sum over tokens, see
+            [`~trl_dpg.credit.token_advantages`]. Only for `reward="metagradient"`.
+
+            - `"sequence"`: every token gets all of it, as in the paper;
+            - `"token"`: a token gets the discounted sum of what comes from it on;
+            - `"expected"`: the token's own term is not sampled but taken in expectation over what could have been written.
+              Generator and target need one vocabulary;
+            - `"auto"`: `"expected"` where they have one, else `"token"`; `"sequence"` for other rewards.
+        credit_discount (`float`, *optional*, defaults to `0.5`):
+            Discount of later tokens' credit, from 0 to 1. At 1 the gradient is unbiased; less of it varies less.
+        credit_candidates (`int`, *optional*):
+            Words whose credit `"expected"` takes into account at each position: the generator's most likely ones. `None` means
+            all of a vocabulary of up to 4,096 words, and 64 of a larger one.
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens where a loss, gradient, cotangent or metric is not finite, in the target's run or in the generator's
             step. It is never written into weights.
@@ -134,6 +150,24 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         metadata={
             "help": "Whether one run of the target is on the whole generation batch, rather than one run for each rollout "
             "index on one completion per prompt. For `reward='metagradient'`."
+        },
+    )
+    credit_assignment: str = field(
+        default="auto",
+        metadata={
+            "help": "Which tokens of a completion get its metagradient: all of them ('sequence'), each its own and what comes "
+            "after it ('token'), or the same in expectation over words that could have been written ('expected').",
+            "choices": _CREDIT_ASSIGNMENTS,
+        },
+    )
+    credit_discount: float = field(
+        default=0.5, metadata={"help": "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."}
+    )
+    credit_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Words whose credit 'expected' takes into account at each position. `None` is all of a vocabulary of up to "
+            "4,096, and 64 of a larger one."
         },
     )
     nonfinite: str = field(
@@ -227,6 +261,20 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     def __post_init__(self):
         if self.reward not in _REWARDS:
             raise ValueError(f"`reward` must be {' or '.join(map(repr, _REWARDS))}, got {self.reward!r}.")
+        if self.credit_assignment not in _CREDIT_ASSIGNMENTS:
+            choices = " or ".join(map(repr, _CREDIT_ASSIGNMENTS))
+            raise ValueError(f"`credit_assignment` must be {choices}, got {self.credit_assignment!r}.")
+        if self.credit_assignment in ("token", "expected") and self.reward != "metagradient":
+            raise ValueError(
+                f"`credit_assignment={self.credit_assignment!r}` needs metagradients of tokens, but `reward` is {self.reward!r}, "
+                'which is one number a completion. Set `credit_assignment="sequence"`.'
+            )
+        if not 0 <= self.credit_discount <= 1:
+            raise ValueError(f"`credit_discount` must be a number from 0 to 1, got {self.credit_discount!r}.")
+        if self.credit_candidates is not None and self.credit_candidates < 1:
+            raise ValueError(
+                f"`credit_candidates` must be None or a whole number of at least 1, got {self.credit_candidates!r}."
+            )
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"`nonfinite` must be 'raise' or 'skip', got {self.nonfinite!r}.")
         if self.nonfinite == "skip" and (self.deepspeed or self.fp16):

@@ -9,11 +9,33 @@ from transformers import PreTrainedTokenizerBase
 Messages = list[dict[str, Any]]
 
 
+def completion_parts(completion: str | Messages) -> list[str]:
+    """Texts of a completion, plain or conversational, that follow each other."""
+    if isinstance(completion, str):
+        return [completion]
+    return [message["content"] or "" for message in completion]
+
+
 def completion_text(completion: str | Messages) -> str:
     """Text of a completion, plain or conversational."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(message["content"] or "" for message in completion)
+    return "".join(completion_parts(completion))
+
+
+def target_text(
+    prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[dict[str, Any]], str] | None = None
+) -> str:
+    """The text that the target is trained on for one completion, as of [`to_target_example`]; "" for an empty one."""
+    text = completion_text(completion)
+    if not text.strip():
+        return ""
+    if formatting_func is not None:
+        text = formatting_func({"prompt": prompt, "completion": completion})
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
+                "Return one string per example."
+            )
+    return text
 
 
 def to_target_example(
@@ -44,16 +66,9 @@ def to_target_example(
     Returns:
         `dict[str, list[int]]`: `input_ids`, empty for an empty completion.
     """
-    text = completion_text(completion)
-    if not text.strip():
+    text = target_text(prompt, completion, formatting_func)
+    if not text:
         return {"input_ids": []}
-    if formatting_func is not None:
-        text = formatting_func({"prompt": prompt, "completion": completion})
-        if not isinstance(text, str):
-            raise ValueError(
-                f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
-                "Return one string per example."
-            )
     eos = processing_class.eos_token_id
     input_ids = list(processing_class(text)["input_ids"])
     while input_ids and input_ids[-1] == eos:  # some tokenizers add it to every text

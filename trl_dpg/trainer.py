@@ -5,19 +5,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+import torch.nn.functional as F
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from trl import GRPOTrainer
-from trl.trainer.utils import nanstd
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import nanstd, pad
 
 from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
 from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig
+from .credit import ALL_WORDS, CANDIDATES, CandidateHead, expected_credit
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
 from .metagradients.api import Metric
@@ -224,6 +227,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             tools=tools,
             rollout_func=rollout_func,
         )
+        self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
         self.add_callback(ReportCallback(self))
         # TRL calls a completion ended if its last token is one of these
@@ -233,6 +237,70 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_skipped |= self.target_training.skipped
         return loss
+
+    def _set_up_credit(self) -> None:
+        """Decides which estimator of the policy gradient to use, and says so."""
+        args: Any = self.args
+        self.credit_assignment = args.credit_assignment
+        vocabulary = self._tokenizer.get_vocab()
+        shared = vocabulary == self.target_training.processing_class.get_vocab()
+        if self.credit_assignment == "auto":
+            self.credit_assignment = "sequence" if args.reward != "metagradient" else "expected" if shared else "token"
+            reason = f"`reward` is {args.reward!r}"
+            if args.reward == "metagradient":
+                reason = f"generator and target {'share a vocabulary' if shared else 'have different vocabularies'}"
+            logger.warning_once(f"`credit_assignment` is {self.credit_assignment!r}, as {reason}.")
+        if self.credit_assignment == "expected" and not shared:
+            raise ValueError(
+                "`credit_assignment='expected'` needs a generator and a target with one vocabulary, but their tokenizers' "
+                "differ: a word's credit is only known for words of the target. Set `credit_assignment='token'`."
+            )
+        self._candidate_head = None
+        if isinstance(self.target_training, MetagradientReward) and self.credit_assignment != "sequence":
+            self.target_training.generator_processing_class = self._tokenizer
+        if self.credit_assignment == "expected":
+            model: Any = self.accelerator.unwrap_model(self.model)
+            model = model.get_base_model() if is_peft_model(model) else model
+            self._candidate_head = CandidateHead(model, self.temperature)
+            rows = min(len(vocabulary), model.get_output_embeddings().weight.shape[0])
+            number = args.credit_candidates or (rows if rows <= ALL_WORDS else CANDIDATES)
+            self._num_candidates = min(number, rows)
+            self._all_words = self._num_candidates == rows
+
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        if self._candidate_head is not None and self.model.training:
+            prompt_ids, completion_ids = output[0], output[1]
+            self.target_training.candidate_ids = self._candidates(prompt_ids, completion_ids)  # type: ignore[attr-defined]
+        return output
+
+    @torch.no_grad()
+    def _candidates(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[torch.Tensor]:
+        """Words that could stand at each token of the completions: all, or the generator's most likely ones."""
+        number = self._num_candidates
+        if self._all_words:
+            return [torch.arange(number).expand(len(ids), number) for ids in completion_ids]
+        found: list[torch.Tensor] = []
+        size = self.args.per_device_train_batch_size
+        padding = {"padding_value": self._tokenizer.pad_token_id}
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for start in range(0, len(prompt_ids), size):
+                rows = completion_ids[start : start + size]
+                both = [[torch.tensor(ids) for ids in part] for part in (prompt_ids[start : start + size], rows)]
+                parts = [
+                    pad(ids, **padding, padding_side=side) for ids, side in zip(both, ("left", "right"), strict=True)
+                ]
+                masks = [
+                    pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side=side)
+                    for ids, side in zip(both, ("left", "right"), strict=True)
+                ]
+                ids, mask = (torch.cat(tensors, dim=1).to(self.accelerator.device) for tensors in (parts, masks))
+                length = parts[1].shape[1]
+                with self._candidate_head.most_likely(length, number) as head:  # type: ignore[union-attr]
+                    self._get_per_token_logps_and_entropies(self.model, ids, mask, length)
+                    result = head.result.cpu()
+                found += [result[i, : len(row)] for i, row in enumerate(rows)]
+        return found
 
     def _tokenize_prompts(self, prompts):
         output = super()._tokenize_prompts(prompts)
@@ -250,7 +318,17 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+        weights = self.reward_weights.clone()
+        if self.credit_assignment != "sequence" and len(self.reward_funcs) > 1:
+            self.reward_weights[0] = (
+                0.0  # TRL's advantages are those of the other rewards, which are of whole completions
+            )
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.reward_weights = weights
+        if self.credit_assignment != "sequence":
+            self._give_credit(output)
         if self.args.reward == "naive":
             advantages = _groupless_advantages(
                 self._rewards_per_func,
@@ -264,6 +342,58 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 self._logs["advantages"].pop()
             self._logs["advantages"].extend(advantages.tolist())
         return output
+
+    def _give_credit(self, output: dict[str, Any]) -> None:
+        """Replaces the advantages of completions by those of their tokens, of shape `(b, t)`."""
+        training: Any = self.target_training
+        result = training.token_advantages(self.args.credit_discount)  # type: ignore[attr-defined]
+        completion_ids = output["completion_ids"]
+        if result is None:  # the batch was skipped
+            return
+        num, length = completion_ids.shape
+        first = self.accelerator.process_index * num
+        place = {"device": completion_ids.device, "dtype": torch.float32}
+        weight = self.reward_weights[0].item()
+
+        def mine(values: torch.Tensor, missing: float) -> torch.Tensor:
+            """This process's completions, padded as TRL pads them."""
+            values = values[first : first + num, :length].to(**place)
+            return torch.cat([values, values.new_full((num, length - values.shape[1], *values.shape[2:]), missing)], 1)
+
+        others = output["advantages"].unsqueeze(1) if len(self.reward_funcs) > 1 else 0.0
+        output["advantages"] = others + weight * mine(result.sampled, 0.0)
+        if result.candidates is not None:
+            output["candidate_credits"] = weight * mine(result.candidates, torch.nan)
+            if not self._all_words:
+                ids = [F.pad(row, (0, 0, 0, length - len(row)), value=-1) for row in training.candidate_ids]
+                output["candidate_ids"] = torch.stack(ids).to(completion_ids.device)
+        metrics = self._metrics["train"]
+        metrics["metagradient/credit_unit"].append(result.unit)
+        metrics["metagradient/credit_not_written"].append(result.not_written)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._per_token_logps = output[0].detach()
+        return output
+
+    def _compute_loss(self, model, inputs):
+        r"""
+        TRL's loss, and with `credit_assignment="expected"` the term \\( -\sum_v \pi(v) r(v) \\) of each token.
+
+        What TRL multiplies a token's advantage with, of whatever loss type, is the derivative of its loss in that advantage.
+        The new term of the token gets the same weight.
+        """
+        if "candidate_credits" not in inputs:
+            return super()._compute_loss(model, inputs)
+        credits = inputs["candidate_credits"]
+        advantages = inputs["advantages"].clone().requires_grad_()
+        with self._candidate_head.log_probs(*credits.shape[1:], inputs.get("candidate_ids")) as head:  # type: ignore[union-attr]
+            loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
+            expected = expected_credit(head.result, credits)
+        (weights,) = torch.autograd.grad(loss, advantages, retain_graph=True)
+        if self.loss_type in ("cispo", "vespo"):  # these multiply the advantage with the log-probability itself
+            weights = torch.where(self._per_token_logps == 0, 0.0, weights / self._per_token_logps)
+        return loss + (weights * expected).sum()
 
     def evaluation_loop(
         self,

@@ -23,7 +23,7 @@ from .metagradients.model import (
     trainable_parameters,
     vocab_size,
 )
-from .metagradients.objective import ExampleLosses, MicroBatch, micro_batches, prepare_examples
+from .metagradients.objective import MicroBatch, TokenLosses, micro_batches, prepare_examples
 
 
 logger = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ def validate(
                 before = float(metric(model))
         for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
             param.grad = torch.zeros_like(param)
-        example_losses = ExampleLosses(model, args.bf16)
+        token_losses = TokenLosses(model, args.bf16)
         losses = []
         schedule = args.learning_rates(len(prepared))
         for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
             while True:
                 try:
                     place = params[0].device, params[0].dtype
-                    losses.append(_backward(example_losses, micro_batches(prepared, batch, args, *place)))
+                    losses.append(_backward(token_losses, micro_batches(prepared, batch, args, *place)))
                     break
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -119,10 +119,10 @@ def validate(
     }
 
 
-def _backward(losses: ExampleLosses, batches: list[MicroBatch]) -> float:
+def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:
     total = 0.0
     for batch in batches:
-        value = torch.dot(losses(batch), batch.weights)
+        value = torch.sum(losses(batch) * batch.token_weights())
         value.backward()
         total += value.item()
     return total

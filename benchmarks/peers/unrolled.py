@@ -7,6 +7,7 @@ makes this an independent reference, and the naive peer: its memory grows with t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,34 @@ def unrolled_metagradients(
 
     Returns:
         `tuple[Tensor, float]`: Metagradients in the dtype of the model, and the metric of the fine-tuned model.
+    """
+    some = next(model.parameters())
+    given = [example.get("weight", 1.0) for example in examples]
+    weights = torch.tensor(given, dtype=some.dtype, device=some.device, requires_grad=True)
+    token_weights = [w.expand(len(example["input_ids"])) for w, example in zip(weights, examples, strict=True)]
+    value = unrolled_metric(model, examples, metric, args, token_weights)
+    (metagradients,) = torch.autograd.grad(value, weights)
+    return metagradients, value.item()
+
+
+def unrolled_metric(
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    metric: Callable[[Any], Tensor],
+    args: TargetTrainingArguments,
+    token_weights: Sequence[Tensor],
+    candidate_weights: Sequence[Tensor] | None = None,
+) -> Tensor:
+    r"""
+    \\( \Phi \\) of the model fine-tuned with a weight for every token's loss term, differentiable in these weights.
+
+    Args:
+        model, examples, metric, args:
+            As of [`unrolled_metagradients`]; an example's own `weight` plays no part.
+        token_weights (`Sequence[Tensor]`):
+            Of each example, shape `(tokens,)`.
+        candidate_weights (`Sequence[Tensor]`, *optional*):
+            Of the loss terms of each example's `candidates`, shape `(tokens, k)`.
 
     Raises:
         [`NotImplementedError`]: If weight decay is to spare normalization weights and biases.
@@ -50,11 +79,8 @@ def unrolled_metagradients(
             "`weight_decay_on_norm_and_bias` is False, but here everything decays. Set it to True."
         )
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
-    some = next(iter(params.values()))
     first = {name: torch.zeros_like(p) for name, p in params.items()}
     second = {name: torch.zeros_like(p) for name, p in params.items()}
-    given = [example.get("weight", 1.0) for example in examples]
-    weights = torch.tensor(given, dtype=some.dtype, device=some.device, requires_grad=True)
     epsilon_root = args.adam_epsilon_root
     was_training = model.training
     model.eval()  # no dropout
@@ -62,7 +88,9 @@ def unrolled_metagradients(
         rates = args.learning_rates(len(examples))
         for t, (batch, rate) in enumerate(zip(args.batches(len(examples)), rates, strict=True), start=1):
             rows = [examples[i] for i in batch]
-            loss = _call(model, params, lambda m, rows=rows, w=weights[batch]: _batch_loss(m, rows, w, args))
+            weights = [token_weights[i] for i in batch]
+            others = None if candidate_weights is None else [candidate_weights[i] for i in batch]
+            loss = _call(model, params, partial(_batch_loss, rows=rows, weights=weights, others=others, args=args))
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
             if epsilon_root == "auto":
                 flat = torch.cat([grad.detach().flatten() for grad in grads])
@@ -81,9 +109,8 @@ def unrolled_metagradients(
                     direction = first[name] / (1 - beta1**t) / (root + args.adam_epsilon)
                 params[name] = param - rate * (direction + args.weight_decay * param)
         value = _call(model, params, metric)
-        (metagradients,) = torch.autograd.grad(value, weights)
     model.train(was_training)
-    return metagradients, value.item()
+    return value
 
 
 class _Function(nn.Module):
@@ -103,17 +130,35 @@ def _call(model: nn.Module, params: dict[str, Tensor], function: Callable[[Any],
     return functional_call(_Function(model, function), {f"model.{name}": p for name, p in params.items()}, ())
 
 
-def _batch_loss(model: Any, rows: list[Mapping[str, Any]], weights: Tensor, args: TargetTrainingArguments) -> Tensor:
-    r"""\\( L = \sum_i w_i \ell_i / Z \\) over the examples of a batch."""
+def _batch_loss(
+    model: Any,
+    rows: list[Mapping[str, Any]],
+    weights: list[Tensor],
+    others: list[Tensor] | None,
+    args: TargetTrainingArguments,
+) -> Tensor:
+    r"""\\( L = \sum_{ij} w_{ij} \ell_{ij} / Z \\) over the tokens of a batch, and its candidates' terms."""
+    device = weights[0].device
     ids = [torch.tensor(row["input_ids"][: args.max_length]) for row in rows]
     labels = [torch.tensor(row.get("labels", row["input_ids"])[: args.max_length]) for row in rows]
-    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(weights.device)
-    targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(weights.device)[:, 1:]
+    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+    targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)[:, 1:]
+    padded = nn.utils.rnn.pad_sequence([w[: args.max_length] for w in weights], batch_first=True)[:, 1:]
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]  # causal: padding on the right changes nothing
-    sums = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=1)
+    terms = padded * F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    if others is not None:
+        log_probs = logits.log_softmax(dim=-1)
+        for i, (row, w) in enumerate(zip(rows, others, strict=True)):
+            candidates = torch.as_tensor(row["candidates"])[1 : args.max_length].to(device)
+            length = len(candidates)
+            added = -log_probs[i, :length].gather(1, candidates.clamp(min=0)) * w[1 : args.max_length]
+            counted = (targets[i, :length, None] != -100) & (candidates >= 0)
+            terms = terms + F.pad(torch.where(counted, added, 0).sum(dim=1), (0, terms.shape[1] - length)) * (
+                torch.arange(len(rows), device=device) == i
+            ).unsqueeze(1)
     counts = (targets != -100).sum(dim=1)
     examples = (counts > 0).sum()
     if args.loss_normalization == "batch_tokens":
-        return (weights * sums).sum() / counts.sum()
+        return terms.sum() / counts.sum()
     lengths = counts.clamp(min=1) if args.loss_normalization == "example" else args.max_length
-    return (weights * sums / lengths).sum() / examples
+    return (terms.sum(dim=1) / lengths).sum() / examples

@@ -78,7 +78,7 @@ def test_a_kink_is_noticed():
 
 def test_first_order_operations_only(monkeypatch):
     """No double backward and no forward mode, and attention by a kernel that has neither."""
-    for name in ("_product", "_example_derivatives"):
+    for name in ("_product", "_token_derivatives"):
         monkeypatch.setattr(curvature.Exact, name, None)
     config = LlamaConfig(
         vocab_size=13, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -104,9 +104,11 @@ def test_the_step_size_is_found_on_few_examples(spread, monkeypatch):
     model = GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(1)
     examples = [{"input_ids": torch.randint(32, (10,), generator=generator).tolist()} for _ in range(32)]
-    rows, forward = [], objective.ExampleLosses.forward
+    rows, forward = [], objective.TokenLosses.forward
     monkeypatch.setattr(
-        objective.ExampleLosses, "forward", lambda self, batch: rows.append(len(batch.indices)) or forward(self, batch)
+        objective.TokenLosses,
+        "forward",
+        lambda self, batch, **kwargs: rows.append(len(batch.indices)) or forward(self, batch, **kwargs),
     )
     args = TargetTrainingArguments(batch_size=32, learning_rate=1e-4, adam_epsilon_root="auto", **CENTRAL)
     out = compute_metagradients(model, examples, likelihood, args)
@@ -229,26 +231,26 @@ class Curves(torch.nn.Module):
         self.at = torch.nn.Parameter(torch.zeros(64))
         self.function, self.rows = function, []
 
-    def forward(self, batch):
+    def forward(self, batch, candidates=False):
         self.rows.append(len(batch.indices))
-        return self.function(torch.tensor(batch.indices), self.at[0])
+        return self.function(torch.tensor(batch.indices), self.at[0])[:, None]
 
 
 def differentiate(losses, num, distance=None):
     """Along the first parameter, at losses of 3 and slopes whose sum is 0."""
     direction = torch.zeros(64)
     direction[0] = 1.0
-    ids = torch.ones(num, 2, dtype=torch.long)
+    ids, ones = torch.ones(num, 2, dtype=torch.long), torch.ones(num)
     batch = MicroBatch(
-        list(range(num)), ids, ids, ids, torch.ones(num), torch.ones(num, dtype=torch.long), torch.ones(num)
+        list(range(num)), ids, ids, ids, ids[..., None][..., :0], ones, ones.long(), ones, 2 * torch.arange(num)
     )
-    found = torch.zeros(num, dtype=torch.float64)
+    found, before = torch.zeros(2 * num, 1), torch.full((num,), 3.0, dtype=torch.float64)
     with FlatParameters([losses.at], []) as flat:
         central = CentralDifference(Exact(losses, flat, Processes(None)), tolerance=0.01)
         if distance is not None:
             central._distance, central._farthest = distance, 1.0
-        product = central([batch], direction, 0.0, torch.full_like(found, 3.0), found, flat.zeros(flat.size + TAIL))
-    return central, found, product
+        product = central([batch], direction, 0.0, before, found, flat.zeros(flat.size + TAIL))
+    return central, found[1::2, 0], product
 
 
 @pytest.mark.parametrize(("num", "passes"), [(32, [4] * 3 + [32] * 2), (4, [2] + [4] * 4)], ids=["few", "half"])

@@ -15,7 +15,7 @@ from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.curvature import Exact, gradient
 from trl_dpg.metagradients.flat import FlatParameters
 from trl_dpg.metagradients.model import check_model
-from trl_dpg.metagradients.objective import ExampleLosses, micro_batches, prepare_examples
+from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.parallel import Processes
 from trl_dpg.validation import validate
 
@@ -299,7 +299,7 @@ def test_derivatives_over_micro_batches(size):
     """Gradient, Hessian-vector product and metagradients of a batch, before any rounding to float32."""
     model = gpt2().eval()
     losses, processes, examples = (
-        ExampleLosses(model, False),
+        TokenLosses(model, False),
         Processes(None),
         prepare_examples(make_examples(), 16, VOCAB),
     )
@@ -309,14 +309,15 @@ def test_derivatives_over_micro_batches(size):
         for micro_batch_size in (None, size):
             args = TargetTrainingArguments(micro_batch_size=micro_batch_size)
             batches = micro_batches(examples, list(range(6)), args, torch.device("cpu"), torch.float64)
-            values, double_backward, forward_mode = torch.zeros(3, 6, dtype=torch.float64)
+            values = torch.zeros(6, dtype=torch.float64)
+            double_backward, forward_mode = torch.zeros(2, 36, 1, dtype=torch.float64)
             grad = flat.accumulate_into()
             gradient(losses, flat, batches, values, lambda: None)
             exact = Exact(losses, flat, processes)
             product = exact(batches, vector, 0.0, values, double_backward, torch.empty_like(vector))
             assert exact(batches, vector, 0.0, values, forward_mode, None) is None
             assert relative_error(forward_mode, double_backward) < 1e-12
-            results.append(torch.cat([grad[: flat.size], product, double_backward, values]))
+            results.append(torch.cat([grad[: flat.size], product, double_backward[:, 0], values]))
     assert relative_error(results[1], results[0]) < 1e-12
 
 

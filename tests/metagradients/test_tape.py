@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, memory
 from trl_dpg.metagradients.flat import FlatParameters
-from trl_dpg.metagradients.objective import ExampleLosses, micro_batches, prepare_examples
+from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer, clip_factor
 from trl_dpg.metagradients.storage import AHEAD, DeviceStorage, DiskStorage, open_storage
 from trl_dpg.metagradients.trajectory import Tape, tape_tensors
@@ -304,7 +304,7 @@ def test_cotangents_lie_beside_a_tape_on_disk(small_blocks):
         assert device.peak_bytes - device.tape_bytes == disk.peak_bytes + 2 * 4 * flat.size
         # Without activations and double backward, the peak is in the forward sweep.
         args = replace(args, tape="disk", curvature="central_difference")
-        disk = memory.plan_memory(ExampleLosses(target, False), flat, args, 4, [])
+        disk = memory.plan_memory(TokenLosses(target, False), flat, args, 4, [])
         assert disk.peak_bytes == 5 * 4 * flat.size
 
 
@@ -322,7 +322,7 @@ def test_long_texts_keep_attention_under_double_backward_alone():
         for curvature in ("exact", "central_difference"):
             with FlatParameters(list(target.parameters()), []) as flat:
                 plan = memory.plan_memory(
-                    ExampleLosses(target, False), flat, replace(args, curvature=curvature), 2, batches
+                    TokenLosses(target, False), flat, replace(args, curvature=curvature), 2, batches
                 )
             peaks[implementation, curvature] = plan.peak_bytes
     assert 0.8 < peaks["sdpa", "exact"] / peaks["eager", "exact"] < 1.25
@@ -360,7 +360,7 @@ def test_processes_on_one_machine_share_its_room(monkeypatch):
     for num_processes, room in ((1, "8.0 MB"), (2, "4.0 MB")):
         with FlatParameters(list(target.parameters()), [], num_processes) as flat:
             with pytest.raises(MemoryError, match=f"free are {room} on the device"):
-                memory.plan_memory(ExampleLosses(target, False), flat, args, 10**6, [], num_processes)
+                memory.plan_memory(TokenLosses(target, False), flat, args, 10**6, [], num_processes)
 
 
 def test_checkpointing_keeps_less_but_not_under_a_second_derivative(small_blocks):

@@ -36,7 +36,7 @@ from .model import (
     trainable_parameters,
     vocab_size,
 )
-from .objective import ExampleLosses, MicroBatch, micro_batches, prepare_examples
+from .objective import MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
 from .parallel import Processes
 from .storage import DeviceStorage, Storage, open_storage
@@ -89,6 +89,14 @@ class MetagradientOutput(TrainingOutput):
         metagradients (`Tensor`):
             \\( \mathrm{d}\Phi / \mathrm{d} w_i \\) at the examples' weights, float32 on the CPU, shape `(len(examples),)`,
             in the order of `examples`. In units of the metric per unit of weight.
+        token_metagradients (`list[Tensor]`):
+            \\( \mathrm{d}\Phi / \mathrm{d} w_{ij} \\), the same for a weight of each token's loss: float32 tensors on the CPU, one
+            an example, shape `(tokens,)`. They sum to `metagradients`. Position j belongs to `input_ids[j]`; it is 0 for the
+            first token, for tokens that are not supervised and beyond `max_length`.
+        candidate_metagradients (`list[Tensor]`, *optional*):
+            What the metric would gain if other tokens stood there: the derivative, at 0, in the weight of an added loss term
+            \\( -\log p(v \mid x_{<j}) / Z_t \\) for each of the example's `"candidates"`, shape `(tokens, k)`; 0 where there is
+            none. `None` where no example has candidates.
         plan ([`~trl_dpg.metagradients.memory.MemoryPlan`]):
             Predicted memory, and where the tape was; `None` for a run of one step, which needs no tape.
         curvature_errors (`list[float]`):
@@ -98,6 +106,8 @@ class MetagradientOutput(TrainingOutput):
     """
 
     metagradients: Tensor
+    token_metagradients: list[Tensor]
+    candidate_metagradients: list[Tensor] | None = None
     plan: MemoryPlan | None = None
     curvature_errors: list[float] = field(default_factory=list)
     num_exact_fallbacks: int = 0
@@ -124,7 +134,7 @@ def compute_metagradients(
     $$ \lambda_g = (\partial U / \partial g)^\top (\lambda_\phi, \lambda_s), \quad
        \lambda_\phi \leftarrow (\partial U / \partial \phi)^\top \lambda_\phi + H_t \lambda_g, \quad
        \lambda_s \leftarrow (\partial U / \partial s)^\top \lambda_s, \quad
-       r_i \mathrel{+}= \langle \nabla_\phi \ell_i(\phi_t), \lambda_g \rangle / Z_t $$
+       r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
     Parameters, buffers, train/eval mode, random state and attention implementation of the model are as before when the
     call returns, also after an error.
@@ -136,8 +146,9 @@ def compute_metagradients(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model to fine-tune. Its parameters with `requires_grad` are trained; tied ones once.
         examples (`Sequence[Mapping]`):
-            Dicts with `input_ids`, optionally `labels` (-100 where not supervised; `input_ids` by default) and `weight`
-            (1.0 by default; \\( Z_t \\) does not depend on it).
+            Dicts with `input_ids`, optionally `labels` (-100 where not supervised; `input_ids` by default), `weight`
+            (1.0 by default; \\( Z_t \\) does not depend on it) and `candidates` (integers of shape `(tokens, k)`: what else
+            could stand at each position, -1 for none).
         metric (`Callable`):
             \\( \Phi \\), higher is better: `metric(model)` returns a scalar tensor, differentiable in the trained
             parameters. May have `setup(model)`, called on the original model, and `readouts(model)`, a dict of floats.
@@ -194,7 +205,7 @@ def compute_metagradients(
         exact = Exact(run.losses, flat, processes)
         central = CentralDifference(exact, args.curvature_tolerance)
         products = exact if args.curvature == "exact" else central
-        metagradients = torch.zeros(len(run.examples), dtype=torch.float64, device=flat.device)
+        token_metagradients = flat.zeros(run.num_tokens * run.num_columns).view(run.num_tokens, run.num_columns)
         with processes.failing_together():
             state = flat.values if processes.count == 1 else flat.zeros(flat.shard_size)
             # for the product, unless it goes where the moments were; nothing lies before the first step, which needs none
@@ -223,7 +234,7 @@ def compute_metagradients(
                     vector=grad_cotangent,
                     inner=inner,
                     example_losses=run.example_losses[step * args.num_train_epochs // run.num_steps],
-                    metagradients=metagradients,
+                    token_metagradients=token_metagradients,
                     buffer=into,
                 ),
             )
@@ -233,10 +244,16 @@ def compute_metagradients(
                 flat.release_gradients()
             del grad_cotangent, product, into, spare  # not beside the next ones
             run.progress.update()
-        processes.sum_(metagradients)
+        processes.sum_(token_metagradients)
 
+    lengths = [len(example.input_ids) for example in run.examples]
+    of_examples = token_metagradients.cpu().split(lengths)
+    whole = [_whole(part, original) for part, original in zip(of_examples, examples, strict=True)]
+    candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(whole, run.examples, strict=True)]
     return MetagradientOutput(
-        metagradients=metagradients.float().cpu(),
+        metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
+        token_metagradients=[part[:, 0].float() for part in whole],
+        candidate_metagradients=candidates if run.num_columns > 1 else None,
         metric_before=run.metric_before,
         metric_after=value,
         adam_epsilon_root=run.epsilon_root,
@@ -306,6 +323,8 @@ class _Run:
                 check_full_precision(model)
             self.examples = prepare_examples(examples, args.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
+        self.num_tokens = sum(len(e.input_ids) for e in self.examples)
+        self.num_columns = 1 + self.examples[0].candidates.shape[1]
         self.epsilon_root: float
         self.optimizer: Optimizer
         self.num_steps = args.num_steps(len(self.examples))
@@ -326,7 +345,7 @@ class _Run:
                     with torch.no_grad():
                         self.metric_before = _evaluate(self.metric, self.model).item()
                 decayed = decayed_parameters(self.model, self.params, self.args)
-                self.losses = ExampleLosses(self.model, self.args.bf16)
+                self.losses = TokenLosses(self.model, self.args.bf16)
                 self.flat = stack.enter_context(FlatParameters(self.params, decayed, self.processes.count))
             first = self.processes.index * self.flat.shard_size
             self.shard = (first, first + self.flat.shard_size)
@@ -438,6 +457,11 @@ class _Run:
         with self.processes.failing_together():
             plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, batches, self.processes.count)
         return plan
+
+
+def _whole(values: Tensor, example: Mapping[str, Any]) -> Tensor:
+    """Rows of an example's tokens, and zeros for those that were cut."""
+    return torch.cat([values, values.new_zeros(len(example["input_ids"]) - len(values), values.shape[1])])
 
 
 def _tokens(run: _Run, step: int) -> int:

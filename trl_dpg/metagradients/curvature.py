@@ -1,6 +1,7 @@
 """
 Derivatives of one batch's loss: its gradient, and, by double backward or by central differences, the Hessian-vector product
-\\( H_t \\lambda_g \\) and every example's \\( \\langle \\nabla_\\phi \\ell_i(\\phi_t), \\lambda_g \\rangle / Z_t \\).
+\\( H_t \\lambda_g \\) and every token's \\( \\langle \\nabla_\\phi \\ell_{ij}(\\phi_t), \\lambda_g \\rangle / Z_t \\), also of the candidates that could
+stand in its place.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
 from .memory import OutOfMemory
-from .objective import ExampleLosses, MicroBatch
+from .objective import MicroBatch, TokenLosses
 from .parallel import Processes
 from .second_order import cheaper_second_order, twice_differentiable
 
@@ -27,7 +28,7 @@ PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at
 
 
 def gradient(
-    losses: ExampleLosses,
+    losses: TokenLosses,
     flat: FlatParameters,
     batches: list[MicroBatch],
     example_losses: Tensor,
@@ -46,9 +47,10 @@ def gradient(
         values = losses(batch)
         if i == 0:
             prepare()
-        values.backward(batch.weights, inputs=flat.params)
-        example_losses[batch.indices] = values.detach().to(example_losses)
-        total += torch.dot(values.detach(), batch.weights).item()
+        values.backward(batch.token_weights(), inputs=flat.params)
+        examples = batch.example_sums(values.detach()[:, 0])
+        example_losses[batch.indices] = examples.to(example_losses)
+        total += torch.dot(examples, batch.weights).item()
     return total
 
 
@@ -60,12 +62,12 @@ class Exact:
     first step, where no product is needed, forward-mode differentiation costs 3 and no graph.
 
     Args:
-        losses ([`ExampleLosses`]): Losses of the model.
+        losses ([`TokenLosses`]): Losses of the model.
         flat ([`FlatParameters`]): Its trained parameters.
         processes ([`Processes`]): Who shares the work.
     """
 
-    def __init__(self, losses: ExampleLosses, flat: FlatParameters, processes: Processes):
+    def __init__(self, losses: TokenLosses, flat: FlatParameters, processes: Processes):
         self.losses = losses
         self.flat = flat
         self.processes = processes
@@ -76,7 +78,7 @@ class Exact:
         vector: Tensor,
         inner: float,
         example_losses: Tensor,
-        metagradients: Tensor,
+        token_metagradients: Tensor,
         buffer: Tensor | None,
     ) -> Tensor | None:
         r"""
@@ -87,7 +89,9 @@ class Exact:
             vector (`Tensor`): \\( \lambda_g \\), shape `(size,)`.
             inner (`float`): This process's part of \\( \langle \lambda_g, g_t \rangle \\), to compare with.
             example_losses (`Tensor`): \\( \ell_i(\phi_t) / Z_t \\) of the forward sweep, shape `(n,)`, to compare with.
-            metagradients (`Tensor`): The examples' derivatives are added to it, shape `(n,)`.
+            token_metagradients (`Tensor`):
+                The derivatives of all examples' tokens, one after the other, and of their candidates are added to it, shape
+                `(tokens, 1 + k)`.
             buffer (`Tensor`):
                 Memory for the product, shape `(size + TAIL,)`, or `(size,)` for a single process. `None`: the product is
                 not wanted.
@@ -95,15 +99,15 @@ class Exact:
         Returns:
             `Tensor`: \\( H_t \lambda_g \\) over all processes, shape `(size,)`, in the memory of `buffer`; `None` without it.
         """
-        parts = torch.zeros_like(metagradients)
+        parts = torch.zeros_like(token_metagradients)
         sums = [inner, 0.0, 0.0]
         with _summing(self.flat, self.processes, buffer, sums), twice_differentiable(self.losses.model):
             if buffer is not None:
                 self._product(batches, vector, parts)
             else:
-                self._example_derivatives(batches, vector, parts)
+                self._token_derivatives(batches, vector, parts)
             for batch in batches:
-                weighted = parts[batch.indices] * batch.weights.to(parts)
+                weighted = batch.example_sums(parts[batch.places(), 0]) * batch.weights
                 sums[1] += weighted.sum().item()
                 sums[2] += weighted.abs().sum().item()
         expected, found, size = sums
@@ -114,18 +118,18 @@ class Exact:
                 "the derivative of its loss, and its metagradients are wrong. `check_metagradients` tells which.",
                 stacklevel=3,
             )
-        metagradients += parts
+        token_metagradients += parts
         return None if buffer is None else buffer[: self.flat.size]
 
-    def _product(self, batches, vector, metagradients) -> None:
+    def _product(self, batches, vector, parts) -> None:
         vectors = self.flat.views(vector)
         for batch in batches:
-            # The weights w are a leaf of the same graph, so the pass also gives the examples' derivatives.
-            weights = batch.weights.clone().requires_grad_()
+            # The weights are a leaf of the same graph, so the pass also gives the derivatives of tokens and candidates.
+            weights = batch.token_weights(candidates=True).requires_grad_()
             detached = DetachedOnce()
             with dora_under(self.losses.model, detached):
                 with cheaper_second_order(self.losses.model, self.losses.bf16):
-                    loss = torch.dot(self.losses(batch), weights)
+                    loss = torch.sum(self.losses(batch, candidates=True) * weights)
                 grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, allow_unused=True)
                 # <g, vector> is differentiated without being computed.
                 reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
@@ -135,22 +139,22 @@ class Exact:
                     del outputs
             del loss, grads, reached, detached  # their graph
             if weights.grad is not None:
-                metagradients[batch.indices] += weights.grad.to(metagradients)
+                parts[batch.places()] += weights.grad
 
-    def _example_derivatives(self, batches, vector, metagradients) -> None:
+    def _token_derivatives(self, batches, vector, parts) -> None:
         if vector.untyped_storage().nbytes() != self.flat.values.untyped_storage().nbytes():
             vector = self.flat.zeros(self.flat.size + TAIL)[: self.flat.size].copy_(vector)
         vectors = self.flat.views(vector)
         for batch in batches:
             try:
-                parts = self._forward_mode(batch, vectors)
+                derivatives = self._forward_mode(batch, vectors)
             except NotImplementedError:  # an operation without a forward-mode derivative
-                weights = batch.weights.clone().requires_grad_()
-                loss = torch.dot(self.losses(batch), weights)
+                weights = batch.token_weights(candidates=True).requires_grad_()
+                loss = torch.sum(self.losses(batch, candidates=True) * weights)
                 grads = torch.autograd.grad(loss, self.flat.params, create_graph=True, materialize_grads=True)
                 inner = torch.stack([torch.sum(g * v) for g, v in zip(grads, vectors, strict=True)]).sum()
-                (parts,) = torch.autograd.grad(inner, weights)
-            metagradients[batch.indices] += parts.to(metagradients)
+                (derivatives,) = torch.autograd.grad(inner, weights)
+            parts[batch.places()] += derivatives
 
     def _forward_mode(self, batch, vectors) -> Tensor:
         # A tangent whose storage is laid out as its primal's is used as it is; any other is copied together with a storage
@@ -162,7 +166,7 @@ class Exact:
                 for name, p in self.losses.named_parameters()
                 if id(p) in tangents
             }
-            return forward_ad.unpack_dual(functional_call(self.losses, duals, (batch,))).tangent
+            return forward_ad.unpack_dual(functional_call(self.losses, duals, (batch, True))).tangent
 
 
 class CentralDifference:
@@ -171,8 +175,8 @@ class CentralDifference:
     attention, compiled models, quantized base layers), with the memory of a training step.
 
     $$ H_t \lambda_g \approx \frac{\nabla L_t(\phi_t + \epsilon \lambda_g) - \nabla L_t(\phi_t - \epsilon \lambda_g)}{2 \epsilon},
-       \quad \langle \nabla \ell_i, \lambda_g \rangle \approx
-       \frac{\ell_i(\phi_t + \epsilon \lambda_g) - \ell_i(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
+       \quad \langle \nabla \ell_{ij}, \lambda_g \rangle \approx
+       \frac{\ell_{ij}(\phi_t + \epsilon \lambda_g) - \ell_{ij}(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
 
     Costs 6 forward passes a step (plain training: 3), 2 at the first step.
 
@@ -214,7 +218,7 @@ class CentralDifference:
         vector: Tensor,
         inner: float,
         example_losses: Tensor,
-        metagradients: Tensor,
+        token_metagradients: Tensor,
         buffer: Tensor | None,
     ) -> Tensor | None:
         """As of [`Exact`]."""
@@ -226,17 +230,19 @@ class CentralDifference:
         self._position = 0.0
         before = self._distance, len(self.errors), self.num_fallbacks
         try:
-            return self._differentiate(batches, vector, norm, inner, example_losses, metagradients, buffer)
+            return self._differentiate(batches, vector, norm, inner, example_losses, token_metagradients, buffer)
         except OutOfMemory:  # as it was, for whoever tries again
             self._distance, count, self.num_fallbacks = before
             del self.errors[count:]
             self._return(vector, last=buffer is None)
             raise
 
-    def _differentiate(self, batches, vector, norm, inner, example_losses, metagradients, buffer) -> Tensor | None:
-        differences = torch.zeros_like(metagradients)
+    def _differentiate(
+        self, batches, vector, norm, inner, example_losses, token_metagradients, buffer
+    ) -> Tensor | None:
+        differences = torch.zeros_like(token_metagradients)
         if self._distance == 0:
-            self._find_distance(batches, vector, norm, example_losses, refine=buffer is not None)
+            self._find_distance(batches, vector, norm, example_losses, differences, refine=buffer is not None)
         for _ in range(2):
             distance = self._distance
             error = self._run(batches, vector, norm, inner, example_losses, differences, buffer)
@@ -247,12 +253,12 @@ class CentralDifference:
             self.num_fallbacks += 1
             self._distance = 0.0  # nothing was learned about it
             self._return(vector, last=buffer is None)
-            return self.exact(batches, vector, inner, example_losses, metagradients, buffer)
+            return self.exact(batches, vector, inner, example_losses, token_metagradients, buffer)
         epsilon = distance / norm
-        metagradients += differences / (2 * epsilon)
+        token_metagradients += differences / (2 * epsilon)
         return None if buffer is None else buffer[: self.flat.size]
 
-    def _find_distance(self, batches, vector, norm, example_losses, refine: bool) -> None:
+    def _find_distance(self, batches, vector, norm, example_losses, differences, refine: bool) -> None:
         """
         The distance at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them; with
         `refine`, by two more, a shorter one if that is better for them, where they are few beside the batch: cheaper than two
@@ -266,16 +272,15 @@ class CentralDifference:
         rows = min(PROBED, max(2, num // PROBED))
         few = []
         for batch in batches:
-            few += [batch.rows(rows)] if rows > 0 else []
+            few += [batch.first(rows)] if rows > 0 else []
             rows -= len(batch.indices)
         for _ in range(4):
             self._move_to(self._distance / norm, vector)
             sums = [0.0, 0.0, float(num)]
             with self.processes.summing(self.flat.zeros(TAIL), sums), torch.no_grad():
                 for batch in few:
-                    change = (self.losses(batch) - example_losses[batch.indices]) / (
-                        batch.scale * batch.num_supervised
-                    )
+                    values = batch.example_sums(self.losses(batch)[:, 0])
+                    change = (values - example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
                     sums[0] += len(batch.indices)
                     sums[1] += change.abs().sum().item()
             count, change, total = sums
@@ -289,7 +294,7 @@ class CentralDifference:
                 break
         if refine and 0 < 4 * count <= total:
             distance = self._distance
-            self._run(few, vector, norm, None, example_losses, torch.zeros_like(example_losses), None)
+            self._run(few, vector, norm, None, example_losses, differences, None)
             self._distance = min(self._distance, distance)  # a few say little about how far one may go with all
 
     def _return(self, vector: Tensor, last: bool) -> None:
@@ -312,25 +317,27 @@ class CentralDifference:
         sums: list[float] = [0.0, 0.0, 0.0, 0.0, 0.0, inner or 0.0, 0.0]
         with _summing(self.flat, self.processes, buffer, sums):
             differences.zero_()
-            seconds = torch.zeros_like(differences)
+            odd, even = torch.zeros_like(example_losses), torch.zeros_like(example_losses)
             for sign in (1, -1):
                 self._move_to(sign * epsilon, vector)
                 for batch in batches:
                     with torch.set_grad_enabled(buffer is not None):
-                        values = self.losses(batch)
+                        values = self.losses(batch, candidates=True)
                     if buffer is not None:
-                        values.backward(batch.weights * (sign / (2 * epsilon)), inputs=self.flat.params)
-                    values = (values.detach() - example_losses[batch.indices]).to(differences)
-                    differences[batch.indices] += sign * values
-                    seconds[batch.indices] += values
+                        weights = batch.token_weights(candidates=True) * (sign / (2 * epsilon))
+                        values.backward(weights, inputs=self.flat.params)
+                    values = values.detach()
+                    differences[batch.places()] += sign * values
+                    change = batch.example_sums(values[:, 0]).to(odd) - example_losses[batch.indices]
+                    odd[batch.indices] += sign * change
+                    even[batch.indices] += change
             for batch in batches:
-                nats = 1 / (batch.scale * batch.num_supervised).to(differences)
-                odd, even = differences[batch.indices], seconds[batch.indices]
-                weighted = odd * batch.weights.to(odd) / (2 * epsilon)
+                nats = 1 / (batch.scale * batch.num_supervised).to(odd)
+                weighted = odd[batch.indices] * batch.weights.to(odd) / (2 * epsilon)
                 sums[0] += len(batch.indices)
                 sums[1] += (example_losses[batch.indices] * nats).sum().item()
-                sums[2] += (odd * nats).abs().sum().item()
-                sums[3] += (even * nats).abs().sum().item()
+                sums[2] += (odd[batch.indices] * nats).abs().sum().item()
+                sums[3] += (even[batch.indices] * nats).abs().sum().item()
                 sums[4] += weighted.sum().item()
                 sums[6] += weighted.abs().sum().item()
         count, loss, first, second, found, expected, size = sums

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
 from .model import vocab_size, without_checkpoints
-from .objective import ExampleLosses, MicroBatch
+from .objective import MicroBatch, TokenLosses
 from .optimizers import Optimizer
 from .second_order import cheaper_second_order, num_in_graph, twice_differentiable
 from .trajectory import tape_tensors
@@ -67,7 +67,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    losses: ExampleLosses,
+    losses: TokenLosses,
     flat: FlatParameters,
     args: TargetTrainingArguments,
     num_steps: int,
@@ -78,7 +78,7 @@ def plan_memory(
     Predicts what a run needs and decides where its tape goes.
 
     Args:
-        losses ([`ExampleLosses`]): Losses of the model; run forwards on one example, and on two.
+        losses ([`TokenLosses`]): Losses of the model; run forwards on one example, and on two.
         flat ([`FlatParameters`]): Its trained parameters.
         args ([`TargetTrainingArguments`]): `tape="auto"` takes the first of device, host and disk that has room.
         num_steps (`int`): Steps K.
@@ -181,7 +181,7 @@ def plan_memory(
     )
 
 
-def _activation_bytes(losses: ExampleLosses, batch: MicroBatch, checkpointing: bool) -> int:
+def _activation_bytes(losses: TokenLosses, batch: MicroBatch, checkpointing: bool) -> int:
     """
     Bytes that a forward pass keeps, other than parameters. What two examples keep more than one, all others do, too; the rest,
     such as weights cast to bfloat16, is kept once.
@@ -195,12 +195,12 @@ def _activation_bytes(losses: ExampleLosses, batch: MicroBatch, checkpointing: b
         return _kept_bytes(losses, batch)
 
 
-def _kept_bytes(losses: ExampleLosses, batch: MicroBatch) -> int:
-    kept = [_bytes_of(losses, batch.rows(n), batch.labels[:, 1:].numel()) for n in (1, 2)]
+def _kept_bytes(losses: TokenLosses, batch: MicroBatch) -> int:
+    kept = [_bytes_of(losses, batch.first(n), batch.labels[:, 1:].numel()) for n in (1, 2)]
     return kept[0] + (len(batch.indices) - 1) * (kept[1] - kept[0])
 
 
-def _bytes_of(losses: ExampleLosses, batch: MicroBatch, num_tokens: int) -> int:
+def _bytes_of(losses: TokenLosses, batch: MicroBatch, num_tokens: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in losses.parameters()}
     kept = {}  # storages, not tensors: these would tie a knot with their graph that nothing ever frees
 
@@ -210,7 +210,7 @@ def _bytes_of(losses: ExampleLosses, batch: MicroBatch, num_tokens: int) -> int:
             kept[storage.data_ptr()] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):  # there is no backward pass
-        values = losses(batch, num_tokens)
+        values = losses(batch, num_tokens=num_tokens)
     del values
     return sum(storage.nbytes() for storage in kept.values())
 

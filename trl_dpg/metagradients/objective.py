@@ -1,4 +1,4 @@
-"""The training loss of one batch: examples in, per-example losses out."""
+"""The training loss of one batch: examples in, losses of tokens out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,11 @@ class Example(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     weight: float
+    candidates: (
+        Tensor  # (tokens, k) other tokens that could stand at each position, -1 for none; k is that of all examples
+    )
+    num_candidates: int  # its own k
+    offset: int  # tokens of all examples before this one
 
     @property
     def num_supervised(self) -> int:
@@ -27,20 +32,42 @@ class Example(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Examples of one forward pass, right-padded. `b` examples, `l` tokens."""
+    """Examples of one forward pass, right-padded: `b` examples, `l` tokens, `t` of them supervised, `k` candidates each."""
 
     indices: list[int]  # positions in the list of all examples
     input_ids: Tensor  # (b, l)
     attention_mask: Tensor  # (b, l)
     labels: Tensor  # (b, l)
+    candidates: Tensor  # (b, l, k) -1 for none
     scale: Tensor  # (b,) what an example's summed cross-entropy is multiplied by, Z_t included
     num_supervised: Tensor  # (b,)
     weights: Tensor  # (b,) w_i
+    offsets: Tensor  # (b,) tokens of all examples before this one
 
-    def rows(self, n: int) -> "MicroBatch":
+    def first(self, n: int) -> "MicroBatch":
         """The first `n` examples."""
         indices, *tensors = self
         return MicroBatch(indices[:n], *(tensor[:n] for tensor in tensors))  # type: ignore[arg-type, misc]
+
+    def supervised(self) -> tuple[Tensor, Tensor]:
+        """Row of each supervised token, and the position before it, whose logits predict it. Shape `(t,)` each."""
+        rows, columns = (self.labels[:, 1:] != -100).nonzero(as_tuple=True)
+        return rows, columns
+
+    def places(self) -> Tensor:
+        """Where each supervised token stands among the tokens of all examples, shape `(t,)`."""
+        rows, columns = self.supervised()
+        return self.offsets[rows] + columns + 1
+
+    def token_weights(self, candidates: bool = False) -> Tensor:
+        """Weights of what [`TokenLosses`] returns, of its shape: those of the examples, and 0 for candidates."""
+        rows, _ = self.supervised()
+        return F.pad(self.weights[rows, None], (0, self.candidates.shape[2] if candidates else 0))
+
+    def example_sums(self, values: Tensor) -> Tensor:
+        """Sums over the tokens of each example: `(t,)` in, `(b,)` out."""
+        rows, _ = self.supervised()
+        return values.new_zeros(len(self.indices)).index_add(0, rows, values)
 
 
 def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, vocab_size: int) -> list[Example]:
@@ -49,7 +76,7 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
 
     Args:
         examples (`Sequence[Mapping]`):
-            Dicts with `input_ids`, optionally `labels` (-100 where not supervised) and `weight`.
+            Dicts with `input_ids`, optionally `labels` (-100 where not supervised), `weight` and `candidates`.
         max_length (`int`):
             Tokens kept of each example.
         vocab_size (`int`):
@@ -60,7 +87,8 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
     """
     if len(examples) == 0:
         raise ValueError("`examples` is empty: there is nothing to fine-tune the target model on. Pass at least one.")
-    prepared = []
+    prepared: list[Example] = []
+    offset = 0
     for i, example in enumerate(examples):
         if not isinstance(example, Mapping):
             raise ValueError(
@@ -93,8 +121,33 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
                 f"`examples[{i}]['labels']` holds {outside[0]}. Give token ids below {vocab_size}, or -100 where not "
                 "supervised."
             )
-        prepared.append(Example(input_ids[:max_length], labels[:max_length], weight))
-    return prepared
+        candidates = _candidates(example.get("candidates"), i, len(input_ids), vocab_size)[:max_length]
+        width = candidates.shape[1]
+        prepared.append(Example(input_ids[:max_length], labels[:max_length], weight, candidates, width, offset))
+        offset += len(candidates)
+    width = max(example.num_candidates for example in prepared)
+    return [e._replace(candidates=F.pad(e.candidates, (0, width - e.num_candidates), value=-1)) for e in prepared]
+
+
+def _candidates(values: Any, i: int, num_tokens: int, vocab_size: int) -> Tensor:
+    if values is None:
+        return torch.empty(num_tokens, 0, dtype=torch.long)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(0)
+    if tensor.ndim != 2 or len(tensor) != num_tokens or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"`examples[{i}]['candidates']` must hold token ids of shape ({num_tokens}, k): k for each of the {num_tokens} "
+            f"`input_ids`, -1 for none. Got {values!r:.80}."
+        )
+    tensor = tensor.long()
+    if tensor.numel() > 0 and not -1 <= tensor.min() <= tensor.max() < vocab_size:
+        raise ValueError(
+            f"`examples[{i}]['candidates']` holds {tensor.min()} to {tensor.max()}. Give token ids below {vocab_size}, or -1 "
+            "for none."
+        )
+    return tensor
 
 
 def _token_ids(values: Any, i: int, key: str) -> list[int]:
@@ -156,29 +209,36 @@ def _collate(examples, indices, scales, device, dtype) -> MicroBatch:
     input_ids = torch.zeros(len(indices), length, dtype=torch.long)
     attention_mask = torch.zeros(len(indices), length, dtype=torch.long)
     labels = torch.full((len(indices), length), -100)
+    candidates = torch.full((len(indices), length, examples[indices[0]].candidates.shape[1]), -1)
     for row, i in enumerate(indices):
         n = len(examples[i].input_ids)
         input_ids[row, :n] = torch.tensor(examples[i].input_ids)
         attention_mask[row, :n] = 1
         labels[row, :n] = torch.tensor(examples[i].labels)
+        candidates[row, :n] = examples[i].candidates
     return MicroBatch(
         indices,
         input_ids.to(device),
         attention_mask.to(device),
         labels.to(device),
+        candidates.to(device),
         torch.tensor([scales[i] for i in indices], dtype=dtype, device=device),
         torch.tensor([examples[i].num_supervised for i in indices], device=device),
         torch.tensor([examples[i].weight for i in indices], dtype=dtype, device=device),
+        torch.tensor([examples[i].offset for i in indices], device=device),
     )
 
 
-class ExampleLosses(nn.Module):
+class TokenLosses(nn.Module):
     r"""
-    Losses \\( \ell_i(\phi) / Z_t \\) of a micro-batch, shape `(b,)`, as a function of it.
+    Losses of a micro-batch's supervised tokens, \\( \ell_{ij}(\phi) / Z_t \\), as a function of it: shape `(t, 1)`.
 
-    Their weighted sum over a batch is \\( L_t(\phi; w) = \sum_i w_i \ell_i(\phi) / Z_t \\). Logits are computed chunk by chunk
-    where the model allows it, see [`~trl_dpg.metagradients.vocabulary.has_plain_head`], and if there are many: `num_tokens`
-    decides as that many tokens would.
+    Weighted by \\( w_i \\) and summed over a batch, they are \\( L_t(\phi; w) \\). With `candidates`, the shape is `(t, 1 + k)`: behind
+    a token's own loss stand those of its candidates, \\( -\log p(v \mid x_{<j}) / Z_t \\), 0 where there is none.
+
+    Logits are computed chunk by chunk where the model allows it (see [`~trl_dpg.metagradients.vocabulary.has_plain_head`]) and
+    there are many. `num_tokens` decides as that many tokens would. Behind a base in half precision a plain head always
+    computes in the precision of what is trained, so that the size of micro-batches does not change the rounding.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -193,26 +253,37 @@ class ExampleLosses(nn.Module):
         self.bf16 = bf16
         self._plain_head: bool | None = None  # not known yet
 
-    def forward(self, batch: MicroBatch, num_tokens: int | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch, candidates: bool = False, num_tokens: int | None = None) -> Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        labels = batch.labels[:, 1:]
-        if self._by_chunks(num_tokens or labels.numel()):
+        targets = batch.labels[:, 1:, None]
+        if candidates and batch.candidates.shape[2] > 0:
+            targets = torch.cat([targets, batch.candidates[:, 1:]], dim=2)
+        rows, columns = batch.supervised()
+        if self._by_chunks(num_tokens or targets[..., 0].numel()):
             decoder, head = decoder_and_head(self.model)
             hidden = decoder(**inputs).last_hidden_state[:, :-1]
-            rows, columns = (labels != -100).nonzero(as_tuple=True)
+            targets = targets[rows, columns]
             # In the precision of what is trained, also behind a frozen part in half precision.
             hidden, weight = hidden[rows, columns].to(batch.scale), head.weight.to(batch.scale)
-            losses = token_losses(hidden, weight, labels[rows, columns])
-            return losses.new_zeros(len(labels)).index_add(0, rows, losses) * batch.scale
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(**inputs).logits[:, :-1]
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        return losses.view_as(labels).sum(dim=1) * batch.scale
+            losses = token_losses(hidden, weight, targets.clamp(min=0))
+        else:
+            with torch.autocast(targets.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(**inputs).logits[:, :-1]
+            if logits.dtype in (torch.float16, torch.bfloat16):
+                logits = logits.float()
+            losses = -F.log_softmax(logits, dim=-1).gather(2, targets.clamp(min=0)).flatten(0, 1)
+            targets = targets.flatten(0, 1)
+            if len(rows) < len(losses):  # padding, or tokens that are not supervised
+                supervised = rows * logits.shape[1] + columns
+                losses, targets = losses.index_select(0, supervised), targets.index_select(0, supervised)
+        losses = losses * batch.scale[rows, None]
+        return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)
 
     def _by_chunks(self, num_tokens: int) -> bool:
-        if self.bf16 or num_tokens * vocab_size(self.model) <= WHOLE:
+        if self.bf16:
+            return False
+        in_half = self.model.get_output_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
+        if not in_half and num_tokens * vocab_size(self.model) <= WHOLE:
             return False
         if self._plain_head is None:
             self._plain_head = has_plain_head(self.model)

@@ -58,20 +58,24 @@ def has_plain_head(model: TargetModel) -> bool:
         return torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
 
 
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     r"""
-    Cross-entropies \\( \ell_j = \log \sum_k e^{z_{jk}} - z_{j y_j} \\), \\( z_j = W h_j \\), shape `(n,)`, twice differentiable.
+    Cross-entropies \\( \ell_{jm} = \log \sum_k e^{z_{jk}} - z_{j y_{jm}} \\), \\( z_j = W h_j \\), shape `(n, m)`, twice
+    differentiable.
 
     Args:
         hidden (`Tensor`): \\( h \\), shape `(n, d)`.
         weight (`Tensor`): \\( W \\), shape `(v, d)`.
-        labels (`Tensor`): \\( y \\), shape `(n,)`.
+        targets (`Tensor`): \\( y \\), shape `(n, m)`: `m` tokens whose loss is wanted at each position.
     """
     if torch.is_grad_enabled():
-        return _TokenLosses.apply(hidden, weight, labels)
-    # forward-mode derivatives go through these operations
+        return _TokenLosses.apply(hidden, weight, targets)
+    return _forward(hidden, weight, targets)  # forward-mode derivatives go through these operations
+
+
+def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(
-        [F.cross_entropy(hidden[c] @ weight.T, labels[c], reduction="none") for c in _chunks(hidden, weight)]
+        [-F.log_softmax(hidden[c] @ weight.T, dim=1).gather(1, targets[c]) for c in _chunks(hidden, weight)]
     )
 
 
@@ -80,29 +84,20 @@ def _chunks(hidden: Tensor, weight: Tensor):
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 
-def _error_(logits: Tensor, labels: Tensor) -> Tensor:
-    """\\( p_j - e_{y_j} \\), in place of the logits."""
-    torch.softmax(logits, dim=1, out=logits)
-    logits[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return logits
-
-
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        ctx.save_for_backward(hidden, weight, labels)
-        return torch.cat(
-            [F.cross_entropy(hidden[c] @ weight.T, labels[c], reduction="none") for c in _chunks(hidden, weight)]
-        )
+    def forward(ctx, hidden, weight, targets):
+        ctx.save_for_backward(hidden, weight, targets)
+        return _forward(hidden, weight, targets)
 
     @staticmethod
     def backward(ctx, cotangent):
-        hidden, weight, labels = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         of_hidden, of_weight = _TokenLossGradients.apply(
             cotangent,
             hidden,
             weight,
-            labels,
+            targets,
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1],
             torch.is_grad_enabled() and weight.is_leaf,
@@ -110,27 +105,36 @@ class _TokenLosses(torch.autograd.Function):
         return of_hidden, of_weight, None
 
 
+def _error_(p: Tensor, targets: Tensor, cotangent: Tensor) -> Tensor:
+    """\\( e_j \\), in place of the probabilities."""
+    return p.mul_(cotangent.sum(dim=1, keepdim=True)).scatter_add_(1, targets, -cotangent)
+
+
 class _TokenLossGradients(torch.autograd.Function):
     r"""
-    With \\( c_j \\) the cotangent of \\( \ell_j \\) and \\( e_j = p_j - \mathrm{onehot}(y_j) \\): the gradients
-    \\( a_j = c_j W^\top e_j \\) of \\( h_j \\) and \\( B = \sum_j c_j e_j h_j^\top \\) of \\( W \\).
+    With \\( c_{jm} \\) the cotangent of \\( \ell_{jm} \\), \\( C_j = \sum_m c_{jm} \\) and
+    \\( e_j = C_j p_j - \sum_m c_{jm} \mathrm{onehot}(y_{jm}) \\): the gradients \\( a_j = W^\top e_j \\) of \\( h_j \\) and
+    \\( B = \sum_j e_j h_j^\top \\) of \\( W \\).
 
     Backward, from their cotangents \\( \alpha_j, \beta \\), with \\( u_j = W \alpha_j + \beta h_j \\) (the change of the logits) and
-    \\( q_j = p_j \odot u_j - p_j \langle p_j, u_j \rangle \\):
-    \\( \bar c_j = \langle e_j, u_j \rangle \\), \\( \bar h_j = c_j (W^\top q_j + \beta^\top e_j) \\),
-    \\( \bar W = \sum_j c_j (q_j h_j^\top + e_j \alpha_j^\top) \\).
+    \\( q_j = C_j p_j \odot (u_j - \langle p_j, u_j \rangle) \\):
+    \\( \bar c_{jm} = \langle p_j, u_j \rangle - u_{j y_{jm}} \\), \\( \bar h_j = W^\top q_j + \beta^\top e_j \\),
+    \\( \bar W = \sum_j (q_j h_j^\top + e_j \alpha_j^\top) \\).
+
+    A constant added to \\( u_j \\) changes none of them. It is chosen such that \\( u_{j y_{j1}} = 0 \\): else a certain token's
+    \\( \bar c \\) would be the difference of two equal numbers.
     """
 
     @staticmethod
-    def forward(ctx, cotangent, hidden, weight, labels, for_hidden, for_weight, second_order):
-        ctx.save_for_backward(cotangent, hidden, weight, labels)
+    def forward(ctx, cotangent, hidden, weight, targets, for_hidden, for_weight, second_order):
+        ctx.save_for_backward(cotangent, hidden, weight, targets)
         ctx.set_materialize_grads(False)
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight = None
         if for_weight:  # in a second-order graph, it is differentiated but not used
             of_weight = zeros(weight, weight.shape) if second_order else torch.zeros_like(weight)
         for c in _chunks(hidden, weight):
-            error = _error_(hidden[c] @ weight.T, labels[c]).mul_(cotangent[c, None])
+            error = _error_(_softmax(hidden[c] @ weight.T), targets[c], cotangent[c])
             if for_hidden:
                 torch.mm(error, weight, out=of_hidden[c])
             if for_weight and not second_order:
@@ -140,25 +144,25 @@ class _TokenLossGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, alpha, beta):
-        cotangent, hidden, weight, labels = ctx.saved_tensors
+        cotangent, hidden, weight, targets = ctx.saved_tensors
         if alpha is None and beta is None:
             return None, None, None, None, None, None, None
         of_cotangent = torch.empty_like(cotangent)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
         for c in _chunks(hidden, weight):
-            h, factor = hidden[c], cotangent[c, None]
+            h = hidden[c]
             change = 0
             if alpha is not None:
                 change = alpha[c] @ weight.T
             if beta is not None:
                 change = torch.addmm(change, h, beta.T) if alpha is not None else h @ beta.T
-            logits = h @ weight.T
-            p = torch.softmax(logits, dim=1)
-            error = _error_(logits, labels[c])
-            of_cotangent[c] = (error * change).sum(dim=1)
-            q = change.sub_((p * change).sum(dim=1, keepdim=True)).mul_(p).mul_(factor)
-            error.mul_(factor)
+            change -= change.gather(1, targets[c, :1])
+            p = _softmax(h @ weight.T)
+            mean = (p * change).sum(dim=1, keepdim=True)
+            of_cotangent[c] = mean - change.gather(1, targets[c])
+            q = change.sub_(mean).mul_(p).mul_(cotangent[c].sum(dim=1, keepdim=True))
+            error = _error_(p, targets[c], cotangent[c])
             if of_hidden is not None:
                 torch.mm(q, weight, out=of_hidden[c])
                 if beta is not None:
@@ -167,5 +171,10 @@ class _TokenLossGradients(torch.autograd.Function):
                 of_weight.addmm_(q.T, h)
                 if alpha is not None:
                     of_weight.addmm_(error.T, alpha[c])
-            del change, logits, p, error, q  # not beside the next ones
+            del change, p, error, q  # not beside the next ones
         return of_cotangent, of_hidden, of_weight, None, None, None, None
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """In place."""
+    return torch.softmax(logits, dim=1, out=logits)

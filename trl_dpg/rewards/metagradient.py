@@ -9,9 +9,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..credit import TokenAdvantages, aligned_candidates, token_advantages, written_by
+from ..data import Messages, completion_parts, target_text
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
-from .target import TargetReward, mean_figures
+from .target import STD_FLOOR, TargetReward, mean_figures
 
 
 class MetagradientReward(TargetReward):
@@ -109,6 +111,78 @@ class MetagradientReward(TargetReward):
             num_datasets=num_datasets,
             nonfinite=nonfinite,
         )
+        # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
+        self.generator_processing_class: PreTrainedTokenizerBase | None = None
+        self.candidate_ids: list[Tensor] | None = (
+            None  # at each token of this process's completions, shape (tokens, k)
+        )
+        self.largest_unit = 0.0
+        self._examples: list[dict[str, Any]] = []
+        self._tokens: list[Tensor] = []
+        self._candidates: list[Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "largest_unit": self.largest_unit}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.largest_unit = state.get("largest_unit", 0.0)
+
+    def examples_to_measure(
+        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        examples = super().examples_to_measure(prompts, completions, completion_ids)
+        if self.generator_processing_class is None:
+            return examples
+        for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True)):
+            example["written_by"] = []
+            if example["input_ids"]:
+                text = target_text(prompts[i], completions[i], self.formatting_func)
+                example["written_by"] = written_by(
+                    completion_parts(completions[i]),
+                    ids,
+                    self.generator_processing_class,
+                    text,
+                    example["input_ids"],
+                    self.processing_class,
+                    example["ended"] and self.processing_class.eos_token_id is not None,
+                )
+            if self.candidate_ids is not None:
+                example["candidates"] = aligned_candidates(
+                    self.candidate_ids[i],
+                    example["written_by"],
+                    ids,
+                    example["input_ids"],
+                    self.eos_token_ids,
+                    self.processing_class.eos_token_id,
+                )
+        return examples
+
+    def token_advantages(self, discount: float) -> TokenAdvantages | None:
+        """
+        Advantages of all tokens of the last generation batch, over all processes; `None` if it was skipped.
+
+        Where [`~MetagradientReward.__call__`] standardizes completions, this standardizes tokens, with the same floor.
+        """
+        if self.skipped:
+            return None
+        finite = [bool(tokens.isfinite().all()) for tokens in self._tokens]
+        candidates = None
+        if self._candidates is not None:
+            candidates = [
+                values.masked_fill(example["candidates"] < 0, torch.nan)
+                for values, example in zip(self._candidates, self._examples, strict=True)
+            ]
+        result = token_advantages(
+            self._tokens,
+            [example["written_by"] for example in self._examples],
+            [example["length"] * ok for example, ok in zip(self._examples, finite, strict=True)],
+            discount,
+            STD_FLOOR * self.largest_unit,
+            candidates,
+        )
+        self.largest_unit = max(self.largest_unit, result.unit)
+        return result
 
     def measure(
         self,
@@ -119,8 +193,17 @@ class MetagradientReward(TargetReward):
     ) -> tuple[Tensor, dict[str, float]]:
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)
+        self._examples = examples
+        self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]
+        self._candidates = None
+        if self.candidate_ids is not None:
+            self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
         for number, out in outs.items():
             raw[datasets[number]] = out.metagradients.double()
+            for row, i in enumerate(datasets[number]):
+                self._tokens[i] = out.token_metagradients[row]
+                if self._candidates is not None and out.candidate_metagradients is not None:
+                    self._candidates[i] = out.candidate_metagradients[row]
         if not raw.isfinite().any():
             raise FloatingPointError(
                 "No metagradient of this generation batch is finite. Lower `target_learning_rate` or raise "

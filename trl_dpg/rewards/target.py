@@ -143,6 +143,12 @@ class TargetReward(TargetTraining, ABC):
         self.nonfinite = nonfinite
         self.largest_std = 0.0
 
+    def examples_to_measure(
+        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        """This process's training examples, with what `measure` wants to know of them."""
+        return self.target_examples(prompts, completions, completion_ids)
+
     @abstractmethod
     def measure(
         self,
@@ -228,7 +234,7 @@ class TargetReward(TargetTraining, ABC):
         start_time = time.perf_counter()
         state = PartialState()
         with failing_together(state):
-            local = self.target_examples(prompts, completions, completion_ids)
+            local = self.examples_to_measure(prompts, completions, completion_ids)
             self.place_target(state.device)
         # Rank r holds the r-th slice of the batch, so this order does not depend on the number of processes.
         counts = gather_object([len(local)])

@@ -1,0 +1,188 @@
+"""
+How many completions a generator needs by each way of giving credit.
+
+    python -m experiments.credit run --patterns 67 --vocabularies 64 2048 --completions 32 512
+    python -m experiments.credit report
+
+Generator and target are random GPT-2s of 2 layers and width 64. A generator is trained until a validation passes 0.99 of the
+pattern, or for `--steps`. A validation is one step of the target on 256 fresh samples of held-out prompts. Each run adds a line to `experiments/results/credit.jsonl`; one that
+is there is not repeated. `report` prints the table.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_prompts, tiny_tokenizer
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from trl_dpg.metrics import LMHeadPattern
+
+
+RESULTS = Path(__file__).parent / "results" / "credit.jsonl"
+BOUNDS = (0.95, 0.99)
+VALIDATED = 256  # samples
+FIELDS = ["pattern", "vocabulary", "completions", "assignment", "discount", "candidates", "seed"]
+
+
+class ValidateUntilGood(TrainerCallback):
+    """Validates every few steps, and ends the run that is good enough."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.curve: list[tuple[int, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            training = self.trainer.target_training
+            recipe = training.args
+            training.args = replace(recipe, batch_size=VALIDATED)  # one step, as in training
+            accuracy = self.trainer.evaluate()["eval_pixel_accuracy"]
+            training.args = recipe
+            self.curve.append((state.global_step, round(accuracy, 4)))
+            control.should_training_stop = accuracy > BOUNDS[-1]
+
+
+def train(
+    pattern: str, vocabulary: int, completions: int, assignment: str, discount: float, candidates: int | None, seed: int,
+    steps: int, every: int,
+) -> dict:  # fmt: skip
+    """One run: its validations, and what it took."""
+    words = vocabulary - len(ONE_SPECIAL_TOKEN)
+    generator, target = (
+        tiny_causal_lm(vocabulary, seed=s, special_tokens=ONE_SPECIAL_TOKEN) for s in (2 * seed, 2 * seed + 1)
+    )
+    prompts = tiny_prompts(4096, 64, num_words=min(words, 60))
+    metric = LMHeadPattern.sixty_seven(scale="auto") if pattern == "67" else LMHeadPattern.qr("TRL-DPG", scale="auto")
+    callback = ValidateUntilGood(every)
+    with tempfile.TemporaryDirectory() as directory:
+        args = DatasetPolicyGradientConfig(
+            directory,
+            seed=seed,
+            credit_assignment=assignment,
+            credit_discount=discount,
+            credit_candidates=candidates,
+            target_learning_rate=1e-3,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
+            adam_beta2=0.95,
+            max_grad_norm=0.3,
+            entropy_coef=0.001,
+            max_steps=steps,
+            per_device_train_batch_size=completions,
+            per_device_eval_batch_size=VALIDATED,
+            num_generations=4,
+            max_completion_length=24,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        tokenizers = [tiny_tokenizer(words, ONE_SPECIAL_TOKEN) for _ in range(2)]
+        trainer = DatasetPolicyGradientTrainer(
+            generator, target, metric, args, prompts["train"], prompts["test"], tokenizers[0], tokenizers[1],
+            callbacks=[callback],
+        )  # fmt: skip
+        callback.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    run = dict(zip(FIELDS, (pattern, vocabulary, completions, assignment, discount, candidates, seed), strict=True))
+    return {**run, "curve": callback.curve, "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+
+
+def reached(run: dict, bound: float) -> int | None:
+    """Completions until a validation first passed a bound."""
+    return next((step * run["completions"] for step, accuracy in run["curve"] if accuracy > bound), None)
+
+
+def done() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    grid = itertools.product(
+        options.patterns, options.vocabularies, options.completions, options.assignments, options.discounts,
+        options.candidates, options.seeds,
+    )  # fmt: skip
+    for values in grid:
+        settings = dict(zip(FIELDS, values, strict=True))
+        if settings["assignment"] == "sequence":
+            settings["discount"] = 1.0
+        if settings["assignment"] != "expected":
+            settings["candidates"] = None
+        if any(all(line[name] == settings[name] for name in FIELDS) for line in done()):
+            continue
+        line = train(*settings.values(), steps=options.steps, every=options.every)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print({name: line[name] for name in FIELDS}, line["curve"][-1], f"{line['seconds']} s", flush=True)
+
+
+def report(options: argparse.Namespace) -> None:
+    lines = [
+        "| pattern | words | completions a step | credit | γ | candidates | seeds | to 0.95 | to 0.99 | best | s a step |"
+    ]
+    lines.append("|---" * 11 + "|")
+    runs = done()
+    keys = sorted(
+        {tuple(str(r[name]) for name in FIELDS[:-1]) for r in runs}, key=lambda k: (k[0], int(k[1]), int(k[2]), k[3:])
+    )
+    for key in keys:
+        same = [r for r in runs if tuple(str(r[name]) for name in FIELDS[:-1]) == key]
+        cells = [f"{median(same, bound)}" for bound in BOUNDS]
+        best = statistics.median(max(accuracy for _, accuracy in r["curve"]) for r in same)
+        pace = statistics.median(r["seconds"] / r["steps"] for r in same)
+        name = [
+            "all" if value == "None" and key[3] == "expected" else "" if value == "None" else value for value in key
+        ]
+        lines.append(f"| {' | '.join(name)} | {len(same)} | {' | '.join(cells)} | {best:.3f} | {pace:.2f} |")
+    print("\n".join(lines))
+
+
+def median(runs: list[dict], bound: float) -> str:
+    """Median over seeds of the completions to a bound; a run that never passed it counts as the longest."""
+    found = sorted(reached(r, bound) or float("inf") for r in runs)
+    middle = statistics.median_low(found)
+    longest = max(r["steps"] * r["completions"] for r in runs)
+    return f"{middle:,}" if middle < float("inf") else f"not in {longest:,}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--patterns", nargs="+", default=["67", "qr"])
+    runner.add_argument("--vocabularies", nargs="+", type=int, default=[64, 256, 2048])
+    runner.add_argument("--completions", nargs="+", type=int, default=[32, 512], help="a step")
+    runner.add_argument("--assignments", nargs="+", default=["sequence", "token", "expected"])
+    runner.add_argument("--discounts", nargs="+", type=float, default=[0.5])
+    every = lambda text: None if text == "all" else int(text)  # noqa: E731
+    runner.add_argument("--candidates", nargs="+", type=every, default=[None], help="numbers, or 'all'")
+    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    runner.add_argument("--steps", type=int, default=120)
+    runner.add_argument("--every", type=int, default=10, help="steps between validations")
+    runner.add_argument("--threads", type=int, default=1)
+    runner.set_defaults(function=run)
+    commands.add_parser("report").set_defaults(function=report)
+    options = parser.parse_args()
+    options.function(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+r"""
+Credit: which of the generator's tokens earned a completion's metagradient.
+
+The target's loss is a sum over the target's tokens, and so is a metagradient. Its terms go back to the generator's tokens
+([`written_by`]) and become advantages of shape `(B, T)` ([`TokenAdvantages`]). Where generator and target share a vocabulary, the
+term of a position is also known for words that were not written, so that it needs no sampling ([`CandidateHead`]).
+"""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+NOT_WRITTEN = -1  # a token of the target that the generator did not write: BOS, a prompt, a template
+ALL_WORDS = 4096  # vocabularies up to this size are candidates as a whole, unless told otherwise
+CANDIDATES = 64  # of larger ones, the most likely
+ROUNDING = 1e-6  # of the largest value: by which values of equal completions may differ, in different rows of a batch
+
+
+def written_by(
+    completion: Sequence[str],
+    completion_ids: list[int],
+    generator_tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    input_ids: list[int],
+    target_tokenizer: PreTrainedTokenizerBase,
+    ended: bool,
+) -> list[int]:
+    """
+    For each of the target's tokens, the generator's token that wrote it.
+
+    The two meet in the characters. A token of the target belongs to the generator's token that completes its last character.
+    So no token of the generator is left out of what depends on it: its reward-to-go holds all that it took part in.
+
+    Args:
+        completion (`Sequence[str]`):
+            What the generator wrote, in parts that occur in this order in `text`.
+        completion_ids (`list[int]`):
+            The same in the generator's tokens, with the token that ended it.
+        generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        text (`str`):
+            What the target is trained on.
+        input_ids (`list[int]`):
+            The same in the target's tokens.
+        target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
+        ended (`bool`):
+            Whether the last of `completion_ids` ended the completion, and the last of `input_ids` says so to the target.
+
+    Returns:
+        `list[int]`: Indices into `completion_ids`, -1 for a token that the generator did not write.
+
+    Raises:
+        [`ValueError`]: If a part of `completion` does not occur in `text`.
+    """
+    body = completion_ids[:-1] if ended else completion_ids
+    end = [len(body)] if ended else []
+    num_before = len(input_ids) - len(body) - len(end)  # a BOS token
+    same_text = len(completion) == 1 and text == completion[0]
+    if same_text and num_before in (0, 1) and input_ids[num_before : num_before + len(body)] == body:
+        return [NOT_WRITTEN] * num_before + [*range(len(body)), *end]
+
+    generated = completion[0] if len(completion) == 1 else _decode(generator_tokenizer, body)
+    ends = _ends(generator_tokenizer, body, generated)
+    owner = [NOT_WRITTEN] * len(text)  # of each character
+    at, at_generated = 0, 0
+    for part in completion:
+        start = text.find(part, at)
+        if start < 0:
+            part = part.strip()
+            start = text.find(part, at)
+        if start < 0:
+            raise ValueError(
+                f"`formatting_func` returned {text!r:.80}, in which the completion {part!r:.80} does not occur as it is, so "
+                "`credit_assignment` cannot tell which of its tokens the generator wrote. Keep the completion's text, or set "
+                '`credit_assignment="sequence"`.'
+            )
+        found = generated.find(part, at_generated)
+        for i in range(len(part)):
+            # What a tool call's parser changed is nowhere: the last token has seen all of it.
+            token = bisect_right(ends, found + i) if found >= 0 else len(body)
+            owner[start + i] = min(token, len(body) - 1)
+        at, at_generated = start + len(part), max(found, at_generated) + len(part) * (found >= 0)
+    tokens = input_ids[:-1] if ended else input_ids
+    return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)  # as TRL does
+
+
+def _offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[tuple[int, int]] | None:
+    """Spans of characters of each token, if that is how the tokenizer takes the text apart. Special tokens are at (0, 0)."""
+    if not tokenizer.is_fast:
+        return None
+    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"] != [token for token in ids if token not in special]:
+        return None
+    spans = iter(encoded["offset_mapping"])
+    return [(0, 0) if token in special else next(spans) for token in ids]
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
+    """How many characters of a text are complete after each token."""
+    offsets = _offsets(tokenizer, ids, text)
+    ends: list[int] = []
+    done = 0
+    for j in range(len(ids)):
+        if offsets is None:  # drawn tokens that the tokenizer would have put otherwise
+            prefix = _decode(tokenizer, ids[: j + 1])
+            while done < min(len(prefix), len(text)) and prefix[done] == text[done]:
+                done += 1
+        else:
+            end = offsets[j][1]
+            following = offsets[j + 1] if j + 1 < len(ids) else (end, end)
+            # The bytes of one character may be several tokens: only the last completes it.
+            done = max(done, min(end, following[0]) if following[1] > 0 else end)
+        ends.append(done)
+    return ends
+
+
+def _last_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
+    """Index of the last character that each token has a part in, -1 for special tokens."""
+    offsets = _offsets(tokenizer, ids, text)
+    special = set(tokenizer.all_special_ids)
+    if offsets is not None:
+        return [-1 if t in special else max(end - 1, 0) for t, (_, end) in zip(ids, offsets, strict=True)]
+    last, before = [], 0
+    for token, end in zip(ids, _ends(tokenizer, ids, text), strict=True):
+        last.append(-1 if token in special else min(max(end - 1, before), len(text) - 1))
+        before = end
+    return last
+
+
+def aligned_candidates(
+    candidates: Tensor,
+    owners: list[int],
+    completion_ids: list[int],
+    input_ids: list[int],
+    eos_token_ids: list[int],
+    eos: int,
+) -> Tensor:
+    """
+    The generator's candidates where the target's tokens stand, shape `(len(input_ids), k)`, -1 for none.
+
+    A position has candidates if the two tokenizers agree on it: one token of each, the same one.
+
+    Args:
+        candidates (`Tensor`):
+            Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`.
+        owners (`list[int]`):
+            What [`written_by`] returned.
+        completion_ids, input_ids (`list[int]`):
+            As there.
+        eos_token_ids (`list[int]`):
+            Tokens that end a completion; any of them is the target's `eos`.
+        eos (`int`):
+            The target's EOS token.
+    """
+    ending = torch.isin(candidates, torch.tensor(eos_token_ids))
+    candidates = candidates.masked_fill(ending, eos)
+    tokens = Counter(owners)
+    result = torch.full((len(input_ids), candidates.shape[1]), -1)
+    for position, owner in enumerate(owners):
+        if owner == NOT_WRITTEN or tokens[owner] > 1:
+            continue
+        written = eos if completion_ids[owner] in eos_token_ids else completion_ids[owner]
+        if written == input_ids[position]:
+            result[position] = candidates[owner]
+    return result
+
+
+@dataclass
+class TokenAdvantages:
+    r"""
+    Advantages of the tokens of a generation batch, in one unit.
+
+    With \\( r_{ij} \\) the credit of token j of completion i and \\( \gamma \\) the discount, its reward-to-go is
+    \\( R_{ij} = \sum_{s \ge j} \gamma^{s-j} r_{is} \\). The baseline is its mean over the completions that reach position j. The
+    unit is the root mean square over all tokens of the batch, but no less than 5 % of the largest so far.
+
+    Attributes:
+        sampled (`Tensor`):
+            What the policy gradient weighs each token's log-probability with, shape `(n, t)`. Where a position has
+            candidates, only what follows it: \\( \gamma (R_{i,j+1} - \bar R_{j+1}) \\).
+        candidates (`Tensor`, *optional*):
+            Credit of each position's candidates, shape `(n, t, k)`; NaN where there is none.
+        unit (`float`):
+            What both were divided by.
+        not_written (`float`):
+            Share of the credits' absolute sum that belongs to text that the generator did not write.
+    """
+
+    sampled: Tensor
+    candidates: Tensor | None
+    unit: float
+    not_written: float
+
+
+def token_advantages(
+    credits: list[Tensor],
+    owners: list[list[int]],
+    lengths: list[int],
+    discount: float,
+    least_unit: float = 0.0,
+    candidates: list[Tensor] | None = None,
+) -> TokenAdvantages:
+    r"""
+    Advantages from metagradients of the target's tokens.
+
+    Args:
+        credits (`list[Tensor]`):
+            Metagradients of each completion's tokens, in the target's tokens, shape `(tokens,)`.
+        owners (`list[list[int]]`):
+            What [`written_by`] returned for each completion.
+        lengths (`list[int]`):
+            Tokens of each completion, in the generator's tokens; 0 for one that is to have no part in this.
+        discount (`float`):
+            \\( \gamma \\).
+        least_unit (`float`, *optional*, defaults to `0.0`):
+            The unit is at least this.
+        candidates (`list[Tensor]`, *optional*):
+            Metagradients of each completion's candidates, shape `(tokens, k)`; NaN where there is none.
+    """
+    num, length = len(credits), max(lengths)
+    own = torch.zeros(num, length, dtype=torch.float64)
+    of_candidates = None
+    if candidates is not None:
+        of_candidates = torch.full((num, length, candidates[0].shape[1]), torch.nan)
+    lost = total = 0.0
+    for i, (values, positions) in enumerate(zip(credits, owners, strict=True)):
+        owner = torch.tensor(positions, dtype=torch.long)
+        if lengths[i] == 0:
+            continue
+        written = owner != NOT_WRITTEN
+        own[i].index_add_(0, owner[written], values[written].double())
+        lost += values[~written].double().abs().sum().item()
+        total += values.double().abs().sum().item()
+        if of_candidates is not None:
+            of_candidates[i, owner[written]] = candidates[i][written]  # type: ignore[index]
+
+    exists = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+    to_go = torch.zeros(num, length + 1, dtype=torch.float64)
+    for j in reversed(range(length)):
+        to_go[:, j] = own[:, j] + discount * to_go[:, j + 1]
+    count = exists.sum(dim=0).clamp(min=1)
+    mean = (to_go[:, :-1] * exists).sum(dim=0) / count
+    advantages = (to_go[:, :-1] - mean) * exists
+    spread = (advantages.square().sum() / exists.sum().clamp(min=1)).sqrt().item()
+    largest = (to_go[:, :-1] * exists).abs().max().item()
+    if spread <= ROUNDING * largest:  # equal completions
+        advantages.zero_()
+        spread = largest
+    unit = max(spread, least_unit)
+    if of_candidates is not None:
+        following = discount * torch.cat([advantages[:, 1:], torch.zeros(num, 1)], dim=1)
+        advantages = torch.where(of_candidates.isnan().all(dim=2), advantages, following)
+        of_candidates = of_candidates / (unit or 1.0)
+    return TokenAdvantages(
+        (advantages / (unit or 1.0)).float(), of_candidates, unit, lost / total if total > 0 else 0.0
+    )
+
+
+def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
+    r"""
+    \\( \sum_v \pi(v) (r(v) - b) \\) of each position, shape `(b, t)`, with the policy's own mean of the candidates as \\( b \\): of
+    words that are no candidates nothing is known, and nothing is done to them as a whole.
+
+    Args:
+        log_probs (`Tensor`): Of the candidates, shape `(b, t, k)`.
+        credits (`Tensor`): \\( r(v) \\), of the same shape; NaN for none.
+    """
+    known = ~credits.isnan()
+    credits = torch.where(known, credits, 0.0)
+    probs = torch.where(known, log_probs, -torch.inf).exp()
+    fixed = probs.detach()
+    mean = (fixed * credits).sum(dim=2, keepdim=True) / fixed.sum(dim=2, keepdim=True).clamp(min=1e-30)
+    return (probs * (credits - mean)).sum(dim=2)
+
+
+class CandidateHead:
+    r"""
+    Log-probabilities of candidates, from the very forward pass in which TRL computes those of the completions.
+
+    TRL's forward pass returns log-probabilities instead of logits. This wraps it once more, and takes the hidden states from
+    its backbone. With \\( z \\) the logits, \\( \log \pi(v) = \log \pi(x) + z_v - z_x \\) needs no logits but the candidates'.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The generator, without adapters around it, after TRL gave it a fused LM head.
+        temperature (`float`):
+            What logits are divided by.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float):
+        self.temperature = temperature
+        self.result: Tensor | None = None
+        self._compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None
+        self._hidden: Tensor | None = None
+        config = model.config.get_text_config().to_dict()
+        scaled = {
+            name: config[name]
+            for name in (
+                "final_logit_softcapping",
+                "logit_scale",
+                "output_multiplier",
+                "lm_head_multiplier",
+                "logits_scaling",
+            )
+            if config.get(name) not in (None, 1.0)
+        }
+        if scaled:
+            raise ValueError(
+                f"`credit_assignment='expected'` does not know logits that the model changes (`config` has {scaled}). Set "
+                '`credit_assignment="token"`.'
+            )
+        model.base_model.register_forward_hook(self._keep_hidden)
+        forward = model.forward
+
+        def with_candidates(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            if self._compute is not None:
+                head: Any = model.get_output_embeddings()
+                weight, bias = head.weight, head.bias
+                if isinstance(weight, DTensor):  # in shards, as TRL's own
+                    weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+                self.result = self._compute(self._hidden, kwargs["labels"], weight, bias, output.log_probs)  # type: ignore[arg-type]
+            return output
+
+        model.forward = with_candidates
+
+    @contextmanager
+    def most_likely(self, num_tokens: int, num_candidates: int) -> Iterator["CandidateHead"]:
+        """While it is open, a forward pass leaves the most likely words at its last tokens in `result`: `(b, num_tokens, k)`."""
+
+        def compute(hidden, labels, weight, bias, log_probs):
+            rows = hidden[:, -num_tokens - 1 : -1]
+            return torch.stack([F.linear(row, weight, bias).topk(num_candidates, dim=1).indices for row in rows])
+
+        with self._computing(compute):
+            yield self
+
+    @contextmanager
+    def log_probs(self, num_tokens: int, num_candidates: int, ids: Tensor | None) -> Iterator["CandidateHead"]:
+        """
+        While it is open, a forward pass leaves log-probabilities at its last tokens in `result`, shape `(b, num_tokens, k)`: of
+        candidates `ids`, of that shape, or else of the first `num_candidates` words.
+        """
+
+        def compute(hidden, labels, weight, bias, log_probs):
+            hidden = hidden[:, -num_tokens - 1 : -1]
+            if ids is None:
+                logits = F.linear(hidden, weight, bias).float() / self.temperature
+                return logits.log_softmax(dim=2)[..., :num_candidates]
+            every = torch.cat([ids, labels[:, -num_tokens:, None]], dim=2).clamp(min=0)
+            logits = torch.einsum("btd,btkd->btk", hidden.float(), weight[every].float())
+            logits = (logits if bias is None else logits + bias[every]) / self.temperature
+            return log_probs[:, -num_tokens:, None] + logits[..., :-1] - logits[..., -1:]
+
+        with self._computing(compute):
+            yield self
+
+    @contextmanager
+    def _computing(self, compute) -> Iterator[None]:
+        self._compute = compute
+        try:
+            yield
+        finally:
+            self._compute = self._hidden = self.result = None
+
+    def _keep_hidden(self, module, args, output) -> None:
+        if self._compute is not None:
+            self._hidden = output.last_hidden_state
