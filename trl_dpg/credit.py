@@ -237,7 +237,7 @@ def token_advantages(
     own = torch.zeros(num, length, dtype=torch.float64)
     of_candidates = None
     if candidates is not None:
-        of_candidates = torch.full((num, length, candidates[0].shape[1]), torch.nan)
+        of_candidates = torch.full((num, length, candidates[0].shape[1]), torch.nan, dtype=candidates[0].dtype)
     lost = total = 0.0
     for i, (values, positions) in enumerate(zip(credits, owners, strict=True)):
         owner = torch.tensor(positions, dtype=torch.long)
@@ -267,9 +267,7 @@ def token_advantages(
         following = discount * torch.cat([advantages[:, 1:], torch.zeros(num, 1)], dim=1)
         advantages = torch.where(of_candidates.isnan().all(dim=2), advantages, following)
         of_candidates = of_candidates / (unit or 1.0)
-    return TokenAdvantages(
-        (advantages / (unit or 1.0)).float(), of_candidates, unit, lost / total if total > 0 else 0.0
-    )
+    return TokenAdvantages(advantages / (unit or 1.0), of_candidates, unit, lost / total if total > 0 else 0.0)
 
 
 def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
@@ -306,6 +304,7 @@ class CandidateHead:
     def __init__(self, model: PreTrainedModel, temperature: float):
         self.temperature = temperature
         self.result: Tensor | None = None
+        self.of_tokens: Tensor | None = None  # log-probabilities of the sequences' own tokens, as TRL gets them
         self._compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None
         self._hidden: Tensor | None = None
         config = model.config.get_text_config().to_dict()
@@ -335,6 +334,7 @@ class CandidateHead:
                 weight, bias = head.weight, head.bias
                 if isinstance(weight, DTensor):  # in shards, as TRL's own
                     weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+                self.of_tokens = output.log_probs
                 self.result = self._compute(self._hidden, kwargs["labels"], weight, bias, output.log_probs)  # type: ignore[arg-type]
             return output
 
@@ -377,7 +377,7 @@ class CandidateHead:
         try:
             yield
         finally:
-            self._compute = self._hidden = self.result = None
+            self._compute = self._hidden = self.result = self.of_tokens = None
 
     def _keep_hidden(self, module, args, output) -> None:
         if self._compute is not None:

@@ -371,17 +371,12 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         metrics["metagradient/credit_unit"].append(result.unit)
         metrics["metagradient/credit_not_written"].append(result.not_written)
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._per_token_logps = output[0].detach()
-        return output
-
     def _compute_loss(self, model, inputs):
         r"""
         TRL's loss, and with `credit_assignment="expected"` the term \\( -\sum_v \pi(v) r(v) \\) of each token.
 
-        What TRL multiplies a token's advantage with, of whatever loss type, is the derivative of its loss in that advantage.
-        The new term of the token gets the same weight.
+        Per unit of advantage, TRL's loss pulls at a token's log-probability with the derivative in both, whatever its loss type,
+        its clipping and its masks. The token's new term gets this weight.
         """
         if "candidate_credits" not in inputs:
             return super()._compute_loss(model, inputs)
@@ -390,10 +385,10 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         with self._candidate_head.log_probs(*credits.shape[1:], inputs.get("candidate_ids")) as head:  # type: ignore[union-attr]
             loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
             expected = expected_credit(head.result, credits)
-        (weights,) = torch.autograd.grad(loss, advantages, retain_graph=True)
-        if self.loss_type in ("cispo", "vespo"):  # these multiply the advantage with the log-probability itself
-            weights = torch.where(self._per_token_logps == 0, 0.0, weights / self._per_token_logps)
-        return loss + (weights * expected).sum()
+            of_tokens = head.of_tokens
+        (of_advantages,) = torch.autograd.grad(loss, advantages, create_graph=True)
+        (weights,) = torch.autograd.grad(of_advantages.sum(), of_tokens, retain_graph=True)
+        return loss + (weights[:, -credits.shape[1] :] * expected).sum()
 
     def evaluation_loop(
         self,

@@ -1,0 +1,239 @@
+"""Credit for every word: the three estimators, on a generator whose completions can all be listed, and in the trainer."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+
+from trl_dpg.credit import expected_credit, token_advantages
+
+
+WORDS, LENGTH = 3, 3
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A table of logits for every prefix, and credits of tokens that are held fixed."""
+    generator = torch.Generator().manual_seed(0)
+    prefixes = [p for n in range(LENGTH) for p in itertools.product(range(WORDS), repeat=n)]
+    logits = torch.randn(len(prefixes), WORDS, generator=generator, dtype=torch.float64, requires_grad=True)
+    credits = torch.randn(len(prefixes), WORDS, generator=generator, dtype=torch.float64)
+    rows = torch.tensor(
+        [[prefixes.index(c[:j]) for j in range(LENGTH)] for c in itertools.product(range(WORDS), repeat=LENGTH)]
+    )
+    words = torch.tensor(list(itertools.product(range(WORDS), repeat=LENGTH)))
+    return logits, credits, rows, words
+
+
+def gradients(policy, assignment, discount):
+    """The estimator of every completion, shape `(27, parameters)`, and every completion's probability."""
+    logits, credits, rows, words = policy
+    log_probs = logits.log_softmax(dim=1)[rows]  # (27, length, words)
+    chosen = log_probs.gather(2, words[..., None])[..., 0]
+    own = credits[rows].gather(2, words[..., None])[..., 0]
+    if assignment == "sequence":
+        objective = chosen.sum(dim=1) * own.sum(dim=1)
+    else:
+        candidates = list(credits[rows]) if assignment == "expected" else None
+        every = [list(range(LENGTH))] * len(words)
+        result = token_advantages(list(own), every, [LENGTH] * len(words), discount, candidates=candidates)
+        objective = (chosen * result.sampled).sum(dim=1)
+        if candidates is not None:
+            objective = objective + expected_credit(log_probs, result.candidates).sum(dim=1)
+        objective = objective * result.unit
+    estimates = torch.stack([torch.autograd.grad(o, logits, retain_graph=True)[0].flatten() for o in objective])
+    return estimates, chosen.sum(dim=1).exp()
+
+
+def test_expectation_over_all_completions(policy, capsys):
+    """All three are unbiased without a discount. Their variances are in the order that theory says."""
+    logits, credits, rows, words = policy
+    probabilities = logits.log_softmax(dim=1)[rows].gather(2, words[..., None]).sum(dim=(1, 2)).exp()
+    value = (probabilities * credits[rows].gather(2, words[..., None]).sum(dim=(1, 2))).sum()
+    exact = torch.autograd.grad(value, logits)[0].flatten()
+    variances = {}
+    for assignment in ("sequence", "token", "expected"):
+        estimates, p = gradients(policy, assignment, 1.0)
+        mean = (p[:, None] * estimates).sum(dim=0)
+        assert (mean - exact).abs().max() < 1e-10
+        variances[assignment] = (p * (estimates - mean).square().sum(dim=1)).sum().item()
+    with capsys.disabled():
+        print("\nvariance of one completion's gradient:", {name: round(v, 3) for name, v in variances.items()})
+    assert variances["expected"] < variances["token"] < variances["sequence"]
+
+
+def test_a_discount_is_biased(policy):
+    """What a discount leaves out is left out."""
+    estimates, p = gradients(policy, "token", 0.0)
+    exact, _ = gradients(policy, "token", 1.0)
+    assert ((p[:, None] * estimates).sum(dim=0) - (p[:, None] * exact).sum(dim=0)).abs().max() > 1e-3
+
+
+def test_reward_to_go():
+    """Two completions of two and three tokens: sums from the end, less the mean of those that get there."""
+    credits = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0, 7.0])]
+    result = token_advantages(credits, [[0, 1], [0, 1, 2]], [2, 3], 0.5)
+    to_go = torch.tensor([[2.0, 2.0], [7.25, 8.5]])
+    expected = torch.cat([to_go - to_go.mean(dim=0), torch.tensor([[0.0], [0.0]])], dim=1)
+    unit = (expected.square().sum() / 5).sqrt().item()
+    assert result.unit == pytest.approx(unit)
+    assert torch.allclose(result.sampled, (expected / unit).double(), atol=1e-7)
+
+
+def test_credit_of_text_that_was_not_written():
+    """A prompt's part is left out, and its share is said."""
+    credits = [torch.tensor([3.0, 1.0]), torch.tensor([3.0, -1.0])]
+    result = token_advantages(credits, [[-1, 0], [-1, 0]], [1, 1], 1.0)
+    assert result.sampled.flatten().tolist() == [1.0, -1.0]
+    assert result.not_written == pytest.approx(6 / 8)
+
+
+def test_equal_completions_have_no_advantage():
+    """Whatever rounding says."""
+    credits = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-7])]
+    result = token_advantages(credits, [[0, 1]] * 2, [2, 2], 1.0)
+    assert (result.sampled == 0).all()
+
+
+def test_floor():
+    credits = [torch.tensor([1.0]), torch.tensor([-1.0])]
+    assert token_advantages(credits, [[0]] * 2, [1, 1], 1.0, least_unit=4.0).sampled.flatten().tolist() == [
+        0.25,
+        -0.25,
+    ]
+
+
+@pytest.fixture
+def batch(make_trainer):
+    """Makes a trainer and the first micro-batch that it would train on."""
+
+    def make(**kwargs):
+        trainer = make_trainer(**kwargs)
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer, inputs
+
+    return make
+
+
+def plain_log_probs(trainer, inputs):
+    """Log-probabilities of all words at the tokens of completions, without any shortcut."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    logits = trainer.model(input_ids=ids, attention_mask=mask).logits / trainer.temperature
+    return logits[:, -inputs["completion_ids"].shape[1] - 1 : -1].log_softmax(dim=2)
+
+
+def gradient(trainer, loss):
+    trainer.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("candidates", [None, 5], ids=["all", "five"])
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["c_attn"])], ids=["full", "lora"])
+def test_gradient_of_the_expected_term(batch, candidates, peft_config):
+    """The trainer's loss beside the same written out with the logits of an ordinary forward pass."""
+    trainer, inputs = batch(
+        credit_assignment="expected", credit_candidates=candidates, temperature=0.7, peft_config=peft_config
+    )
+    if peft_config is not None:  # off the point where B = 0
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_()
+    log_probs = plain_log_probs(trainer, inputs)
+    ids, credits = inputs.get("candidate_ids"), inputs["candidate_credits"]
+    assert (ids is None) == (candidates is None) and credits.shape[2] == (candidates or 64)
+    of_candidates = log_probs[..., : credits.shape[2]] if ids is None else log_probs.gather(2, ids.clamp(min=0))
+    chosen = log_probs.gather(2, inputs["completion_ids"][..., None])[..., 0]
+    mask = inputs["completion_mask"]
+    terms = chosen * inputs["advantages"] + expected_credit(of_candidates, credits)
+    expected = gradient(trainer, -(terms * mask).sum() / mask.sum())
+    actual = gradient(trainer, trainer._compute_loss(trainer.model, inputs))
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["c_attn"])], ids=["full", "lora-beta"])
+def test_the_expected_term_weighs_as_much_as_sampled_ones(batch, loss_type, peft_config, monkeypatch):
+    """With the token itself as the only candidate, of credit A / π, its gradient is TRL's own for advantage A."""
+    beta = 0.0 if peft_config is None else 0.1  # the reference is the model without its adapter
+    trainer, inputs = batch(
+        credit_assignment="expected", loss_type=loss_type, top_entropy_quantile=0.5, beta=beta, peft_config=peft_config
+    )
+    generator = torch.Generator().manual_seed(0)
+    advantages = torch.randn(inputs["completion_ids"].shape, generator=generator)
+    nothing = {**inputs, "advantages": torch.zeros_like(advantages)}
+    del nothing["candidate_credits"]
+    sampled = gradient(trainer, trainer._compute_loss(trainer.model, {**nothing, "advantages": advantages}))
+    probs = plain_log_probs(trainer, inputs).detach().gather(2, inputs["completion_ids"][..., None]).exp()
+    only = {"candidate_ids": inputs["completion_ids"][..., None], "candidate_credits": advantages[..., None] / probs}
+    monkeypatch.setattr("trl_dpg.trainer.expected_credit", lambda logps, credits: (logps.exp() * credits).sum(dim=2))
+    actual = gradient(trainer, trainer._compute_loss(trainer.model, {**nothing, **only}))
+    assert (actual - sampled).norm() < 1e-4 * sampled.norm()
+
+
+@pytest.mark.parametrize("assignment", ["token", "expected"])
+def test_advantages_of_tokens(batch, assignment):
+    trainer, inputs = batch(credit_assignment=assignment, credit_discount=1.0)
+    advantages, mask = inputs["advantages"], inputs["completion_mask"]
+    assert advantages.shape == inputs["completion_ids"].shape
+    assert (advantages[mask == 0] == 0).all() and (advantages.std(dim=1) > 0).any()
+    assert ("candidate_credits" in inputs) == (assignment == "expected")
+    assert trainer._metrics["train"]["metagradient/credit_not_written"] == [0.0]
+
+
+def test_the_paper_is_unchanged(batch):
+    """One number a completion, as of TRL."""
+    trainer, inputs = batch(credit_assignment="sequence")
+    assert inputs["advantages"].shape == (8,) and "candidate_credits" not in inputs
+
+
+def length(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("scale_rewards", ["none", "group"])
+def test_other_rewards_are_added(batch, scale_rewards):
+    """As TRL would without ours, to each token of a completion; and the weight of ours counts."""
+    trainer, inputs = batch(
+        credit_assignment="token", reward_funcs=length, reward_weights=[3.0, 0.5], scale_rewards=scale_rewards, seed=1
+    )
+    rewards = trainer._rewards_per_func[:, 1] * 0.5
+    groups = rewards.view(2, 4)
+    others = groups - groups.mean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        others = others / (groups.std(dim=1, keepdim=True) + 1e-4)
+    ours = 3.0 * trainer.target_training.token_advantages(0.5).sampled.float()
+    padded = F.pad(ours, (0, inputs["advantages"].shape[1] - ours.shape[1])) + others.view(8, 1)
+    found = sorted(inputs["advantages"].tolist())
+    assert torch.allclose(torch.tensor(found), torch.tensor(sorted(padded.tolist())), atol=1e-5)
+    assert trainer.reward_weights.tolist() == [3.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"credit_assignment": "word"}, "credit_assignment"),
+        ({"credit_assignment": "token", "reward": "naive"}, "credit_assignment"),
+        ({"credit_discount": 1.5}, "credit_discount"),
+        ({"credit_candidates": 0}, "credit_candidates"),
+    ],
+)
+def test_refused_by_name(make_config, fields, name):
+    with pytest.raises(ValueError, match=f"`{name}"):
+        make_config(**fields)
+
+
+def test_expected_needs_one_vocabulary(make_trainer, bos_tokenizer):
+    with pytest.raises(ValueError, match="credit_assignment='expected'.*one vocabulary"):
+        make_trainer(credit_assignment="expected", target_processing_class=bos_tokenizer)
+
+
+def test_the_default_is_by_vocabulary(make_trainer, bos_tokenizer):
+    assert make_trainer().credit_assignment == "expected"
+    assert make_trainer(target_processing_class=bos_tokenizer).credit_assignment == "token"
+    assert make_trainer(reward="naive").credit_assignment == "sequence"
