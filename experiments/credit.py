@@ -5,7 +5,7 @@ How many completions a generator needs by each way of giving credit.
     python -m experiments.credit report
 
 Generator and target are random GPT-2s of 2 layers and width 64. A generator is trained until a validation passes 0.99 of the
-pattern, or for `--steps`. A validation is one step of the target on 256 fresh samples of held-out prompts. Each run adds a line to `experiments/results/credit.jsonl`; one that
+pattern, for `--steps`, or until its texts have collapsed to nothing. A validation is one step of the target on 256 fresh samples of held-out prompts. Each run adds a line to `experiments/results/credit.jsonl`; one that
 is there is not repeated. `report` prints the table.
 """
 
@@ -97,10 +97,17 @@ def train(
         callback.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        trainer.train()
+        collapsed = False
+        try:
+            trainer.train()
+        except ValueError as error:
+            if "empty or one token long" not in str(error):
+                raise
+            collapsed = True
         seconds = time.perf_counter() - start
     run = dict(zip(FIELDS, (pattern, vocabulary, completions, assignment, discount, candidates, seed), strict=True))
-    return {**run, "curve": callback.curve, "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+    what = {"curve": callback.curve, "steps": trainer.state.global_step, "collapsed": collapsed}
+    return {**run, **what, "seconds": round(seconds, 1)}
 
 
 def reached(run: dict, bound: float) -> int | None:
@@ -131,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print({name: line[name] for name in FIELDS}, line["curve"][-1], f"{line['seconds']} s", flush=True)
+        print({name: line[name] for name in FIELDS}, line["curve"][-1:], f"{line['seconds']} s", flush=True)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -146,7 +153,7 @@ def report(options: argparse.Namespace) -> None:
     for key in keys:
         same = [r for r in runs if tuple(str(r[name]) for name in FIELDS[:-1]) == key]
         cells = [f"{median(same, bound)}" for bound in BOUNDS]
-        best = statistics.median(max(accuracy for _, accuracy in r["curve"]) for r in same)
+        best = statistics.median(max((accuracy for _, accuracy in r["curve"]), default=0.5) for r in same)
         pace = statistics.median(r["seconds"] / r["steps"] for r in same)
         name = [
             "all" if value == "None" and key[3] == "expected" else "" if value == "None" else value for value in key
