@@ -1,0 +1,142 @@
+"""Which of the generator's tokens wrote a token of the target: through the characters that they share."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from examples.resources import tiny_tokenizer
+from trl_dpg.credit import NOT_WRITTEN, aligned_candidates, token_advantages, written_by
+
+
+TEXTS = ["the cat saw the sea and the sky", "le café déjà vu, à la mer", "日本の空と海", "naïve – “quoted” 🙂 end"]
+
+
+def byte_level(vocab_size):
+    """A byte-level BPE tokenizer with `<eos>`, trained on a few texts: characters beyond ASCII are several tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXTS * 5, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=["<eos>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+SMALL, LARGE = byte_level(262), byte_level(400)
+
+
+def owners(ids, generator=SMALL, target=LARGE, ended=False, formatting=None):
+    text = generator.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+    whole = formatting(text) if formatting else text
+    input_ids = target(whole)["input_ids"] + [target.eos_token_id] * ended
+    return written_by([text], ids, generator, whole, input_ids, target, ended), text, whole, input_ids
+
+
+def complete(ids, text, generator=SMALL):
+    """How many characters are there after each token, by decoding every prefix."""
+    counts = []
+    for j in range(len(ids)):
+        prefix = generator.decode(ids[: j + 1], skip_special_tokens=True)
+        counts.append(
+            next(
+                (k for k, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), min(len(prefix), len(text))
+            )
+        )
+    return counts
+
+
+def test_the_same_tokens_are_themselves():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("the cat the sea")["input_ids"]
+    eos = tokenizer.eos_token_id
+    assert written_by(["the cat the sea"], ids, tokenizer, "the cat the sea", ids, tokenizer, False) == [0, 1, 2, 3]
+    text = "the cat the sea"
+    assert written_by([text], [*ids, eos], tokenizer, text, [*ids, eos], tokenizer, True) == [0, 1, 2, 3, 4]
+
+
+def test_bos_was_not_written(bos_tokenizer):
+    generator = tiny_tokenizer()
+    ids = generator("the cat")["input_ids"] + [generator.eos_token_id]
+    input_ids = bos_tokenizer("the cat")["input_ids"] + [bos_tokenizer.eos_token_id]
+    assert written_by(["the cat"], ids, generator, "the cat", input_ids, bos_tokenizer, True) == [NOT_WRITTEN, 0, 1, 2]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(("generator", "target"), [(SMALL, LARGE), (LARGE, SMALL)], ids=["merged", "split"])
+def test_last_character(text, generator, target):
+    """A token belongs to the first token of the generator after which its last character is there."""
+    ids = generator(text)["input_ids"]
+    found, text, whole, input_ids = owners(ids, generator, target, ended=False)
+    there = complete(ids, text, generator)
+    spans = target(whole, return_offsets_mapping=True)["offset_mapping"]
+    assert found == [next(j for j, n in enumerate(there) if n >= end) for _, end in spans]
+    assert found[-1] == len(ids) - 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(ids=st.lists(st.integers(1, len(SMALL) - 1), min_size=1, max_size=12), ended=st.booleans())
+def test_drawn_tokens(ids, ended):
+    """Bytes in any order, which need not be text at all: nothing is lost, and nothing comes before it was written."""
+    found, text, whole, input_ids = owners([*ids, SMALL.eos_token_id] if ended else ids, ended=ended)
+    if not text.strip():
+        return
+    assert len(found) == len(input_ids) and all(0 <= owner < len(ids) + ended for owner in found)
+    assert found == sorted(found)
+    if ended:
+        assert found[-1] == len(ids)
+    credits = torch.randn(len(input_ids), generator=torch.Generator().manual_seed(len(ids)))
+    result = token_advantages([credits, torch.zeros(1)], [found, [0]], [len(ids) + ended] * 2, 1.0)
+    total = result.sampled[0, 0] - result.sampled[1, 0]  # the baseline falls out
+    assert total.item() * result.unit == pytest.approx(credits.double().sum().item(), abs=1e-5)
+
+
+def test_special_tokens_in_between_write_nothing():
+    ids = SMALL("the sea")["input_ids"]
+    with_special = [*ids[:3], SMALL.eos_token_id, *ids[3:]]
+    found, *_ = owners(with_special, target=SMALL)
+    assert found == [0, 1, 2, *range(4, len(with_special))]
+
+
+def test_a_prompt_was_not_written():
+    """What stands before and behind the completion is nobody's."""
+    ids = SMALL("the sea")["input_ids"]
+    found, _, whole, input_ids = owners(ids, formatting=lambda text: f"Q: sky? A: {text} END")
+    pieces = [LARGE.decode([token]) for token in input_ids]
+    end = 0
+    for owner, piece in zip(found, pieces, strict=True):
+        end += len(piece)
+        inside = whole.index("the sea") < end <= whole.index("the sea") + len("the sea")
+        assert (owner != NOT_WRITTEN) == inside
+
+
+def test_text_that_is_not_there_is_refused():
+    ids = SMALL("the sea")["input_ids"]
+    with pytest.raises(ValueError, match="`formatting_func`.*credit_assignment"):
+        owners(ids, formatting=str.upper)
+
+
+def test_messages():
+    """Two parts with a tool's answer between them: what it said was not written."""
+    ids = SMALL("the cat")["input_ids"] + SMALL("42")["input_ids"] + SMALL("the sea")["input_ids"]
+    text = "the cat the sea"
+    input_ids = LARGE(text)["input_ids"]
+    found = written_by(["the cat", "the sea"], ids, SMALL, text, input_ids, LARGE, False)
+    tool = range(len(SMALL("the cat")["input_ids"]), len(SMALL("the cat42")["input_ids"]))
+    assert not set(found) & set(tool) and found[-1] == len(ids) - 1
+
+
+def test_candidates_stand_where_tokenizers_agree():
+    eos = SMALL.eos_token_id
+    ids = [*SMALL("the sea")["input_ids"], eos]
+    candidates = torch.arange(2 * len(ids)).view(len(ids), 2)
+    every = list(range(len(ids)))
+    same = aligned_candidates(candidates, every, ids, ids, [eos], eos)
+    assert torch.equal(same, candidates)
+    merged = [every[0], *every[2:]]  # the target has one token where the generator wrote two
+    input_ids = [ids[0], 399, *ids[3:]]
+    found = aligned_candidates(candidates, [0, 2, *every[3:]], ids, input_ids, [eos], eos)
+    assert found[1].tolist() == [-1, -1] and torch.equal(found[2:], candidates[3:]) and len(merged) == len(input_ids)
