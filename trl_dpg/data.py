@@ -44,7 +44,7 @@ def to_target_example(
     ended: bool,
     processing_class: PreTrainedTokenizerBase,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
-) -> dict[str, list[int]]:
+) -> dict[str, Any]:
     """
     What the target is trained on for one completion: its text in the target's own tokens.
 
@@ -64,16 +64,16 @@ def to_target_example(
             Maps `{"prompt": ..., "completion": ...}` to the text to train on, as in [`~trl.SFTTrainer`].
 
     Returns:
-        `dict[str, list[int]]`: `input_ids`, empty for an empty completion.
+        `dict`: The text and its `input_ids`, both empty for an empty completion.
     """
     text = target_text(prompt, completion, formatting_func)
     if not text:
-        return {"input_ids": []}
+        return {"input_ids": [], "text": ""}
     eos = processing_class.eos_token_id
     input_ids = list(processing_class(text)["input_ids"])
     while input_ids and input_ids[-1] == eos:  # some tokenizers add it to every text
         input_ids.pop()
-    return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids}
+    return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids, "text": text}
 
 
 def indices_to_train_on(examples: list[dict[str, Any]]) -> list[int]:

@@ -418,7 +418,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             with failing_together(self.accelerator):
                 local = training.target_examples(prompts, completions, completion_ids)
             for example, completion in zip(local, completions, strict=True):
-                example["text"] = completion_text(completion)
+                example["completion"] = completion_text(completion)
             examples.extend(gather_object(local))
         # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
         # but TRL's sampler gives every row `num_generations_eval` times.
@@ -435,7 +435,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                     raise
                 logger.warning(f"The validation at step {self.state.global_step} counts as the worst: {error}")
                 results = {"metric": -math.inf}
-            texts = [example["text"] for example in examples]
+            texts = [example["completion"] for example in examples]
             if self.text_evaluation is not None:
                 results.update(self.text_evaluation(texts))
         results["empty"] = len(examples) - len(trained)

@@ -91,7 +91,7 @@ def test_text_to_tokens(text, ended, split, conversation):
         completion = [{"role": "assistant", "content": part} for part in (text[:split], None, text[split:])]
     assert completion_text(completion) == text
     example = to_target_example("prompt", completion, ended, TOKENIZER)
-    assert example == {"input_ids": tokens_of(text, ended)}
+    assert example == {"input_ids": tokens_of(text, ended), "text": text if text.strip() else ""}
     assert all(0 <= token < VOCAB for token in example["input_ids"])
     trained = [len(example["input_ids"]) > 1]
     if any(trained):

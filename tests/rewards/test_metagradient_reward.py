@@ -128,7 +128,10 @@ class TestValues:
         raw = torch.tensor([1.0, -1.0, 3.0, -3.0])
         stds = [1.0, 0.1, 1e-3]
         fields = {"metric_before": 0.0, "metric_after": 1.0, "adam_epsilon_root": 1e-6, "losses": [1.0]}
-        outputs = iter(MetagradientOutput(metagradients=raw * s, **fields) for s in stds)
+        outputs = iter(
+            MetagradientOutput(metagradients=raw * s, token_metagradients=list((raw * s).view(4, 1)), **fields)
+            for s in stds
+        )
         monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", lambda *a, **k: next(outputs))
         reward = make_reward()
         spreads = [np.std(call(reward, ["cat dog"] * 4, ended=True)) for _ in stds]

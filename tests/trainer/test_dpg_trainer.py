@@ -251,7 +251,9 @@ class TestFurtherRewards:
         def length(completion_ids, **kwargs):
             return [float(len(set(ids))) for ids in completion_ids]
 
-        trainer = make_trainer(reward_funcs=length, reward_weights=[1.0, 0.5], max_steps=1, scale_rewards="none")
+        trainer = make_trainer(
+            reward_funcs=length, reward_weights=[1.0, 0.5], max_steps=1, credit_assignment="sequence"
+        )
         trainer.train()
         assert trainer.reward_func_names == ["metagradient", "length"]
         logs = {name: torch.tensor(list(values)) for name, values in trainer._logs["rewards"].items()}

@@ -96,7 +96,8 @@ class TestEveryReward:
 
     @pytest.mark.parametrize("reward", REWARDS)
     def test_further_rewards(self, make_trainer, reward):
-        trainer = make_trainer(reward=reward, reward_funcs=words, reward_weights=[1.0, 0.01], **ARGUMENTS)
+        fields = {"reward_funcs": words, "reward_weights": [1.0, 0.01], "credit_assignment": "sequence"}
+        trainer = make_trainer(reward=reward, **fields, **ARGUMENTS)
         trainer.train()
         assert trainer.reward_func_names == [reward, "words"]
         logs = {name: torch.tensor(list(values)) for name, values in trainer._logs["rewards"].items()}

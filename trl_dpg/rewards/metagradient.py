@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..credit import TokenAdvantages, aligned_candidates, token_advantages, written_by
-from ..data import Messages, completion_parts, target_text
+from ..data import Messages, completion_parts
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
 from .target import STD_FLOOR, TargetReward, mean_figures
@@ -137,12 +137,11 @@ class MetagradientReward(TargetReward):
         for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True)):
             example["written_by"] = []
             if example["input_ids"]:
-                text = target_text(prompts[i], completions[i], self.formatting_func)
                 example["written_by"] = written_by(
                     completion_parts(completions[i]),
                     ids,
                     self.generator_processing_class,
-                    text,
+                    example["text"],
                     example["input_ids"],
                     self.processing_class,
                     example["ended"] and self.processing_class.eos_token_id is not None,

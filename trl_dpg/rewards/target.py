@@ -89,7 +89,7 @@ class TargetTraining:
     def target_examples(
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
-        """Training examples of these completions: `input_ids`, and whether it `ended` and its `length` when generated."""
+        """Training examples of these completions: `text`, `input_ids`, and whether it `ended` and its `length` when generated."""
         examples = []
         for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
             ended = len(ids) > 0 and ids[-1] in self.eos_token_ids
