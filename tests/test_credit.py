@@ -132,11 +132,15 @@ def test_messages():
 def test_candidates_stand_where_tokenizers_agree():
     eos = SMALL.eos_token_id
     ids = [*SMALL("the sea")["input_ids"], eos]
-    candidates = torch.arange(2 * len(ids)).view(len(ids), 2)
-    every = list(range(len(ids)))
-    same = aligned_candidates(candidates, every, ids, ids, [eos], eos)
-    assert torch.equal(same, candidates)
-    merged = [every[0], *every[2:]]  # the target has one token where the generator wrote two
-    input_ids = [ids[0], 399, *ids[3:]]
-    found = aligned_candidates(candidates, [0, 2, *every[3:]], ids, input_ids, [eos], eos)
-    assert found[1].tolist() == [-1, -1] and torch.equal(found[2:], candidates[3:]) and len(merged) == len(input_ids)
+    candidates = torch.arange(2 * len(ids)).view(len(ids), 2) + 100
+    same = aligned_candidates(candidates, list(range(len(ids))), ids, ids, [eos], eos)
+    assert same[0].tolist() == [-1, -1] and torch.equal(same[1:], candidates[1:])  # nothing predicts the first
+    # The target has one token where the generator wrote its second and third.
+    found = aligned_candidates(candidates, [0, 2, *range(3, len(ids))], ids, [ids[0], 399, *ids[3:]], [eos], eos)
+    assert found[1].tolist() == [-1, -1] and torch.equal(found[2:], candidates[3:])
+
+
+def test_every_end_is_the_targets_end():
+    ids, candidates = [5, 6, 9], torch.tensor([[1, 2], [8, 3], [9, 4]])
+    found = aligned_candidates(candidates, [0, 1, 2], ids, [5, 6, 7], eos_token_ids=[8, 9], eos=7)
+    assert found.tolist() == [[-1, -1], [7, 3], [7, 4]]

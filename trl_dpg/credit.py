@@ -173,7 +173,7 @@ def aligned_candidates(
     tokens = Counter(owners)
     result = torch.full((len(input_ids), candidates.shape[1]), -1)
     for position, owner in enumerate(owners):
-        if owner == NOT_WRITTEN or tokens[owner] > 1:
+        if position == 0 or owner == NOT_WRITTEN or tokens[owner] > 1:  # nothing predicts the first
             continue
         written = eos if completion_ids[owner] in eos_token_ids else completion_ids[owner]
         if written == input_ids[position]:
@@ -268,6 +268,56 @@ def token_advantages(
         advantages = torch.where(of_candidates.isnan().all(dim=2), advantages, following)
         of_candidates = of_candidates / (unit or 1.0)
     return TokenAdvantages(advantages / (unit or 1.0), of_candidates, unit, lost / total if total > 0 else 0.0)
+
+
+@dataclass
+class WordCredit:
+    """
+    What one of the generator's tokens earned, to be shown.
+
+    Attributes:
+        text (`str`): Its text.
+        credit (`float`): Metagradient of what it wrote.
+        best (`str`, *optional*): The candidate with the highest metagradient at its place, if there are candidates.
+        best_credit (`float`, *optional*): Metagradient of that one.
+    """
+
+    text: str
+    credit: float
+    best: str | None = None
+    best_credit: float | None = None
+
+
+def word_credits(
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], credits: Tensor, candidates: Tensor | None
+) -> list[WordCredit]:
+    """
+    Credit of each of the generator's tokens.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        example (`dict`):
+            `completion_ids`, `written_by` and, with `candidates`, the `candidates` of a completion.
+        credits (`Tensor`):
+            Metagradients of the target's tokens, shape `(tokens,)`.
+        candidates (`Tensor`, *optional*):
+            Metagradients of the candidates, shape `(tokens, k)`.
+    """
+    ids = example["completion_ids"]
+    text = tokenizer.decode(ids)
+    ends = _ends(tokenizer, ids, text)
+    words = [WordCredit(text[start:end], 0.0) for start, end in zip([0, *ends], ends, strict=False)]
+    for position, owner in enumerate(example["written_by"]):
+        if owner == NOT_WRITTEN:
+            continue
+        words[owner].credit += credits[position].item()
+        if candidates is not None and (example["candidates"][position] >= 0).any():
+            known = candidates[position].masked_fill(example["candidates"][position] < 0, -torch.inf)
+            best = int(known.argmax())
+            words[owner].best = tokenizer.decode([int(example["candidates"][position, best])])
+            words[owner].best_credit = known[best].item()
+    return words
 
 
 def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:

@@ -237,3 +237,18 @@ def test_the_default_is_by_vocabulary(make_trainer, bos_tokenizer):
     assert make_trainer().credit_assignment == "expected"
     assert make_trainer(target_processing_class=bos_tokenizer).credit_assignment == "token"
     assert make_trainer(reward="naive").credit_assignment == "sequence"
+
+
+def test_credit_by_word(batch):
+    """Words in order, credits that sum to the metagradient, and the best word at each place."""
+    trainer, _ = batch(credit_assignment="expected")
+    reward = trainer.target_training
+    raws = trainer._logs["extra"]["metagradient_raw"]
+    for index, (completion, raw) in enumerate(zip(trainer._logs["completion"], raws, strict=True)):
+        words = reward.credit_by_word(index)
+        assert "".join(word.text for word in words if word.text != "<eos>").strip() == completion
+        assert sum(word.credit for word in words) == pytest.approx(raw, abs=1e-9)
+        assert words[0].best is None  # nothing stands before it
+        for word in words[1:]:
+            assert word.best is None or word.best_credit >= word.credit - 1e-9
+    assert any(word.best is not None for word in words)

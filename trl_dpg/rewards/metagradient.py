@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..credit import TokenAdvantages, aligned_candidates, token_advantages, written_by
+from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages, completion_parts
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
@@ -135,7 +135,7 @@ class MetagradientReward(TargetReward):
         if self.generator_processing_class is None:
             return examples
         for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True)):
-            example["written_by"] = []
+            example["completion_ids"], example["written_by"] = ids, []
             if example["input_ids"]:
                 example["written_by"] = written_by(
                     completion_parts(completions[i]),
@@ -182,6 +182,23 @@ class MetagradientReward(TargetReward):
         )
         self.largest_unit = max(self.largest_unit, result.unit)
         return result
+
+    def credit_by_word(self, index: int) -> list[WordCredit]:
+        """
+        Credit of each token of a completion, in raw metagradients of the last generation batch.
+
+        Args:
+            index (`int`):
+                Completion, among those of all processes.
+
+        Returns:
+            `list[WordCredit]`: One for each of the generator's tokens; empty where there is no credit of tokens.
+        """
+        if self.generator_processing_class is None or self.skipped or index >= len(self._examples):
+            return []
+        example = self._examples[index]
+        candidates = None if self._candidates is None else self._candidates[index]
+        return word_credits(self.generator_processing_class, example, self._tokens[index], candidates)
 
     def measure(
         self,
