@@ -304,10 +304,13 @@ def word_credits(
         candidates (`Tensor`, *optional*):
             Metagradients of the candidates, shape `(tokens, k)`.
     """
-    ids = example["completion_ids"]
-    text = tokenizer.decode(ids)
+    ids, special = example["completion_ids"], set(tokenizer.all_special_ids)
+    text = _decode(tokenizer, ids)
     ends = _ends(tokenizer, ids, text)
-    words = [WordCredit(text[start:end], 0.0) for start, end in zip([0, *ends], ends, strict=False)]
+    words = [
+        WordCredit(tokenizer.decode([token]) if token in special else text[start:end], 0.0)
+        for token, start, end in zip(ids, [0, *ends[:-1]], ends, strict=True)
+    ]
     for position, owner in enumerate(example["written_by"]):
         if owner == NOT_WRITTEN:
             continue
