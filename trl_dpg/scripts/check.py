@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, check_column, load_rows, run_script
+from .common import MetricArguments, Parser, check_column, load_rows, run_script
 
 
 @dataclass
@@ -93,7 +92,7 @@ class RecipeArguments(TargetTrainingArguments):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 if the check passed, 1 if not, 2 on bad input."""
     dataclasses: Any = (CheckArguments, RecipeArguments)
-    args, recipe = TrlParser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
+    args, recipe = Parser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
     metric = args.load_metric()
     rows = load_rows(args.dataset, args.dataset_split, "dataset")
     check_column(rows, args.text_column, args.dataset, "dataset", "Name one with `--text_column`.")

@@ -14,18 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoConfig
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from transformers import AutoConfig, TrainerCallback
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from ..checkpoints import is_whole
 from ..config import DatasetPolicyGradientConfig
 from ..metrics import evaluate_texts
 from ..trainer import DatasetPolicyGradientTrainer
-from .common import MetricArguments, load_splits, run_script, take_split
+from .common import MetricArguments, Parser, checkpoint_to_resume, load_splits, run_script, take_split
 
 
 @dataclass
@@ -79,12 +81,14 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
         [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
     """
     dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(dataclasses, prog="trl-dpg train")
+    parser = Parser(dataclasses, prog="trl-dpg train")
     *parsed, in_config, in_argv = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_args = resolve_accelerate_config_argument([*in_config, *in_argv])
-    _, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
+    launcher = launch_command_parser()
+    launcher.error = parser.error  # type: ignore[method-assign]
+    _, unknown = launcher.parse_known_args([*launch_args, "script"])
     if unknown:
         raise ValueError(
             f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
@@ -105,6 +109,12 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
                 raise ValueError(f"`{name}` {value!r} is no model that can be loaded: {error}") from error
     for name in script_args.reward_funcs or []:
         load_reward(name)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint)
+    if training_args.resume_from_checkpoint is True and last_whole_checkpoint(training_args.output_dir) is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {training_args.output_dir!r}. Start "
+            "without it, or correct the folder."
+        )
     return parsed, launch_args, in_argv
 
 
@@ -123,6 +133,29 @@ def load_reward(name: str) -> Callable:
         )
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`reward_funcs` {name!r} cannot be imported: {error}.") from error
+
+
+class Beginning(TrainerCallback):
+    """Whether training has begun: from then on, nothing is wrong with the arguments alone."""
+
+    is_over = False
+
+    def on_train_begin(self, *args, **kwargs):
+        self.is_over = True
+
+
+def last_whole_checkpoint(output_dir: str) -> Path | None:
+    """The last checkpoint of a run that is whole, if there is one."""
+    whole = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit() and is_whole(path)]
+    return max(whole, key=lambda path: int(path.name[11:]), default=None)
+
+
+def how_to_go_on(output_dir: str) -> str:
+    """What to say below the traceback of a run that failed."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"There is no whole checkpoint in {output_dir!r}."
+    return f"The last whole checkpoint is {str(checkpoint)!r}: go on from it with `--resume_from_checkpoint True`."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,16 +209,24 @@ def main(argv: list[str] | None = None) -> int:
         reference_texts=script_args.reference_texts,
         text_evaluation=text_evaluation,
     )
-    checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)
-    if eval_dataset is not None:
-        trainer.evaluate()
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card()
-    trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
+    beginning = Beginning()
+    trainer.add_callback(beginning)
+    try:
+        trainer.train(training_args.resume_from_checkpoint)
+        if eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card()
+        trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=dataset_name)
+            trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
+    except Exception as error:
+        if beginning.is_over:
+            error.add_note(
+                f"The run failed at step {trainer.state.global_step}. {how_to_go_on(training_args.output_dir)}"
+            )
+        raise
     trainer.accelerator.end_training()
     return 0
 
