@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, Parser, check_column, load_rows, run_script
+from .common import MetricArguments, Parser, check_column, check_texts, load_rows, make_folder_for, run_script
 
 
 @dataclass
@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     metric = args.load_metric()
     rows = load_rows(args.dataset, args.dataset_split, "dataset")
     check_column(rows, args.text_column, args.dataset, "dataset", "Name one with `--text_column`.")
+    rows = rows.select(range(min(args.num_examples, len(rows))))
+    check_texts(rows, args.text_column, args.dataset, "dataset")
+    make_folder_for(args.plot, "plot")
     state = PartialState()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         raise ValueError(f"`model` {args.model!r} cannot be loaded, or has no tokenizer: {error}") from error
     model.to(state.device)
-    texts = list(rows[args.text_column][: args.num_examples])
+    texts = list(rows[args.text_column])
     examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     try:
         result = check_metagradients(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 from trl import TrlParser
 
@@ -48,8 +48,10 @@ class Parser(TrlParser):
             raise ValueError("`--config` has no value. Give it the path of a YAML file.")
         try:
             return super().parse_args_and_config(flags, *rest, **kwargs)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` {flags[positions[0] + 1]!r} is no YAML: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.doc!r} was given as JSON, but is none: {error}. Correct the value.") from error
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """As of [`~trl.TrlParser`], but converts and checks each value as if it were on the command line."""
@@ -88,7 +90,7 @@ class MetricArguments:
             Its rows that are used, from the first.
     """
 
-    METRICS: ClassVar = ("qr", "67", "lm_head_norm", "likelihood")
+    METRICS: ClassVar[tuple[str, ...]] = ("qr", "67", "lm_head_norm", "likelihood")
 
     metric: str = field(
         default="qr",
@@ -118,6 +120,8 @@ class MetricArguments:
                     f"`{name}` {getattr(self, name)!r} is for `metric` {metric!r}, but `metric` is {self.metric!r}. Leave out one "
                     "of the two."
                 )
+        if not self.qr_text:
+            raise ValueError("`qr_text` is empty, and a QR code of nothing cannot be read. Give it a text.")
         if self.num_metric_examples < 1:
             raise ValueError(f"`num_metric_examples` must be at least 1, got {self.num_metric_examples}.")
 
@@ -137,9 +141,16 @@ class MetricArguments:
             sys.path.insert(0, os.getcwd())  # a module beside the data
         try:
             metric = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"`metric` {self.metric!r} cannot be imported: {error}.") from error
-        return metric() if inspect.isclass(metric) else metric
+            metric = metric() if inspect.isclass(metric) else metric
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"`metric` {self.metric!r} cannot be imported, or made without arguments: {error}."
+            ) from error
+        if not callable(metric):
+            raise ValueError(
+                f"`metric` {self.metric!r} is {metric!r}, which cannot be called. Name a function of the model."
+            )
+        return metric
 
 
 def load_splits(name: str, argument: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
@@ -170,8 +181,9 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
                 raise FileNotFoundError(f"there is no file {name!r}")
             return load_dataset(builder, data_files=name, streaming=streaming)
         return load_dataset(name, config, streaming=streaming)
-    except (OSError, ValueError, DatasetNotFoundError, HfHubHTTPError) as error:
-        raise ValueError(f"`{argument}` {name!r} cannot be loaded: {error}") from error
+    except (OSError, ValueError, StopIteration, DatasetsError, HfHubHTTPError) as error:
+        reason = error.__cause__ or str(error) or "it is empty"  # the cause is the row or the format that is wrong
+        raise ValueError(f"`{argument}` {name!r} cannot be loaded: {reason}") from error
 
 
 def load_rows(name: str, split: str, argument: str) -> Dataset:
@@ -196,12 +208,33 @@ def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: s
         raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds, or an error that names it."""
+def check_texts(rows: Dataset, column: str, name: str, argument: str) -> None:
+    """Refuses a column that is not all text."""
+    for index, text in enumerate(rows[column]):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`{argument}` {name!r} has {text!r} as the {column!r} of row {index}. Make it a text, or leave the row out."
+            )
+
+
+def make_folder_for(path: str | None, argument: str) -> None:
+    """Makes the folder of a file that is written in the end, or says in time why there can be none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`{argument}` {path!r} cannot be written: {error}. Name another place.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, or an error that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no JSON ({error}). Write or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object. Write or download it again.")
+    return value
 
 
 def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:

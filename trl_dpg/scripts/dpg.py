@@ -88,7 +88,9 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
     launch_args = resolve_accelerate_config_argument([*in_config, *in_argv])
     launcher = launch_command_parser()
     launcher.error = parser.error  # type: ignore[method-assign]
-    _, unknown = launcher.parse_known_args([*launch_args, "script"])
+    known, unknown = launcher.parse_known_args([*launch_args, "script"])
+    if known.training_script != "script":  # a word without a flag
+        unknown.append(known.training_script)
     if unknown:
         raise ValueError(
             f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
@@ -125,6 +127,8 @@ def load_reward(name: str) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         reward = getattr(import_module(module or "trl.rewards"), attribute)
+        if not callable(reward):
+            raise ValueError(f"`reward_funcs` {name!r} is {reward!r}, which cannot be called. Name a function.")
         # as `trl grpo` does, which names it as if it were a reward
         return (
             reward(max_completion_len=1280, soft_punish_cache=256)
@@ -177,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset = splits[script_args.dataset_test_split]
     elif training_args.eval_strategy != "no":
         raise ValueError(
-            f"`eval_strategy` is {str(training_args.eval_strategy)!r}, but `dataset_name` {dataset_name!r} has no split "
+            f"`eval_strategy` is {training_args.eval_strategy.value!r}, but `dataset_name` {dataset_name!r} has no split "
             f"{script_args.dataset_test_split!r}. Name held-out prompts with `--eval_dataset_name`."
         )
     if script_args.num_eval_prompts is not None and eval_dataset is not None:

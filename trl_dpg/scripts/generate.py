@@ -6,6 +6,7 @@ Writes a data set with a trained generator.
 
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -28,7 +30,14 @@ from .common import Parser, check_column, load_rows, read_json, run_script, runn
 
 
 # Which files of a generator's directory its texts depend on
-FILES_OF_A_MODEL = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*config.json", "*.jinja", "*.model")
+FILES_OF_A_MODEL: tuple[str, ...] = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "*config.json",
+    "*.jinja",
+    "*.model",
+)
 FILES_OF_A_MODEL += ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 # Which settings are hashes, and of what
@@ -100,8 +109,23 @@ class GenerateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}: texts are sampled.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"`top_k` must be at least 0 (no limit), got {self.top_k}.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(
+                f"`dtype` must be 'auto' or a precision of torch, such as 'bfloat16', got {self.dtype!r}."
+            )
+        if self.push is not None:
+            try:
+                validate_repo_id(self.push)
+            except HFValidationError as error:
+                raise ValueError(f"`push` {self.push!r} is no name of a repository: {error}") from error
+        elif self.private:
+            raise ValueError("`private` is for `push`, which is missing. Name a repository, or leave out `private`.")
         if not self.output.endswith(".jsonl"):
             raise ValueError(f"`output` must end with '.jsonl', got {self.output!r}.")
         if self.use_vllm and not find_spec("vllm"):
@@ -156,7 +180,9 @@ def fingerprint(model: str) -> str:
         config = adapter or cached_file(model, CONFIG_NAME)
     except (OSError, ValueError) as error:
         raise ValueError(f"`model` {model!r} cannot be loaded: {error}") from error
-    folder = Path(config).parent  # type: ignore[arg-type]
+    if config is None:
+        raise ValueError(f"`model` {model!r} has no {CONFIG_NAME!r}, so it is no model. Correct the folder.")
+    folder = Path(config).parent
     text = folder.name  # the commit, in the Hub's cache
     if os.path.isdir(model):
         digest = hashlib.sha256()
@@ -191,26 +217,35 @@ class TransformersSampler:
         except (OSError, ValueError) as error:
             raise ValueError(f"`model` {args.model!r} cannot be loaded: {error}") from error
         check_template(self.tokenizer, args, is_chat)
-        positions = getattr(
+        self.positions = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )  # some models have no limit
-        if positions is not None and settings["max_new_tokens"] >= positions:
+        if self.positions is not None and settings["max_new_tokens"] >= self.positions:
             raise ValueError(
-                f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {positions} positions of `model` "
+                f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {self.positions} positions of `model` "
                 f"{args.model!r}. Give the length of its training."
             )
-        self.model = model.to(self.device).eval()
+        try:
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+            raise ValueError(f"`device` {self.device!r} cannot be used: {error}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         set_seed(seed)
-        texts = prompts
+        texts: Any = prompts
         if self.is_chat:  # whose template has the special tokens
             texts = self.tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
         ids = [i or [start_token(self.tokenizer)] for i in ids]  # something to go on from
+        length = max(map(len, ids))
+        if self.positions is not None and length + self.settings["max_new_tokens"] > self.positions:
+            raise ValueError(
+                f"A prompt of {length} tokens and `max_new_tokens` {self.settings['max_new_tokens']} do not fit into the "
+                f"{self.positions} positions of `model`. Shorten the prompt, or lower `max_new_tokens`."
+            )
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         tokens = self.model.generate(
             input_ids=inputs["input_ids"].to(self.device),
@@ -337,7 +372,7 @@ def write(args: GenerateArguments) -> dict[str, Any]:
     rows = load_rows(args.prompts, args.prompts_split, "prompts")
     check_column(rows, "prompt", args.prompts, "prompts")
     number = args.num_examples or len(rows)
-    call = {"model": args.model, "weights": fingerprint(args.model), "prompts": args.prompts}
+    call: dict[str, Any] = {"model": args.model, "weights": fingerprint(args.model), "prompts": args.prompts}
     call |= {"prompts_split": args.prompts_split, "prompt_rows": check_prompts(rows, args.prompts), "seed": args.seed}
     call |= {"batch_size": args.batch_size, "dtype": args.dtype, "use_vllm": args.use_vllm, **settings}
     path = Path(args.output)
@@ -356,7 +391,7 @@ def write(args: GenerateArguments) -> dict[str, Any]:
         ):
             for start in range(done, number, args.batch_size):
                 prompts = [rows[i % len(rows)]["prompt"] for i in range(start, min(start + args.batch_size, number))]
-                texts = sample(prompts, args.seed * 1_000_003 + start)
+                texts = sample(prompts, (args.seed * 1_000_003 + start) % 2**32)
                 for prompt, text in zip(prompts, texts, strict=True):
                     file.write(json.dumps({"text": text, "source_prompt": prompt}, ensure_ascii=False) + "\n")
                 file.flush()

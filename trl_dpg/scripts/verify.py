@@ -26,7 +26,7 @@ from ..metrics import LMHeadPattern, decode_pattern
 from ..metrics.pattern import SIXTY_SEVEN
 from ..plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
-from .common import MetricArguments, Parser, check_column, load_rows, run_script, running
+from .common import MetricArguments, Parser, check_column, check_texts, load_rows, run_script, running
 from .generate import GenerateArguments, describe, read_facts, write
 
 
@@ -58,7 +58,7 @@ class VerifyArguments(MetricArguments):
             Whether to print JSON.
     """
 
-    METRICS: ClassVar = (*MetricArguments.METRICS, "pattern")  # the picture of a generator
+    METRICS: ClassVar[tuple[str, ...]] = (*MetricArguments.METRICS, "pattern")  # the picture of a generator
 
     target: str = field(
         default="", metadata={"help": "The target before fine-tuning: a directory or an id on the Hub."}
@@ -86,6 +86,8 @@ class VerifyArguments(MetricArguments):
             raise ValueError("Pass one of `dataset` (the data) and `generator` (what writes it), not both or none.")
         if self.generator is not None and self.prompts is None:
             raise ValueError("`generator` needs something to answer. Pass `--prompts`, a file or a data set's id.")
+        if self.generator is None and self.prompts is not None:
+            raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
 
@@ -141,6 +143,13 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     parser.set_defaults_with_config(**values)
     args, config = parser.parse_args_and_config(argv)
     args.facts = facts
+    if not config.learning_rate > 0:
+        raise ValueError(f"`learning_rate` must be above 0, got {config.learning_rate}.")
+    if config.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint` {config.resume_from_checkpoint!r} is not for `verify`, which always starts from `target`. "
+            "Leave it out."
+        )
     if args.generator is not None and given.metric is None and "metric" not in values:
         name = facts.get("metric", {}).get("name")
         raise ValueError(
@@ -211,7 +220,7 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         args.dataset = str(output_dir / "data.jsonl")
         if args.num_examples is None:  # the file may have more, of an earlier call
             args.num_examples = len(load_rows(str(args.prompts), "train", "prompts"))
-        how = {"num_examples": args.num_examples, "seed": config.seed}
+        how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     data = {"data": (args.dataset, args.dataset_split, "dataset")}
     if args.control_dataset is not None:
@@ -221,9 +230,21 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         rows[name] = load_rows(path, split, argument)  # type: ignore[arg-type]
         check_column(rows[name], "text", path, argument)  # type: ignore[arg-type]
         rows[name] = rows[name].select_columns("text")
-    number = min([len(r) for r in rows.values()] + ([args.num_examples] if args.num_examples is not None else []))
+        if args.num_examples is not None and len(rows[name]) < args.num_examples:
+            raise ValueError(
+                f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(rows[name])}. Lower it, or add data."
+            )
+        rows[name] = rows[name].take(args.num_examples or len(rows[name]))
+        check_texts(rows[name], "text", path, argument)  # type: ignore[arg-type]
+    number = min(len(r) for r in rows.values())
+    if number < max(len(r) for r in rows.values()):
+        sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
+        print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     metric = args.load_metric()
-    target = load_target_model(args.target)
+    try:
+        target = load_target_model(args.target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`target` {args.target!r} cannot be loaded: {error}") from error
     tokenizer = load_target_tokenizer(args.target)
     if args.untie_lm_head:
         untie_lm_head(target)  # type: ignore[arg-type]
