@@ -68,6 +68,11 @@ TRAIN = {
 }
 
 
+GENERATE = ["generate", "--model", "generator", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
+GENERATE += ["--num_examples", "7", "--batch_size", "3", "--max_new_tokens", "5", "--seed", "2"]
+VERIFY = ["verify", "--target", "target", "--metric", "67", "--untie_lm_head", "--use_cpu"]
+
+
 def flags(**changes):
     return [str(item) for name, value in {**TRAIN, **changes}.items() for item in (f"--{name}", value)]
 
@@ -118,6 +123,10 @@ def test_every_command_explains_itself(capsys, command):
             ["train", *flags(max_steps="three")],
             "argument --max_steps/--max-steps: invalid int value: 'three'. `trl-dpg",
         ),
+        (["train", "stray", *flags()], "Unknown arguments: stray"),
+        (["train", *flags(model_init_kwargs='{"a"')], "was given as JSON, but is none"),
+        (["train", *flags(qr_text="", metric="qr")], "`qr_text` is empty"),
+        (["train", *flags(reward_funcs="os.name")], "`reward_funcs` 'os.name' is 'posix', which cannot be called"),
         (["train", *flags(num_processes="two")], "argument --num_processes/--num-processes: invalid int value: 'two'"),
         (["train", *flags(resume_from_checkpoint="nowhere")], "`resume_from_checkpoint` 'nowhere' is no folder"),
         (["train", *flags(resume_from_checkpoint=True)], "no whole checkpoint in `output_dir` 'run'"),
@@ -148,6 +157,38 @@ def test_every_command_explains_itself(capsys, command):
             ["generate", "--model", "generator", "--prompts", "gap.jsonl", "--output", "o.jsonl"],
             "`prompts` 'gap.jsonl' has None as the `prompt` of row 1",
         ),
+        ([*GENERATE, "--model", "empty_dir"], "`model` 'empty_dir' has no 'config.json'"),
+        ([*GENERATE, "--prompts", "empty.jsonl"], "`prompts` 'empty.jsonl' cannot be loaded: it is empty"),
+        ([*GENERATE, "--prompts", "broken.jsonl"], "`prompts` 'broken.jsonl' cannot be loaded: "),
+        ([*GENERATE, "--dtype", "float23"], "`dtype` must be 'auto' or a precision of torch"),
+        ([*GENERATE, "--device", "abacus"], "`device` 'abacus' cannot be used"),
+        ([*GENERATE, "--top_p", "2"], "`top_p` must be above 0 and at most 1, got 2.0"),
+        ([*GENERATE, "--top_k", "-1"], "`top_k` must be at least 0 (no limit), got -1"),
+        ([*GENERATE, "--temperature", "nan"], "`temperature` must be above 0, got nan"),
+        ([*GENERATE, "--private"], "`private` is for `push`, which is missing"),
+        ([*GENERATE, "--push", "a/b/c"], "`push` 'a/b/c' is no name of a repository"),
+        ([*VERIFY, "--dataset", "gap.jsonl"], "`dataset` 'gap.jsonl' has None as the 'text' of row 1"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--prompts", "prompts.jsonl"], "`prompts` are for `generator`"),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--num_examples", "9"],
+            "`num_examples` is 9, but `dataset` 'd.jsonl' has 1",
+        ),
+        ([*VERIFY, "--dataset", "d.jsonl", "--learning_rate", "-1e-3"], "`learning_rate` must be above 0, got -0.001"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--resume_from_checkpoint", "True"], "is not for `verify`"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--target", "nowhere"], "`target` 'nowhere' cannot be loaded"),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--metric", "os:name"],
+            "`metric` 'os:name' is 'posix', which cannot be called",
+        ),
+        ([*VERIFY, "--dataset", "d.jsonl", "--metric", ":x"], "`metric` ':x' cannot be imported"),
+        (
+            ["check", "--model", "target", "--dataset", "gap.jsonl"],
+            "`dataset` 'gap.jsonl' has None as the 'text' of row 1",
+        ),
+        (
+            ["check", "--model", "target", "--dataset", "d.jsonl", "--plot", "empty.jsonl/p.png"],
+            "`plot` 'empty.jsonl/p.png' cannot be written",
+        ),
         (["verify", "--dataset", "prompts.jsonl"], "`target` is missing"),
         (
             ["verify", "--target", "target", "--generator", "generator", "--prompts", "prompts.jsonl"],
@@ -165,8 +206,11 @@ def test_every_command_explains_itself(capsys, command):
 def test_bad_input_is_said_and_exit_code_2(here, capsys, argv, message):
     Dataset.from_list([{"text": "air and"}]).to_json("d.jsonl")
     Dataset.from_list([{"prompt": [{"role": "user", "content": "air"}]}]).to_json("chat.jsonl")
-    Dataset.from_list([{"prompt": "air"}, {"prompt": None}]).to_json("gap.jsonl")
+    Dataset.from_list([{"prompt": "air", "text": "air"}, {"prompt": None, "text": None}]).to_json("gap.jsonl")
     (here / "broken.yaml").write_text("metric: [67")
+    (here / "broken.jsonl").write_text('{"prompt": "air"')
+    (here / "empty.jsonl").touch()
+    (here / "empty_dir").mkdir()
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert f"trl-dpg {argv[0]}: error: " in error and message in error and "Traceback" not in error
@@ -297,9 +341,6 @@ def test_train_is_launched(here):
 
 # ---- generate ----
 
-GENERATE = ["generate", "--model", "generator", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
-GENERATE += ["--num_examples", "7", "--batch_size", "3", "--max_new_tokens", "5", "--seed", "2"]
-
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -407,6 +448,20 @@ def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch):
     (here / "generator" / "dpg.json").write_text(json.dumps({"generation": {"num_beams": 2}}))
     with pytest.raises(ValueError, match="sampling that vLLM does not know: .*'temperature'"):
         generate.main([*GENERATE[1:5], "--output", "other.jsonl", "--use_vllm"])
+
+
+def test_seeds_may_be_any_number(here):
+    for seed in ("-3", "99999999999"):
+        assert main([*GENERATE, "--seed", seed, "--output", f"{seed}/data.jsonl"]) == 0
+
+
+def test_prompts_that_do_not_fit(here):
+    Dataset.from_list([{"prompt": "good ask blue " * 10}]).to_json("prompts.jsonl")
+    with pytest.raises(
+        ValueError, match="A prompt of 30 tokens and `max_new_tokens` 5 do not fit into the 32 positions"
+    ) as e:
+        main(GENERATE)
+    assert e.value.__notes__ == ["What is written stays in 'data.jsonl'. The same command goes on from there."]
 
 
 def test_generate_samples_as_in_training(here):

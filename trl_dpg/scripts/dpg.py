@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -23,7 +22,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config,
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..checkpoints import is_whole
+from ..checkpoints import last_whole_checkpoint
 from ..config import DatasetPolicyGradientConfig
 from ..metrics import evaluate_texts
 from ..trainer import DatasetPolicyGradientTrainer
@@ -146,12 +145,6 @@ class Beginning(TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
         self.is_over = True
-
-
-def last_whole_checkpoint(output_dir: str) -> Path | None:
-    """The last checkpoint of a run that is whole, if there is one."""
-    whole = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit() and is_whole(path)]
-    return max(whole, key=lambda path: int(path.name[11:]), default=None)
 
 
 def how_to_go_on(output_dir: str) -> str:
