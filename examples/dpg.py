@@ -12,7 +12,7 @@ in the YAML file or follow as a flag. Everything that is written goes under `out
 import json
 import statistics
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -76,11 +76,7 @@ class DPGScriptArguments:
     validation_prompts: int = field(default=32, metadata={"help": "Held-out prompts."})
 
     def __post_init__(self):
-        self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number, and does not look at `choices`
-        for f in fields(self):
-            choices = f.metadata.get("choices")
-            if choices is not None and getattr(self, f.name) not in choices:
-                raise ValueError(f"`{f.name}` must be one of {choices}, got {getattr(self, f.name)!r}.")
+        self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number
 
 
 class LikelihoodWithHeldOut(LanguageModelingLikelihood):
