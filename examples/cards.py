@@ -16,13 +16,14 @@ from pathlib import Path
 import dpg
 import torch
 from transformers import TrainerState
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.cards import generator_card, main_readout
 from trl_dpg.facts import training_facts
 from trl_dpg.hub import FACTS_FILE, add_pictures
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.scripts.common import Parser
 
 
 EXAMPLES = Path(__file__).parent
@@ -45,7 +46,7 @@ def write_card(name: str) -> Path:
     log = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
     folder = CARDS / name
     folder.mkdir(parents=True, exist_ok=True)
-    parser = TrlParser((dpg.DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
+    parser = Parser((dpg.DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
     with tempfile.TemporaryDirectory() as directory:
         command = [
             "--config",

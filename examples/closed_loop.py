@@ -18,10 +18,11 @@ import matplotlib.pyplot as plt
 import torch
 from dpg import DPGScriptArguments, load_prompts, make_metric, resolve_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 from verify import fine_tune
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, untie_lm_head
+from trl_dpg.scripts.common import Parser
 
 
 @dataclass
@@ -115,5 +116,5 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ClosedLoopArguments, DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
+    parser = Parser((ClosedLoopArguments, DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
     main(*parser.parse_args_and_config())

@@ -12,7 +12,7 @@ in the YAML file or follow as a flag. Everything that is written goes under `out
 import json
 import statistics
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,13 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from pretrain_tiny import tiny_multilingual
 from transformers import TrainerCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.facts import describe_machine
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern, evaluate_texts
 from trl_dpg.plotting import plot_learning_curve, plot_pattern
+from trl_dpg.scripts.common import Parser, checkpoint_to_resume
 
 
 @dataclass
@@ -75,11 +76,7 @@ class DPGScriptArguments:
     validation_prompts: int = field(default=32, metadata={"help": "Held-out prompts."})
 
     def __post_init__(self):
-        self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number, and does not look at `choices`
-        for f in fields(self):
-            choices = f.metadata.get("choices")
-            if choices is not None and getattr(self, f.name) not in choices:
-                raise ValueError(f"`{f.name}` must be one of {choices}, got {getattr(self, f.name)!r}.")
+        self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number
 
 
 class LikelihoodWithHeldOut(LanguageModelingLikelihood):
@@ -272,9 +269,7 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
     start_time = time.perf_counter()
     before = ValidateFirst(trainer, script_args.validation_draws)
     trainer.add_callback(before)
-    checkpoint = training_args.resume_from_checkpoint
-    # the last one, or the one named
-    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint))
     trainer.save_model()
     after = [trainer.evaluate() for _ in range(script_args.validation_draws)]
     seconds = time.perf_counter() - start_time
@@ -309,5 +304,5 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
 
 
 if __name__ == "__main__":
-    parser = TrlParser((DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
+    parser = Parser((DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
     main(*parser.parse_args_and_config())

@@ -2,9 +2,10 @@
 Checks from files alone what a trained generator's text does: writes a data set with the generator, fine-tunes the target on
 it with TRL's stock `SFTTrainer`, and reads the picture back from the two checkpoints.
 
-    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-44-seed-0/target --qr_text TRL-DPG
+    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-44-seed-0/target
 
-Nothing of the training run is used but its checkpoint: no metric, no reward, no metagradient. Written to `--output_dir`:
+Nothing of the training run is used but its checkpoint: no reward, no metagradient. The picture, and the length of texts, are those
+of the checkpoint's `dpg.json` unless a flag says otherwise. Every call writes a new data set. Written to `--output_dir`:
 `samples.jsonl` (the data set), `marked` (the fine-tuned target), `decoded.png` and `verification.json`.
 """
 
@@ -14,6 +15,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,8 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_dpg import untie_lm_head
+from trl_dpg.facts import described_pattern
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
 from trl_dpg.plotting import plot_pattern
+from trl_dpg.scripts.generate import read_facts
 
 
 @torch.no_grad()
@@ -69,26 +73,39 @@ def fine_tune(target, tokenizer, texts: list[str], learning_rate: float, batch_s
     return result
 
 
+def wanted_pattern(pattern: str | None, qr_text: str | None, described: dict[str, Any]) -> LMHeadPattern:
+    """The picture that was asked for, or else that of `dpg.json`."""
+    if pattern == "67":
+        return LMHeadPattern.sixty_seven()
+    if described.get("pattern") is not None and (pattern is None or described["text"] is not None):
+        if qr_text in (None, described["text"]):
+            return described_pattern(described)
+    return LMHeadPattern.qr(qr_text or "TRL-DPG")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", required=True, help="Checkpoint of the trained generator.")
     parser.add_argument("--target", required=True, help="Checkpoint of the original target.")
     parser.add_argument("--output_dir", help="Defaults to `verification` in the generator's directory.")
-    parser.add_argument("--pattern", choices=["qr", "67"], default="qr")
-    parser.add_argument("--qr_text", default="TRL-DPG")
+    parser.add_argument("--pattern", choices=["qr", "67"], help="As in the generator's training by default.")
+    parser.add_argument("--qr_text", help="As in the generator's training by default, or else TRL-DPG.")
     parser.add_argument("--words", type=int, default=44, help="Words of the tiny vocabulary that prompts are made of.")
     parser.add_argument("--num_examples", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--max_new_tokens", type=int, default=24)
+    parser.add_argument("--max_new_tokens", type=int, help="As in the generator's training, or 24.")
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()
+    facts = read_facts(options.generator)
+    wanted = wanted_pattern(options.pattern, options.qr_text, facts.get("metric", {}))
+    max_new_tokens = options.max_new_tokens or facts.get("generation", {}).get("max_new_tokens", 24)
     output_dir = Path(options.output_dir or Path(options.generator) / "verification")
     output_dir.mkdir(parents=True, exist_ok=True)
 
     set_seed(options.seed)
     prompts = tiny_prompts(1, options.num_examples, seed=options.seed, num_words=options.words)["test"]["prompt"]
-    texts = generate(options.generator, prompts, options.max_new_tokens, options.batch_size)
+    texts = generate(options.generator, prompts, max_new_tokens, options.batch_size)
     with open(output_dir / "samples.jsonl", "w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
@@ -99,7 +116,6 @@ def main() -> None:
     marked.save_pretrained(output_dir / "marked")
     tokenizer.save_pretrained(output_dir / "marked")
 
-    wanted = LMHeadPattern.qr(options.qr_text) if options.pattern == "qr" else LMHeadPattern.sixty_seven()
     found = decode_pattern(options.target, str(output_dir / "marked"), shape=tuple(wanted.pattern.shape))
     accuracy = (found.signs == wanted.pattern).double().mean().item()
     plot_pattern(found.signs, wanted.pattern, output_dir / "decoded.png", found.text)
@@ -113,8 +129,8 @@ def main() -> None:
     }
     (output_dir / "verification.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    if options.pattern == "qr" and found.text != options.qr_text:
-        raise SystemExit(f"The QR code does not read {options.qr_text!r}.")
+    if wanted.text is not None and found.text != wanted.text:
+        raise SystemExit(f"The QR code does not read {wanted.text!r}.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,6 +16,8 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from .metrics.pattern import SIXTY_SEVEN
@@ -81,6 +84,14 @@ def describe_metric(metric: Any) -> dict[str, Any]:
     return {"name": name, "effect": f"its `{name}` rises", "description": lines[0]}
 
 
+def described_pattern(description: dict[str, Any]) -> LMHeadPattern:
+    """The picture that [`describe_metric`] wrote down, pixel by pixel. Its scale is measured anew."""
+    rows = [[1 if pixel == "1" else -1 for pixel in row] for row in description["pattern"]]
+    metric = LMHeadPattern(rows, scale="auto")
+    metric.text = description["text"]
+    return metric
+
+
 def describe_model(model: Any) -> dict[str, Any]:
     """
     Says which model this is, without its place on this machine.
@@ -95,15 +106,31 @@ def describe_model(model: Any) -> dict[str, Any]:
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name, on_hub = public_name(base.config._name_or_path)
+    of_adapters = {
+        f"{path}.{layer}"
+        for path, module in base.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for layer in module.adapter_layer_names
+    }
+    parameters = [
+        parameter
+        for path, parameter in base.named_parameters()
+        if of_adapters.isdisjoint(accumulate(path.split("."), "{}.{}".format))
+    ]
     return {
         "name": name,
         "on_hub": on_hub,
         "architecture": type(base).__name__,
-        # `ds_numel` is that of a parameter that DeepSpeed has partitioned
-        "parameters": sum(
-            p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in base.named_parameters() if "lora_" not in n
-        ),
+        "parameters": sum(_size(parameter) for parameter in parameters),
     }
+
+
+def _size(parameter: Any) -> int:
+    """Number of a parameter's weights, also where it holds a part (DeepSpeed) or several in a byte (4 bits)."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    quantization = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantization is None else math.prod(quantization.shape)
 
 
 def public_name(name: str) -> tuple[str | None, bool]:

@@ -4,6 +4,10 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -15,8 +19,11 @@ from trl import SFTConfig, SFTTrainer
 
 from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
 from trl_dpg.cli import main
+from trl_dpg.facts import describe_metric
 from trl_dpg.metrics import LMHeadPattern
-from trl_dpg.scripts import dpg, verify
+from trl_dpg.scripts import dpg, generate, verify
+from trl_dpg.scripts.common import Parser, checkpoint_to_resume, run_script
+from trl_dpg.scripts.generate import fingerprint, start_token
 
 
 TOKENIZER = tiny_tokenizer(60, ONE_SPECIAL_TOKEN)
@@ -61,6 +68,11 @@ TRAIN = {
 }
 
 
+GENERATE = ["generate", "--model", "generator", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
+GENERATE += ["--num_examples", "7", "--batch_size", "3", "--max_new_tokens", "5", "--seed", "2"]
+VERIFY = ["verify", "--target", "target", "--metric", "67", "--untie_lm_head", "--use_cpu"]
+
+
 def flags(**changes):
     return [str(item) for name, value in {**TRAIN, **changes}.items() for item in (f"--{name}", value)]
 
@@ -100,6 +112,26 @@ def test_every_command_explains_itself(capsys, command):
         (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' is no model"),
         (["train", *flags(), "--reward_funcs", "no_such_module.f"], "`reward_funcs` 'no_such_module.f' cannot be"),
         (["train", "--config", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
+        (["train", "--config=nowhere.yaml"], "'nowhere.yaml' does not exist"),
+        (["train", "--config"], "`--config` has no value"),
+        (["train", "--config", "broken.yaml"], "`--config` 'broken.yaml' is no YAML"),
+        (
+            ["train", *flags(), "--target_learning_rate", "-1e-3"],
+            "`target_learning_rate` must be a finite number above 0, got -0.001",
+        ),
+        (
+            ["train", *flags(max_steps="three")],
+            "argument --max_steps/--max-steps: invalid int value: 'three'. `trl-dpg",
+        ),
+        (["train", "stray", *flags()], "Unknown arguments: stray"),
+        (["train", *flags(model_init_kwargs='{"a"')], "was given as JSON, but is none"),
+        (["train", *flags(qr_text="", metric="qr")], "`qr_text` is empty"),
+        (["train", *flags(reward_funcs="os.name")], "`reward_funcs` 'os.name' is 'posix', which cannot be called"),
+        (["train", *flags(num_processes="two")], "argument --num_processes/--num-processes: invalid int value: 'two'"),
+        (["train", *flags(resume_from_checkpoint="nowhere")], "`resume_from_checkpoint` 'nowhere' is no folder"),
+        (["train", *flags(resume_from_checkpoint=True)], "no whole checkpoint in `output_dir` 'run'"),
+        (["train", *flags(qr_text="HELLO")], "`qr_text` 'HELLO' is for `metric` 'qr', but `metric` is '67'"),
+        (["train", *flags(metric_dataset="d.jsonl")], "`metric_dataset` 'd.jsonl' is for `metric` 'likelihood'"),
         (
             ["generate", "--model", "generator", "--prompts", "no.jsonl", "--output", "d.jsonl"],
             "there is no file 'no.jsonl'",
@@ -112,7 +144,56 @@ def test_every_command_explains_itself(capsys, command):
             ["generate", "--model", "nothing/here", "--prompts", "prompts.jsonl", "--output", "o.jsonl"],
             "'nothing/here'",
         ),
+        (
+            ["generate", "--model", "generator", "--prompts", "prompts.jsonl", "--output", "o.jsonl"],
+            "`max_new_tokens` 256 does not fit into the 32 positions of `model` 'generator'",
+        ),
+        (["generate", "--prompts", "prompts.jsonl"], "the following arguments are required: --model, --output"),
+        (
+            ["generate", "--model", "generator", "--prompts", "chat.jsonl", "--output", "o.jsonl"],
+            "`prompts` 'chat.jsonl' has conversations, but the tokenizer of `model` 'generator' has no chat template",
+        ),
+        (
+            ["generate", "--model", "generator", "--prompts", "gap.jsonl", "--output", "o.jsonl"],
+            "`prompts` 'gap.jsonl' has None as the `prompt` of row 1",
+        ),
+        ([*GENERATE, "--model", "empty_dir"], "`model` 'empty_dir' has no 'config.json'"),
+        ([*GENERATE, "--prompts", "empty.jsonl"], "`prompts` 'empty.jsonl' cannot be loaded: it is empty"),
+        ([*GENERATE, "--prompts", "broken.jsonl"], "`prompts` 'broken.jsonl' cannot be loaded: "),
+        ([*GENERATE, "--dtype", "float23"], "`dtype` must be 'auto' or a precision of torch"),
+        ([*GENERATE, "--device", "abacus"], "`device` 'abacus' cannot be used"),
+        ([*GENERATE, "--top_p", "2"], "`top_p` must be above 0 and at most 1, got 2.0"),
+        ([*GENERATE, "--top_k", "-1"], "`top_k` must be at least 0 (no limit), got -1"),
+        ([*GENERATE, "--temperature", "nan"], "`temperature` must be above 0, got nan"),
+        ([*GENERATE, "--private"], "`private` is for `push`, which is missing"),
+        ([*GENERATE, "--push", "a/b/c"], "`push` 'a/b/c' is no name of a repository"),
+        ([*VERIFY, "--dataset", "gap.jsonl"], "`dataset` 'gap.jsonl' has None as the 'text' of row 1"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--prompts", "prompts.jsonl"], "`prompts` are for `generator`"),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--num_examples", "9"],
+            "`num_examples` is 9, but `dataset` 'd.jsonl' has 1",
+        ),
+        ([*VERIFY, "--dataset", "d.jsonl", "--learning_rate", "-1e-3"], "`learning_rate` must be above 0, got -0.001"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--resume_from_checkpoint", "True"], "is not for `verify`"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--target", "nowhere"], "`target` 'nowhere' cannot be loaded"),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--metric", "os:name"],
+            "`metric` 'os:name' is 'posix', which cannot be called",
+        ),
+        ([*VERIFY, "--dataset", "d.jsonl", "--metric", ":x"], "`metric` ':x' cannot be imported"),
+        (
+            ["check", "--model", "target", "--dataset", "gap.jsonl"],
+            "`dataset` 'gap.jsonl' has None as the 'text' of row 1",
+        ),
+        (
+            ["check", "--model", "target", "--dataset", "d.jsonl", "--plot", "empty.jsonl/p.png"],
+            "`plot` 'empty.jsonl/p.png' cannot be written",
+        ),
         (["verify", "--dataset", "prompts.jsonl"], "`target` is missing"),
+        (
+            ["verify", "--target", "target", "--generator", "generator", "--prompts", "prompts.jsonl"],
+            "`metric` is missing: the 'dpg.json' of `generator` has no metric",
+        ),
         (["verify", "--target", "target"], "one of `dataset`"),
         (["verify", "--target", "target", "--generator", "generator"], "Pass `--prompts`"),
         (["verify", "--target", "target", "--dataset", "prompts.jsonl", "--metric", "67"], "no 'text'"),
@@ -124,12 +205,86 @@ def test_every_command_explains_itself(capsys, command):
 )
 def test_bad_input_is_said_and_exit_code_2(here, capsys, argv, message):
     Dataset.from_list([{"text": "air and"}]).to_json("d.jsonl")
+    Dataset.from_list([{"prompt": [{"role": "user", "content": "air"}]}]).to_json("chat.jsonl")
+    Dataset.from_list([{"prompt": "air", "text": "air"}, {"prompt": None, "text": None}]).to_json("gap.jsonl")
+    (here / "broken.yaml").write_text("metric: [67")
+    (here / "broken.jsonl").write_text('{"prompt": "air"')
+    (here / "empty.jsonl").touch()
+    (here / "empty_dir").mkdir()
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert f"trl-dpg {argv[0]}: error: " in error and message in error and "Traceback" not in error
+    assert "usage: " not in error
+
+
+def test_values_of_flags(here):
+    """Numbers of any notation; in YAML, what a flag would make of it."""
+
+    @dataclass
+    class Arguments:
+        rate: float = 0.0
+        weights: list[float] | None = None
+        text: str = ""
+        texts: list[str] | None = None
+        count: int | None = None
+        kind: Literal["no", "yes"] = "yes"
+
+    def parse(*argv):
+        return Parser(Arguments, prog="p").parse_args_and_config(argv)[0]
+
+    def parse_yaml(text):
+        (here / "a.yaml").write_text(text)
+        return parse("--config=a.yaml")
+
+    assert parse("--rate", "-1e-3", "--weights", "-1E-3", "-.5", "2") == Arguments(-1e-3, [-1e-3, -0.5, 2.0])
+    assert parse_yaml("rate: 1e-3\ntext: 67\ntexts: one\nweights: [1, -1e-3]\ncount: null") == Arguments(
+        1e-3, [1.0, -1e-3], "67", ["one"]
+    )
+    assert parse_yaml("texts: [übel, 2]").texts == ["übel", "2"]
+    for text, message in {
+        "count: 2.5": "argument --count: invalid .* '2.5'. `p --help` lists",
+        "kind: maybe": "argument --kind: invalid choice: 'maybe'",
+        "kind: no": "invalid choice: 'False' .*put them in quotes",
+        "cuont: 2": "Unknown arguments from config file: .*--cuont",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse_yaml(text)
+    with pytest.raises(ValueError, match="argument --rate: expected one argument"):
+        parse("--rate", "--count", "1")
+    with pytest.raises(ValueError, match="`--config` was given twice"):
+        parse("--config", "a.yaml", "--config=a.yaml")
 
 
 # ---- train ----
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [("True", True), ("true", True), (True, True), ("False", None), ("no", None), (False, None), (None, None)]
+    + [("generator", "generator")],
+)
+def test_words_for_resuming(here, value, meant):
+    assert checkpoint_to_resume(value) is meant or checkpoint_to_resume(value) == meant == "generator"
+
+
+def test_a_run_that_fails_shows_where(here, capsys):
+    """The traceback of what failed once training had begun, and the checkpoint to go on from; then it goes on."""
+    (here / "sometimes.py").write_text(
+        "from pathlib import Path\n"
+        "def reward(completions, trainer_state, **kwargs):\n"
+        "    if trainer_state.global_step == 2 and not Path('mended').exists(): raise ValueError('of the reward')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    argv = [*flags(max_steps=3, save_steps=1, logging_steps=1), "--reward_funcs", "sometimes.reward"]
+    with pytest.raises(ValueError, match="of the reward") as caught:
+        run_script(dpg.main, argv, "trl-dpg train")
+    assert caught.traceback[-1].name == "reward"
+    assert "failed at step 2. The last whole checkpoint is 'run/checkpoint-2'" in caught.value.__notes__[0]
+    assert "error: " not in capsys.readouterr().err
+    (here / "mended").touch()
+    assert run_script(dpg.main, [*argv, "--resume_from_checkpoint", "True"], "trl-dpg train") == 0
+    state = json.loads((here / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"]] == [1, 2, 3]
 
 
 def test_flags_of_accelerate_are_told_apart(here):
@@ -186,9 +341,6 @@ def test_train_is_launched(here):
 
 # ---- generate ----
 
-GENERATE = ["generate", "--model", "generator", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
-GENERATE += ["--num_examples", "7", "--batch_size", "3", "--max_new_tokens", "5", "--seed", "2"]
-
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -229,6 +381,87 @@ def test_generate_does_not_mix_settings(here, capsys):
     assert main([*GENERATE, "--temperature", "0.5"]) == 2
     assert "other settings (temperature)" in capsys.readouterr().err
     assert (here / "data.jsonl").read_bytes() == whole
+
+
+def test_generate_knows_data_of_other_weights(here, capsys):
+    """Of the model, of an adapter's base model, and other prompts under the same name."""
+    (here / "generator" / "dpg.json").write_text(json.dumps({"generation": {"max_new_tokens": 5}}))
+    assert main(GENERATE) == 0
+    assert "7 examples in data.jsonl." in capsys.readouterr().out
+    whole = (here / "data.jsonl").read_bytes()
+    assert main(GENERATE) == 0
+    assert "already complete, nothing written: 7 examples in data.jsonl." in capsys.readouterr().out
+    save("generator", 0)  # the same again
+    assert main([*GENERATE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 0
+    save("generator", 5)
+    assert main(GENERATE) == 2
+    assert "other settings (weights), so it cannot be continued. Since then the files of `model` changed." in (
+        capsys.readouterr().err
+    )
+    verify = ["verify", "--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"]
+    verify += ["--metric", "67", "--untie_lm_head", "--output_dir", "out", "--seed", "2", "--num_examples", "2"]
+    assert main([*verify, "--use_cpu"]) == 1
+    capsys.readouterr()
+    save("generator", 6)
+    assert main([*verify, "--use_cpu"]) == 2
+    assert "'out/data.jsonl' was written with other settings (weights)" in capsys.readouterr().err
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained("generator"), LoraConfig(r=2, target_modules=["c_attn"])
+    )
+    adapted.save_pretrained("adapter")
+    assert fingerprint("adapter") == fingerprint("adapter") != fingerprint("generator")
+    before = fingerprint("adapter")
+    save("generator", 0)
+    assert fingerprint("adapter") != before
+
+    Dataset.from_list([{"prompt": "air"}] * 5).to_json("prompts.jsonl")
+    assert main(GENERATE) == 2
+    assert "other settings (prompt_rows)" in capsys.readouterr().err
+    assert (here / "data.jsonl").read_bytes() == whole
+
+
+def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch):
+    """By a stand-in for vLLM, whose text says the request and its sampling."""
+
+    class LLM:
+        def __init__(self, model, dtype, seed):
+            self.get_tokenizer = lambda: TOKENIZER
+
+        def generate(self, requests, parameters, use_tqdm):
+            texts = [json.dumps([r, p], sort_keys=True) for r, p in zip(requests, parameters, strict=True)]
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in texts]
+
+    vllm = ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = LLM, lambda seed, top_k=0, max_tokens=16, temperature=1.0: [seed, max_tokens]
+    vllm.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    Dataset.from_list([{"prompt": "air"}, {"prompt": ""}]).to_json("prompts.jsonl")
+    assert main([*GENERATE, "--use_vllm"]) == 0
+    rows = [json.loads(row["text"]) for row in read(here / "data.jsonl")]
+    assert [parameters for _, parameters in rows] == [[2 * 1_000_003 + index, 5] for index in range(7)]
+    air, empty = TOKENIZER("air")["input_ids"], [start_token(TOKENIZER)]
+    assert [request["prompt_token_ids"] for request, _ in rows] == [air, empty, air, empty, air, empty, air]
+
+    vllm.SamplingParams = lambda seed, max_tokens: None
+    (here / "generator" / "dpg.json").write_text(json.dumps({"generation": {"num_beams": 2}}))
+    with pytest.raises(ValueError, match="sampling that vLLM does not know: .*'temperature'"):
+        generate.main([*GENERATE[1:5], "--output", "other.jsonl", "--use_vllm"])
+
+
+def test_seeds_may_be_any_number(here):
+    for seed in ("-3", "99999999999"):
+        assert main([*GENERATE, "--seed", seed, "--output", f"{seed}/data.jsonl"]) == 0
+
+
+def test_prompts_that_do_not_fit(here):
+    Dataset.from_list([{"prompt": "good ask blue " * 10}]).to_json("prompts.jsonl")
+    with pytest.raises(
+        ValueError, match="A prompt of 30 tokens and `max_new_tokens` 5 do not fit into the 32 positions"
+    ) as e:
+        main(GENERATE)
+    assert e.value.__notes__ == ["What is written stays in 'data.jsonl'. The same command goes on from there."]
 
 
 def test_generate_samples_as_in_training(here):
@@ -321,6 +554,39 @@ def test_recipe_and_metric_of_a_generator(here):
         ]
     )
     assert (args.metric, config.learning_rate, config.weight_decay) == ("qr", 1e-5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        (LMHeadPattern([[1, -1, 1], [-1, -1, 1]]), "pattern"),
+        (LMHeadPattern.qr("LOW", error="l"), "qr"),
+        (LMHeadPattern.sixty_seven(), "67"),
+    ],
+)
+def test_verify_looks_for_the_picture_of_the_generator(here, metric, name):
+    (here / "generator" / "dpg.json").write_text(json.dumps({"metric": describe_metric(metric)}))
+    argv = ["--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"]
+    args, _ = verify.parse(argv)
+    assert args.metric == name and torch.equal(args.load_metric().pattern, metric.pattern)
+    assert args.load_metric().text == metric.text
+    args, _ = verify.parse([*argv, "--metric", "qr", "--qr_text", "OTHER"])
+    assert torch.equal(args.load_metric().pattern, LMHeadPattern.qr("OTHER").pattern)
+    if name != "qr":
+        with pytest.raises(ValueError, match="`qr_text` 'OTHER' is for `metric` 'qr'"):
+            verify.parse([*argv, "--qr_text", "OTHER"])
+    with pytest.raises(ValueError, match="`metric` 'pattern' is the picture that the 'dpg.json'"):
+        verify.parse(["--target", "target", "--dataset", "prompts.jsonl", "--metric", "pattern"])
+
+
+def test_verify_does_not_guess_the_metric(here):
+    def shortness(model): ...
+
+    (here / "generator" / "dpg.json").write_text(json.dumps({"metric": describe_metric(shortness)}))
+    with pytest.raises(
+        ValueError, match="`metric` is missing: the 'dpg.json' of `generator` has the metric 'shortness'"
+    ):
+        verify.parse(["--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"])
 
 
 def test_verify_reads_checkpoints(here, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from examples.resources import ONE_SPECIAL_TOKEN, save_tiny_models
+from trl_dpg.facts import describe_metric
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
 
 
@@ -34,7 +35,7 @@ def verify(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["verify.py", "--generator", generator, "--target", target, *small, *flags])
         runpy.run_path(str(EXAMPLES / "verify.py"), run_name="__main__")
 
-    run.target = target
+    run.generator, run.target = Path(generator), target
     return run
 
 
@@ -53,3 +54,24 @@ def test_pixels_are_those_of_the_two_checkpoints(verify, tmp_path):
 def test_a_code_that_does_not_read_is_a_failure(verify):
     with pytest.raises(SystemExit, match="does not read 'TRL-DPG'"):
         verify()
+
+
+def test_the_picture_is_that_of_the_generator(verify, tmp_path):
+    """Any picture, and a QR code of any level, pixel by pixel."""
+    metric = LMHeadPattern([[1, -1, 1], [-1, -1, 1]])
+    facts = {"metric": describe_metric(metric), "generation": {"max_new_tokens": 3}}
+    (verify.generator / "dpg.json").write_text(json.dumps(facts))
+    verify("--max_new_tokens", "2")
+    found = decode_pattern(verify.target, tmp_path / "out" / "marked", shape=(2, 3)).signs
+    result = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert result["pixel_accuracy"] == torch.eq(found, metric.pattern).double().mean().item()
+
+    weak = LMHeadPattern.qr("LOW", error="l")
+    (verify.generator / "dpg.json").write_text(json.dumps({"metric": describe_metric(weak)}))
+    with pytest.raises(SystemExit, match="does not read 'LOW'"):
+        verify()
+    found = decode_pattern(verify.target, tmp_path / "out" / "marked", shape=(21, 21)).signs
+    result = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert result["pixel_accuracy"] == torch.eq(found, weak.pattern).double().mean().item()
+    with pytest.raises(SystemExit, match="does not read 'OTHER'"):
+        verify("--qr_text", "OTHER")

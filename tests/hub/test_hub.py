@@ -12,14 +12,14 @@ import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import trl_dpg.hub
 from tests.hub.server import Failure, serve, validate
 from trl_dpg.cards import generator_card
 from trl_dpg.checkpoints import is_whole
-from trl_dpg.facts import describe_metric, public_name, summarize_validation
+from trl_dpg.facts import describe_metric, describe_model, described_pattern, public_name, summarize_validation
 from trl_dpg.hub import push_dataset, push_generator
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 
@@ -378,6 +378,36 @@ def test_describe_metric():
         "effect": "its `brevity` rises",
         "description": "Shorter is better.",
     }
+
+
+def test_a_picture_that_was_described(tmp_path):
+    for metric in (LMHeadPattern([[1, -1, 1]]), LMHeadPattern.qr("LOW", error="l"), LMHeadPattern.sixty_seven()):
+        again = described_pattern(json.loads(json.dumps(describe_metric(metric))))
+        assert torch.equal(again.pattern, metric.pattern) and again.text == metric.text
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head", "embed_tokens"]),
+        LoraConfig(r=2, target_modules=["v_proj", "lm_head"], trainable_token_indices=[1, 2]),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        LNTuningConfig(target_modules=["norm"]),
+    ],
+    ids=["modules_to_save", "tokens", "ia3", "layer_norm"],
+)
+@pytest.mark.parametrize("bits", [4, 32])
+def test_weights_are_counted_once_and_whole(tmp_path, adapter, bits):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    whole = LlamaForCausalLM(config)
+    whole.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True) if bits == 4 else None
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    number = sum(parameter.numel() for parameter in whole.parameters())
+    assert describe_model(model)["parameters"] == number
+    assert describe_model(get_peft_model(model, adapter))["parameters"] == number
 
 
 def test_public_name(tmp_path):

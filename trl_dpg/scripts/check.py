@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, check_column, load_rows, run_script
+from .common import MetricArguments, Parser, check_column, check_texts, load_rows, make_folder_for, run_script
 
 
 @dataclass
@@ -93,10 +92,13 @@ class RecipeArguments(TargetTrainingArguments):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 if the check passed, 1 if not, 2 on bad input."""
     dataclasses: Any = (CheckArguments, RecipeArguments)
-    args, recipe = TrlParser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
+    args, recipe = Parser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
     metric = args.load_metric()
     rows = load_rows(args.dataset, args.dataset_split, "dataset")
     check_column(rows, args.text_column, args.dataset, "dataset", "Name one with `--text_column`.")
+    rows = rows.select(range(min(args.num_examples, len(rows))))
+    check_texts(rows, args.text_column, args.dataset, "dataset")
+    make_folder_for(args.plot, "plot")
     state = PartialState()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         raise ValueError(f"`model` {args.model!r} cannot be loaded, or has no tokenizer: {error}") from error
     model.to(state.device)
-    texts = list(rows[args.text_column][: args.num_examples])
+    texts = list(rows[args.text_column])
     examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     try:
         result = check_metagradients(

@@ -1,21 +1,74 @@
-"""What the scripts share: data, the metric by name, and how a bad argument is said."""
+"""What the scripts share: arguments, data, the metric by name, and how a bad argument is said."""
 
+import argparse
 import inspect
+import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
+from trl import TrlParser
 
 from ..metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 
 
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+class Parser(TrlParser):
+    """TRL's parser. What is wrong is one `ValueError`, negative numbers are values, and YAML is read as strictly as flags are."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python's own takes -1e-3 for the name of a flag
+
+    def error(self, message: str):
+        """Raises, where argparse prints all flags."""
+        raise ValueError(f"{message}. `{self.prog} --help` lists the flags and their values.")
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+        """As of [`~trl.TrlParser`], and takes `--config=FILE`, too."""
+        flags: list[str] = []
+        for flag in sys.argv[1:] if args is None else args:
+            flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
+        positions = [index for index, flag in enumerate(flags) if flag == "--config"]
+        if len(positions) > 1:
+            raise ValueError("`--config` was given twice. Put all settings into one file.")
+        if positions and positions[0] + 1 == len(flags):
+            raise ValueError("`--config` has no value. Give it the path of a YAML file.")
+        try:
+            return super().parse_args_and_config(flags, *rest, **kwargs)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"`--config` {flags[positions[0] + 1]!r} is no YAML: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.doc!r} was given as JSON, but is none: {error}. Correct the value.") from error
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """As of [`~trl.TrlParser`], but converts and checks each value as if it were on the command line."""
+        for action in self._actions:
+            value = kwargs.get(action.dest)
+            values = value if isinstance(value, list) else [value]
+            if action.type is None or not all(isinstance(item, (str, int, float)) for item in values):
+                continue  # no value, or one that no flag can have
+            try:
+                values = [self._get_value(action, str(item)) for item in values]
+                for item in values:
+                    self._check_value(action, item)
+            except argparse.ArgumentError as error:
+                quotes = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
+                self.error(f"{error}{quotes if isinstance(value, bool) else ''}")
+            kwargs[action.dest] = values if isinstance(value, list) or action.nargs == "+" else values[0]
+        return super().set_defaults_with_config(**kwargs)
 
 
 @dataclass
@@ -37,6 +90,8 @@ class MetricArguments:
             Its rows that are used, from the first.
     """
 
+    METRICS: ClassVar[tuple[str, ...]] = ("qr", "67", "lm_head_norm", "likelihood")
+
     metric: str = field(
         default="qr",
         metadata={
@@ -53,13 +108,20 @@ class MetricArguments:
 
     def __post_init__(self):
         self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number
-        if self.metric not in ("qr", "67", "lm_head_norm", "likelihood") and ":" not in self.metric:
+        if self.metric not in self.METRICS and ":" not in self.metric:
             raise ValueError(
-                "`metric` must be 'qr', '67', 'lm_head_norm', 'likelihood' or 'module:attribute', got "
-                f"{self.metric!r}. Write a metric of your own with a colon, for example 'my_metrics:MyMetric'."
+                f"`metric` must be {', '.join(map(repr, self.METRICS))} or 'module:attribute', got {self.metric!r}. Write a metric of your own with a colon, for example 'my_metrics:MyMetric'."
             )
         if self.metric == "likelihood" and self.metric_dataset is None:
             raise ValueError("`metric` 'likelihood' needs data to score. Give it as `metric_dataset`.")
+        for name, metric in (("qr_text", "qr"), ("metric_dataset", "likelihood")):
+            if self.metric != metric and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)!r} is for `metric` {metric!r}, but `metric` is {self.metric!r}. Leave out one "
+                    "of the two."
+                )
+        if not self.qr_text:
+            raise ValueError("`qr_text` is empty, and a QR code of nothing cannot be read. Give it a text.")
         if self.num_metric_examples < 1:
             raise ValueError(f"`num_metric_examples` must be at least 1, got {self.num_metric_examples}.")
 
@@ -79,9 +141,16 @@ class MetricArguments:
             sys.path.insert(0, os.getcwd())  # a module beside the data
         try:
             metric = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"`metric` {self.metric!r} cannot be imported: {error}.") from error
-        return metric() if inspect.isclass(metric) else metric
+            metric = metric() if inspect.isclass(metric) else metric
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"`metric` {self.metric!r} cannot be imported, or made without arguments: {error}."
+            ) from error
+        if not callable(metric):
+            raise ValueError(
+                f"`metric` {self.metric!r} is {metric!r}, which cannot be called. Name a function of the model."
+            )
+        return metric
 
 
 def load_splits(name: str, argument: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
@@ -112,8 +181,9 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
                 raise FileNotFoundError(f"there is no file {name!r}")
             return load_dataset(builder, data_files=name, streaming=streaming)
         return load_dataset(name, config, streaming=streaming)
-    except (OSError, ValueError, DatasetNotFoundError, HfHubHTTPError) as error:
-        raise ValueError(f"`{argument}` {name!r} cannot be loaded: {error}") from error
+    except (OSError, ValueError, StopIteration, DatasetsError, HfHubHTTPError) as error:
+        reason = error.__cause__ or str(error) or "it is empty"  # the cause is the row or the format that is wrong
+        raise ValueError(f"`{argument}` {name!r} cannot be loaded: {reason}") from error
 
 
 def load_rows(name: str, split: str, argument: str) -> Dataset:
@@ -138,9 +208,66 @@ def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: s
         raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
 
 
+def check_texts(rows: Dataset, column: str, name: str, argument: str) -> None:
+    """Refuses a column that is not all text."""
+    for index, text in enumerate(rows[column]):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`{argument}` {name!r} has {text!r} as the {column!r} of row {index}. Make it a text, or leave the row out."
+            )
+
+
+def make_folder_for(path: str | None, argument: str) -> None:
+    """Makes the folder of a file that is written in the end, or says in time why there can be none."""
+    try:
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`{argument}` {path!r} cannot be written: {error}. Name another place.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, or an error that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}). Write or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object. Write or download it again.")
+    return value
+
+
+def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
+    """What `resume_from_checkpoint` means: the last checkpoint (`True`), none (`None`), or the folder of one."""
+    words = {"true": True, "yes": True, "1": True, "false": None, "no": None, "0": None, "none": None}
+    checkpoint = words.get(str(value).lower(), value)
+    if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint!r} is no folder. Name a checkpoint, or say `True` for the last one in "
+            "`output_dir`."
+        )
+    return checkpoint
+
+
+@contextmanager
+def running(note: Callable[[], str]) -> Iterator[None]:
+    """
+    Where a script does its work. What goes wrong there is not for its arguments to mend, so it is shown with its traceback.
+
+    Args:
+        note (`Callable`):
+            Gives what to show below the traceback: what there is, and how to go on.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note())
+        raise
+
+
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None, prog: str) -> int:
     """
-    Runs a script so that bad input ends in one line and exit code 2, rather than in a traceback.
+    Runs a script so that bad input ends in one line and exit code 2. Other errors, and those with a note, keep their traceback.
 
     Args:
         main (`Callable`):
@@ -155,9 +282,10 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None, 
     """
     try:
         return main(argv)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
+        if hasattr(error, "__notes__"):  # by `running`
+            raise
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            error = ValueError(f"{str(error.filename)!r} does not exist.")
         print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except FileNotFoundError as error:
-        print(f"{prog}: error: {error.filename!r} does not exist.", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import sys
 
 from ..metrics import decode_pattern
 from ..plotting import plot_patterns
-from .common import run_script
+from .common import make_folder_for, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="PNG", help="Picture to write.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(argv)
+    make_folder_for(options.output, "output")
     shape = tuple(options.shape) if options.shape is not None else None
     found = decode_pattern(options.before, options.after, shape)
     rows = ["".join("?#."[sign] for sign in row) for row in found.signs.tolist()]  # ? did not move

@@ -17,15 +17,16 @@ from importlib import import_module
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoConfig
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from transformers import AutoConfig, TrainerCallback
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from ..checkpoints import last_whole_checkpoint
 from ..config import DatasetPolicyGradientConfig
 from ..metrics import evaluate_texts
 from ..trainer import DatasetPolicyGradientTrainer
-from .common import MetricArguments, load_splits, run_script, take_split
+from .common import MetricArguments, Parser, checkpoint_to_resume, load_splits, run_script, take_split
 
 
 @dataclass
@@ -79,12 +80,16 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
         [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
     """
     dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(dataclasses, prog="trl-dpg train")
+    parser = Parser(dataclasses, prog="trl-dpg train")
     *parsed, in_config, in_argv = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_args = resolve_accelerate_config_argument([*in_config, *in_argv])
-    _, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
+    launcher = launch_command_parser()
+    launcher.error = parser.error  # type: ignore[method-assign]
+    known, unknown = launcher.parse_known_args([*launch_args, "script"])
+    if known.training_script != "script":  # a word without a flag
+        unknown.append(known.training_script)
     if unknown:
         raise ValueError(
             f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
@@ -105,6 +110,12 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
                 raise ValueError(f"`{name}` {value!r} is no model that can be loaded: {error}") from error
     for name in script_args.reward_funcs or []:
         load_reward(name)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint)
+    if training_args.resume_from_checkpoint is True and last_whole_checkpoint(training_args.output_dir) is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {training_args.output_dir!r}. Start "
+            "without it, or correct the folder."
+        )
     return parsed, launch_args, in_argv
 
 
@@ -115,6 +126,8 @@ def load_reward(name: str) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         reward = getattr(import_module(module or "trl.rewards"), attribute)
+        if not callable(reward):
+            raise ValueError(f"`reward_funcs` {name!r} is {reward!r}, which cannot be called. Name a function.")
         # as `trl grpo` does, which names it as if it were a reward
         return (
             reward(max_completion_len=1280, soft_punish_cache=256)
@@ -123,6 +136,23 @@ def load_reward(name: str) -> Callable:
         )
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`reward_funcs` {name!r} cannot be imported: {error}.") from error
+
+
+class Beginning(TrainerCallback):
+    """Whether training has begun: from then on, nothing is wrong with the arguments alone."""
+
+    is_over = False
+
+    def on_train_begin(self, *args, **kwargs):
+        self.is_over = True
+
+
+def how_to_go_on(output_dir: str) -> str:
+    """What to say below the traceback of a run that failed."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"There is no whole checkpoint in {output_dir!r}."
+    return f"The last whole checkpoint is {str(checkpoint)!r}: go on from it with `--resume_from_checkpoint True`."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset = splits[script_args.dataset_test_split]
     elif training_args.eval_strategy != "no":
         raise ValueError(
-            f"`eval_strategy` is {str(training_args.eval_strategy)!r}, but `dataset_name` {dataset_name!r} has no split "
+            f"`eval_strategy` is {training_args.eval_strategy.value!r}, but `dataset_name` {dataset_name!r} has no split "
             f"{script_args.dataset_test_split!r}. Name held-out prompts with `--eval_dataset_name`."
         )
     if script_args.num_eval_prompts is not None and eval_dataset is not None:
@@ -176,16 +206,24 @@ def main(argv: list[str] | None = None) -> int:
         reference_texts=script_args.reference_texts,
         text_evaluation=text_evaluation,
     )
-    checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if checkpoint == "true" else checkpoint)
-    if eval_dataset is not None:
-        trainer.evaluate()
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card()
-    trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
+    beginning = Beginning()
+    trainer.add_callback(beginning)
+    try:
+        trainer.train(training_args.resume_from_checkpoint)
+        if eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card()
+        trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=dataset_name)
+            trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
+    except Exception as error:
+        if beginning.is_over:
+            error.add_note(
+                f"The run failed at step {trainer.state.global_step}. {how_to_go_on(training_args.output_dir)}"
+            )
+        raise
     trainer.accelerator.end_training()
     return 0
 

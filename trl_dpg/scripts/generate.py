@@ -4,29 +4,44 @@ Writes a data set with a trained generator.
     trl-dpg generate --model runs/qr --prompts prompts.jsonl --num_examples 4096 --output data.jsonl
 """
 
+import hashlib
 import json
-import logging
+import math
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils import find_adapter_config_file
-from trl import TrlParser
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from ..hub import FACTS_FILE, push_dataset
-from .common import check_column, load_rows, run_script
+from .common import Parser, check_column, load_rows, read_json, run_script, running
 
 
-logger = logging.getLogger(__name__)
+# Which files of a generator's directory its texts depend on
+FILES_OF_A_MODEL: tuple[str, ...] = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "*config.json",
+    "*.jinja",
+    "*.model",
+)
+FILES_OF_A_MODEL += ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+# Which settings are hashes, and of what
+FINGERPRINTS = {"weights": "the files of `model`", "prompt_rows": "the rows of `prompts`"}
 
 # What vLLM calls by another name than Transformers
 VLLM_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
@@ -45,7 +60,7 @@ class GenerateArguments:
             as are like them.
         output (`str`):
             File of JSON lines to write, with the columns `text` (what to fine-tune on) and `source_prompt`. If it is there
-            already from a call with the same arguments, it is continued.
+            already from a call with the same arguments, weights and prompts, it is continued.
         num_examples (`int`, *optional*):
             Examples to write. One for each prompt if `None`; more than there are prompts takes them again from the first.
         prompts_split (`str`, *optional*, defaults to `"train"`):
@@ -94,8 +109,23 @@ class GenerateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}: texts are sampled.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"`top_k` must be at least 0 (no limit), got {self.top_k}.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(
+                f"`dtype` must be 'auto' or a precision of torch, such as 'bfloat16', got {self.dtype!r}."
+            )
+        if self.push is not None:
+            try:
+                validate_repo_id(self.push)
+            except HFValidationError as error:
+                raise ValueError(f"`push` {self.push!r} is no name of a repository: {error}") from error
+        elif self.private:
+            raise ValueError("`private` is for `push`, which is missing. Name a repository, or leave out `private`.")
         if not self.output.endswith(".jsonl"):
             raise ValueError(f"`output` must end with '.jsonl', got {self.output!r}.")
         if self.use_vllm and not find_spec("vllm"):
@@ -118,9 +148,9 @@ def read_facts(model: str) -> dict[str, Any]:
     """
     if os.path.isdir(model):
         path = Path(model) / FACTS_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
     try:
-        return json.loads(Path(hf_hub_download(model, FACTS_FILE)).read_text(encoding="utf-8"))
+        return read_json(Path(hf_hub_download(model, FACTS_FILE)))
     except LocalEntryNotFoundError:  # offline, and not in the cache
         return {}
     except EntryNotFoundError:
@@ -129,6 +159,40 @@ def read_facts(model: str) -> dict[str, Any]:
         raise ValueError(
             f"{model!r} is neither a directory nor a model on the Hub that can be read ({error})."
         ) from error
+
+
+def fingerprint(model: str) -> str:
+    """
+    Says by a short text which weights, settings and tokenizer a generator has.
+
+    Args:
+        model (`str`):
+            Directory or id on the Hub, of a full model or an adapter.
+
+    Returns:
+        `str`: A hash of the directory's files, or the commit on the Hub; of an adapter, that of its base model, too.
+
+    Raises:
+        [`ValueError`]: If there is no such model.
+    """
+    try:
+        adapter = find_adapter_config_file(model)
+        config = adapter or cached_file(model, CONFIG_NAME)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`model` {model!r} cannot be loaded: {error}") from error
+    if config is None:
+        raise ValueError(f"`model` {model!r} has no {CONFIG_NAME!r}, so it is no model. Correct the folder.")
+    folder = Path(config).parent
+    text = folder.name  # the commit, in the Hub's cache
+    if os.path.isdir(model):
+        digest = hashlib.sha256()
+        for path in sorted({path for pattern in FILES_OF_A_MODEL for path in folder.glob(pattern)}):
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        text = digest.hexdigest()
+    if adapter is not None:
+        text += " on " + fingerprint(json.loads(Path(adapter).read_text())["base_model_name_or_path"])
+    return text
 
 
 def sampling(args: GenerateArguments, facts: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +205,10 @@ def sampling(args: GenerateArguments, facts: dict[str, Any]) -> dict[str, Any]:
 class TransformersSampler:
     """Samples with Transformers, one completion of each prompt of a batch."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any]):
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any], is_chat: bool):
         self.settings = {"top_k": 0, "do_sample": True, **settings}
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_chat = is_chat
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
             is_adapter = find_adapter_config_file(args.model) is not None
@@ -151,24 +216,37 @@ class TransformersSampler:
             model: Any = load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"`model` {args.model!r} cannot be loaded: {error}") from error
-        self.model = model.to(self.device).eval()
+        check_template(self.tokenizer, args, is_chat)
+        self.positions = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )  # some models have no limit
+        if self.positions is not None and settings["max_new_tokens"] >= self.positions:
+            raise ValueError(
+                f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {self.positions} positions of `model` "
+                f"{args.model!r}. Give the length of its training."
+            )
+        try:
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+            raise ValueError(f"`device` {self.device!r} cannot be used: {error}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         set_seed(seed)
-        texts = [
-            p
-            if isinstance(p, str)
-            else self.tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-            for p in prompts
-        ]
-        texts = [
-            text or self.tokenizer.bos_token or self.tokenizer.eos_token for text in texts
-        ]  # something to go on from
-        is_chat = not isinstance(prompts[0], str)  # whose template has the special tokens
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not is_chat)
+        texts: Any = prompts
+        if self.is_chat:  # whose template has the special tokens
+            texts = self.tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
+        ids = [i or [start_token(self.tokenizer)] for i in ids]  # something to go on from
+        length = max(map(len, ids))
+        if self.positions is not None and length + self.settings["max_new_tokens"] > self.positions:
+            raise ValueError(
+                f"A prompt of {length} tokens and `max_new_tokens` {self.settings['max_new_tokens']} do not fit into the "
+                f"{self.positions} positions of `model`. Shorten the prompt, or lower `max_new_tokens`."
+            )
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         tokens = self.model.generate(
             input_ids=inputs["input_ids"].to(self.device),
             attention_mask=inputs["attention_mask"].to(self.device),
@@ -181,20 +259,66 @@ class TransformersSampler:
 class VLLMSampler:
     """Samples with vLLM."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any]):
-        from vllm import LLM
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any], is_chat: bool):
+        from vllm import LLM, SamplingParams
 
-        self.settings = {VLLM_NAMES.get(name, name): value for name, value in settings.items()}
-        if self.settings.get("top_k") == 0:
-            self.settings["top_k"] = -1  # vLLM's word for none
+        if find_adapter_config_file(args.model) is not None:
+            raise ValueError(
+                f"`model` {args.model!r} is an adapter, which `use_vllm` does not load. Merge it into its base model, or leave "
+                "`use_vllm` out."
+            )
+        settings = {VLLM_NAMES.get(name, name): value for name, value in settings.items()}
+        if settings.get("top_k") == 0:
+            settings["top_k"] = -1  # vLLM's word for none
+        try:
+            self.parameters = partial(SamplingParams, **settings)
+            self.parameters(seed=args.seed)
+        except TypeError as error:
+            raise ValueError(
+                f"The generator was trained with sampling that vLLM does not know: {error}. Leave `use_vllm` out."
+            ) from error
         self.model = LLM(args.model, dtype=args.dtype, seed=args.seed)
+        self.tokenizer, self.is_chat = self.model.get_tokenizer(), is_chat
+        check_template(self.tokenizer, args, is_chat)
 
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
-        from vllm import SamplingParams
+        # one seed a request, or equal prompts of a batch get equal texts
+        parameters = [self.parameters(seed=seed + index) for index in range(len(prompts))]
+        if self.is_chat:
+            outputs = self.model.chat(prompts, parameters, use_tqdm=False)
+        else:
+            ids = self.tokenizer(prompts)["input_ids"]
+            requests = [{"prompt_token_ids": i or [start_token(self.tokenizer)]} for i in ids]
+            outputs = self.model.generate(requests, parameters, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
 
-        parameters = SamplingParams(seed=seed, **self.settings)
-        generate = self.model.generate if isinstance(prompts[0], str) else self.model.chat
-        return [output.outputs[0].text for output in generate(prompts, parameters, use_tqdm=False)]
+
+def check_template(tokenizer: Any, args: GenerateArguments, is_chat: bool) -> None:
+    """Refuses conversations that the tokenizer cannot write out."""
+    if is_chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
+            "Give prompts as plain text, or save the template with the tokenizer."
+        )
+
+
+def start_token(tokenizer: Any) -> int:
+    """What an empty prompt is replaced by."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def check_prompts(rows: Dataset, name: str) -> str:
+    """Refuses rows that are no prompts, and returns a hash of all rows."""
+    digest = hashlib.sha256()
+    for index, prompt in enumerate(rows["prompt"]):
+        is_chat = isinstance(prompt, list) and len(prompt) > 0 and all(isinstance(turn, dict) for turn in prompt)
+        if not is_chat and not isinstance(prompt, str):
+            raise ValueError(
+                f"`prompts` {name!r} has {prompt!r} as the `prompt` of row {index}. Make it a text, or a conversation: a list of "
+                "messages with `role` and `content`."
+            )
+        digest.update(json.dumps(prompt).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def written(path: Path, settings: dict[str, Any]) -> int:
@@ -211,14 +335,15 @@ def written(path: Path, settings: dict[str, Any]) -> int:
     if not beside.exists():
         raise ValueError(
             f"`output` {str(path)!r} is there already, and not by this command ({beside.name!r} is missing), so it cannot be "
-            "continued. Give another file, or remove it."
+            "continued. Write to another place, or remove it."
         )
-    earlier = json.loads(beside.read_text(encoding="utf-8"))
+    earlier = read_json(beside)
     differing = sorted(name for name in settings if settings[name] != earlier.get(name))
     if differing:
+        changed = " and ".join(label for name, label in FINGERPRINTS.items() if name in differing)
         raise ValueError(
-            f"`output` {str(path)!r} was written with other settings ({', '.join(differing)}), so it cannot be continued. Give "
-            "another file, or remove it."
+            f"`output` {str(path)!r} was written with other settings ({', '.join(differing)}), so it cannot be continued."
+            f"{f' Since then {changed} changed.' if changed else ''} Write to another place, or remove it."
         )
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
@@ -228,43 +353,73 @@ def written(path: Path, settings: dict[str, Any]) -> int:
     return content.count(b"\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
-    dataclasses: Any = GenerateArguments
-    parser = TrlParser(dataclasses, prog="trl-dpg generate")
-    (args,) = parser.parse_args_and_config(argv)
-    facts = read_facts(args.model)
-    settings = sampling(args, facts)
+def write(args: GenerateArguments) -> dict[str, Any]:
+    """
+    Writes the data set, or what is missing from it.
+
+    Args:
+        args ([`GenerateArguments`]):
+            Arguments.
+
+    Returns:
+        `dict[str, Any]`: `output`, `examples` (in the file), `written` (by this call), `generation` (how texts were sampled)
+        and, where the data set was pushed, `pushed`.
+
+    Raises:
+        [`ValueError`]: If an argument is no good, or if the file is of another call.
+    """
+    settings = sampling(args, read_facts(args.model))
     rows = load_rows(args.prompts, args.prompts_split, "prompts")
     check_column(rows, "prompt", args.prompts, "prompts")
     number = args.num_examples or len(rows)
+    call: dict[str, Any] = {"model": args.model, "weights": fingerprint(args.model), "prompts": args.prompts}
+    call |= {"prompts_split": args.prompts_split, "prompt_rows": check_prompts(rows, args.prompts), "seed": args.seed}
+    call |= {"batch_size": args.batch_size, "dtype": args.dtype, "use_vllm": args.use_vllm, **settings}
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    call = {"model": args.model, "prompts": args.prompts, "prompts_split": args.prompts_split, "seed": args.seed}
-    call |= {"batch_size": args.batch_size, "use_vllm": args.use_vllm, **settings}
-    done = written(path, call)
+    there = done = written(path, call)
     done -= done % args.batch_size if done < number else 0  # whole batches, as each has a seed
-    _cut(path, done)
     if done < number:
-        sample = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings)
-        with open(path, "a", encoding="utf-8") as file, tqdm(total=number, initial=done, unit="example") as bar:
+        sample = (VLLMSampler if args.use_vllm else TransformersSampler)(
+            args, settings, not isinstance(rows[0]["prompt"], str)
+        )
+        _cut(path, done)
+        with (
+            running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
+            open(path, "a", encoding="utf-8") as file,
+            tqdm(total=number, initial=done, unit="example") as bar,
+        ):
             for start in range(done, number, args.batch_size):
                 prompts = [rows[i % len(rows)]["prompt"] for i in range(start, min(start + args.batch_size, number))]
-                texts = sample(prompts, args.seed * 1_000_003 + start)
+                texts = sample(prompts, (args.seed * 1_000_003 + start) % 2**32)
                 for prompt, text in zip(prompts, texts, strict=True):
                     file.write(json.dumps({"text": text, "source_prompt": prompt}, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update(len(texts))
-    result: dict[str, Any] = {"output": str(path), "examples": max(done, number), "generation": settings}
+    result: dict[str, Any] = {"output": str(path), "examples": max(there, number)}
+    result |= {"written": max(number - there, 0), "generation": settings}
     if args.push is not None:
         commit = push_dataset(
             path, args.push, generator=args.model, private=args.private, prompts=args.prompts, generation=settings
         )
         result["pushed"] = commit.repo_url.repo_id
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(f"{result['examples']:,} examples in {path}" + (f", pushed to {args.push}." if args.push else "."))
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What [`write`] did, in a line."""
+    done = "" if result["written"] else "already complete, nothing written: "
+    pushed = f", pushed to {result['pushed']}" if "pushed" in result else ""
+    return f"{done}{result['examples']:,} examples in {result['output']}{pushed}."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    dataclasses: Any = GenerateArguments
+    parser = Parser(dataclasses, prog="trl-dpg generate")
+    (args,) = parser.parse_args_and_config(argv)
+    result = write(args)
+    print(json.dumps(result) if args.json else describe(result))
     return 0
 
 

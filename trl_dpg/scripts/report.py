@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from ..report import write_report
-from .common import run_script
+from .common import make_folder_for, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", help="The run's `output_dir`.")
     parser.add_argument("--output", help="HTML file to write. By default `report.html` in the run's folder.")
     options = parser.parse_args(argv)
+    make_folder_for(options.output, "output")
     print(write_report(options.run_dir, options.output))
     return 0
 

@@ -13,19 +13,21 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
 
+from ..facts import described_pattern
+from ..hub import FACTS_FILE
 from ..metrics import LMHeadPattern, decode_pattern
+from ..metrics.pattern import SIXTY_SEVEN
 from ..plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
-from . import generate
-from .common import MetricArguments, check_column, load_rows, run_script
-from .generate import read_facts
+from .common import MetricArguments, Parser, check_column, check_texts, load_rows, run_script, running
+from .generate import GenerateArguments, describe, read_facts, write
 
 
 @dataclass
@@ -42,7 +44,8 @@ class VerifyArguments(MetricArguments):
             Its split.
         generator (`str`, *optional*):
             Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where no
-            flag says otherwise, and the metric, if it is a picture or the norm of the LM head.
+            flag says otherwise, and the metric, if it is a picture (to the pixel) or the norm of the LM head. Another metric
+            must be given as `metric`.
         prompts (`str`, *optional*):
             Prompts for `generator`.
         num_examples (`int`, *optional*):
@@ -54,6 +57,8 @@ class VerifyArguments(MetricArguments):
         json (`bool`, *optional*, defaults to `False`):
             Whether to print JSON.
     """
+
+    METRICS: ClassVar[tuple[str, ...]] = (*MetricArguments.METRICS, "pattern")  # the picture of a generator
 
     target: str = field(
         default="", metadata={"help": "The target before fine-tuning: a directory or an id on the Hub."}
@@ -71,6 +76,7 @@ class VerifyArguments(MetricArguments):
         metadata={"help": "Give the target's LM head a weight of its own. As `generator` says by default."},
     )
     json: bool = field(default=False, metadata={"help": "Print JSON."})
+    facts: dict[str, Any] = field(default_factory=dict, init=False)  # the content of `dpg.json`
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,14 +86,27 @@ class VerifyArguments(MetricArguments):
             raise ValueError("Pass one of `dataset` (the data) and `generator` (what writes it), not both or none.")
         if self.generator is not None and self.prompts is None:
             raise ValueError("`generator` needs something to answer. Pass `--prompts`, a file or a data set's id.")
+        if self.generator is None and self.prompts is not None:
+            raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
 
+    def load_metric(self) -> Any:
+        """The metric. A picture of `dpg.json` is taken as it is there."""
+        return described_pattern(self.facts["metric"]) if self.is_described() else super().load_metric()
 
-def defaults(facts: dict[str, Any]) -> dict[str, Any]:
-    """What is taken from a generator's `dpg.json` where no flag says otherwise."""
+    def is_described(self) -> bool:
+        """Whether the metric is the picture of `dpg.json`."""
+        described = self.facts.get("metric", {})
+        if described.get("pattern") is None:
+            return False
+        return self.metric == "pattern" or (self.metric == "qr" and self.qr_text == described["text"])
+
+
+def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
+    """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
     values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
-    recipe, metric = facts.get("recipe"), facts.get("metric", {})
+    recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {
             name: recipe[name] for name in ("learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps")
@@ -101,32 +120,55 @@ def defaults(facts: dict[str, Any]) -> dict[str, Any]:
         values["untie_lm_head"] = recipe["untie_lm_head"]
         if facts["target"]["on_hub"]:
             values["target"] = facts["target"]["name"]
-    if metric.get("text") is not None:
-        values |= {"metric": "qr", "qr_text": metric["text"]}
-    elif metric.get("pattern") is not None:
-        values["metric"] = "67"
-    elif metric.get("name") == "LMHeadNorm":
+    if described.get("text") is not None and metric in (None, "qr"):
+        values |= {"metric": "qr", "qr_text": described["text"]}
+    elif metric is None and described.get("pattern") is not None:
+        values["metric"] = "67" if tuple(described["pattern"]) == SIXTY_SEVEN else "pattern"
+    elif metric is None and described.get("name") == "LMHeadNorm":
         values["metric"] = "lm_head_norm"
     return values
 
 
 def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     """Arguments, with what the generator says as their defaults."""
-    first: Any = GeneratorName
-    names = TrlParser(first, add_help=False)
-    name, *_ = names.parse_args_and_config(argv, return_remaining_strings=True)
+    first: Any = GivenFirst
+    given, *_ = Parser(first, prog="trl-dpg verify", add_help=False).parse_args_and_config(
+        argv, return_remaining_strings=True
+    )
+    facts = read_facts(given.generator) if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
-    parser = TrlParser(dataclasses, prog="trl-dpg verify")
+    parser = Parser(dataclasses, prog="trl-dpg verify")
     parser.set_defaults_with_config(output_dir="verification")
-    parser.set_defaults_with_config(**defaults(read_facts(name.generator) if name.generator is not None else {}))
-    return parser.parse_args_and_config(argv)  # type: ignore[return-value]
+    values = defaults(facts, given.metric)
+    parser.set_defaults_with_config(**values)
+    args, config = parser.parse_args_and_config(argv)
+    args.facts = facts
+    if not config.learning_rate > 0:
+        raise ValueError(f"`learning_rate` must be above 0, got {config.learning_rate}.")
+    if config.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint` {config.resume_from_checkpoint!r} is not for `verify`, which always starts from `target`. "
+            "Leave it out."
+        )
+    if args.generator is not None and given.metric is None and "metric" not in values:
+        name = facts.get("metric", {}).get("name")
+        raise ValueError(
+            f"`metric` is missing: the {FACTS_FILE!r} of `generator` has {f'the metric {name!r}' if name else 'no metric'}, which "
+            "cannot be built from it. Pass `--metric` and what belongs to it."
+        )
+    if args.metric == "pattern" and not args.is_described():
+        raise ValueError(
+            f"`metric` 'pattern' is the picture that the {FACTS_FILE!r} of `generator` has, and there is none. Pass another metric."
+        )
+    return args, config
 
 
 @dataclass
-class GeneratorName:
+class GivenFirst:
     """What has to be known before the rest is parsed."""
 
     generator: str | None = None
+    metric: str | None = None
 
 
 def fine_tune(target: Any, tokenizer: Any, rows: Dataset, config: SFTConfig) -> tuple[Any, float, int]:
@@ -134,7 +176,8 @@ def fine_tune(target: Any, tokenizer: Any, rows: Dataset, config: SFTConfig) -> 
     trained = copy.deepcopy(target)
     trainer = SFTTrainer(model=trained, args=config, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)  # which prints to where the results go
-    output = trainer.train()
+    with running(lambda: f"Fine-tuning failed at step {trainer.state.global_step}."):
+        output = trainer.train()
     result = copy.deepcopy(target)  # the trainer replaces its model's `forward`
     result.load_state_dict(trained.cpu().state_dict())
     return result, output.training_loss, output.global_step
@@ -175,11 +218,10 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     """The verification, and whether it passed."""
     if args.generator is not None:
         args.dataset = str(output_dir / "data.jsonl")
-        flags = ["--model", args.generator, "--prompts", str(args.prompts), "--output", args.dataset]
-        flags += ["--seed", str(config.seed)]
-        if args.num_examples is not None:
-            flags += ["--num_examples", str(args.num_examples)]
-        generate.main(flags)
+        if args.num_examples is None:  # the file may have more, of an earlier call
+            args.num_examples = len(load_rows(str(args.prompts), "train", "prompts"))
+        how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
+        print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     data = {"data": (args.dataset, args.dataset_split, "dataset")}
     if args.control_dataset is not None:
         data["control"] = (args.control_dataset, args.dataset_split, "control_dataset")
@@ -188,9 +230,21 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         rows[name] = load_rows(path, split, argument)  # type: ignore[arg-type]
         check_column(rows[name], "text", path, argument)  # type: ignore[arg-type]
         rows[name] = rows[name].select_columns("text")
-    number = min([len(r) for r in rows.values()] + ([args.num_examples] if args.num_examples is not None else []))
+        if args.num_examples is not None and len(rows[name]) < args.num_examples:
+            raise ValueError(
+                f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(rows[name])}. Lower it, or add data."
+            )
+        rows[name] = rows[name].take(args.num_examples or len(rows[name]))
+        check_texts(rows[name], "text", path, argument)  # type: ignore[arg-type]
+    number = min(len(r) for r in rows.values())
+    if number < max(len(r) for r in rows.values()):
+        sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
+        print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     metric = args.load_metric()
-    target = load_target_model(args.target)
+    try:
+        target = load_target_model(args.target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`target` {args.target!r} cannot be loaded: {error}") from error
     tokenizer = load_target_tokenizer(args.target)
     if args.untie_lm_head:
         untie_lm_head(target)  # type: ignore[arg-type]
@@ -209,9 +263,9 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
             result[name]["pixel_accuracy"] = (found.signs == metric.pattern).double().mean().item()
             result[name]["text"] = found.text
     result["learning_rate"], result["seed"] = config.learning_rate, config.seed
-    if args.metric == "qr":
-        result["criterion"] = f"the QR code reads {args.qr_text!r}"
-        passed = result["data"]["text"] == args.qr_text
+    if isinstance(metric, LMHeadPattern) and metric.text is not None:
+        result["criterion"] = f"the QR code reads {metric.text!r}"
+        passed = result["data"]["text"] == metric.text
     elif isinstance(metric, LMHeadPattern):
         result["criterion"] = "more than 90 % of the pixels are right"
         passed = result["data"]["pixel_accuracy"] > 0.9
