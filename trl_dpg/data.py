@@ -13,7 +13,15 @@ def completion_text(completion: str | Messages) -> str:
     """Text of a completion, plain or conversational."""
     if isinstance(completion, str):
         return completion
-    return "".join(message["content"] or "" for message in completion)
+    return "".join(message_text(message) for message in completion)
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Text of a message, whose content is a string, a list of typed parts, or nothing. Parts that are no text are left out."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def to_target_example(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from huggingface_hub import CommitInfo, CommitOperationAdd
+from huggingface_hub import CommitInfo, CommitOperationAdd, ModelCard
 from huggingface_hub.errors import (
     HFValidationError,
     RemoteEntryNotFoundError,
@@ -343,7 +343,8 @@ class PublishingMixin(_Trainer):
         license: str | None = None,
     ) -> None:
         """
-        Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.hub.generator_card`].
+        Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.hub.generator_card`]. Where
+        they cannot be written, a warning says why, and training or a push goes on.
 
         The example on the card is the first training prompt: set `trainer.example_prompt` to show another.
 
@@ -357,22 +358,39 @@ class PublishingMixin(_Trainer):
             license (`str`, *optional*):
                 License. If `None`, that of an earlier card in `output_dir`, which `push_to_hub` asks the Hub for.
         """
-        if not self.is_world_process_zero():
-            return
+        if self.is_world_process_zero():
+            self._write_card(self._folder, model_name, dataset_name, tags, license)
+
+    def _write_card(
+        self,
+        folder: Path,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Writes card, facts and pictures into a folder. Where that fails, it says so: a card is not worth a run."""
         trainer: Any = self
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = training_facts(trainer)
-        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        card = generator_card(
-            facts,
-            repo_id=self.hub_model_id or self.args.hub_model_id or model_name or folder.name,
-            license=license,
-            datasets=[] if dataset_name is None or not public_name(dataset_name)[1] else [dataset_name],
-            tags=[tags] if isinstance(tags, str) else tags or [],
-            pictures=add_pictures(folder, self.state.log_history, trainer.metric, main_readout(facts)),
-        )
-        card.save(folder / "README.md")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = training_facts(trainer)
+            _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            if license is None and (folder / "README.md").exists():
+                license = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
+            card = generator_card(
+                facts,
+                repo_id=self.hub_model_id or self.args.hub_model_id or model_name or folder.absolute().name,
+                license=license,
+                datasets=[] if dataset_name is None or not public_name(dataset_name)[1] else [dataset_name],
+                tags=[tags] if isinstance(tags, str) else tags or [],
+                pictures=add_pictures(folder, self.state.log_history, trainer.metric, main_readout(facts)),
+            )
+            _write(folder / "README.md", str(card))
+        except Exception as error:
+            logger.warning(
+                f"The card of the generator in {str(folder)!r} could not be written: {type(error).__name__}: {error}. The "
+                "generator itself is not affected."
+            )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         repo_id = self.args.hub_model_id or self._folder.absolute().name
@@ -433,8 +451,7 @@ class PublishingMixin(_Trainer):
         repo_id: str = self.hub_model_id  # type: ignore[assignment]
         if "license" not in kwargs:
             kwargs["license"] = _license_of(describe_model(self.accelerator.unwrap_model(self.model)))
-        with explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
-            self.create_model_card(**kwargs)
+        self.create_model_card(**kwargs)
         self._finish_current_push()
         upload = partial(
             _upload,
@@ -573,6 +590,16 @@ def add_pictures(folder: Path, history: list[dict[str, Any]], metric: Any, reado
         elif metric.decoded is not None:
             plot_pattern(metric.decoded, metric.pattern, folder / "pattern.png")
     return [name for name in PICTURES if (folder / name).exists()]
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file as a whole, or not at all."""
+    aside = path.with_name(f"_{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _copy(paths: Iterable[Path], folder: Path) -> None:
