@@ -94,7 +94,7 @@ def write_card(name: str) -> Path:
         facts,
         repo_id=f"runs/{name}",
         license="apache-2.0",
-        pictures=add_pictures(folder, log, metric, main_readout(facts)),
+        pictures=add_pictures(folder, folder / "report", log, metric, main_readout(facts)),
         how_to_get=f"In this repository, `{command}` trains it and writes it to `runs/{name}`.",
     )
     card.save(folder / "README.md")

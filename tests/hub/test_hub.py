@@ -183,6 +183,24 @@ def test_dropped_connection(hub, folder, kind):
     assert hub.repos["models", "me/gen"].commits == commits and set(hub.uploads.values()) == {1}
 
 
+def test_a_wrong_name_is_no_error_of_the_network(hub, folder):
+    with pytest.raises(RuntimeError, match="Correct the repository's name") as caught:
+        push_generator(folder, "me/my generator!", token=TOKEN)
+    assert "network" not in str(caught.value)
+
+
+def test_a_card_that_cannot_be_made_is_no_error_of_the_network(run, hub, folder, caplog):
+    (folder / "dpg.json").write_text("{}")
+    with pytest.raises(KeyError, match="validation"):
+        push_dataset(Dataset.from_list([{"text": "blue"}]), "me/data", generator=str(folder))
+    assert ("datasets", "me/data") not in hub.repos
+    trainer = run()
+    trainer.example_prompt = {1, 2}  # no JSON
+    trainer.push_to_hub()
+    assert "The card of the generator in" in caplog.text and "TypeError" in caplog.text
+    assert WEIGHTS in hub.repos["models", "me/generator"].files
+
+
 def test_upload_goes_on_after_a_short_interruption(hub, folder):
     hub.failures["put"] = Failure(times=1)
     push_generator(folder, "me/gen", token=TOKEN)
@@ -502,6 +520,39 @@ def test_chat_prompts(make_trainer, chat_tokenizer):
     trainer.create_model_card("generator")
     for name in ("README.md", "dpg.json"):
         assert "blue" not in (Path(trainer.args.output_dir) / name).read_text()
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_every_saved_generator_has_its_facts_and_its_card(make_trainer, tmp_path, is_adapter):
+    peft_config = LoraConfig(r=2, target_modules=["c_attn"]) if is_adapter else None
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1, peft_config=peft_config)
+    trainer.train()
+    trainer.evaluate()
+    run, elsewhere = Path(trainer.args.output_dir), tmp_path / "elsewhere"
+    trainer.save_model(str(elsewhere))
+    trainer.save_model()
+    for folder, name in ((run, run.name), (elsewhere, "elsewhere"), (run / "checkpoint-1", run.name)):
+        facts = json.loads((folder / "dpg.json").read_text())
+        assert facts["generation"]["max_new_tokens"] == 6 and facts["training"]["steps"] == 1
+        card = ModelCard.load(folder / "README.md")
+        assert f"# Model Card for {name}\n" in card.text and check_card(str(card), "model") == []
+        assert str(tmp_path) not in str(card) and "More Information Needed" not in card.text
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+            assert (folder / picture).read_bytes().startswith((b"\x89PNG", b"GIF"))
+    assert "(pattern.png)" in (elsewhere / "README.md").read_text()
+
+
+def test_a_readme_of_ones_own_is_left_as_it_is(make_trainer, tmp_path, caplog):
+    trainer = make_trainer()
+    trainer.create_model_card("generator", license="mit")
+    trainer.create_model_card("generator")  # a license once given is kept
+    assert ModelCard.load(Path(trainer.args.output_dir) / "README.md").data.license == "mit"
+    assert "is left as it is" not in caplog.text
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("My notes.")
+    trainer.save_model(str(tmp_path / "own"))
+    assert (tmp_path / "own" / "README.md").read_text() == "My notes."
+    assert (tmp_path / "own" / "dpg.json").exists() and "is left as it is" in caplog.text
 
 
 def test_generator_card_takes_the_hub_ids(make_trainer):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import find_adapter_config_file
 from trl import TrlParser
 
-from ..hub import FACTS_FILE, push_dataset
+from ..hub import FACTS_FILE, local_facts, push_dataset
 from .common import check_column, load_rows, run_script
 
 
@@ -117,8 +117,8 @@ def read_facts(model: str) -> dict[str, Any]:
         [`ValueError`]: If there is no such model.
     """
     if os.path.isdir(model):
-        path = Path(model) / FACTS_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path = local_facts(model)
+        return json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     try:
         return json.loads(Path(hf_hub_download(model, FACTS_FILE)).read_text(encoding="utf-8"))
     except LocalEntryNotFoundError:  # offline, and not in the cache
@@ -235,6 +235,12 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = parser.parse_args_and_config(argv)
     facts = read_facts(args.model)
     settings = sampling(args, facts)
+    if "generation" not in facts:
+        print(
+            f"{args.model!r} has no {FACTS_FILE!r} that can be read, which says how texts were sampled in its training. Here they are "
+            f"sampled with {', '.join(f'{name} {value}' for name, value in settings.items())}: give what training had as flags.",
+            file=sys.stderr,
+        )
     rows = load_rows(args.prompts, args.prompts_split, "prompts")
     check_column(rows, "prompt", args.prompts, "prompts")
     number = args.num_examples or len(rows)
