@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
 
+from .metagradients.host import host_memory
 from .metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from .metrics.pattern import SIXTY_SEVEN
 
@@ -281,7 +281,7 @@ def describe_machine(device: torch.device) -> str:
         if os.path.exists("/proc/cpuinfo"):
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-        memory = psutil.virtual_memory().total / 2**30
+        memory = host_memory()[0] / 2**30
         where = f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {memory:.0f} GiB"
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 

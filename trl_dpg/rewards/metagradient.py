@@ -1,5 +1,6 @@
 """The metagradient of each completion as a TRL reward."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
 from .target import TargetReward, mean_figures
+
+
+logger = logging.getLogger(__name__)
 
 
 class MetagradientReward(TargetReward):
@@ -109,6 +113,7 @@ class MetagradientReward(TargetReward):
             num_datasets=num_datasets,
             nonfinite=nonfinite,
         )
+        self.tape = "device"  # where it was last
 
     def measure(
         self,
@@ -118,6 +123,11 @@ class MetagradientReward(TargetReward):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
+        for out in outs.values():
+            if out.plan is not None and out.plan.tape != self.tape:
+                self.tape = out.plan.tape
+                if args.tape == "auto" and processes.is_main_process:
+                    logger.warning("The target's tape lies on %s from here on: %s.", self.tape, out.plan)
         raw = torch.zeros(len(examples), dtype=torch.float64)
         for number, out in outs.items():
             raw[datasets[number]] = out.metagradients.double()
