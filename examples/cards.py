@@ -82,6 +82,8 @@ def write_card(name: str) -> Path:
     del facts["versions"]  # this environment's, not the run's
     facts["hardware"] = f"{run['hardware']}; {run['seconds']} seconds"
     facts["metric"]["effect"] = EFFECTS[name] or facts["metric"]["effect"]
+    if name == "tiny_uuid":
+        facts["metric"]["readout"] = "exact_match"  # which says whether the effect is there
     for part in ("base_model", "target"):
         facts[part]["name"] = run["generator" if part == "base_model" else "target"]
     verification = results / "verification" / "verification.json"
@@ -93,7 +95,7 @@ def write_card(name: str) -> Path:
         facts,
         repo_id=f"runs/{name}",
         license="apache-2.0",
-        pictures=add_pictures(folder, log, metric, main_readout(facts)),
+        pictures=add_pictures(folder, folder / "report", log, metric, main_readout(facts)),
         how_to_get=f"In this repository, `{command}` trains it and writes it to `runs/{name}`.",
     )
     card.save(folder / "README.md")

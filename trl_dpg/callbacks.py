@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from .cards import main_readout
-from .data import completion_text
+from .data import completion_text, message_text
 from .facts import describe_machine, training_facts
 from .metrics import LMHeadPattern
 from .plotting import draw_pattern_frame, plot_distribution, plot_learning_curve, plot_pattern, plot_series
@@ -35,8 +35,8 @@ NUM_SAMPLES = 3  # of the best, and of the worst, of each logged step
 MAX_CHARACTERS = 2_000  # kept of a text
 
 
-def _whatever_the_disk(method: Callable) -> Callable:
-    """A report is not worth a run: where it cannot be written, training goes on, and says so."""
+def _whatever_happens(method: Callable) -> Callable:
+    """A report is not worth a run: where it cannot be written, for whatever reason, training goes on, and says so."""
 
     @wraps(method)
     def wrapped(self, args, state, control, **kwargs):
@@ -44,8 +44,10 @@ def _whatever_the_disk(method: Callable) -> Callable:
             return
         try:
             method(self, args, state, control, **kwargs)
-        except OSError as error:
-            logger.warning(f"The report of step {state.global_step} could not be written: {error}. Training goes on.")
+        except Exception as error:
+            logger.warning(
+                f"The report of step {state.global_step} could not be written: {type(error).__name__}: {error}. Training goes on."
+            )
 
     return wrapped
 
@@ -116,7 +118,7 @@ class ReportCallback(TrainerCallback):
         self.trainer = trainer
         self.folder = Path(trainer.args.output_dir) / "report"  # type: ignore[arg-type]
 
-    @_whatever_the_disk
+    @_whatever_happens
     def on_train_begin(self, args, state, control, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)
         history = "".join(json.dumps(row) + "\n" for row in state.log_history)
@@ -129,7 +131,7 @@ class ReportCallback(TrainerCallback):
             shutil.rmtree(self.folder / "patterns", ignore_errors=True)
         self._write_run(state)
 
-    @_whatever_the_disk
+    @_whatever_happens
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)  # of an evaluation without training
         self._append("log.jsonl", [state.log_history[-1]])
@@ -159,7 +161,7 @@ class ReportCallback(TrainerCallback):
         self._append("samples.jsonl", samples)
         self._track_text(samples, step)
 
-    @_whatever_the_disk
+    @_whatever_happens
     def on_evaluate(self, args, state, control, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)
         step, metric = state.global_step, self.trainer.metric
@@ -172,7 +174,7 @@ class ReportCallback(TrainerCallback):
         self._draw(state)
         self._track_pictures(step)
 
-    @_whatever_the_disk
+    @_whatever_happens
     def on_train_end(self, args, state, control, **kwargs):
         self._write_run(state)
         self._draw(state)
@@ -292,7 +294,7 @@ def changed_settings(args: Any) -> dict[str, Any]:
 def _text(text: Any) -> str:
     """A prompt or completion, plain or conversational."""
     if isinstance(text, list) and len(text) > 1:
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in text)
+        text = "\n".join(f"{message['role']}: {message_text(message)}" for message in text)
     else:
         text = completion_text(text)
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"

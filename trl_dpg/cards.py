@@ -1,6 +1,7 @@
 """Cards of generators and of the data sets they write."""
 
 import json
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -44,6 +45,7 @@ HEADINGS = {
 }
 _LAST = ["metric", "metric_gain", "distinct", "completion_length", "target_steps"]
 _MAIN = ["pixel_accuracy", "exact_match", "held_out_perplexity"]
+_SHARES = {"pixel_accuracy", "qr_decoded", "exact_match"}
 _NOT_SHOWN = {"metric_before", "target_loss", "empty", "distinct_share"}
 
 
@@ -187,9 +189,8 @@ def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
     prompt = facts["example_prompt"]
     return {
         "tables": tables,
-        "headline": _headline(facts),
-        "first_table": next(iter(tables.values()), None),
-        "metric_before": next((v["after"]["mean"]["metric_before"] for v in facts["validation"].values()), None),
+        "outcome": outcome(facts),
+        "metric_before": next((v["after"]["mean"].get("metric_before") for v in facts["validation"].values()), None),
         "recipe": recipe_text(facts["recipe"]),
         "base_text": _model_text(facts["base_model"]),
         "target_text": _model_text(facts["target"]),
@@ -260,16 +261,73 @@ def _shown(names: Iterable[str]) -> list[str]:
     return [*(name for name in names if name not in _LAST), *(name for name in _LAST if name in names)]
 
 
-def _headline(facts: dict[str, Any]) -> str | None:
-    """What the main read-out came to, as a clause."""
-    for validation in facts["validation"].values():
-        name, before, after = main_readout(facts), validation["before"], validation["after"]
-        text = f"{_heading(name)} {'is' if before is None else 'went from'} "
-        if before is not None:
-            who = "untrained" if before["step"] == 0 else f"generator at step {before['step']}"
-            text += f"{before['mean'][name]:.4g} ({who}) to "
-        return f"{text}{after['mean'][name]:.4g}"
-    return None
+def outcome(facts: dict[str, Any]) -> str:
+    """
+    Says whether validation found what a generator was trained towards, and what an untrained one comes to.
+
+    A picture is reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and above that
+    before training, by more than two standard errors where there are several draws.
+
+    Args:
+        facts (`dict[str, Any]`):
+            What [`~trl_dpg.facts.training_facts`] gives.
+
+    Returns:
+        `str`: One sentence for each validation set.
+    """
+    sentences = []
+    for prefix, validation in facts["validation"].items():
+        split = prefix.removeprefix("eval").strip("_")
+        where = f"step {validation['after']['step']}{f' on {split}' if split else ''}"
+        deciding = _deciding(facts["metric"])
+        names = dict.fromkeys([*deciding, main_readout({"validation": {prefix: validation}})])
+        figures = "; ".join(_figure(name, validation) for name in names)
+        verdict = "reached" if _is_reached(deciding, validation) else "not reached"
+        sentences.append(f"In validation at {where}, this was {verdict}: {figures}.")
+    return " ".join(sentences) or "Whether this was reached is not known: the generator was not validated."
+
+
+def _deciding(metric: dict[str, Any]) -> list[str]:
+    """Read-outs that say whether the goal was reached; of shares, the last is the goal itself."""
+    if "pattern" in metric:
+        return ["pixel_accuracy", "qr_decoded"] if metric["text"] is not None else ["pixel_accuracy"]
+    return [metric.get("readout", "metric_gain")]
+
+
+def _is_reached(deciding: list[str], validation: dict[str, Any]) -> bool:
+    before, after = validation["before"], validation["after"]
+    value = after["mean"].get(deciding[-1])
+    if value is None:
+        return False
+    if deciding[-1] != "metric_gain":
+        return value == 1
+    errors = [after["standard_error"].get("metric_gain") or 0.0]
+    reached = value > 2 * errors[0]
+    if before is not None and (untrained := before["mean"].get("metric_gain")) is not None:
+        errors.append(before["standard_error"].get("metric_gain") or 0.0)
+        reached = reached and value - untrained > 2 * math.hypot(*errors)
+    return reached
+
+
+def _figure(name: str, validation: dict[str, Any]) -> str:
+    """What a read-out came to, and beside it what it is before training and by chance."""
+    before, after = validation["before"], validation["after"]
+    beside = []
+    if before is not None:
+        who = "untrained generator" if before["step"] == 0 else f"generator at step {before['step']}"
+        beside.append(f"{who}: {_value(name, before['mean'].get(name))}")
+    if name == "pixel_accuracy":
+        beside.append("chance: 50 %")
+    heading = "gain of Φ" if name == "metric_gain" else _heading(name).removesuffix(" (share of draws)")
+    return f"{heading} {_value(name, after['mean'].get(name))}" + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _value(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    if name in _SHARES:
+        return f"{math.floor(1000 * value + 1e-6) / 10:g} %"  # 2000 of 2001 pixels are 99.9 %
+    return f"{value:.4g}"
 
 
 def _heading(name: str) -> str:
@@ -290,16 +348,14 @@ def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
     sides = [side for side in (validation["before"], validation["after"]) if side is not None]
     heads = []
     for side in sides:
-        who = "before training" if side["step"] == 0 else f"generator at step {side['step']}"
-        if side is validation["after"]:
-            who = "this generator"
+        who = "before training" if side["step"] == 0 else f"at step {side['step']}"
         heads.append(f"{who}, {side['draws']} draw{'s' if side['draws'] > 1 else ''}")
     rows = [["validation", *heads]]
     for name in _shown(validation["after"]["mean"]):
         cells = []
         for side in sides:
             value, error = side["mean"].get(name), side["standard_error"].get(name)
-            text = "" if value is None else f"{value:.4g}"
+            text = "not finite" if value is None else f"{value:.4g}"
             cells.append(f"{text} ± {error:.1g}" if error else text)
         rows.append([_heading(name), *cells])
     return rows
@@ -316,7 +372,8 @@ def _eval_results(facts: dict[str, Any], datasets: list[str]) -> list[EvalResult
     for prefix, validation in facts["validation"].items():
         split = prefix.removeprefix("eval").strip("_")
         for name in _shown(validation["after"]["mean"]):
-            if name in ("target_steps", "completion_length"):
+            value = validation["after"]["mean"][name]
+            if name in ("target_steps", "completion_length") or value is None:
                 continue
             results.append(
                 EvalResult(
@@ -326,7 +383,7 @@ def _eval_results(facts: dict[str, Any], datasets: list[str]) -> list[EvalResult
                     dataset_name=f"held-out prompts{f' ({split})' if split else ''}",
                     metric_type=name,
                     metric_name=_heading(name),
-                    metric_value=float(f"{validation['after']['mean'][name]:.6g}"),
+                    metric_value=float(f"{value:.6g}"),
                 )
             )
     return results

@@ -136,7 +136,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         target_tape (`str`, *optional*, defaults to `"auto"`):
             Where the gradients of the target's K steps are kept: `"device"`, `"host"`, `"disk"`, or the first with room.
         target_tape_dir (`str`, *optional*):
-            Directory of the tape on disk. The system's directory for temporary files if `None`.
+            Directory of the tape on disk. If `None`, the system's directory for temporary files, or `/var/tmp` where that is
+            in memory (tmpfs); where both are, there is no tape on disk.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]

@@ -13,7 +13,7 @@ def completion_parts(completion: str | Messages) -> list[str]:
     """Texts of a completion, plain or conversational, that follow each other."""
     if isinstance(completion, str):
         return [completion]
-    return [message["content"] or "" for message in completion]
+    return [message_text(message) for message in completion]
 
 
 def completion_text(completion: str | Messages) -> str:
@@ -36,6 +36,14 @@ def target_text(
                 "Return one string per example."
             )
     return text
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Text of a message, whose content is a string, a list of typed parts, or nothing. Parts that are no text are left out."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def to_target_example(

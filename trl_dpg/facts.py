@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from .metagradients.host import host_memory
 from .metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from .metrics.pattern import SIXTY_SEVEN
 
@@ -35,7 +35,7 @@ def describe_metric(metric: Any) -> dict[str, Any]:
             Metric, see [`~trl_dpg.metrics`].
 
     Returns:
-        `dict[str, Any]`: `name`, `effect` (what becomes true of a target, as a clause) and `description`; of an
+        `dict[str, Any]`: `name`, `effect` (what is to become true of a target, as a clause) and `description`; of an
         [`~trl_dpg.metrics.LMHeadPattern`] also `pattern`, rows of `"1"` (dark) and `"-"`, and `text`, that of a QR code.
 
     Example:
@@ -173,8 +173,8 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
 
     Returns:
         `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before` and `after`, each
-        with `step`, `draws`, `mean` and `standard_error` (of the mean; empty for one draw) of every read-out. `before` is
-        the first step that was validated; it is `None` if that is the last one, too.
+        with `step`, `draws`, `mean` (`None` where a draw was not finite) and `standard_error` (of the mean; empty for one
+        draw) of every read-out. `before` is the first step that was validated; it is `None` if that is the last one, too.
 
     Example:
 
@@ -212,13 +212,21 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
 
 
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
-    """Mean and standard error of what is shown of some validations."""
-    names = [key.removeprefix(f"{prefix}_") for key in rows[0] if key.startswith(f"{prefix}_")]
-    names = [name for name in names if "/" not in name and name not in _OF_THE_LOOP]
-    names = [name for name in names if isinstance(rows[0][f"{prefix}_{name}"], (int, float))]
-    values = {name: [row[f"{prefix}_{name}"] for row in rows] for name in names}
-    errors = {name: stdev(v) / math.sqrt(len(v)) for name, v in values.items()} if len(rows) > 1 else {}
-    means = {name: fmean(v) for name, v in values.items()}
+    """Mean and standard error of what is shown of some validations. A mean is `None` if a draw is not finite or lacks the value."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{prefix}_") and "/" not in key)
+    means: dict[str, float | None] = {}
+    errors = {}
+    for key in keys:
+        name = key.removeprefix(f"{prefix}_")
+        values = [row.get(key, math.nan) for row in rows]
+        if name in _OF_THE_LOOP or not all(isinstance(value, (int, float)) for value in values):
+            continue
+        if not all(math.isfinite(value) for value in values):
+            means[name] = None
+            continue
+        means[name] = fmean(values)
+        if len(rows) > 1:
+            errors[name] = stdev(values) / math.sqrt(len(values))
     return {"step": rows[0]["step"], "draws": len(rows), "mean": means, "standard_error": errors}
 
 
@@ -300,7 +308,7 @@ def describe_machine(device: torch.device) -> str:
         if os.path.exists("/proc/cpuinfo"):
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-        memory = psutil.virtual_memory().total / 2**30
+        memory = host_memory()[0] / 2**30
         where = f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {memory:.0f} GiB"
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 

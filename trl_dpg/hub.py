@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from huggingface_hub import CommitInfo, CommitOperationAdd
+from huggingface_hub import CommitInfo, CommitOperationAdd, ModelCard
 from huggingface_hub.errors import (
     HFValidationError,
     RemoteEntryNotFoundError,
@@ -24,7 +24,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from .cards import PICTURES, dataset_card, generator_card, main_readout
+from .cards import PICTURES, TAGS, dataset_card, generator_card, main_readout
 from .checkpoints import NOT_NEEDED
 from .facts import describe_model, public_name, training_facts
 from .hub_client import API, explained
@@ -178,26 +178,33 @@ def push_dataset(
         raise ValueError(f"`dataset` is empty, so there is nothing to push to {repo_id!r}.")
     again = "Then call `push_dataset` again, with the same arguments."
     facts = _read_facts(generator, repo_id, token, kept, again)
-    with explained(repo_id, token, kept, again), tempfile.TemporaryDirectory() as directory:
-        repo_id = API.create_repo(repo_id, repo_type="dataset", private=private, token=token, exist_ok=True).repo_id
-        card = dataset_card(
-            facts,
-            repo_id=repo_id,
-            generator=generator,
-            num_examples=len(dataset),
-            columns=dataset.column_names,
-            prompts=prompts,
-            generation=generation,
-            license=license,
-            tags=tags,
-        )
+    make_card = partial(
+        dataset_card,
+        facts,
+        generator=generator,
+        num_examples=len(dataset),
+        columns=dataset.column_names,
+        prompts=prompts,
+        generation=generation,
+        license=license,
+        tags=list(tags),
+    )
+    make_card(repo_id=repo_id)  # what cannot be said fails before there is a repository
+    with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "train.parquet"
         dataset.to_parquet(path)
+        with explained(repo_id, token, kept, again):
+            repo_id = API.create_repo(
+                repo_id, repo_type="dataset", private=private, token=token, exist_ok=True
+            ).repo_id
         operations = [
             CommitOperationAdd("data/train-00000-of-00001.parquet", path),
-            CommitOperationAdd("README.md", str(card).encode()),
+            CommitOperationAdd("README.md", str(make_card(repo_id=repo_id)).encode()),
         ]
-        return API.create_commit(repo_id, operations, repo_type="dataset", token=token, commit_message=commit_message)
+        with explained(repo_id, token, kept, again):
+            return API.create_commit(
+                repo_id, operations, repo_type="dataset", token=token, commit_message=commit_message
+            )
 
 
 def read_jsonl(path: str | PathLike[str]) -> Dataset:
@@ -236,8 +243,7 @@ def _read_facts(generator: str, repo_id: str, token: str | None, kept: str, agai
     found: Path | None = None
     is_missing = False
     if os.path.isdir(generator):
-        paths = [Path(generator) / FACTS_FILE, Path(generator).absolute().parent / FACTS_FILE]
-        found = next((path for path in paths if path.exists()), None)
+        found = local_facts(generator)
     else:
         with explained(repo_id, token, kept, again):
             try:
@@ -257,6 +263,12 @@ def _read_facts(generator: str, repo_id: str, token: str | None, kept: str, agai
         )
         return None
     return json.loads(found.read_text(encoding="utf-8"))
+
+
+def local_facts(generator: str | PathLike[str]) -> Path | None:
+    """The `dpg.json` of a generator in a directory; of a checkpoint without one, that of its run."""
+    paths = [Path(generator) / FACTS_FILE, Path(generator).absolute().parent / FACTS_FILE]
+    return next((path for path in paths if path.exists()), None)
 
 
 def _published_files(folder: Path) -> list[str]:
@@ -293,8 +305,8 @@ def _without_paths(path: Path) -> bytes | Path:
 
 def _upload(folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str) -> CommitInfo:
     _check_weights(folder, repo_id)
+    operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in _published_files(folder)]
     with explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
-        operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in _published_files(folder)]
         return API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
 
 
@@ -302,12 +314,12 @@ def _upload_checkpoint(
     checkpoint: Path, path_in_repo: str, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
 ) -> CommitInfo:
     """Pushes what training resumes from."""
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
+    operations = [
+        CommitOperationAdd(f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}", _without_paths(path))
+        for path in paths
+    ]
     with explained(repo_id, token, _kept(checkpoint), "Training goes on."):
-        paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
-        operations = [
-            CommitOperationAdd(f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}", _without_paths(path))
-            for path in paths
-        ]
         return API.create_commit(repo_id, operations, token=token, revision=revision, commit_message=commit_message)
 
 
@@ -343,7 +355,8 @@ class PublishingMixin(_Trainer):
         license: str | None = None,
     ) -> None:
         """
-        Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.hub.generator_card`].
+        Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.hub.generator_card`]. Where
+        they cannot be written, a warning says why, and training or a push goes on. A `README.md` that is no such card is left as it is.
 
         The example on the card is the first training prompt: set `trainer.example_prompt` to show another.
 
@@ -357,22 +370,57 @@ class PublishingMixin(_Trainer):
             license (`str`, *optional*):
                 License. If `None`, that of an earlier card in `output_dir`, which `push_to_hub` asks the Hub for.
         """
-        if not self.is_world_process_zero():
-            return
+        if self.is_world_process_zero():
+            folder = self._folder
+            self._write_card(folder, model_name, dataset_name, tags, license, keep_readme=_is_others_readme(folder))
+
+    def _write_card(
+        self,
+        folder: Path,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+        *,
+        keep_readme: bool,
+    ) -> None:
+        """Writes card, facts and pictures into a folder. Where that fails, it says so: a card is not worth a run."""
         trainer: Any = self
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = training_facts(trainer)
-        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        card = generator_card(
-            facts,
-            repo_id=self.hub_model_id or self.args.hub_model_id or model_name or folder.name,
-            license=license,
-            datasets=[] if dataset_name is None or not public_name(dataset_name)[1] else [dataset_name],
-            tags=[tags] if isinstance(tags, str) else tags or [],
-            pictures=add_pictures(folder, self.state.log_history, trainer.metric, main_readout(facts)),
-        )
-        card.save(folder / "README.md")
+        run, place = self._folder.resolve(), folder.resolve()
+        is_inside = run in place.parents  # such as a checkpoint, which has the run's name, and no pictures
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = training_facts(trainer)
+            _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            if keep_readme:
+                logger.warning(
+                    f"{str(folder / 'README.md')!r} is no card of a generator, so it is left as it is. For a card, remove it and "
+                    "save again."
+                )
+                return
+            pictures = []
+            if not is_inside:
+                readout = main_readout(facts)
+                pictures = add_pictures(folder, run / "report", self.state.log_history, trainer.metric, readout)
+            if license is None and (folder / "README.md").exists():
+                license = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
+            card = generator_card(
+                facts,
+                repo_id=self.hub_model_id
+                or self.args.hub_model_id
+                or model_name
+                or (run if is_inside else place).name,
+                license=license,
+                datasets=[] if dataset_name is None or not public_name(dataset_name)[1] else [dataset_name],
+                tags=[tags] if isinstance(tags, str) else tags or [],
+                pictures=pictures,
+            )
+            _write(folder / "README.md", str(card))
+        except Exception as error:
+            logger.warning(
+                f"The card of the generator in {str(folder)!r} could not be written: {type(error).__name__}: {error}. The "
+                "generator itself is not affected."
+            )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         repo_id = self.args.hub_model_id or self._folder.absolute().name
@@ -433,8 +481,7 @@ class PublishingMixin(_Trainer):
         repo_id: str = self.hub_model_id  # type: ignore[assignment]
         if "license" not in kwargs:
             kwargs["license"] = _license_of(describe_model(self.accelerator.unwrap_model(self.model)))
-        with explained(repo_id, token, _kept(folder), _again(folder, repo_id)):
-            self.create_model_card(**kwargs)
+        self.create_model_card(**kwargs)
         self._finish_current_push()
         upload = partial(
             _upload,
@@ -448,11 +495,15 @@ class PublishingMixin(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         args: Any = self.args
+        folder = Path(output_dir if output_dir is not None else args.output_dir)
+        others = _is_others_readme(folder)  # before PEFT writes one
         self.args = args.without_tokens()  # what Transformers pickles there, as `training_args.bin`
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
+        if args.should_save:
+            self._write_card(folder, keep_readme=others)
 
     def _save_aside(self, folder: Path) -> None:
         """Saves the generator beside what was saved before, and in its place only when all of it is written."""
@@ -463,7 +514,7 @@ class PublishingMixin(_Trainer):
                 aside.mkdir(parents=True)
             self.save_model(str(aside), _internal_call=True)
             if self.args.should_save:
-                (aside / "README.md").unlink(missing_ok=True)  # PEFT's, with local paths
+                (aside / "README.md").unlink(missing_ok=True)  # the card comes with the push
                 for path in aside.iterdir():
                     if (folder / path.name).is_dir():
                         shutil.rmtree(folder / path.name)
@@ -543,13 +594,15 @@ def _license_of(model: dict[str, Any]) -> str | None:
     return card.get("license") if card is not None else None
 
 
-def add_pictures(folder: Path, history: list[dict[str, Any]], metric: Any, readout: str) -> list[str]:
+def add_pictures(folder: Path, report: Path, history: list[dict[str, Any]], metric: Any, readout: str) -> list[str]:
     """
     Puts a run's pictures beside its card: those of its report, or else drawn here.
 
     Args:
         folder (`Path`):
-            Folder of the card, and of the run's `report`, where there is one.
+            Folder of the card.
+        report (`Path`):
+            The run's report, where there is one.
         history (`list[dict]`):
             `trainer.state.log_history`.
         metric (`Callable`):
@@ -560,7 +613,6 @@ def add_pictures(folder: Path, history: list[dict[str, Any]], metric: Any, reado
     Returns:
         `list[str]`: Names of the pictures.
     """
-    report = folder / "report"
     for name in ("curve.png", "pattern.gif"):
         if (report / name).exists():
             _copy([report / name], folder)
@@ -573,6 +625,22 @@ def add_pictures(folder: Path, history: list[dict[str, Any]], metric: Any, reado
         elif metric.decoded is not None:
             plot_pattern(metric.decoded, metric.pattern, folder / "pattern.png")
     return [name for name in PICTURES if (folder / name).exists()]
+
+
+def _is_others_readme(folder: Path) -> bool:
+    """Whether the folder has a `README.md` that is no card of ours."""
+    path = folder / "README.md"
+    return path.is_file() and TAGS[-1] not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file as a whole, or not at all."""
+    aside = path.with_name(f"_{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _copy(paths: Iterable[Path], folder: Path) -> None:

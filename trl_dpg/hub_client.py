@@ -5,7 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 
 API = HfApi(library_name="trl_dpg")
@@ -51,6 +56,10 @@ def _reason(chain: list[BaseException]) -> tuple[str, str]:
             return reason, _REMEDIES.get(status, "Try again later, and see https://status.huggingface.co.")
         if isinstance(error, OfflineModeIsEnabled):
             return "offline mode is on.", "Unset `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE`."
+        if isinstance(error, HFValidationError):
+            return f"{error}".rstrip(".") + ".", "Correct the repository's name (`hub_model_id`)."
+        if isinstance(error, LocalTokenNotFoundError):
+            return "there is no token.", f"{_LOGIN[0].upper()}{_LOGIN[1:]}."
         if isinstance(error, OSError) and error.errno in _FULL:
             return f"{_FULL[error.errno]} ({error.strerror}).", "Free some space."
     first, last = chain[0], chain[-1]

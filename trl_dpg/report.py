@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from .callbacks import read_rows
-from .cards import PAPER, recipe_text, validation_rows
+from .cards import PAPER, outcome, recipe_text, validation_rows
 
 
 def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
@@ -56,6 +56,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     page = template.render(
         name=Path(run_dir).absolute().name,
         run=run,
+        outcome=outcome(run),
         recipe=recipe_text(run["recipe"]),
         tables={name: validation_rows(validation) for name, validation in run["validation"].items()},
         progress=_progress(history),

@@ -434,7 +434,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 if self.args.nonfinite == "raise":  # type: ignore[attr-defined]
                     raise
                 logger.warning(f"The validation at step {self.state.global_step} counts as the worst: {error}")
-                results = {"metric": -math.inf}
+                results = {"metric": -math.inf, "metric_gain": -math.inf}
             texts = [example["completion"] for example in examples]
             if self.text_evaluation is not None:
                 results.update(self.text_evaluation(texts))

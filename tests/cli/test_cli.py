@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -464,12 +465,25 @@ def test_prompts_that_do_not_fit(here):
     assert e.value.__notes__ == ["What is written stays in 'data.jsonl'. The same command goes on from there."]
 
 
-def test_generate_samples_as_in_training(here):
+@pytest.mark.parametrize("is_checkpoint", [False, True])
+def test_generate_samples_as_in_training(here, capsys, is_checkpoint):
+    argv = [*GENERATE[:7], "--num_examples", "4"]
     (here / "generator" / "dpg.json").write_text(json.dumps({"generation": {"max_new_tokens": 2, "temperature": 0.7}}))
-    assert main([*GENERATE[:7], "--num_examples", "4"]) == 0
+    if is_checkpoint:  # without facts of its own
+        checkpoint = here / "generator" / "checkpoint-1"
+        shutil.copytree(here / "generator", checkpoint, ignore=shutil.ignore_patterns("dpg.json"))
+        argv[argv.index("generator")] = "generator/checkpoint-1"
+    assert main(argv) == 0
+    assert "dpg.json" not in capsys.readouterr().err
     settings = json.loads((here / "data.settings.json").read_text())
     assert (settings["max_new_tokens"], settings["temperature"]) == (2, 0.7)
     assert all(len(row["text"].split()) <= 2 for row in read(here / "data.jsonl"))
+
+
+def test_generate_says_that_nothing_is_known_of_the_training(here, capsys):
+    assert main(GENERATE) == 0
+    error = capsys.readouterr().err
+    assert "'generator' has no 'dpg.json'" in error and "temperature 1.0" in error
 
 
 def test_generate_with_an_adapter_and_a_chat(here):

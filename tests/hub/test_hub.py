@@ -1,7 +1,9 @@
 """Publishing, by the real client of the Hub, to a Hub on localhost."""
 
+import html
 import json
 import logging
+import math
 import re
 import traceback
 from pathlib import Path
@@ -16,12 +18,20 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import trl_dpg.hub
-from tests.hub.server import Failure, serve, validate
-from trl_dpg.cards import generator_card
+from tests.hub.server import Failure, check_card, serve, validate
+from trl_dpg.cards import dataset_card, generator_card
 from trl_dpg.checkpoints import is_whole
-from trl_dpg.facts import describe_metric, describe_model, described_pattern, public_name, summarize_validation
+from trl_dpg.facts import (
+    describe_metric,
+    describe_model,
+    described_pattern,
+    public_name,
+    summarize_validation,
+    training_facts,
+)
 from trl_dpg.hub import push_dataset, push_generator
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from trl_dpg.report import write_report
 
 
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
@@ -149,7 +159,7 @@ def test_card_says_what_was_validated(run, hub):
     rows = [row for row in trainer.state.log_history if "eval_metric" in row]
     assert [row["step"] for row in rows] == [0, 1, 1]
     text = hub.repos["models", "me/generator"].files["README.md"].decode()
-    assert "before training, 1 draw | this generator, 2 draws" in text
+    assert "before training, 1 draw | at step 1, 2 draws" in text
     accuracy = (rows[1]["eval_pixel_accuracy"] + rows[2]["eval_pixel_accuracy"]) / 2
     assert f"| pixel accuracy | {rows[0]['eval_pixel_accuracy']:.4g} | {accuracy:.4g}" in text
     # what the Hub shows beside the card, through the client's own reader and check
@@ -178,6 +188,24 @@ def test_dropped_connection(hub, folder, kind):
     commits = list(hub.repos["models", "me/gen"].commits)
     assert push_generator(folder, "me/gen", token=TOKEN).oid == commits[-1]
     assert hub.repos["models", "me/gen"].commits == commits and set(hub.uploads.values()) == {1}
+
+
+def test_a_wrong_name_is_no_error_of_the_network(hub, folder):
+    with pytest.raises(RuntimeError, match="Correct the repository's name") as caught:
+        push_generator(folder, "me/my generator!", token=TOKEN)
+    assert "network" not in str(caught.value)
+
+
+def test_a_card_that_cannot_be_made_is_no_error_of_the_network(run, hub, folder, caplog):
+    (folder / "dpg.json").write_text("{}")
+    with pytest.raises(KeyError, match="validation"):
+        push_dataset(Dataset.from_list([{"text": "blue"}]), "me/data", generator=str(folder))
+    assert ("datasets", "me/data") not in hub.repos
+    trainer = run()
+    trainer.example_prompt = {1, 2}  # no JSON
+    trainer.push_to_hub()
+    assert "The card of the generator in" in caplog.text and "TypeError" in caplog.text
+    assert WEIGHTS in hub.repos["models", "me/generator"].files
 
 
 def test_upload_goes_on_after_a_short_interruption(hub, folder):
@@ -426,6 +454,85 @@ def test_card_of_a_run_that_was_not_validated(make_trainer):
     assert card.data.eval_results is None and "was not validated yet" in card.text
 
 
+def rows(step, *gains, **readouts):
+    return [
+        {"step": step, "eval_metric_gain": gain, **{f"eval_{name}": value for name, value in readouts.items()}}
+        for gain in gains
+    ]
+
+
+QR, PICTURE = LMHeadPattern.qr("DPG"), LMHeadPattern.sixty_seven()
+OUTCOMES = {
+    "a QR code that is not read": (
+        QR,
+        [
+            *rows(0, -0.4, pixel_accuracy=0.477, qr_decoded=0.0),
+            *rows(20, 0.1, pixel_accuracy=303 / 441, qr_decoded=0.0),
+        ],
+        "at step 20, this was not reached: pixel accuracy 68.7 % (untrained generator: 47.7 %, chance: 50 %); "
+        "QR code read 0 % (untrained generator: 0 %).",
+    ),
+    "a QR code that is read": (
+        QR,
+        rows(20, 0.1, pixel_accuracy=439 / 441, qr_decoded=1.0),
+        "at step 20, this was reached: pixel accuracy 99.5 % (chance: 50 %); QR code read 100 %.",
+    ),
+    "read from some draws": (
+        QR,
+        rows(20, 0.1, pixel_accuracy=0.9, qr_decoded=1.0) + rows(20, 0.1, pixel_accuracy=0.7, qr_decoded=0.0),
+        "at step 20, this was not reached: pixel accuracy 80 % (chance: 50 %); QR code read 50 %.",
+    ),
+    "a picture but for a pixel": (
+        PICTURE,
+        rows(20, 0.1, pixel_accuracy=0.9996),
+        "at step 20, this was not reached: pixel accuracy 99.9 % (chance: 50 %).",
+    ),
+    "a gain that fell below zero": (
+        LMHeadNorm(),
+        [*rows(0, 0.002, lm_head_norm=1.25), *rows(20, -0.003, lm_head_norm=1.27)],
+        "at step 20, this was not reached: gain of Φ -0.003 (untrained generator: 0.002); norm of the LM head 1.27 "
+        "(untrained generator: 1.25).",
+    ),
+    "a gain that fell": (
+        lambda model: None,
+        [*rows(0, 0.2), *rows(20, 0.1)],
+        "at step 20, this was not reached: gain of Φ 0.1 (untrained generator: 0.2).",
+    ),
+    "a gain within its error": (lambda model: None, rows(20, 0.1, -0.05, 0.06), "this was not reached: gain of Φ 0.0"),
+    "a gain": (
+        lambda model: None,
+        [*rows(4, 0.1), *rows(20, 0.3)],
+        "at step 20, this was reached: gain of Φ 0.3 (generator at step 4: 0.1).",
+    ),
+    "a run that was not finite": (
+        PICTURE,
+        [*rows(0, 0.1, pixel_accuracy=0.5), *rows(20, -math.inf)],
+        "at step 20, this was not reached: pixel accuracy not finite (untrained generator: 50 %, chance: 50 %)",
+    ),
+    "no validation": (LMHeadNorm(), [], "Whether this was reached is not known"),
+}
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_cards_and_report_say_what_was_reached(make_trainer, case):
+    metric, history, expected = OUTCOMES[case]
+    trainer = make_trainer()
+    facts = training_facts(trainer)
+    facts["metric"], facts["validation"] = describe_metric(metric), summarize_validation(history)
+    facts["settings"], facts["hardware"] = {}, "a computer"
+    facts = json.loads(json.dumps(facts, allow_nan=False))
+    report = Path(trainer.args.output_dir) / "report"
+    report.mkdir(parents=True)
+    (report / "run.json").write_text(json.dumps(facts))
+    model_card = generator_card(facts, repo_id="me/gen")
+    data_card = dataset_card(facts, repo_id="me/data", generator="me/gen", num_examples=2, columns=["text"])
+    page = html.unescape(write_report(trainer.args.output_dir).read_text())
+    for text in (str(model_card), str(data_card), page):
+        assert expected in text and facts["metric"]["effect"] in text
+    assert "a goal: when" in str(model_card) and "made for**: when" in str(data_card) and "a goal: when" in page
+    assert check_card(str(model_card), "model") == [] and "inf" not in str(model_card.data)
+
+
 def test_pictures_of_the_report(make_trainer):
     trainer = make_trainer(metric=LMHeadPattern([[1, -1]]))
     folder = Path(trainer.args.output_dir)
@@ -452,9 +559,40 @@ def test_chat_prompts(make_trainer, chat_tokenizer):
         assert "blue" not in (Path(trainer.args.output_dir) / name).read_text()
 
 
-def test_generator_card_takes_the_hub_ids(make_trainer):
-    from trl_dpg.facts import training_facts
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_every_saved_generator_has_its_facts_and_its_card(make_trainer, tmp_path, is_adapter):
+    peft_config = LoraConfig(r=2, target_modules=["c_attn"]) if is_adapter else None
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1, peft_config=peft_config)
+    trainer.train()
+    trainer.evaluate()
+    run, elsewhere = Path(trainer.args.output_dir), tmp_path / "elsewhere"
+    trainer.save_model(str(elsewhere))
+    trainer.save_model()
+    for folder, name in ((run, run.name), (elsewhere, "elsewhere"), (run / "checkpoint-1", run.name)):
+        facts = json.loads((folder / "dpg.json").read_text())
+        assert facts["generation"]["max_new_tokens"] == 6 and facts["training"]["steps"] == 1
+        card = ModelCard.load(folder / "README.md")
+        assert f"# Model Card for {name}\n" in card.text and check_card(str(card), "model") == []
+        assert str(tmp_path) not in str(card) and "More Information Needed" not in card.text
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+            assert (folder / picture).read_bytes().startswith((b"\x89PNG", b"GIF"))
+    assert "(pattern.png)" in (elsewhere / "README.md").read_text()
 
+
+def test_a_readme_of_ones_own_is_left_as_it_is(make_trainer, tmp_path, caplog):
+    trainer = make_trainer()
+    trainer.create_model_card("generator", license="mit")
+    trainer.create_model_card("generator")  # a license once given is kept
+    assert ModelCard.load(Path(trainer.args.output_dir) / "README.md").data.license == "mit"
+    assert "is left as it is" not in caplog.text
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("My notes.")
+    trainer.save_model(str(tmp_path / "own"))
+    assert (tmp_path / "own" / "README.md").read_text() == "My notes."
+    assert (tmp_path / "own" / "dpg.json").exists() and "is left as it is" in caplog.text
+
+
+def test_generator_card_takes_the_hub_ids(make_trainer):
     facts = training_facts(make_trainer())
     facts["base_model"].update(name="openai-community/gpt2", on_hub=True)
     card = generator_card(facts, repo_id="me/gen", datasets=["trl-lib/tldr"], license="mit")

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from tests.hub.server import check_card
+from trl_dpg.cards import outcome
 
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,7 @@ def test_card_of_an_experiment(name):
         assert value == pytest.approx(trained["mean"], rel=1e-3, abs=spread + 1e-4)
     assert f"{results['steps']} steps, {results['completions_per_generation_batch']} texts" in card.text
     assert results["hardware"] in card.text
+    assert outcome(json.loads((folder / "dpg.json").read_text())) in card.text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     for text in (str(card), (folder / "dpg.json").read_text()):

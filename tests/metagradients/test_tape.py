@@ -4,17 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, memory
+from examples.resources import tiny_causal_lm
+from trl_dpg import MetagradientReward
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, host, memory
 from trl_dpg.metagradients.flat import FlatParameters
 from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer, clip_factor
@@ -339,6 +343,102 @@ def test_too_little_room_names_the_place_that_has_it(monkeypatch):
 
 def test_psutil_is_what_is_asked():
     assert 0 < memory._free_memory(CPU) <= psutil.virtual_memory().total
+
+
+GROUPS = {
+    "version 2, in a container": ("0::/", "", "memory.max", "memory.current", ""),
+    "version 2, by the machine": ("1:name=systemd:/\n0::/user/job", "user/job", "memory.max", "memory.current", ""),
+    "version 1": (
+        "8:cpu:/\n4:memory:/docker/ab\n0::/",
+        "memory/docker/ab",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+    "version 1, seen from within": (
+        "4:cpu,memory:/docker/ab",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_container_has_what_its_limit_leaves(kind, monkeypatch, tmp_path):
+    membership, folder, limit, used, prefix = GROUPS[kind]
+    (tmp_path / "membership").write_text(membership + "\n")
+    monkeypatch.setattr(host, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    assert host.host_memory()[0] == psutil.virtual_memory().total  # no limit is known
+    group = tmp_path / folder
+    group.mkdir(parents=True, exist_ok=True)
+    (group / limit).write_text("50000000\n")
+    (group / used).write_text("30000000\n")
+    (group / "memory.stat").write_text(f"rss 1\n{prefix}inactive_file 4000000\n{prefix}active_file 1000000\n")
+    assert host.host_memory() == (50_000_000, 25_000_000)
+    assert memory._free_memory(CPU) == 25_000_000
+    inner = group / "none"  # a group within, without a limit of its own
+    inner.mkdir()
+    (inner / limit).write_text("max\n" if "version 2" in kind else "9223372036854771712\n")
+    assert host.host_memory() == (50_000_000, 25_000_000)
+
+
+@pytest.fixture
+def mounts(monkeypatch, tmp_path):
+    """A machine whose directory for temporary files is in memory, and `/var/tmp`, too, if asked."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+
+    def make(*in_memory):
+        table = [SimpleNamespace(mountpoint=place, fstype="tmpfs") for place in in_memory]
+        table.insert(0, SimpleNamespace(mountpoint="/", fstype="ext4"))
+        monkeypatch.setattr(psutil, "disk_partitions", lambda all: table)
+
+    return make
+
+
+def test_a_tape_on_disk_is_on_a_disk(mounts, monkeypatch, tmp_path):
+    temporary = str(tmp_path / "temporary")
+    mounts()
+    assert host.tape_directory(None) == temporary
+    mounts(temporary)
+    assert host.tape_directory(None) == "/var/tmp"
+    assert host.tape_directory(temporary) == temporary  # who asks for it has it
+    assert host.is_in_memory(f"{temporary}/deep/er") and not host.is_in_memory(f"{temporary}-not")
+
+    mounts(temporary, os.path.realpath("/var/tmp"))
+    args = TargetTrainingArguments(batch_size=1, num_train_epochs=20)
+    plan = compute_metagradients(model(), EXAMPLES, metric, args).plan
+    with pytest.raises(ValueError, match='`tape="disk"` needs a directory on a disk.*`tape_dir`'):
+        compute_metagradients(model(), EXAMPLES, metric, replace(args, tape="disk"))
+    monkeypatch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.tape_bytes // 2)
+    with pytest.raises(MemoryError, match=r"0.0 MB on disk \(none known.*point `tape_dir` to a disk"):
+        compute_metagradients(model(), EXAMPLES, metric, args)
+    with pytest.raises(MemoryError):  # nor does it help to ask for memory by the name of a disk
+        compute_metagradients(model(), EXAMPLES, metric, replace(args, tape="disk", tape_dir=temporary))
+    mounts()
+    assert compute_metagradients(model(), EXAMPLES, metric, args).plan.tape == "disk"
+
+
+def test_a_reward_says_once_where_its_tape_is(monkeypatch, caplog, tokenizer):
+    args = TargetTrainingArguments(batch_size=1, num_train_epochs=20, adam_epsilon_root=1e-9)
+    target = tiny_causal_lm(hidden_size=8, num_layers=1, num_heads=1)
+    reward = MetagradientReward(target, metric, args, tokenizer)
+    batch = {"prompts": ["say"] * 2, "completions": ["blue day", "cold cup"], "completion_ids": [[1, 2], [3, 4]]}
+    plan = compute_metagradients(target, EXAMPLES[:2], metric, args).plan
+    reward(**batch)
+    assert caplog.text == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_free_memory", lambda device: plan.peak_bytes - plan.tape_bytes // 2)
+        for _ in range(3):
+            reward(**batch)
+    reward(**batch)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(" from here on")[0] for text in said] == [
+        f"The target's tape lies on {place}" for place in ("disk", "device")
+    ]
 
 
 def test_a_failed_write_is_an_error_and_no_hang(monkeypatch, tmp_path):

@@ -89,6 +89,8 @@ def test_text_to_tokens(text, ended, split, conversation):
     completion = text
     if conversation:  # in two messages, with one between that has no text
         completion = [{"role": "assistant", "content": part} for part in (text[:split], None, text[split:])]
+        parts = [{"type": "text", "text": text[:split]}, {"type": "image"}, {"type": "text", "text": text[split:]}]
+        assert completion_text([{"role": "assistant", "content": parts}]) == text
     assert completion_text(completion) == text
     example = to_target_example("prompt", completion, ended, TOKENIZER)
     assert example == {"input_ids": tokens_of(text, ended), "text": text if text.strip() else ""}

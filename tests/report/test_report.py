@@ -25,10 +25,11 @@ def report_of(trainer):
     return Path(trainer.args.output_dir) / "report"
 
 
-def test_files(make_trainer):
+def test_files(make_trainer, caplog):
     trainer = make_trainer(**VALIDATED)
     trainer.train()
     report = report_of(trainer)
+    assert "could not be written" not in caplog.text
     assert {path.name for path in report.iterdir()} == {
         *("run.json", "log.jsonl", "samples.jsonl", "rewards.jsonl", "patterns.jsonl"),
         *("curve.png", "entropy.png", "rewards.png", "pattern.gif", "patterns"),
@@ -122,6 +123,27 @@ def test_training_goes_on_where_no_report_can_be_written(make_trainer, tmp_path,
     assert "The report of step 0 could not be written" in caplog.text
 
 
+def test_training_goes_on_whatever_goes_wrong_in_a_report_or_a_card(make_trainer, caplog):
+    class Odd(TrainerCallback):
+        """Puts what is no JSON into the log while the report looks at it."""
+
+        def on_log(self, args, state, control, **kwargs):
+            state.log_history[-1]["odd"] = {1, 2}
+
+    class Even(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            del state.log_history[-1]["odd"]
+
+    trainer = make_trainer(save_strategy="steps", save_steps=1, eval_dataset=None)
+    trainer.callback_handler.callbacks.insert(0, Odd())
+    trainer.add_callback(Even())
+    (Path(trainer.args.output_dir) / "README.md").mkdir(parents=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "The report of step 2 could not be written: TypeError" in caplog.text
+    assert "The card of the generator in" in caplog.text
+
+
 class Page(HTMLParser):
     """Collects what a page loads, its tags, and its text."""
 
@@ -164,6 +186,27 @@ def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path):
 def test_folder_without_a_run(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"`run_dir` {str(tmp_path)!r} holds no report of a run")):
         write_report(tmp_path)
+
+
+def test_prompts_of_typed_parts(make_trainer, chat_tokenizer, caplog):
+    def message(role, *texts):
+        return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] + ' ' }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] + ' ' }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    prompts = [[message("user", "say ", "blue")], [message("system", "be brief"), message("user", "say", " air")]] * 8
+    trainer = make_trainer(
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:2]}),
+        processing_class=chat_tokenizer,
+        **VALIDATED,
+    )
+    trainer.train()
+    shown = {row["prompt"] for row in read_rows(report_of(trainer) / "samples.jsonl")}
+    assert shown and shown <= {"say blue", "system: be brief\nuser: say air"}
+    assert "could not be written" not in caplog.text
 
 
 def test_prompts_of_a_conversation(make_trainer, chat_tokenizer):

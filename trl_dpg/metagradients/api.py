@@ -447,8 +447,7 @@ class _Run:
             largest = max(range(self.num_steps), key=lambda step: _tokens(self, step))
             self.plan = self.in_memory(largest, self._plan)
             location = self.plan.tape
-            asked_for = location in ("device", self.args.tape)
-            logger.log(logging.INFO if asked_for else logging.WARNING, str(self.plan))
+            logger.info(str(self.plan))
         with self.processes.failing_together():
             self.storage = open_storage(location, self.args.tape_dir, self.flat.device)
         self._stack.callback(self.storage.close)

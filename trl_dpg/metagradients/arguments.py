@@ -101,7 +101,8 @@ class TargetTrainingArguments:
             `"disk"`, 1.1 times the trained parameters per step at most, and on host and disk twice the trained parameters
             for a while. `"auto"` takes the first that has room.
         tape_dir (`str`, *optional*):
-            Directory of the tape on disk. The system's directory for temporary files if `None`.
+            Directory of the tape on disk. If `None`, the system's directory for temporary files, or `/var/tmp` where that is
+            in memory (tmpfs); where both are, there is no tape on disk.
         disable_tqdm (`bool`, *optional*):
             Whether to hide the progress bar. `None` shows it on a terminal only.
 

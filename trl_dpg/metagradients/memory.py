@@ -2,19 +2,18 @@
 
 import os
 import shutil
-import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
+from .host import host_memory, is_in_memory, tape_directory
 from .model import vocab_size, without_checkpoints
 from .objective import MicroBatch, TokenLosses
 from .optimizers import Optimizer
@@ -88,7 +87,15 @@ def plan_memory(
     Raises:
         [`OutOfMemory`]: If there is not enough room, but smaller micro-batches would do.
         [`MemoryError`]: If there is not enough room; the message names settings that need less.
+        [`ValueError`]: If the tape is to be on disk, but no directory on a disk is known.
     """
+    directory = tape_directory(args.tape_dir)
+    if args.tape == "disk" and directory is None:
+        raise ValueError(
+            '`tape="disk"` needs a directory on a disk, but those for temporary files are in memory (tmpfs) or cannot be written '
+            "to. Set `tape_dir` (`target_tape_dir` in the trainer) to one on a disk."
+        )
+    in_memory = directory is not None and is_in_memory(directory)
     of_parameters = flat.size * flat.values.element_size()
     of_shard = flat.shard_size * flat.values.element_size()
     tape = tape_tensors(num_steps, args.optim) * of_shard
@@ -109,7 +116,7 @@ def plan_memory(
         raise OutOfMemory(str(error)) from None
     moments = 2 if args.optim == "adamw" else 0
     on_cpu, several = flat.device.type == "cpu", num_processes > 1
-    on_device = {"device": True, "host": on_cpu, "disk": False}
+    on_device = {"device": True, "host": on_cpu, "disk": on_cpu and in_memory}
     # The cotangents of the moments lie where the tape does, but are not counted in its size.
     aside = moments * of_shard if num_steps > 1 else 0
     block = min(Optimizer.BLOCK.get(flat.device.type, flat.size) * flat.values.element_size(), of_shard)
@@ -135,20 +142,20 @@ def plan_memory(
         return max(training, adjoint, replay + BLOCKS[place] * block)
 
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) if several else 1
-    device, host = _free_memory(flat.device), psutil.virtual_memory().available // neighbors
+    device, host = _free_memory(flat.device), host_memory()[1] // neighbors
     if on_cpu:
         device //= neighbors
-    directory = args.tape_dir or tempfile.gettempdir()
-    free = {"device": device, "host": host, "disk": shutil.disk_usage(directory).free // neighbors}
+    disk = 0 if directory is None else shutil.disk_usage(directory).free // neighbors
+    free = {"device": device, "host": host, "disk": min(disk, host) if in_memory else disk}
     kept = {"host": tape + aside, "disk": tape + aside}
     if flat.device.type == "cuda":
         size = Optimizer.BLOCK["cuda"] * flat.values.element_size()
         kept["host"] = (tape + aside) // of_shard * _pinned_bytes(of_shard, size)
 
     def fits(place: str, share: float = 1.0) -> bool:
-        if on_device[place]:
+        if on_device[place] and place != "disk":
             return working(place, share) + tape <= device
-        return working(place, share) <= device and kept[place] <= free[place]
+        return working(place, share) + tape * on_device[place] <= device and kept[place] <= free[place]
 
     considered = list(on_device) if args.tape == "auto" else [args.tape]
     for place in considered:
@@ -176,7 +183,7 @@ def plan_memory(
     raise refusal(
         f"This run of {num_steps} steps needs {_gigabytes(least)} of the device's memory beyond the model and "
         f"{_gigabytes(tape + aside)} for the tape (`tape={args.tape!r}`), but free are {_gigabytes(device)} on the device, "
-        f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory}). To make it fit: "
+        f"{_gigabytes(host)} on the host and {_gigabytes(free['disk'])} on disk ({directory or 'none known: directories for temporary files are in memory'}). To make it fit: "
         f"{'; '.join(advice)}."
     )
 
@@ -225,7 +232,7 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    return host_memory()[1]
 
 
 def _gigabytes(number: int) -> str:

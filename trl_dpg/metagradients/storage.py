@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
+
+from .host import host_memory, tape_directory
 
 
 AHEAD = 4  # tensors that are fetched while the caller computes
@@ -42,7 +43,7 @@ class Storage(Protocol):
 def open_storage(location: str, directory: str | None, device: torch.device) -> Storage:
     """Storage at `"device"`, `"host"` or `"disk"`. For a model on the CPU, host and device are the same."""
     if location == "disk":
-        return DiskStorage(directory, device)
+        return DiskStorage(tape_directory(directory), device)
     if location == "host" and device.type == "cuda":
         return HostStorage(device)
     return DeviceStorage()
@@ -185,7 +186,7 @@ class DiskStorage:
         """Has the operating system read into memory that is free otherwise, while the model is called."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        room = psutil.virtual_memory().available // 2  # more would push out what is needed first
+        room = host_memory()[1] // 2  # more would push out what is needed first
         for offset, shape, dtype in keys:
             size = shape.numel() * dtype.itemsize
             room -= size

@@ -1,5 +1,6 @@
 """The metagradient of each completion as a TRL reward."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from ..data import Messages, completion_parts
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
 from .target import STD_FLOOR, TargetReward, mean_figures
+
+
+logger = logging.getLogger(__name__)
 
 
 class MetagradientReward(TargetReward):
@@ -111,6 +115,7 @@ class MetagradientReward(TargetReward):
             num_datasets=num_datasets,
             nonfinite=nonfinite,
         )
+        self.tape = "device"  # where it was last
         # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
         self.generator_processing_class: PreTrainedTokenizerBase | None = None
         self.candidate_ids: list[Tensor] | None = (
@@ -208,6 +213,11 @@ class MetagradientReward(TargetReward):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
+        for out in outs.values():
+            if out.plan is not None and out.plan.tape != self.tape:
+                self.tape = out.plan.tape
+                if args.tape == "auto" and processes.is_main_process:
+                    logger.warning("The target's tape lies on %s from here on: %s.", self.tape, out.plan)
         raw = torch.zeros(len(examples), dtype=torch.float64)
         self._examples = examples
         self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]

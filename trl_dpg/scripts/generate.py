@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
-from ..hub import FACTS_FILE, push_dataset
+from ..hub import FACTS_FILE, local_facts, push_dataset
 from .common import Parser, check_column, load_rows, read_json, run_script, running
 
 
@@ -147,8 +147,8 @@ def read_facts(model: str) -> dict[str, Any]:
         [`ValueError`]: If there is no such model.
     """
     if os.path.isdir(model):
-        path = Path(model) / FACTS_FILE
-        return read_json(path) if path.exists() else {}
+        path = local_facts(model)
+        return read_json(path) if path is not None else {}
     try:
         return read_json(Path(hf_hub_download(model, FACTS_FILE)))
     except LocalEntryNotFoundError:  # offline, and not in the cache
@@ -368,7 +368,14 @@ def write(args: GenerateArguments) -> dict[str, Any]:
     Raises:
         [`ValueError`]: If an argument is no good, or if the file is of another call.
     """
-    settings = sampling(args, read_facts(args.model))
+    facts = read_facts(args.model)
+    settings = sampling(args, facts)
+    if "generation" not in facts:
+        print(
+            f"{args.model!r} has no {FACTS_FILE!r} that can be read, which says how texts were sampled in its training. Here they are "
+            f"sampled with {', '.join(f'{name} {value}' for name, value in settings.items())}: give what training had as flags.",
+            file=sys.stderr,
+        )
     rows = load_rows(args.prompts, args.prompts_split, "prompts")
     check_column(rows, "prompt", args.prompts, "prompts")
     number = args.num_examples or len(rows)

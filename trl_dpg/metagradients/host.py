@@ -1,0 +1,83 @@
+"""Room on this machine: memory, as far as a container leaves it to this process, and a directory for the tape."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+# Files of a control group, and the page cache in its statistics, which is freed where memory is needed
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def host_memory() -> tuple[int, int]:
+    """Total and available memory in bytes: the machine's, or less where a container (control groups, version 1 or 2) has a limit."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    for limit, used in _limits():
+        total = min(total, limit)
+        available = min(available, max(limit - used, 0))
+    return total, available
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use of each control group that this process is in: its own, and those around it."""
+    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = CGROUPS, VERSION_2
+        elif "memory" in controllers.split(","):
+            root, names = CGROUPS / "memory", VERSION_1
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):  # in a container, often only the root is there
+            if group.is_relative_to(root) and (limit := _read_limit(group, names)) is not None:
+                yield limit
+
+
+def _read_limit(group: Path, names: tuple[str, str, tuple[str, str]]) -> tuple[int, int] | None:
+    limit_file, used_file, cache = names
+    try:
+        limit, used = int((group / limit_file).read_text()), int((group / used_file).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return None
+    return limit, used - sum(int(statistics.get(name, 0)) for name in cache)
+
+
+def is_in_memory(directory: str) -> bool:
+    """Whether what is written to a directory takes memory, not disk."""
+    path, best, kind = Path(os.path.realpath(directory)), -1, ""
+    for mount in psutil.disk_partitions(all=True):
+        if path.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= best:  # the last of several in one place
+            best, kind = len(mount.mountpoint), mount.fstype
+    return kind in IN_MEMORY
+
+
+def tape_directory(asked_for: str | None) -> str | None:
+    """
+    Where a tape on disk lies.
+
+    Args:
+        asked_for (`str`, *optional*): `tape_dir`, which is taken as it is.
+
+    Returns:
+        `str` or `None`: Without `tape_dir`, the first directory for temporary files that is on a disk: the system's, or
+        `/var/tmp`. `None` if both are in memory, or cannot be written to.
+    """
+    if asked_for is not None:
+        return asked_for
+    for directory in (tempfile.gettempdir(), "/var/tmp"):
+        if os.access(directory, os.W_OK) and not is_in_memory(directory):
+            return directory
+    return None
