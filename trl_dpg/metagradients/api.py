@@ -137,7 +137,8 @@ def compute_metagradients(
             Causal language model to fine-tune. Its parameters with `requires_grad` are trained; tied ones once.
         examples (`Sequence[Mapping]`):
             Dicts with `input_ids`, optionally `labels` (-100 where not supervised; `input_ids` by default) and `weight`
-            (1.0 by default; \\( Z_t \\) does not depend on it).
+            (1.0 by default; \\( Z_t \\) does not depend on it). `completion_mask`, `assistant_masks` and an `attention_mask` with
+            padding at the ends are applied; a column that asks for more than tokens is refused.
         metric (`Callable`):
             \\( \Phi \\), higher is better: `metric(model)` returns a scalar tensor, differentiable in the trained
             parameters. May have `setup(model)`, called on the original model, and `readouts(model)`, a dict of floats.
