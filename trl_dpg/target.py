@@ -79,8 +79,11 @@ def load_target_model(
 
 
 def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
-    if find_adapter_config_file(name, **hub_kwargs) is None:
-        return None
+    try:
+        if find_adapter_config_file(name, **hub_kwargs) is None:
+            return None
+    except (OSError, ValueError):
+        return None  # what is wrong with the name is said where the model is loaded
     return PeftConfig.from_pretrained(name, **hub_kwargs)
 
 

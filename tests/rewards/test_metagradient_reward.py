@@ -46,7 +46,8 @@ def seen(monkeypatch):
 
 class TestStockTrainer:
     def test_two_steps(self, make_reward, make_grpo_trainer, weights):
-        reward = make_reward(args=TargetTrainingArguments(learning_rate=1e-3, batch_size=4))
+        recipe = {"learning_rate": 1e-3, "batch_size": 4, "adam_epsilon_root": 1e-9}
+        reward = make_reward(args=TargetTrainingArguments(**recipe))
         before = weights(reward.target_model)
         trainer = make_grpo_trainer(reward, learning_rate=1e-2, lr_scheduler_type="constant", log_completions=True)
         policy = weights(trainer.model)

@@ -451,7 +451,7 @@ def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: i
     if args.adam_epsilon_root != "auto":
         return float(args.adam_epsilon_root)
     square = grad.norm(dtype=torch.float64).item() ** 2
-    if square == 0:
+    if square == 0 and args.optim == "adamw":
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
             "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "
