@@ -432,7 +432,9 @@ def test_auto_epsilon_root():
 
 def test_auto_is_the_default_epsilon_root():
     """Whether arguments are given or not; the recipe that has no use for it does not need a gradient to measure."""
-    expected = compute_metagradients(gpt2(), make_examples(), metric, TargetTrainingArguments(adam_epsilon_root="auto"))
+    expected = compute_metagradients(
+        gpt2(), make_examples(), metric, TargetTrainingArguments(adam_epsilon_root="auto")
+    )
     for args in (None, TargetTrainingArguments()):
         out = compute_metagradients(gpt2(), make_examples(), metric, args)
         assert out.adam_epsilon_root == expected.adam_epsilon_root
