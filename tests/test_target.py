@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from trl_dpg.target import load_target_model, whole_weights
+from examples.resources import tiny_causal_lm, tiny_tokenizer
+from trl_dpg.metagradients import compute_metagradients
+from trl_dpg.target import load_target_model, load_target_tokenizer, whole_weights
 
 
 @pytest.fixture
@@ -117,3 +119,56 @@ def test_partitioned_weights_are_refused(checkpoint):
     model.lm_head.weight.ds_id = 0  # DeepSpeed's mark
     with pytest.raises(ValueError, match="'lm_head.weight' is sharded over processes"):
         load_target_model(model)
+
+
+IDS = torch.tensor([[3, 5, 8, 4]])
+LORA = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A directory with a trained adapter of a model in another one, and what the two compute."""
+    tiny_causal_lm(hidden_size=16, num_layers=1, num_heads=2).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LORA).eval()
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param)
+    model.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter"), model(IDS).logits
+
+
+@pytest.mark.parametrize("untie_head", [False, True])
+def test_a_trained_adapter_is_what_is_trained(adapter, untie_head):
+    """It is neither dropped nor frozen, the model under it is as it was, and the tokenizer is that model's."""
+    directory, logits = adapter
+    target = load_target_model(directory, untie_head)
+    assert torch.equal(target.eval()(IDS).logits, logits)
+    trained = [name for name, param in target.named_parameters() if param.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    out = compute_metagradients(target, [{"input_ids": [3, 5, 8]}], lambda model: -model(IDS, labels=IDS).loss)
+    assert out.metagradients.any()
+    assert load_target_tokenizer(directory).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_an_adapter_on_an_adapter_is_refused(adapter):
+    """The new one would take the other's place: from a directory, in a PEFT model, and as Transformers loads it."""
+    directory, _ = adapter
+    base = AutoModelForCausalLM.from_pretrained(directory[: -len("adapter")] + "base")
+    models = [directory, PeftModel.from_pretrained(base, directory), AutoModelForCausalLM.from_pretrained(directory)]
+    for model in models:
+        with pytest.raises(ValueError, match="(?s)`target_model`.*adapter.*Leave `target_peft_config` out"):
+            load_target_model(model, peft_config=LORA)
+
+
+def test_an_adapter_beside_a_model_is_refused(adapter):
+    directory, _ = adapter
+    tiny_causal_lm(hidden_size=16, num_layers=1, num_heads=2).save_pretrained(directory)
+    with pytest.raises(ValueError, match="holds a model .* and an adapter .* Keep them in two directories"):
+        load_target_model(directory)
+
+
+def test_a_frozen_adapter_is_refused_with_its_remedy(adapter):
+    base = AutoModelForCausalLM.from_pretrained(adapter[0])
+    with pytest.raises(ValueError, match="no trainable parameter.*`is_trainable=True`"):
+        compute_metagradients(base, [{"input_ids": [3, 5, 8]}], lambda model: -model(IDS, labels=IDS).loss)

@@ -56,8 +56,8 @@ def to_target_example(
     """
     What the target is trained on for one completion: its text in the target's own tokens.
 
-    The tokenizer adds what it adds to any text (BOS, where it does). EOS is added where the completion ended by itself,
-    and only there.
+    The tokenizer adds what it adds to any text (BOS, where it does). One EOS stands at the end where the completion ended by
+    itself, and none where it did not, also if tokenizer or `formatting_func` ends every text.
 
     Args:
         prompt (`str` or `list[dict]`):
@@ -79,9 +79,26 @@ def to_target_example(
         return {"input_ids": [], "text": ""}
     eos = processing_class.eos_token_id
     input_ids = list(processing_class(text)["input_ids"])
-    while input_ids and input_ids[-1] == eos:  # some tokenizers add it to every text
-        input_ids.pop()
+    ends = {eos}
+    if formatting_func is not None and not ended:  # a chat template may close its messages with another token than EOS
+        ends |= set(processing_class.all_special_ids) - {processing_class.unk_token_id}
+    input_ids = _without_end(input_ids, ends, processing_class)
     return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids, "text": text}
+
+
+def _without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """
+    What comes before the tokens that end a text.
+
+    Some tokenizers add one to every text, and so do chat templates, which put a line break behind it.
+    """
+    length = len(input_ids)
+    for i in reversed(range(len(input_ids))):
+        if input_ids[i] in ends:
+            length = i
+        elif processing_class.decode([input_ids[i]]).strip():
+            break
+    return input_ids[:length]
 
 
 def indices_to_train_on(examples: list[dict[str, Any]]) -> list[int]:

@@ -3,26 +3,27 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils import find_adapter_config_file
 
 from .metagradients.model import TargetModel
 
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def load_target_model(
     model: str | TargetModel,
     untie_head: bool = False,
-    peft_config: "PeftConfig | None" = None,
+    peft_config: PeftConfig | None = None,
     **model_init_kwargs: Any,
 ) -> TargetModel:
     """
@@ -30,11 +31,12 @@ def load_target_model(
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model id, directory, or a model, which is changed in place.
+            Model id, directory, or a model, which is changed in place. The id or directory of an adapter gives the model that
+            the adapter was made for, with that adapter, which is then what is trained.
         untie_head (`bool`, *optional*, defaults to `False`):
             Whether to give the LM head a weight of its own, see [`untie_lm_head`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapters to train instead of the full model.
+            New adapters to train instead of the full model, which must have none.
         **model_init_kwargs:
             Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
@@ -43,19 +45,65 @@ def load_target_model(
         [`whole_weights`].
 
     Raises:
-        [`ValueError`]: If a model was passed whose weights are not all on this process.
+        [`ValueError`]: If a model was passed whose weights are not all on this process, or new adapters are asked for on top
+            of others.
     """
+    adapter, adapter_kwargs = None, {}
+    if isinstance(model, str):
+        model_init_kwargs.setdefault("dtype", torch.float32)
+        model_init_kwargs.setdefault("trust_remote_code", False)  # not to be asked for at a prompt, either
+        adapter_kwargs = {name: model_init_kwargs[name] for name in HUB_KWARGS if name in model_init_kwargs}
+        config = _adapter_config(model, **adapter_kwargs)
+        if config is not None:
+            _check_adapter(model, peft_config)
+            adapter, model = model, config.base_model_name_or_path
+            model_init_kwargs = {**model_init_kwargs, "revision": config.revision}
+            model_init_kwargs.pop("subfolder", None)
+    elif peft_config is not None and _has_adapters(model):
+        raise ValueError(
+            f"`target_model` ({type(model).__name__}) has adapters already, which new ones (`target_peft_config`) would take "
+            "the place of. Leave `target_peft_config` out to train those that are there (an adapter is loaded with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`), or merge them first (`merge_and_unload`)."
+        )
     with whole_weights():
         if isinstance(model, str):
-            model_init_kwargs.setdefault("dtype", torch.float32)
-            model_init_kwargs.setdefault("trust_remote_code", False)  # not to be asked for at a prompt, either
             model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)
         _check_whole(model)
         if untie_head:
             untie_lm_head(model)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True, **adapter_kwargs)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
     return model
+
+
+def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
+    try:
+        if find_adapter_config_file(name, **hub_kwargs) is None:
+            return None
+    except (OSError, ValueError):
+        return None  # what is wrong with the name is said where the model is loaded
+    return PeftConfig.from_pretrained(name, **hub_kwargs)
+
+
+def _check_adapter(name: str, peft_config: PeftConfig | None) -> None:
+    if peft_config is not None:
+        raise ValueError(
+            f"`target_model` {name!r} is an adapter, which new ones (`target_peft_config`) would take the place of. Leave "
+            "`target_peft_config` out to go on training that adapter, or merge it into its model first "
+            "(`merge_and_unload`)."
+        )
+    if os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(
+            f"`target_model` {name!r} holds a model (`config.json`) and an adapter (`adapter_config.json`): it is not clear "
+            "which of them is to be trained. Keep them in two directories."
+        )
+
+
+def _has_adapters(model: TargetModel) -> bool:
+    # Transformers puts adapters into a model that stays one of its own class
+    return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 @contextmanager
@@ -108,7 +156,7 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
     Args:
         name (`str`):
-            Model id or directory.
+            Model id or directory. An adapter without a tokenizer has that of its model.
         **kwargs:
             Keyword arguments of `from_pretrained`.
 
@@ -126,6 +174,10 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         error = e
     # without tokenizer files, Transformers makes one that knows no word
     if error is not None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        config = _adapter_config(name, **hub_kwargs)
+        if config is not None:
+            return load_target_tokenizer(config.base_model_name_or_path, **{**kwargs, "revision": config.revision})
         raise ValueError(
             f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Check the name, or pass the "
             f"target's tokenizer (`target_processing_class` in the trainer).{f' {error}' if error else ''}"

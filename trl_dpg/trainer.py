@@ -64,7 +64,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
     trainer = DatasetPolicyGradientTrainer(
         model="meta-llama/Llama-3.2-1B-Instruct",
         target_model="openai-community/gpt2",
-        metric=LMHeadPattern.qr("TRL-DPG", scale="auto"),
+        metric=LMHeadPattern.qr("TRL-DPG"),
         args=DatasetPolicyGradientConfig(target_learning_rate=5e-6, target_untie_lm_head=True),
         train_dataset=load_dataset("trl-lib/tldr", split="train"),
     )

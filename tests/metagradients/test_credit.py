@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.peers.unrolled import unrolled_metric
@@ -178,6 +179,28 @@ def test_own_numbers_of_candidates():
     assert [len(tokens) for tokens in out.token_metagradients] == [4, 6, 8, 4, 6, 8]
     for values in (out.token_metagradients[2], out.candidate_metagradients[2].abs().sum(dim=1)):
         assert values[0] == 0 and values[1:5].ne(0).all() and values[5:].eq(0).all()
+
+
+def test_positions_of_padded_examples():
+    """Results are at the positions that were given, also behind padding on the left."""
+    args = TargetTrainingArguments(**CASES["adamw-k4"][1])
+    plain = with_candidates(make_examples())
+    padded = []
+    for example in plain:
+        ids, labels, candidates = (torch.as_tensor(example[key]) for key in ("input_ids", "labels", "candidates"))
+        padded.append(
+            {
+                "input_ids": F.pad(ids, (2, 1)),
+                "labels": F.pad(labels, (2, 1), value=-100),
+                "candidates": F.pad(candidates, (0, 0, 2, 1)),
+                "attention_mask": F.pad(torch.ones_like(ids), (2, 1)),
+                "weight": example["weight"],
+            }
+        )
+    expected, out = (compute_metagradients(gpt2(), examples, metric, args) for examples in (plain, padded))
+    for i in range(len(plain)):
+        assert torch.equal(out.token_metagradients[i], F.pad(expected.token_metagradients[i], (2, 1)))
+        assert torch.equal(out.candidate_metagradients[i], F.pad(expected.candidate_metagradients[i], (0, 0, 2, 1)))
 
 
 @pytest.mark.parametrize(

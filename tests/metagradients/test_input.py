@@ -137,6 +137,26 @@ BAD_EXAMPLES = {
         r"`examples\[0\]\['weight'\]` must be a finite number, got 'a lot'",
     ),
     "weight-vector": ([{**GOOD, "weight": [1.0, 2.0]}], r"`examples\[0\]\['weight'\]` must be a finite number"),
+    "hole": (
+        [{**GOOD, "attention_mask": [1, 0, 1]}],
+        r"`examples\[0\]` has an `attention_mask` with a 0 between ones, at position 1.*Remove the tokens",
+    ),
+    "short-mask": (
+        [{**GOOD, "attention_mask": [1, 1]}],
+        r"`examples\[0\]` needs `attention_mask` to be 3 zeros and ones.*got \[1, 1\].*leave it out",
+    ),
+    "no-mask": ([{**GOOD, "completion_mask": [0, 1, 2]}], r"needs `completion_mask` to be 3 zeros and ones"),
+    "text-mask": ([{**GOOD, "assistant_masks": "011"}], r"needs `assistant_masks` to be 3 zeros and ones.*got '011'"),
+    "packed": (
+        [{**GOOD, "seq_lengths": [2, 1]}],
+        r"`examples\[0\]` has `seq_lengths` \[2, 1\]: several texts, packed.*one example per text",
+    ),
+    "positions": (
+        [GOOD, {**GOOD, "position_ids": [0, 1, 0]}],
+        r"`examples\[1\]` has `position_ids` \[0, 1, 0\].*counts from 0.*one example per text",
+    ),
+    "segments": ([{**GOOD, "token_type_ids": [0, 0, 1]}], r"has `token_type_ids` \[0, 0, 1\].*is 0 at every token"),
+    "image": ([{**GOOD, "pixel_values": [[0.0]]}], r"`examples\[0\]` has `pixel_values`, which.*Remove the column"),
     "too-long": (
         [{"input_ids": [1] * 17}],
         "An example has 17 tokens, but `model` has 16 positions.*`max_length` to 16",
@@ -164,6 +184,52 @@ def test_forms_of_an_example(example):
     """Tensors, tuples and further keys do as well as lists."""
     expected = compute_metagradients(gpt2(), [GOOD], metric)
     assert torch.equal(compute_metagradients(gpt2(), [example], metric).metagradients, expected.metagradients)
+
+
+PADDED = {
+    "right": {"input_ids": [1, 2, 3, VOCAB], "attention_mask": [1, 1, 1, 0], "token_type_ids": [0] * 4},
+    "left": {"input_ids": [VOCAB, VOCAB, 1, 2, 3], "attention_mask": torch.tensor([0, 0, 1, 1, 1])},
+    "both": {"input_ids": [0, 1, 2, 3, 0], "attention_mask": [False, True, True, True, False]},
+    "labels": {"input_ids": [0, 1, 2, 3], "labels": [5, 1, 2, 3], "attention_mask": [0, 1, 1, 1]},
+    "positions": {"input_ids": [0, 1, 2, 3], "attention_mask": [0, 1, 1, 1], "position_ids": [1, 0, 1, 2]},
+    "none": {**GOOD, "attention_mask": [1, 1, 1], "position_ids": torch.arange(3), "seq_lengths": [3]},
+    "missing": {**GOOD, "attention_mask": None, "completion_mask": None, "position_ids": None, "images": None},
+}
+
+
+@pytest.mark.parametrize("function", [compute_metagradients, validate])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_is_left_out(name, function):
+    """On either side, also where its token is not in the vocabulary and where it would be cut first."""
+    args = TargetTrainingArguments(batch_size=2, adam_epsilon_root=1e-4, max_length=3)
+    other = {"input_ids": [4, 5, 6, 7]}
+    out, expected = (function(gpt2(), [example, other], metric, args) for example in (PADDED[name], GOOD))
+    if function is compute_metagradients:
+        assert torch.equal(out.metagradients, expected.metagradients)
+        out, expected = out.metric_after, expected.metric_after
+    assert out == expected
+
+
+def prepared(*examples):
+    """Tokens, labels and weights of examples."""
+    return [example[:3] for example in prepare_examples(examples, 16, VOCAB)]
+
+
+def test_masks_say_what_is_supervised():
+    """Both at once, as in SFT, and padding too; `labels`, where there are any, say it instead."""
+    tokens = {"input_ids": [1, 2, 3, 4, 5, 0]}
+    masks = {"completion_mask": [0, 0, 1, 1, 1, 1], "assistant_masks": [1, 1, 1, 0, 1, 1]}
+    padding = {"attention_mask": [1, 1, 1, 1, 1, 0]}
+    expected = [{"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, 3, -100, 5]}]
+    labels = {"labels": [-100, -100, 3, -100, 5, 0]}
+    for example in ({**tokens, **masks, **padding}, {**tokens, **labels, **padding, "completion_mask": [1] * 6}):
+        assert prepared(example) == prepared(*expected)
+
+
+def test_an_example_that_is_all_padding_is_empty():
+    """As one that has no token: harmless."""
+    padding = {"input_ids": [0, 0, 0], "attention_mask": [0, 0, 0]}
+    assert prepared(padding, GOOD) == prepared({"input_ids": []}, GOOD)
 
 
 def test_longer_than_the_model_but_cut():

@@ -431,6 +431,18 @@ def test_auto_epsilon_root():
     assert torch.equal(out.metagradients, number)
 
 
+def test_auto_is_the_default_epsilon_root():
+    """Whether arguments are given or not; the recipe that has no use for it does not need a gradient to measure."""
+    expected = compute_metagradients(
+        gpt2(), make_examples(), metric, TargetTrainingArguments(adam_epsilon_root="auto")
+    )
+    for args in (None, TargetTrainingArguments()):
+        out = compute_metagradients(gpt2(), make_examples(), metric, args)
+        assert out.adam_epsilon_root == expected.adam_epsilon_root
+    out = compute_metagradients(gpt2(), [{"input_ids": [1]}], metric, TargetTrainingArguments(optim="sgd"))
+    assert out.metagradients.tolist() == [0.0]
+
+
 def test_number_as_epsilon_root_is_returned():
     args = TargetTrainingArguments(adam_epsilon_root=3e-7)
     assert compute_metagradients(gpt2(), make_examples(), metric, args).adam_epsilon_root == 3e-7

@@ -85,6 +85,15 @@ def test_input_ids_equal_numpy(gpt2):
     assert LanguageModelingLikelihood(formatted)(gpt2).item() == plain(gpt2).item()
 
 
+def test_masks_of_tokenized_rows(gpt2):
+    """Padding is left out, what a mask excludes is not supervised, and what the metric cannot apply is refused."""
+    row = {"input_ids": [0, 3, 4, 5, 0], "attention_mask": [0, 1, 1, 1, 0], "completion_mask": [0, 0, 0, 1, 1]}
+    metric = LanguageModelingLikelihood([row])
+    assert metric(gpt2).item() == pytest.approx(numpy_likelihood(gpt2, [([3, 4, 5], [-100, -100, 5])]), abs=1e-6)
+    with pytest.raises(ValueError, match="`dataset` row 0 has `seq_lengths`.*packed"):
+        LanguageModelingLikelihood([{"input_ids": [3, 4, 5], "seq_lengths": [1, 2]}])
+
+
 def test_perplexity_equals_the_models_own_loss(gpt2, tokenizer):
     metric = LanguageModelingLikelihood(TEXTS[-1:], tokenizer)
     input_ids = torch.tensor([tokenizer(TEXTS[-1]["text"])["input_ids"]])

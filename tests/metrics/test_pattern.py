@@ -130,8 +130,14 @@ def test_auto_scale_does_not_keep_a_failed_measurement(gpt2):
     assert metric.scale_value is None
 
 
+def test_the_default_is_measured():
+    """However the pattern is made."""
+    pixels = LMHeadPattern.sixty_seven().pattern
+    metrics = [LMHeadPattern(pixels), LMHeadPattern.sixty_seven(), LMHeadPattern.qr("DPG")]
+    assert [(metric.scale, metric.scale_value) for metric in metrics] == [("auto", None)] * 3
+
+
 def test_fixed_scale():
-    assert LMHeadPattern([[1]]).scale_value == 20.0
     assert LMHeadPattern([[1]], scale=3).scale_value == 3.0
 
 

@@ -5,9 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_dpg import MetagradientReward
+from trl_dpg.data import to_target_example
 from trl_dpg.metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
@@ -46,7 +51,8 @@ def seen(monkeypatch):
 
 class TestStockTrainer:
     def test_two_steps(self, make_reward, make_grpo_trainer, weights):
-        reward = make_reward(args=TargetTrainingArguments(learning_rate=1e-3, batch_size=4))
+        recipe = {"learning_rate": 1e-3, "batch_size": 4, "adam_epsilon_root": 1e-9}
+        reward = make_reward(args=TargetTrainingArguments(**recipe))
         before = weights(reward.target_model)
         trainer = make_grpo_trainer(reward, learning_rate=1e-2, lr_scheduler_type="constant", log_completions=True)
         policy = weights(trainer.model)
@@ -216,6 +222,37 @@ class TestWhatTheTargetSees:
         reward = make_reward(target_model=causal_lm(seed=1, vocab_size=63), processing_class=bos_tokenizer)
         call(reward, TEXTS[:2])
         assert seen[0].input_ids == [ids[:-1] for ids in bos_tokenizer(TEXTS[:2])["input_ids"]]
+
+    @pytest.mark.parametrize("eos_token", ["<|im_end|>", "<|endoftext|>"])
+    def test_eos_of_a_chat_template(self, eos_token):
+        """ChatML ends each message and puts a line break behind: one EOS where the completion ended, none where it did not."""
+        names = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+        backend = Tokenizer(BPE({token: i for i, token in enumerate([*names, *sorted(ByteLevel.alphabet())])}, []))
+        backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        backend.decoder = ByteLevelDecoder()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token=eos_token, additional_special_tokens=names
+        )
+        tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+
+        def formatting_func(row):
+            return tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+
+        def text(ended, content="it is 42\n"):
+            completion = [{"role": "assistant", "content": content}]
+            prompt = [{"role": "user", "content": "ask"}]
+            ids = to_target_example(prompt, completion, ended, tokenizer, formatting_func)["input_ids"]
+            return tokenizer.decode(ids)
+
+        whole = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nit is 42\n"
+        assert text(ended=False) == whole
+        end = eos_token if eos_token == "<|im_end|>" else f"<|im_end|>\n{eos_token}"
+        assert text(ended=True) == whole + end
+        # without a template, a completion's own line break stays unless an end is before it
+        for ended, end in ((False, ""), (True, eos_token)):
+            for body, written in (("a \n", "a \n"), ("a", f"a{eos_token}\n{eos_token}")):
+                ids = to_target_example("", written, ended, tokenizer)["input_ids"]
+                assert tokenizer.decode(ids) == body + end
 
     def test_formatting_func(self, make_reward, call, tokenizer, seen):
         rows = []

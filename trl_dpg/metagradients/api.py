@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import release_memory
 from torch import Tensor
@@ -36,7 +37,7 @@ from .model import (
     trainable_parameters,
     vocab_size,
 )
-from .objective import MicroBatch, TokenLosses, micro_batches, prepare_examples
+from .objective import Example, MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
 from .parallel import Processes
 from .storage import DeviceStorage, Storage, open_storage
@@ -148,7 +149,8 @@ def compute_metagradients(
         examples (`Sequence[Mapping]`):
             Dicts with `input_ids`, optionally `labels` (-100 where not supervised; `input_ids` by default), `weight`
             (1.0 by default; \\( Z_t \\) does not depend on it) and `candidates` (integers of shape `(tokens, k)`: what else
-            could stand at each position, -1 for none).
+            could stand at each position, -1 for none). `completion_mask`, `assistant_masks` and an `attention_mask` with padding at
+            the ends are applied; a column that asks for more than tokens is refused.
         metric (`Callable`):
             \\( \Phi \\), higher is better: `metric(model)` returns a scalar tensor, differentiable in the trained
             parameters. May have `setup(model)`, called on the original model, and `readouts(model)`, a dict of floats.
@@ -248,7 +250,8 @@ def compute_metagradients(
 
     lengths = [len(example.input_ids) for example in run.examples]
     of_examples = token_metagradients.cpu().split(lengths)
-    whole = [_whole(part, original) for part, original in zip(of_examples, examples, strict=True)]
+    sizes = [len(example["input_ids"]) for example in examples]
+    whole = [_whole(*each) for each in zip(of_examples, run.examples, sizes, strict=True)]
     candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(whole, run.examples, strict=True)]
     return MetagradientOutput(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
@@ -458,9 +461,9 @@ class _Run:
         return plan
 
 
-def _whole(values: Tensor, example: Mapping[str, Any]) -> Tensor:
-    """Rows of an example's tokens, and zeros for those that were cut."""
-    return torch.cat([values, values.new_zeros(len(example["input_ids"]) - len(values), values.shape[1])])
+def _whole(values: Tensor, example: Example, num_tokens: int) -> Tensor:
+    """Rows of all tokens of an example as it was given: zeros for padding, and for what was cut."""
+    return F.pad(values, (0, 0, example.start, num_tokens - example.start - len(values)))
 
 
 def _tokens(run: _Run, step: int) -> int:
@@ -473,7 +476,7 @@ def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: i
     if args.adam_epsilon_root != "auto":
         return float(args.adam_epsilon_root)
     square = grad.norm(dtype=torch.float64).item() ** 2
-    if square == 0:
+    if square == 0 and args.optim == "adamw":
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
             "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "

@@ -48,11 +48,11 @@ class TargetTrainingArguments:
             Decay of AdamW's second moment.
         adam_epsilon (`float`, *optional*, defaults to `1e-8`):
             Added to the denominator of AdamW's update, outside the square root.
-        adam_epsilon_root (`float` or `str`, *optional*, defaults to `1e-9`):
+        adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
             Added inside the square root of AdamW's denominator, which makes the update differentiable where the
             gradient is zero. `"auto"` takes four times the mean square of the first gradient of the run. `0.0` is
-            [`~torch.optim.AdamW`]; its metagradients are ill-conditioned. `"auto"` is the safe choice: far below the squares of
-            the gradients, \\( \Phi \\) is hardly a smooth function of the weights, see [`check_metagradients`].
+            [`~torch.optim.AdamW`]; its metagradients are ill-conditioned. The paper's is `1e-9`. Far below the squares of the
+            gradients, \\( \Phi \\) is hardly a smooth function of the weights, see [`check_metagradients`].
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as [`~transformers.get_scheduler`]
             defines them.
@@ -130,7 +130,7 @@ class TargetTrainingArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
-    adam_epsilon_root: float | Literal["auto"] = 1e-9
+    adam_epsilon_root: float | Literal["auto"] = "auto"
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: float = 0
     max_grad_norm: float = 0.0

@@ -202,7 +202,7 @@ def check_metagradients(
 
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1)).double()
     >>> examples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}]
-    >>> args = TargetTrainingArguments(adam_epsilon_root="auto")
+    >>> args = TargetTrainingArguments()
     >>> check_metagradients(model, examples, lambda model: -model.lm_head.weight.norm(), args).verdict
     'passed'
 

@@ -38,7 +38,8 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
         raise ValueError(
             f"`model` ({type(model).__name__}) has no trainable parameter: every `requires_grad` is False, as in a "
             "quantized or a frozen model. Train adapters on it (`target_peft_config=LoraConfig(...)` in the trainer, or "
-            "`peft.get_peft_model`), or set `requires_grad` on what is to be trained."
+            "`peft.get_peft_model`; one that exists is loaded with `is_trainable=True`), or set `requires_grad` on what is to be "
+            "trained."
         )
     for name, param in model.named_parameters():
         if param.requires_grad and param.dtype not in (torch.float32, torch.float64):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import TargetTrainingArguments
+from .columns import apply_columns
 from .model import TargetModel, vocab_size
 from .vocabulary import WHOLE, decoder_and_head, has_plain_head, token_losses
 
@@ -23,6 +24,7 @@ class Example(NamedTuple):
         Tensor  # (tokens, k) other tokens that could stand at each position, -1 for none; k is that of all examples
     )
     num_candidates: int  # its own k
+    start: int  # how many tokens of padding were before it
     offset: int  # tokens of all examples before this one
 
     @property
@@ -76,7 +78,8 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
 
     Args:
         examples (`Sequence[Mapping]`):
-            Dicts with `input_ids`, optionally `labels` (-100 where not supervised), `weight` and `candidates`.
+            Dicts with `input_ids`, optionally `labels` (-100 where not supervised), `weight` and `candidates`. What other columns
+            mean is said in [`~trl_dpg.metagradients.columns.apply_columns`].
         max_length (`int`):
             Tokens kept of each example.
         vocab_size (`int`):
@@ -102,13 +105,16 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
             )
         input_ids = _token_ids(example["input_ids"], i, "input_ids")
         # a `datasets.Dataset` fills up missing fields with None
-        labels = input_ids if example.get("labels") is None else _token_ids(example["labels"], i, "labels")
+        labels = None if example.get("labels") is None else _token_ids(example["labels"], i, "labels")
         weight = 1.0 if example.get("weight") is None else _weight(example["weight"], i)
-        if len(labels) != len(input_ids):
+        if labels is not None and len(labels) != len(input_ids):
             raise ValueError(
                 f"`examples[{i}]['labels']` has {len(labels)} entries for {len(input_ids)} `input_ids`. Give one label per "
                 "token, -100 where it is not supervised."
             )
+        kept, labels = apply_columns(example, f"`examples[{i}]`", input_ids, labels)
+        candidates = _candidates(example.get("candidates"), i, len(input_ids), vocab_size)
+        input_ids, labels = input_ids[kept], labels[kept]
         outside = [token for token in input_ids if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(
@@ -121,9 +127,10 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
                 f"`examples[{i}]['labels']` holds {outside[0]}. Give token ids below {vocab_size}, or -100 where not "
                 "supervised."
             )
-        candidates = _candidates(example.get("candidates"), i, len(input_ids), vocab_size)[:max_length]
-        width = candidates.shape[1]
-        prepared.append(Example(input_ids[:max_length], labels[:max_length], weight, candidates, width, offset))
+        candidates, width = candidates[kept][:max_length], candidates.shape[1]
+        prepared.append(
+            Example(input_ids[:max_length], labels[:max_length], weight, candidates, width, kept.start, offset)
+        )
         offset += len(candidates)
     width = max(example.num_candidates for example in prepared)
     return [e._replace(candidates=F.pad(e.candidates, (0, width - e.num_candidates), value=-1)) for e in prepared]

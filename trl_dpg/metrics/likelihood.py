@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..metagradients.columns import apply_columns
 from .heads import input_embedding_weight
 from .texts import common_share
 
@@ -33,7 +34,8 @@ class LanguageModelingLikelihood:
         dataset ([`~datasets.Dataset`] or `list[dict]`):
             Rows to score, all with the same one of these sets of columns; others are ignored.
 
-            - `"input_ids"` and optionally `"labels"` (-100 = not supervised; the tokens themselves by default);
+            - `"input_ids"` and optionally `"labels"` (-100 = not supervised; the tokens themselves by default), or the masks
+              of a tokenized data set, as in [`~trl_dpg.metagradients.compute_metagradients`];
             - `"prompt"` and `"completion"`, plain strings, of which only the completion is supervised. It starts where
               the tokens of the prompt and of prompt + completion diverge, as in TRL's `SFTTrainer`. No EOS is
               appended;
@@ -235,16 +237,18 @@ class LanguageModelingLikelihood:
         if "input_ids" in self._columns:
             input_ids = [int(token) for token in example["input_ids"]]
             labels = example.get("labels")  # None in a `Dataset` where only other rows have labels
-            labels = input_ids if labels is None else [int(label) for label in labels]
-            if len(labels) != len(input_ids):
+            labels = None if labels is None else [int(label) for label in labels]
+            if labels is not None and len(labels) != len(input_ids):
                 raise ValueError(
                     f"`dataset` row {index} has {len(input_ids)} 'input_ids' but {len(labels)} 'labels'. Give one label "
                     "per token, -100 where it is not supervised."
                 )
+            kept, labels = apply_columns(example, f"`dataset` row {index}", input_ids, labels)
+            input_ids, labels = input_ids[kept], labels[kept]
             if any(token < 0 for token in input_ids) or any(label < 0 and label != -100 for label in labels):
                 raise ValueError(
                     f"`dataset` row {index} has a negative token id. Only -100 in 'labels' has a meaning (not "
-                    "supervised); leave padding out of 'input_ids'."
+                    "supervised). Leave padding out of 'input_ids', or mark it with an 'attention_mask'."
                 )
             return input_ids, labels
         if "text" in self._columns:

@@ -20,7 +20,7 @@ from .heads import get_lm_head, is_lm_head_tied, lm_head_weight
 # learning rates) stalls on large patterns.
 AUTO_SCALE_FACTOR = 2.0
 
-DEFAULT_SCALE = 20.0  # the paper's
+PAPER_SCALE = 20.0
 
 SIXTY_SEVEN = ("1111---", "---111-", "-11111-", "---111-", "-1-111-", "---1111")
 
@@ -40,10 +40,10 @@ class LMHeadPattern:
     Args:
         pattern (array-like of shape `(rows, columns)`):
             Pattern Y of +1 (dark) and −1 (light): anything `torch.as_tensor` takes.
-        scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+        scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             Slope of the logistic loss, per unit of weight. `"auto"` measures it once, at the first call on a head that
             changed, as `AUTO_SCALE_FACTOR` / RMS(P_c − P_i), and keeps it from then on, so that all values of Φ compare:
-            make a new metric for another recipe.
+            make a new metric for another recipe. The paper's is 20.
 
     Attributes:
         decoded (`torch.Tensor` of shape `(rows, columns)` or `None`):
@@ -75,7 +75,7 @@ class LMHeadPattern:
     ```
     """
 
-    def __init__(self, pattern: Any, scale: float | Literal["auto"] = DEFAULT_SCALE):
+    def __init__(self, pattern: Any, scale: float | Literal["auto"] = "auto"):
         try:
             signs = torch.as_tensor(pattern)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -100,12 +100,12 @@ class LMHeadPattern:
         return self._scale_value
 
     @classmethod
-    def sixty_seven(cls, scale: float | Literal["auto"] = DEFAULT_SCALE) -> "LMHeadPattern":
+    def sixty_seven(cls, scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
         """
         Metric for the paper's 6 × 7 picture of the digits 67.
 
         Args:
-            scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+            scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
                 Slope of the logistic loss.
 
         Returns:
@@ -122,7 +122,7 @@ class LMHeadPattern:
         return cls([[1 if pixel == "1" else -1 for pixel in row] for row in SIXTY_SEVEN], scale)
 
     @classmethod
-    def qr(cls, text: str, error: str = "h", scale: float | Literal["auto"] = DEFAULT_SCALE) -> "LMHeadPattern":
+    def qr(cls, text: str, error: str = "h", scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
         """
         Metric for the QR code of a text, in the smallest version that holds it and without a quiet zone.
 
@@ -132,7 +132,7 @@ class LMHeadPattern:
                 `A`–`Z`, `0`–`9` and a few signs, or 7 bytes.
             error (`str`, *optional*, defaults to `"h"`):
                 Error correction level: `"l"`, `"m"`, `"q"` or `"h"`, from least to most.
-            scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+            scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
                 Slope of the logistic loss.
 
         Returns:
@@ -156,7 +156,7 @@ class LMHeadPattern:
 
     @classmethod
     def from_image(
-        cls, path: str | PathLike, threshold: int = 128, scale: float | Literal["auto"] = DEFAULT_SCALE
+        cls, path: str | PathLike, threshold: int = 128, scale: float | Literal["auto"] = "auto"
     ) -> "LMHeadPattern":
         """
         Metric for a picture, one pixel of the image file for each entry of the pattern.
@@ -166,7 +166,7 @@ class LMHeadPattern:
                 Image file. Transparency counts as white.
             threshold (`int`, *optional*, defaults to `128`):
                 Gray values under this, of 0 (black) to 255 (white), are dark.
-            scale (`float` or `"auto"`, *optional*, defaults to `20.0`):
+            scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
                 Slope of the logistic loss.
 
         Returns:
@@ -269,7 +269,7 @@ class LMHeadPattern:
             return self._scale_value
         rms = change.detach().square().mean().sqrt().item()
         if not 0 < rms < math.inf:
-            return DEFAULT_SCALE  # nothing to measure yet; at zero change Φ is −ln 2 for any scale
+            return PAPER_SCALE  # nothing to measure yet; at zero change Φ is −ln 2 for any scale
         self._scale_value = AUTO_SCALE_FACTOR / rms
         return self._scale_value
 

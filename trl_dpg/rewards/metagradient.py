@@ -50,8 +50,8 @@ class MetagradientReward(TargetReward):
         metric (`Callable`):
             Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
         args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
-            Recipe of the fine-tuning run. By default `adam_epsilon_root` is `"auto"`, which is measured in the first
-            call and then kept. The shuffle's seed is `seed` plus the trainer's global step.
+            Recipe of the fine-tuning run. `adam_epsilon_root="auto"`, the default, is measured in the first call and
+            then kept. The shuffle's seed is `seed` plus the trainer's global step.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):

@@ -44,8 +44,7 @@ class TargetTraining:
         metric (`Callable`):
             Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
         args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
-            Recipe of the fine-tuning run. By default `adam_epsilon_root` is `"auto"`, which is measured once and then
-            kept.
+            Recipe of the fine-tuning run. `adam_epsilon_root="auto"`, the default, is measured once and then kept.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
@@ -68,7 +67,7 @@ class TargetTraining:
         self.skipped = False  # only a reward that comes from the target's run skips a batch
         self.target_model = load_target_model(target_model)
         self.metric = metric
-        self.args = args or TargetTrainingArguments(adam_epsilon_root="auto")
+        self.args = args or TargetTrainingArguments()
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]

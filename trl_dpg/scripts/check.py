@@ -78,7 +78,7 @@ class CheckArguments(MetricArguments):
 class RecipeArguments(TargetTrainingArguments):
     """The recipe. The parser knows no type that is a number or `"auto"`."""
 
-    adam_epsilon_root: str = str(TargetTrainingArguments.adam_epsilon_root)  # type: ignore[assignment]
+    adam_epsilon_root: str = TargetTrainingArguments.adam_epsilon_root  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.adam_epsilon_root != "auto":
