@@ -219,3 +219,15 @@ def is_whole(checkpoint: Path) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return all((checkpoint / name).exists() for name in files)
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """Names the whole checkpoint of the highest step in a run's folder, if there is one. It changes nothing there."""
+    paths = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    return max(filter(is_whole, paths), key=_step_of, default=None)  # type: ignore[arg-type]
+
+
+def _step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint, `None` for every other name."""
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+    return int(match[1]) if match else None

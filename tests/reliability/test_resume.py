@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from trl_dpg.checkpoints import ResumableSampler, is_whole
+from trl_dpg.checkpoints import ResumableSampler, is_whole, last_whole_checkpoint
 
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,21 @@ def test_the_last_whole_one_is_taken_and_what_is_broken_is_deleted(make_trainer)
     (folder / "checkpoint-2" / "trainer_state.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="'.*checkpoint-2' is no whole checkpoint"):
         make_trainer(**SAVED).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_the_last_whole_one_is_named(make_trainer, tmp_path):
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    trainer = make_trainer(**{**SAVED, "max_steps": 2})
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-10")  # 10 is after 2
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-copied-30")
+    trainer.save_model(str(folder / "checkpoint-20"))
+    before = sorted(folder.rglob("*"))
+    assert last_whole_checkpoint(folder) == last_whole_checkpoint(str(folder)) == folder / "checkpoint-10"
+    (folder / "checkpoint-10" / "optimizer.pt").unlink()
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
+    assert sorted(folder.rglob("*")) == [path for path in before if path != folder / "checkpoint-10" / "optimizer.pt"]
 
 
 def test_no_whole_checkpoint(make_trainer):
