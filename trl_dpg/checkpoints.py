@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and hold all that a run needs to go on as if it had not stopped."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -199,6 +201,8 @@ class ResumingMixin(_Trainer):
                 for path in folder.rglob("*")
                 if path.is_file() and path.name not in NOT_NEEDED
             )
+            if isinstance(trainer.train_dataset, IterableDataset):
+                state["stream"] = self._place_in_stream()
             if trainer.use_adaptive_entropy:
                 state["entropy"] = {"coef": trainer.entropy_coef, "last_world": trainer._last_world_entropy}
             (folder / STATE_FILE).write_text(json.dumps(state))
@@ -224,6 +228,24 @@ class ResumingMixin(_Trainer):
             if value is not None
         }
         save_file(tensors, folder / BATCH_FILE.format(self.accelerator.process_index), {"facts": json.dumps(facts)})
+
+    def _place_in_stream(self) -> dict[str, int]:
+        """Passes over a streamed data set that are over, and batches of the present one."""
+        epoch: float = self.state.epoch  # type: ignore[assignment]
+        passes = math.ceil(epoch) - 1  # Transformers takes a pass for `max_steps` steps long, and none is longer
+        num_batches = self.state.max_steps * self.args.gradient_accumulation_steps
+        return {"passes": passes, "batches": round((epoch - passes) * num_batches)}
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        """As of [`~transformers.Trainer`], which does not know how long a streamed data set is, so how many passes were over."""
+        start = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        path = Path(checkpoint or "", STATE_FILE)
+        if checkpoint is None or not isinstance(self.train_dataset, IterableDataset) or not path.exists():
+            return start
+        place = json.loads(path.read_text()).get("stream", {"passes": start[0], "batches": start[1]})
+        return place["passes"], 0 if self.args.ignore_data_skip else place["batches"]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

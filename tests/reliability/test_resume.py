@@ -11,6 +11,7 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
+from examples.resources import tiny_prompts
 from trl_dpg.checkpoints import UNFINISHED, ResumableSampler, is_whole, last_whole_checkpoint
 
 
@@ -112,6 +113,28 @@ def test_order_of_prompts_in_later_epochs():
         sampler = ResumableSampler.like(RepeatSampler(**settings))
         sampler.set_epoch(epoch)
         assert list(sampler) == epochs[epoch]
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [({}, [2, 3, 5, 7]), ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_iterations": 2}, [5])],
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_order_of_prompts_in_later_passes(make_trainer, tmp_path, streamed, config, steps):
+    """A pass takes three steps; its end and every later one are met by a run that is resumed as by one that is not."""
+    prompts = tiny_prompts(6 * config.get("steps_per_generation", 1), 1)["train"]
+    prompts = prompts.to_iterable_dataset() if streamed else prompts
+    config = {**SAVED, "max_steps": 8, "learning_rate": 1e-2, "eval_strategy": "no", **config}
+    whole = make_trainer(train_dataset=prompts, **config)
+    whole.train()
+    for step in steps:
+        resumed = make_trainer(train_dataset=prompts, **config, output_dir=str(tmp_path / f"from-{step}"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "dpg" / f"checkpoint-{step}"))
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert [row.get("epoch") for row in resumed.state.log_history] == [
+            row["epoch"] for row in whole.state.log_history
+        ]
 
 
 # ---- What counts as a checkpoint ----
