@@ -1,16 +1,20 @@
 """Checkpoints that are whole or not there, and hold all that a run needs to go on as if it had not stopped."""
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
@@ -22,7 +26,8 @@ else:
 
 logger = logging.get_logger(__name__)
 
-NOT_NEEDED = {"training_args.bin", "README.md"}  # to resume, and not on the Hub
+UNFINISHED = "dpg_unfinished"  # an empty file in a checkpoint that is being written or deleted
+NOT_NEEDED = {"training_args.bin", "README.md", UNFINISHED}  # to resume, and not on the Hub
 STATE_FILE = "dpg_state.json"  # what `"auto"` settings were measured to be, and what else the reward carries on
 BATCH_FILE = (
     "generation_batch_{}.safetensors"  # of each process: what is left to train on of the last generation batch
@@ -33,9 +38,9 @@ class ResumingMixin(_Trainer):
     """
     What a trainer of generators does differently with checkpoints.
 
-    Transformers writes `trainer_state.json` last, before it deletes older checkpoints. A checkpoint is whole if that can be read
-    and all files that were there before it still are: a deletion that was cut off may leave it and take others. Until one is
-    whole, the checkpoint before is there.
+    Transformers writes `trainer_state.json` last. A checkpoint is whole if that can be read and all files that were there
+    before it still are: a deletion that was cut off may leave it and take others. Until one is whole, the checkpoint before
+    is there. A checkpoint carries a mark while it is written or deleted. Nothing without that mark is taken for a leftover.
     """
 
     _loss_to_log: tuple[float, int] | None = None  # of a checkpoint: sum since the last log, and the step of that
@@ -43,21 +48,24 @@ class ResumingMixin(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         As of [`~transformers.Trainer`], but `resume_from_checkpoint=True` takes the last checkpoint that is whole, and deletes
-        those that a run was killed over, writing or (where `save_total_limit` deletes any) deleting them.
+        those that a run was killed over, writing or (where `save_total_limit` deletes any) deleting them. Other folders are left
+        alone.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
+            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
                 Checkpoint, or `True` for the last one in `args.output_dir`.
             *args, **kwargs:
                 As of [`~transformers.Trainer`].
 
         Raises:
-            [`ValueError`]: If there is no whole checkpoint to resume from.
+            [`ValueError`]: If there is no whole checkpoint to resume from, or if a checkpoint would be written over a folder
+                that is none.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_whole_checkpoint()
-        elif isinstance(resume_from_checkpoint, str):
+            resume_from_checkpoint = self._checkpoint_to_resume()
+        elif isinstance(resume_from_checkpoint, (str, Path)):
             path = Path(resume_from_checkpoint)
+            resume_from_checkpoint = str(resume_from_checkpoint)
             if (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists():
                 logger.warning(
                     f"{resume_from_checkpoint!r} is of another trainer, or was saved with `save_only_model`: the run goes on from "
@@ -69,6 +77,7 @@ class ResumingMixin(_Trainer):
                     f"is written last, or a file that {STATE_FILE!r} lists is missing or broken. Give an earlier one, or `True` for "
                     "the last whole one in `output_dir`."
                 )
+        self._check_folders(_step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else None)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args, **kwargs):
@@ -86,34 +95,97 @@ class ResumingMixin(_Trainer):
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
-    def _last_whole_checkpoint(self) -> str:
+    def _checkpoint_to_resume(self) -> str:
         folder = Path(self.args.output_dir)  # type: ignore[arg-type]
-        paths = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r".*-\d+", path.name)]
-        paths.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))
-        whole = [path for path in paths if is_whole(path)]
-        broken = [path for path in paths if path not in whole]
+        last = last_whole_checkpoint(folder)
+        folders = [path for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if path.is_dir()]
+        others = [path for path in folders if _step_of(path) is None or not is_whole(path)]
+        left_alone = [path.name for path in others if not _is_checkpoint(path)]
+        leftovers = [path for path in others if _is_checkpoint(path) and (path / UNFINISHED).exists()]
         self.accelerator.wait_for_everyone()  # all have looked
-        if not whole:
-            found = f" ({', '.join(path.name for path in broken)}: not whole)" if broken else ""
+        if last is None:
+            found = f" ({', '.join(path.name for path in others)}: not whole)" if others else ""
             raise ValueError(
                 f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {str(folder)!r}{found}. Start "
-                "without it."
+                "without it, or give the name of a checkpoint that was saved with `save_only_model`."
             )
         if self.is_world_process_zero():
-            for path in broken:
-                is_later = paths.index(path) > paths.index(whole[-1])
-                # Transformers deletes by time of change: a half deleted one would count as young, and outlive a whole one
-                if is_later or self.args.save_total_limit:
+            for path in leftovers:
+                # one that was half deleted is young by its time of change, and would outlive a whole one
+                if _step_of(path) > _step_of(last) or self.args.save_total_limit:  # type: ignore[operator]
                     logger.warning(f"{str(path)!r} is not whole, as its run was killed over it, and is deleted.")
-                    shutil.rmtree(path)
+                    _delete(path)
+            if left_alone:
+                logger.warning(
+                    f"Left alone in {str(folder)!r}: {', '.join(left_alone)}. They are no whole checkpoints of this trainer, and it "
+                    "was not killed over them."
+                )
         self.accelerator.wait_for_everyone()
-        return str(whole[-1])
+        return str(last)
+
+    def _check_folders(self, first: int | None) -> None:
+        """Refuses to write checkpoints later than step `first` over folders that are none."""
+        args: Any = self.args
+        for path in sorted(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            step = _step_of(path)
+            if step is None or step <= (first or 0) or step > args.max_steps > 0 or args.save_strategy == "no":
+                continue
+            if (
+                args.save_strategy == "steps"
+                and args.save_steps >= 1
+                and step % args.save_steps
+                and step != args.max_steps
+            ):
+                continue
+            if not _is_checkpoint(path) and (path.is_file() or any(path.iterdir())):
+                raise ValueError(
+                    f"{str(path)!r} is no whole checkpoint, and that of step {step} would be written over it. "
+                    "Rename it, or choose another `output_dir`."
+                )
+        self.accelerator.wait_for_everyone()  # all have looked
 
     def _save_checkpoint(self, model, trial):
-        if self.args.should_save:  # of a run that went on from an earlier checkpoint
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            if _is_checkpoint(folder):  # of a run that went on from an earlier checkpoint
+                _delete(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / UNFINISHED).touch()
+        self.accelerator.wait_for_everyone()
+        with self._deleting_nothing():
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            (folder / UNFINISHED).unlink()
+            limit, best = self.args.save_total_limit or 0, Path(self.state.best_model_checkpoint or folder).name
+            others = self._older_checkpoints(run_dir, {folder.name, best})
+            kept = len({folder.name, best})
+            if limit > 0:
+                for path in others[: max(0, len(others) + kept - max(limit, kept))]:
+                    _delete(path)
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        with self._deleting_nothing():
+            output = super()._finalize_training(trial, *args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            for path in self._older_checkpoints(Path(self._get_output_dir(trial=trial)), {Path(best).name}):
+                _delete(path)
+        return output
+
+    @contextmanager
+    def _deleting_nothing(self) -> Iterator[None]:
+        """Transformers would delete by name: all folders whose names begin with `checkpoint-`, whosever they are."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _older_checkpoints(self, run_dir: Path, kept: set[str]) -> list[Path]:
+        """Checkpoints that `save_total_limit` may delete, the oldest first."""
+        paths = map(Path, sort_checkpoints(str(run_dir), use_mtime=True))
+        return [path for path in paths if _is_checkpoint(path) and path.name not in kept]
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that Transformers writes before `trainer_state.json`."""
@@ -129,6 +201,8 @@ class ResumingMixin(_Trainer):
                 for path in folder.rglob("*")
                 if path.is_file() and path.name not in NOT_NEEDED
             )
+            if isinstance(trainer.train_dataset, IterableDataset):
+                state["stream"] = self._place_in_stream()
             if trainer.use_adaptive_entropy:
                 state["entropy"] = {"coef": trainer.entropy_coef, "last_world": trainer._last_world_entropy}
             (folder / STATE_FILE).write_text(json.dumps(state))
@@ -154,6 +228,24 @@ class ResumingMixin(_Trainer):
             if value is not None
         }
         save_file(tensors, folder / BATCH_FILE.format(self.accelerator.process_index), {"facts": json.dumps(facts)})
+
+    def _place_in_stream(self) -> dict[str, int]:
+        """Passes over a streamed data set that are over, and batches of the present one."""
+        epoch: float = self.state.epoch  # type: ignore[assignment]
+        passes = math.ceil(epoch) - 1  # Transformers takes a pass for `max_steps` steps long, and none is longer
+        num_batches = self.state.max_steps * self.args.gradient_accumulation_steps
+        return {"passes": passes, "batches": round((epoch - passes) * num_batches)}
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        """As of [`~transformers.Trainer`], which does not know how long a streamed data set is, so how many passes were over."""
+        start = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        path = Path(checkpoint or "", STATE_FILE)
+        if checkpoint is None or not isinstance(self.train_dataset, IterableDataset) or not path.exists():
+            return start
+        place = json.loads(path.read_text()).get("stream", {"passes": start[0], "batches": start[1]})
+        return place["passes"], 0 if self.args.ignore_data_skip else place["batches"]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -225,6 +317,30 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     """Names the whole checkpoint of the highest step in a run's folder, if there is one. It changes nothing there."""
     paths = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
     return max(filter(is_whole, paths), key=_step_of, default=None)  # type: ignore[arg-type]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether it may be deleted or written anew: a trainer wrote it, or was killed while it did, and nobody changed it since."""
+    if _step_of(path) is None or path.is_symlink():
+        return False
+    if (path / UNFINISHED).exists() or is_whole(path):
+        return True
+    return (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists()  # with `save_only_model`
+
+
+def _delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint, its mark last. As in Transformers, one that cannot be deleted ends no run."""
+    with suppress(OSError):  # on a full disk
+        (checkpoint / UNFINISHED).touch()
+    try:
+        for path in checkpoint.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != UNFINISHED:
+                path.unlink()
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        logger.warning(f"{str(checkpoint)!r} could not be deleted: {error}. Training goes on.")
 
 
 def _step_of(path: Path) -> int | None:

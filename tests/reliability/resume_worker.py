@@ -6,7 +6,6 @@ that SIGKILL is SIGKILL. Prints what each scenario ended with as JSON.
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -74,7 +73,7 @@ def kill_at(place: str) -> None:
         "validation": (trl_dpg.trainer, "validate"),
         "optimizer_saved": (Trainer, "_save_scaler"),
         "rng_saved": (DatasetPolicyGradientTrainer, "_save_generation_batch"),
-        "rotation": (shutil, "rmtree"),
+        "rotation": (Path, "unlink"),
         "half_a_state": (TrainerState, "save_to_json"),
     }[name]
     original = getattr(owner, attribute)
@@ -82,10 +81,12 @@ def kill_at(place: str) -> None:
 
     def counted(*args, **kwargs):
         nonlocal seen
-        seen += name != "rotation" or "checkpoint-" in str(args[0])
+        if name == "rotation" and not (args[0].name == "model.safetensors" and "checkpoint-" in args[0].parent.name):
+            return original(*args, **kwargs)
+        seen += 1
         if seen == int(count):
             if name == "rotation":  # half way through
-                (Path(args[0]) / "model.safetensors").unlink()
+                original(*args, **kwargs)
             if name == "half_a_state":
                 original(*args, **kwargs)
                 path = Path(args[1])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from trl_dpg.checkpoints import ResumableSampler, is_whole, last_whole_checkpoint
+from examples.resources import tiny_prompts
+from trl_dpg.checkpoints import UNFINISHED, ResumableSampler, is_whole, last_whole_checkpoint
 
 
 ROOT = Path(__file__).parents[2]
@@ -114,24 +115,138 @@ def test_order_of_prompts_in_later_epochs():
         assert list(sampler) == epochs[epoch]
 
 
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [({}, [2, 3, 5, 7]), ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_iterations": 2}, [5])],
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_order_of_prompts_in_later_passes(make_trainer, tmp_path, streamed, config, steps):
+    """A pass takes three steps; its end and every later one are met by a run that is resumed as by one that is not."""
+    prompts = tiny_prompts(6 * config.get("steps_per_generation", 1), 1)["train"]
+    prompts = prompts.to_iterable_dataset() if streamed else prompts
+    config = {**SAVED, "max_steps": 8, "learning_rate": 1e-2, "eval_strategy": "no", **config}
+    whole = make_trainer(train_dataset=prompts, **config)
+    whole.train()
+    for step in steps:
+        resumed = make_trainer(train_dataset=prompts, **config, output_dir=str(tmp_path / f"from-{step}"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "dpg" / f"checkpoint-{step}"))
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert [row.get("epoch") for row in resumed.state.log_history] == [
+            row["epoch"] for row in whole.state.log_history
+        ]
+
+
 # ---- What counts as a checkpoint ----
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+
+def break_off(checkpoint, *names):
+    """Leaves a checkpoint as a run does that is killed over it."""
+    (checkpoint / UNFINISHED).touch()
+    for name in names:
+        (checkpoint / name).unlink()
 
 
 def test_the_last_whole_one_is_taken_and_what_is_broken_is_deleted(make_trainer):
     trainer = make_trainer(**SAVED)
     trainer.train()
     folder = Path(trainer.args.output_dir)
+    assert not list(folder.rglob(UNFINISHED))
+    break_off(folder / "checkpoint-3")
     (folder / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
-    (folder / "checkpoint-2" / "trainer_state.json").unlink()
+    break_off(folder / "checkpoint-2", "trainer_state.json")
     assert [is_whole(folder / f"checkpoint-{n}") for n in (1, 2, 3)] == [True, False, False]
     resumed = make_trainer(**{**SAVED, "max_steps": 1})
     resumed.train(resume_from_checkpoint=True)
     assert not (folder / "checkpoint-3").exists()
-    (folder / "checkpoint-2" / "trainer_state.json").unlink(missing_ok=True)
+    assert not (folder / "checkpoint-2").exists()
+    (folder / "checkpoint-2").mkdir()
     with pytest.raises(ValueError, match="'.*checkpoint-2' is no whole checkpoint"):
-        make_trainer(**SAVED).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        make_trainer(**SAVED).train(resume_from_checkpoint=folder / "checkpoint-2")
+
+
+def test_what_has_no_mark_is_left_alone_and_named(make_trainer, caplog):
+    """Whatever it is called, and whatever is in it."""
+    trainer = make_trainer(**SAVED)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(str(folder / "checkpoint-merged-7"))
+    trainer.save_model(str(folder / "checkpoint-9"))
+    trainer.save_model(str(folder / "checkpoint-3-merged"))
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-8")
+    (folder / "checkpoint-8" / "optimizer.pt").unlink()  # to save room
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-copied-8")
+    (folder / "checkpoint-notes.txt").write_text("mine")
+    mine = [*folder.glob("checkpoint-*[!1-3]"), *folder.glob("checkpoint-*[!1-3]/*")]
+    assert len(mine) > 20
+    for config in ({}, {"save_total_limit": 1}):
+        resumed = make_trainer(**{**SAVED, **config, "max_steps": resumed_steps(folder) + 1})
+        with caplog.at_level("WARNING", logger="trl_dpg"):
+            resumed.train(resume_from_checkpoint=True)
+        assert all(path.exists() for path in mine)
+        (said,) = [r.getMessage() for r in caplog.records if "Left alone" in r.getMessage()]
+        for name in (
+            "checkpoint-merged-7",
+            "checkpoint-9",
+            "checkpoint-3-merged",
+            "checkpoint-8",
+            "checkpoint-copied-8",
+        ):
+            assert name in said
+        caplog.clear()
+    assert sorted(path.name for path in folder.glob("checkpoint-[1-7]")) == [
+        "checkpoint-5"
+    ]  # the limit holds for the rest
+
+
+def resumed_steps(folder):
+    return int(last_whole_checkpoint(folder).name.removeprefix("checkpoint-"))
+
+
+def test_the_limit_at_the_end_of_training(make_trainer, monkeypatch):
+    """Of the best checkpoint and the last one, the best is kept; folders that are no checkpoints are kept as they are."""
+    values = iter([0.9, 0.1, 0.5])
+    monkeypatch.setattr("trl_dpg.trainer.validate", lambda *args: {"metric": next(values)})
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(**SAVED, **best)
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(str(folder / "checkpoint-7"))
+    trainer.train()
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-7"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_no_checkpoint_is_written_over_another_folder(make_trainer):
+    trainer = make_trainer(**SAVED)
+    folder = Path(trainer.args.output_dir) / "checkpoint-2"
+    trainer.save_model(str(folder))
+    with pytest.raises(ValueError, match="checkpoint-2' is no whole checkpoint, and that of step 2 would"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    make_trainer(**{**SAVED, "save_steps": 3}).train()
+    assert (folder / "model.safetensors").exists() and not (folder / "trainer_state.json").exists()
+
+
+def test_a_checkpoint_is_written_anew(make_trainer):
+    """Nothing is left in it of the run that went on from an earlier one."""
+    trainer = make_trainer(**SAVED)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    (folder / "checkpoint-2" / "generation_batch_1.safetensors").write_text("of another process")
+    make_trainer(**SAVED).train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert not (folder / "checkpoint-2" / "generation_batch_1.safetensors").exists()
+    assert is_whole(folder / "checkpoint-2")
+
+
+def test_only_the_model_is_saved(make_trainer):
+    trainer = make_trainer(**SAVED, save_only_model=True, save_total_limit=2)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    with pytest.raises(ValueError, match=r"\(checkpoint-2, checkpoint-3: not whole\).*saved with `save_only_model`"):
+        make_trainer(**SAVED).train(resume_from_checkpoint=True)
 
 
 def test_the_last_whole_one_is_named(make_trainer, tmp_path):
