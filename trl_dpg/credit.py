@@ -96,7 +96,7 @@ def written_by(
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)  # as TRL does
+    return str(tokenizer.decode(ids, skip_special_tokens=True))  # as TRL does
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[tuple[int, int]] | None:
@@ -308,7 +308,7 @@ def word_credits(
     text = _decode(tokenizer, ids)
     ends = _ends(tokenizer, ids, text)
     words = [
-        WordCredit(tokenizer.decode([token]) if token in special else text[start:end], 0.0)
+        WordCredit(str(tokenizer.decode([token])) if token in special else text[start:end], 0.0)
         for token, start, end in zip(ids, [0, *ends[:-1]], ends, strict=True)
     ]
     for position, owner in enumerate(example["written_by"]):
@@ -318,7 +318,7 @@ def word_credits(
         if candidates is not None and (example["candidates"][position] >= 0).any():
             known = candidates[position].masked_fill(example["candidates"][position] < 0, -torch.inf)
             best = int(known.argmax())
-            words[owner].best = tokenizer.decode([int(example["candidates"][position, best])])
+            words[owner].best = str(tokenizer.decode([int(example["candidates"][position, best])]))
             words[owner].best_credit = known[best].item()
     return words
 

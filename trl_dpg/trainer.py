@@ -283,7 +283,9 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         found: list[torch.Tensor] = []
         size = self.args.per_device_train_batch_size
         padding = {"padding_value": self._tokenizer.pad_token_id}
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        model: Any = self.model
+        kwargs: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(model, kwargs):
             for start in range(0, len(prompt_ids), size):
                 rows = completion_ids[start : start + size]
                 both = [[torch.tensor(ids) for ids in part] for part in (prompt_ids[start : start + size], rows)]
@@ -297,8 +299,8 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 ids, mask = (torch.cat(tensors, dim=1).to(self.accelerator.device) for tensors in (parts, masks))
                 length = parts[1].shape[1]
                 with self._candidate_head.most_likely(length, number) as head:  # type: ignore[union-attr]
-                    self._get_per_token_logps_and_entropies(self.model, ids, mask, length)
-                    result = head.result.cpu()
+                    self._get_per_token_logps_and_entropies(model, ids, mask, length)
+                    result = head.result.cpu()  # type: ignore[union-attr]
                 found += [result[i, : len(row)] for i, row in enumerate(rows)]
         return found
 
