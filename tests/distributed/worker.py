@@ -47,8 +47,13 @@ def engine(state, directory):
         "sgd": {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2, "loss_normalization": "example"},
     }.items():
         args = TargetTrainingArguments(batch_size=5, **fields)
-        out = compute_metagradients(model, examples(11), metric, args, accelerator=state)
+        rows = examples(11)
+        for i, row in enumerate(rows[:-2]):  # two without
+            row["candidates"] = [[(token + i) % 60, -1] for token in row["input_ids"]]
+        out = compute_metagradients(model, rows, metric, args, accelerator=state)
         results[name] = [*out.metagradients.tolist(), out.metric_after, *out.losses]
+        results[f"{name}_tokens"] = torch.cat(out.token_metagradients).tolist()
+        results[f"{name}_candidates"] = torch.cat([c.flatten() for c in out.candidate_metagradients]).tolist()
     return results
 
 

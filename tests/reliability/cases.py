@@ -115,12 +115,15 @@ def drawn_examples(draw):
 
 
 def reference(model, examples, args):
-    """
-    Metagradients of `(input_ids, labels, weight)` rows, each run through the model alone and without padding. `None` where
-    `"auto"` has nothing to measure.
-    """
+    """Metagradients of `(input_ids, labels, weight)` rows; `None` where `"auto"` has nothing to measure."""
+    tokens = reference_of_tokens(model, examples, args)
+    return None if tokens is None else torch.stack([row.sum() for row in tokens])
+
+
+def reference_of_tokens(model, examples, args):
+    """The same for each token, of rows that are run through the model alone and without padding."""
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    weights = torch.tensor([w for _, _, w in examples], dtype=torch.float64, requires_grad=True)
+    weights = [torch.full((len(ids),), w, dtype=torch.float64, requires_grad=True) for ids, _, w in examples]
     cut = [(ids[: args.max_length], labels[: args.max_length]) for ids, labels, _ in examples]
     supervised = [sum(label != -100 for label in labels[1:]) for _, labels in cut]
 
@@ -141,13 +144,14 @@ def reference(model, examples, args):
         for i in used:
             ids, labels = (torch.tensor([row]) for row in cut[i])
             logits = functional_call(model, params, kwargs={"input_ids": ids}).logits[:, :-1]
-            total = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            each = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            total = (weights[i][1 : labels.shape[1]] * each).sum()
             whole = {
                 "batch_tokens": sum(supervised[j] for j in used),
                 "example": supervised[i] * len(used),
                 "max_length": args.max_length * len(used),
             }[args.loss_normalization]
-            loss = loss + weights[i] * total / whole
+            loss = loss + total / whole
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
         square = sum((g**2).sum() for g in grads.values())
         if root is None:
@@ -168,8 +172,8 @@ def reference(model, examples, args):
                 update = numerator / denominator
             params[name] = params[name] * (1 - rate * args.weight_decay) - rate * update
         scheduler.step()
-    (metagradients,) = torch.autograd.grad(_metric_of(model, params), weights, allow_unused=True)
-    return torch.zeros_like(weights) if metagradients is None else metagradients
+    grads = torch.autograd.grad(_metric_of(model, params), weights, allow_unused=True)
+    return [torch.zeros_like(w) if grad is None else grad for w, grad in zip(weights, grads, strict=True)]
 
 
 def _metric_of(model, params):

@@ -21,6 +21,7 @@ from tests.reliability.cases import (
     metric,
     model,
     reference,
+    reference_of_tokens,
     standardized,
     tokens_of,
 )
@@ -71,16 +72,18 @@ def test_examples_to_metagradients(rows, recipe):
     args = TargetTrainingArguments(**recipe)
     target = model()
     complete = [(row["input_ids"], row.get("labels", row["input_ids"]), row.get("weight", 1.0)) for row in rows]
-    expected = reference(target, complete, args)
+    expected = reference_of_tokens(target, complete, args)
     if expected is None and args.optim == "sgd":  # which has no root to measure
         args.adam_epsilon_root = 1e-3
-        expected = reference(target, complete, args)
+        expected = reference_of_tokens(target, complete, args)
     if expected is None:
         with pytest.raises(ValueError, match='`adam_epsilon_root="auto"` needs a gradient.*two or more tokens'):
             compute_metagradients(target, rows, metric, args)
         return
     out = compute_metagradients(target, rows, metric, args)
-    assert close(out.metagradients, expected)
+    assert close(out.metagradients, torch.stack([tokens.sum() for tokens in expected]))
+    assert [len(tokens) for tokens in out.token_metagradients] == [len(tokens) for tokens in expected]
+    assert close(torch.cat(out.token_metagradients), torch.cat(expected))
 
 
 @drawn(300)
