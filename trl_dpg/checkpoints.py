@@ -1,22 +1,29 @@
 """Checkpoints that are whole or not there, and hold all that a run needs to go on as if it had not stopped."""
 
+import hashlib
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
+
+from .facts import describe_metric, describe_model
+from .metrics import LMHeadPattern
 
 
 if TYPE_CHECKING:
@@ -31,6 +38,16 @@ NOT_NEEDED = {"training_args.bin", "README.md", UNFINISHED}  # to resume, and no
 STATE_FILE = "dpg_state.json"  # what `"auto"` settings were measured to be, and what else the reward carries on
 BATCH_FILE = (
     "generation_batch_{}.safetensors"  # of each process: what is left to train on of the last generation batch
+)
+
+# Fields that Transformers takes from the checkpoint's optimizer, whatever the configuration says
+KEPT_BY_THE_OPTIMIZER = {"optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+# What `"auto"` settings and the scale of rewards were measured with, beside the fields and facts of the target
+MEASURED_WITH = {"metric", "reward", "cross_group_batching"}
+# Fields of TRL and of this project that say how and where something is computed or shown, and not what
+WITHOUT_EFFECT = re.compile(
+    r"log_.*|num_completions_to_print|num_generations_eval|generation_batch_size|ds3_.*|(target_)?model_init_kwargs|nonfinite|"
+    r"target_(tape|tape_dir|micro_batch_size|gradient_checkpointing)|vllm_(mode|server_.*|group_port|gpu_.*|tensor_.*|enable_.*)"
 )
 
 
@@ -64,21 +81,38 @@ class ResumingMixin(_Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._checkpoint_to_resume()
         elif isinstance(resume_from_checkpoint, (str, Path)):
-            path = Path(resume_from_checkpoint)
             resume_from_checkpoint = str(resume_from_checkpoint)
-            if (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists():
-                logger.warning(
-                    f"{resume_from_checkpoint!r} is of another trainer, or was saved with `save_only_model`: the run goes on from "
-                    "it, but not as if it had not stopped."
-                )
-            elif not is_whole(path):
-                raise ValueError(
-                    f"`resume_from_checkpoint` {resume_from_checkpoint!r} is no whole checkpoint: {TRAINER_STATE_NAME!r}, which "
-                    f"is written last, or a file that {STATE_FILE!r} lists is missing or broken. Give an earlier one, or `True` for "
-                    "the last whole one in `output_dir`."
-                )
         self._check_folders(_step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else None)
+        if resume_from_checkpoint:
+            self._check_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, path: Path) -> None:
+        """Refuses, or warns of, a checkpoint that the run cannot go on from as if it had not stopped."""
+        args: Any = self.args
+        if (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists():
+            logger.warning(
+                f"{str(path)!r} is of another trainer, or was saved with `save_only_model`: the run goes on from it, but not as if "
+                "it had not stopped."
+            )
+            return
+        if not is_whole(path):
+            raise ValueError(
+                f"`resume_from_checkpoint` {str(path)!r} is no whole checkpoint: {TRAINER_STATE_NAME!r}, which is written last, or "
+                f"a file that {STATE_FILE!r} lists is missing or broken. Give an earlier one, or `True` for the last whole one in "
+                "`output_dir`."
+            )
+        now, before = describe_run(self), json.loads((path / STATE_FILE).read_text()).get("run", {})
+        for name in ("peft_config", "optim"):
+            if name in before and before[name] != now[name]:
+                raise ValueError(
+                    f"`{name}` is {now[name]!r}, but {str(path)!r} was written with {before[name]!r}, so its weights or the state "
+                    "of its optimizer do not fit. Give the same, or begin a new run with the checkpoint as `model`."
+                )
+        if args.beta and args.sync_ref_model:
+            logger.warning(
+                "The reference model (`sync_ref_model`) is in no checkpoint, so it begins anew from `model`."
+            )
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -157,12 +191,11 @@ class ResumingMixin(_Trainer):
             super()._save_checkpoint(model, trial)
         if self.args.should_save:
             (folder / UNFINISHED).unlink()
-            limit, best = self.args.save_total_limit or 0, Path(self.state.best_model_checkpoint or folder).name
-            others = self._older_checkpoints(run_dir, {folder.name, best})
-            kept = len({folder.name, best})
-            if limit > 0:
-                for path in others[: max(0, len(others) + kept - max(limit, kept))]:
-                    _delete(path)
+            limit = self.args.save_total_limit or 0
+            kept = {folder.name, Path(self.state.best_model_checkpoint or folder).name}
+            others = self._older_checkpoints(run_dir, kept) if limit > 0 else []
+            for path in others[: max(0, len(others) - max(limit - len(kept), 0))]:
+                _delete(path)
 
     def _finalize_training(self, trial, *args, **kwargs):
         with self._deleting_nothing():
@@ -196,6 +229,7 @@ class ResumingMixin(_Trainer):
         self.accelerator.wait_for_everyone()  # every process's files are there before the checkpoint counts as whole
         if self.args.should_save:
             state = trainer.target_training.state()
+            state["run"] = describe_run(trainer)
             state["files"] = sorted(
                 path.relative_to(folder).as_posix()
                 for path in folder.rglob("*")
@@ -248,20 +282,39 @@ class ResumingMixin(_Trainer):
         return place["passes"], 0 if self.args.ignore_data_skip else place["batches"]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not (Path(checkpoint) / STATE_FILE).exists():
+        path = Path(checkpoint or "", STATE_FILE)
+        if checkpoint is None or not path.exists():
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
         trainer: Any = self
-        state = json.loads((Path(checkpoint) / STATE_FILE).read_text())
-        trainer.target_training.load_state(state)
+        state = json.loads(path.read_text())
+        changed = self._changes(state.get("run", {}))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not any(name in MEASURED_WITH or name.startswith("target") for name in changed):
+            trainer.target_training.load_state(state)
         if trainer.use_adaptive_entropy and "entropy" in state:  # TRL's own file comes after `trainer_state.json`
             trainer.entropy_coef, trainer._last_world_entropy = (
                 state["entropy"]["coef"],
                 state["entropy"]["last_world"],
             )
-        self._load_generation_batch(Path(checkpoint) / BATCH_FILE.format(self.accelerator.process_index))
+        path = Path(checkpoint) / BATCH_FILE.format(self.accelerator.process_index)
+        self._load_generation_batch(path, keep_parts=changed <= KEPT_BY_THE_OPTIMIZER)
 
-    def _load_generation_batch(self, path: Path) -> None:
+    def _changes(self, before: dict[str, Any]) -> set[str]:
+        """What of the run is not as it was when the checkpoint was written; says so."""
+        now = describe_run(self)
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        kept = [f"`{name}`" for name in changed if name in KEPT_BY_THE_OPTIMIZER]
+        if changed and self.is_world_process_zero():
+            values = "; ".join(f"`{name}` {before[name]!r}, now {now[name]!r}" for name in changed)
+            logger.warning(
+                f"The checkpoint was written with other settings: {values}. The run does not end as if it had not stopped."
+                + (f" Its optimizer goes on with the checkpoint's {' and '.join(kept)}." if kept else "")
+                + (" The generation batch is made anew, with the settings of now." if len(changed) > len(kept) else "")
+            )
+        return set(changed)
+
+    def _load_generation_batch(self, path: Path, keep_parts: bool) -> None:
         trainer: Any = self
         try:
             with safe_open(path, "pt", device=str(self.args.device)) as file:
@@ -272,9 +325,11 @@ class ResumingMixin(_Trainer):
         if facts["num_processes"] != self.accelerator.num_processes:
             logger.warning("The checkpoint is of another number of processes, so the generation batch is made anew.")
             return
-        trainer._step = facts["step"]
         trainer._metrics["train"].update(facts["metrics"])
         self._loss_to_log = tuple(facts["loss"])
+        if not keep_parts:  # generated anew, as in TRL, whose count of steps then begins with the batch
+            return
+        trainer._step = facts["step"]
         if facts["parts"]:
             parts: list[dict[str, Any]] = [dict.fromkeys(names) for names in facts["parts"]]
             for name, tensor in tensors.items():
@@ -301,6 +356,42 @@ class ResumableSampler(RepeatSampler):
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
+
+
+def describe_run(trainer: Any) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must share with it to end as if it had not stopped."""
+    args = trainer.args
+    own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
+    names = {name for name in own if not WITHOUT_EFFECT.fullmatch(name)} | KEPT_BY_THE_OPTIMIZER
+    names |= {"per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
+    run = {name: value for name, value in args.to_dict().items() if name in names}
+    run["optim"] = run["optim"].removesuffix("_fused")  # one state for both
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    run["model"], run["peft_config"] = describe_model(model)["name"], None
+    if isinstance(model, PeftModel):
+        config = model.peft_config[model.active_adapters[0]].to_dict()
+        known = {
+            name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save")
+        }
+        run["peft_config"] = {
+            name: sorted(v) if isinstance(v, set) else v for name, v in known.items() if v is not None
+        }
+    run["target_model"] = describe_model(trainer.target_training.target_model)["name"]
+    metric = describe_metric(trainer.metric)
+    if isinstance(trainer.metric, LMHeadPattern):
+        metric["scale"] = trainer.metric.scale
+    run["metric"] = f"{metric['name']} ({_digest(metric)})"
+    if isinstance(trainer.train_dataset, Dataset):
+        count = len(trainer.train_dataset)
+        prompts = trainer.train_dataset.select(range(0, count, max(1, count // 100)))["prompt"]
+        run["train_dataset"] = f"{count} prompts ({_digest(list(prompts))})"
+    return json.loads(json.dumps(run, default=str, sort_keys=True))
+
+
+def _digest(value: Any) -> str:
+    """A few characters that differ where values do."""
+    text = json.dumps(value, default=lambda part: type(part).__name__, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def is_whole(checkpoint: Path) -> bool:

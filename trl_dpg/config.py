@@ -293,13 +293,19 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             except ValueError:
                 pass  # refused by name below
         # transformers would otherwise look for an `eval_loss`, which a generator's validation does not have
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_metric"
-            self.greater_is_better = True
+            if self.greater_is_better is None:
+                self.greater_is_better = True
         if self.disable_tqdm is None:  # bars in a log file are noise
             self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
         bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
         super().__post_init__()
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
+            raise ValueError(
+                f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "
+                "(higher is better), or 'eval_target_loss', the loss of the fine-tuned target."
+            )
         self.target_training_arguments()
 
     def without_tokens(self) -> "DatasetPolicyGradientConfig":

@@ -1,5 +1,6 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DatasetPolicyGradientConfig(f"{name.split('/')[-1]}-DPG")
         _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset)
+        args = _with_best_metric_of_one_dataset(args, eval_dataset)
         reward: Any = None
         if args.reward == "embedding_similarity":
             reward = EmbeddingSimilarityReward(reference_texts)  # type: ignore[arg-type]
@@ -461,6 +463,24 @@ def _groupless_advantages(
     if scale_rewards != "none" or aggregation == "normalize_then_sum":
         advantages = advantages / (nanstd(rewards) + 1e-4)
     return advantages.nan_to_num(nan=0.0)
+
+
+def _with_best_metric_of_one_dataset(args, eval_dataset):
+    """Of several evaluation sets, each has figures of its own, so the best generator is chosen by the first one's."""
+    name = args.metric_for_best_model
+    if name is None or not isinstance(eval_dataset, dict) or not eval_dataset:
+        return args
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    if any(name.startswith(f"eval_{dataset}_") for dataset in eval_dataset):
+        return args
+    args = copy.copy(args)
+    first = next(iter(eval_dataset))
+    args.metric_for_best_model = f"eval_{first}_{name.removeprefix('eval_')}"
+    logger.warning(
+        f"`metric_for_best_model` is {args.metric_for_best_model!r}, that of the first evaluation set. Set another of them as "
+        f"'eval_NAME_{name.removeprefix('eval_')}'."
+    )
+    return args
 
 
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):

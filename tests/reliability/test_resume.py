@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from trl.trainer.utils import RepeatSampler
 
-from examples.resources import tiny_prompts
+from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg.checkpoints import UNFINISHED, ResumableSampler, is_whole, last_whole_checkpoint
+from trl_dpg.metrics import LMHeadPattern
 
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +119,7 @@ def test_order_of_prompts_in_later_epochs():
 
 @pytest.mark.parametrize(
     ("config", "steps"),
-    [({}, [2, 3, 5, 7]), ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_iterations": 2}, [5])],
+    [({}, [2, 3, 5, 7]), ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_iterations": 2}, [5, 7])],
 )
 @pytest.mark.parametrize("streamed", [True, False])
 def test_order_of_prompts_in_later_passes(make_trainer, tmp_path, streamed, config, steps):
@@ -303,3 +305,70 @@ def test_a_run_that_was_over_stays_over(make_trainer):
     assert resumed.state.global_step == 3
     assert {int(state["step"]) for state in resumed.optimizer.state_dict()["state"].values()} == {3}
     assert {int(state["step"]) for state in saved["state"].values()} == {3}
+
+
+# ---- Other settings, inside a generation batch ----
+
+INSIDE = {**SAVED, "steps_per_generation": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def resume_inside(make_trainer, tmp_path, caplog):
+    """Resumes a run after three of the four steps of a generation batch: the trainer, the batches it made, what it warned of."""
+    kwargs = {"model": save_tiny_models(tmp_path)[0], "metric": LMHeadPattern([[1, -1], [-1, 1]], scale="auto")}
+    make_trainer(**kwargs, **INSIDE).train()
+
+    def resume(**changes):
+        trainer = make_trainer(**{**kwargs, **INSIDE, "save_strategy": "no", "max_steps": 4, **changes})
+        made, generate = [], trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda inputs: made.append(len(inputs)) or generate(inputs)
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="trl_dpg"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "dpg" / "checkpoint-3"))
+        assert trainer.state.global_step == 4
+        return trainer, made, "".join(record.getMessage() for record in caplog.records)
+
+    return resume
+
+
+OTHER = [
+    ({"beta": 0.1}, 32, "`beta` 0.0, now 0.1"),
+    ({"steps_per_generation": 8}, 64, "`steps_per_generation` 4, now 8"),
+    ({"per_device_train_batch_size": 4}, 16, "`per_device_train_batch_size` 8, now 4"),
+    ({"gradient_accumulation_steps": 2}, 32, "`gradient_accumulation_steps` 1, now 2"),
+    ({"train_dataset": tiny_prompts(20, 1)["train"]}, 32, "`train_dataset` '16 prompts"),
+]
+
+
+def test_a_batch_of_other_settings_is_made_anew(resume_inside):
+    for changes, size, said in OTHER:
+        _, made, warning = resume_inside(**changes)
+        assert made[0] == size, changes
+        assert f"written with other settings: {said}" in warning and "made anew" in warning
+
+
+def test_the_batch_is_kept_where_nothing_of_it_changed(resume_inside):
+    for changes in ({}, {"target_micro_batch_size": 4, "log_completions": False}):
+        assert resume_inside(**changes)[1:] == ([], ""), changes
+
+
+def test_what_was_measured_for_another_metric_is_not_taken_up(resume_inside):
+    """Rewards would be scaled by the largest of the metric before, which is thousands of times larger."""
+    before = resume_inside()[0].target_training.largest_std
+    trainer, made, warning = resume_inside(metric=LMHeadPattern([[1, -1], [-1, 1]], scale=5.0))
+    assert trainer.metric.scale_value == 5.0
+    assert 0 < trainer.target_training.largest_std < before / 1000
+    assert made == [32] and "`metric` 'LMHeadPattern" in warning
+
+
+def test_the_optimizer_keeps_its_own_settings_and_says_so(resume_inside):
+    trainer, made, warning = resume_inside(learning_rate=1e-4)
+    assert [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row][-1] <= 1e-3 / 4
+    assert made == [] and "Its optimizer goes on with the checkpoint's `learning_rate`." in warning
+
+
+def test_what_does_not_fit_is_refused(resume_inside):
+    with pytest.raises(ValueError, match="`optim` is 'sgd', but .* was written with 'adamw_torch'"):
+        resume_inside(optim="sgd")
+    with pytest.raises(ValueError, match="`peft_config` is {.*'r': 2.*}, but .* was written with None"):
+        resume_inside(peft_config=LoraConfig(r=2))

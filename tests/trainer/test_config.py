@@ -163,6 +163,17 @@ class TestBestModel:
         assert config.metric_for_best_model == "eval_target_loss"
         assert config.greater_is_better is False
 
+    def test_saving_the_best(self, make_config):
+        config = make_config(eval_strategy="steps", eval_steps=1, save_strategy="best")
+        assert (config.metric_for_best_model, config.greater_is_better) == ("eval_metric", True)
+
+    @pytest.mark.parametrize(
+        "fields", [{"metric_for_best_model": "loss"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}]
+    )
+    def test_a_loss_that_does_not_exist(self, make_config, fields):
+        with pytest.raises(ValueError, match="`metric_for_best_model` is 'loss', but validation has no such loss"):
+            make_config(eval_strategy="steps", eval_steps=1, **fields)
+
     def test_unset_without_it(self, make_config):
         config = make_config()
         assert config.metric_for_best_model is None

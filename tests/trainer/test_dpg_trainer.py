@@ -393,6 +393,38 @@ class TestSaving:
         saved = [weights(AutoModelForCausalLM.from_pretrained(checkpoint)) for checkpoint in checkpoints]
         assert [same(weights(trainer.model), other) for other in saved] == [False, True, False]
 
+    @pytest.mark.parametrize(
+        ("metric", "taken", "best"),
+        [
+            (None, "eval_one_metric", 2),
+            ("eval_metric", "eval_one_metric", 2),
+            ("readout", "eval_one_readout", 2),
+            ("eval_two_metric", "eval_two_metric", 1),
+        ],
+    )
+    def test_best_of_several_datasets(self, make_trainer, make_config, monkeypatch, caplog, metric, taken, best):
+        """The first set's figures count, unless another's are named."""
+        values = iter([0.1, 0.8, 0.9, 0.2])  # of sets one and two, at steps 1 and 2
+        monkeypatch.setattr(
+            "trl_dpg.trainer.validate", lambda *args: dict.fromkeys(["metric", "readout"], next(values))
+        )
+        args = make_config(
+            load_best_model_at_end=True,
+            metric_for_best_model=metric,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        given = args.metric_for_best_model
+        prompts = tiny_prompts(4, 2)
+        with caplog.at_level("WARNING", logger="trl_dpg"):
+            trainer = make_trainer(args=args, eval_dataset={"one": prompts["train"], "two": prompts["test"]})
+        assert trainer.args.metric_for_best_model == taken and args.metric_for_best_model == given
+        assert (f"`metric_for_best_model` is '{taken}'" in caplog.text) == (metric != taken)
+        trainer.train()
+        assert trainer.state.best_global_step == best
+
     def test_resume(self, make_trainer, tmp_path, weights):
         config = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
         first = make_trainer(**config, max_steps=2)

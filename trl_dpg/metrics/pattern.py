@@ -278,8 +278,9 @@ class LMHeadPattern:
         return {"scale_value": self._scale_value}
 
     def load_state(self, state: dict[str, float | None]) -> None:
-        """Takes up what [`~LMHeadPattern.state`] gave."""
-        self._scale_value = state["scale_value"]
+        """Takes up what [`~LMHeadPattern.state`] gave, where this metric measures it too."""
+        if self.scale == "auto":
+            self._scale_value = state["scale_value"]
 
 
 def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Image.Image:
