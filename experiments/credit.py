@@ -166,8 +166,11 @@ def median(runs: list[dict], bound: float) -> str:
     """Median over seeds of the completions to a bound; a run that never passed it counts as the longest."""
     found = sorted(reached(r, bound) or float("inf") for r in runs)
     middle = statistics.median_low(found)
+    if middle < float("inf"):
+        return f"{middle:,}"
     longest = max(r["steps"] * r["completions"] for r in runs)
-    return f"{middle:,}" if middle < float("inf") else f"not in {longest:,}"
+    collapsed = sum(r.get("collapsed", False) for r in runs)
+    return f"not in {longest:,}" + (f", {collapsed} collapsed" if collapsed else "")
 
 
 def main() -> None:
