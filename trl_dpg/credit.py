@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .metagradients.vocabulary import ADJUSTMENTS
+
 
 NOT_WRITTEN = -1  # a token of the target that the generator did not write: BOS, a prompt, a template
 ALL_WORDS = 4096  # vocabularies up to this size are candidates as a whole, unless told otherwise
@@ -340,6 +342,13 @@ def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
     return (probs * (credits - mean)).sum(dim=2)
 
 
+def changed_logits(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model's configuration says that it does to its logits, beyond the LM head's product."""
+    config = model.config.get_text_config().to_dict()
+    names = (*ADJUSTMENTS, "output_multiplier")
+    return {name: config[name] for name in names if config.get(name) not in (None, 1.0)}
+
+
 class CandidateHead:
     r"""
     Log-probabilities of candidates, from the very forward pass in which TRL computes those of the completions.
@@ -360,23 +369,6 @@ class CandidateHead:
         self.of_tokens: Tensor | None = None  # log-probabilities of the sequences' own tokens, as TRL gets them
         self._compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None
         self._hidden: Tensor | None = None
-        config = model.config.get_text_config().to_dict()
-        scaled = {
-            name: config[name]
-            for name in (
-                "final_logit_softcapping",
-                "logit_scale",
-                "output_multiplier",
-                "lm_head_multiplier",
-                "logits_scaling",
-            )
-            if config.get(name) not in (None, 1.0)
-        }
-        if scaled:
-            raise ValueError(
-                f"`credit_assignment='expected'` does not know logits that the model changes (`config` has {scaled}). Set "
-                '`credit_assignment="token"`.'
-            )
         model.base_model.register_forward_hook(self._keep_hidden)
         forward = model.forward
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
 from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig
-from .credit import ALL_WORDS, CANDIDATES, CandidateHead, expected_credit
+from .credit import ALL_WORDS, CANDIDATES, CandidateHead, changed_logits, expected_credit
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
 from .metagradients.api import Metric
@@ -243,26 +244,29 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
     def _set_up_credit(self) -> None:
         """Decides which estimator of the policy gradient to use, and says so."""
         args: Any = self.args
-        self.credit_assignment = args.credit_assignment
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if is_peft_model(model) else model
         vocabulary = self._tokenizer.get_vocab()
-        shared = vocabulary == self.target_training.processing_class.get_vocab()
-        if self.credit_assignment == "auto":
-            self.credit_assignment = "sequence" if args.reward != "metagradient" else "expected" if shared else "token"
-            reason = f"`reward` is {args.reward!r}"
-            if args.reward == "metagradient":
-                reason = f"generator and target {'share a vocabulary' if shared else 'have different vocabularies'}"
-            logger.warning_once(f"`credit_assignment` is {self.credit_assignment!r}, as {reason}.")
-        if self.credit_assignment == "expected" and not shared:
+        obstacle = None
+        if vocabulary != self.target_training.processing_class.get_vocab():
+            obstacle = "generator and target have different vocabularies, and a word's credit is known for words of the target"
+        elif changed := changed_logits(model):
+            obstacle = f"the generator changes its logits (`config` has {changed})"
+        self.credit_assignment = args.credit_assignment
+        if self.credit_assignment == "auto" and args.reward != "metagradient":
+            self.credit_assignment = "sequence"
+        elif self.credit_assignment == "auto":
+            self.credit_assignment = "expected" if obstacle is None else "token"
+            reason = obstacle or "generator and target share a vocabulary"
+            self.accelerator.print(f"credit_assignment: {self.credit_assignment!r}, as {reason}.", file=sys.stderr)
+        if self.credit_assignment == "expected" and obstacle is not None:
             raise ValueError(
-                "`credit_assignment='expected'` needs a generator and a target with one vocabulary, but their tokenizers' "
-                "differ: a word's credit is only known for words of the target. Set `credit_assignment='token'`."
+                f"`credit_assignment='expected'` cannot be used: {obstacle}. Set `credit_assignment='token'`."
             )
         self._candidate_head = None
         if isinstance(self.target_training, MetagradientReward) and self.credit_assignment != "sequence":
             self.target_training.generator_processing_class = self._tokenizer
         if self.credit_assignment == "expected":
-            model: Any = self.accelerator.unwrap_model(self.model)
-            model = model.get_base_model() if is_peft_model(model) else model
             self._candidate_head = CandidateHead(model, self.temperature)
             rows = min(len(vocabulary), model.get_output_embeddings().weight.shape[0])
             number = args.credit_candidates or (rows if rows <= ALL_WORDS else CANDIDATES)

@@ -229,7 +229,7 @@ def test_refused_by_name(make_config, fields, name):
 
 
 def test_expected_needs_one_vocabulary(make_trainer, bos_tokenizer):
-    with pytest.raises(ValueError, match="credit_assignment='expected'.*one vocabulary"):
+    with pytest.raises(ValueError, match="credit_assignment='expected'.*vocabular"):
         make_trainer(credit_assignment="expected", target_processing_class=bos_tokenizer)
 
 
