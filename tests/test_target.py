@@ -9,14 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from examples.resources import tiny_causal_lm, tiny_tokenizer
-from trl_dpg.metagradients import compute_metagradients
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.target import load_target_model, load_target_tokenizer, whole_weights
+from trl_dpg.validation import validate
 
 
 @pytest.fixture
@@ -112,6 +114,18 @@ def test_sharded_weights_are_refused(checkpoint, second_process_under_fsdp):
     model.lm_head.weight = nn.Parameter(distribute_tensor(torch.zeros(32, 16), mesh))
     with pytest.raises(ValueError, match="'lm_head.weight' is sharded over processes"):
         load_target_model(model)
+
+
+def test_fully_sharded_model_is_refused(checkpoint, second_process_under_fsdp):
+    """By the engine too, before it runs the model."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    init_device_mesh("cpu", (1,))
+    fully_shard(model)
+    for function in (compute_metagradients, validate):
+        with pytest.raises(ValueError, match="sharded over processes .*`fully_shard`.*do not shard it"):
+            function(
+                model, [{"input_ids": [1, 2]}], lambda model: model.lm_head.weight.sum(), TargetTrainingArguments()
+            )
 
 
 def test_partitioned_weights_are_refused(checkpoint):

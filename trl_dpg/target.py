@@ -9,12 +9,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 
-from .metagradients.model import TargetModel
+from .metagradients.model import TargetModel, check_whole
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -68,7 +67,7 @@ def load_target_model(
     with whole_weights():
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)
-        _check_whole(model)
+        check_whole(model)
         if untie_head:
             untie_lm_head(model)
         if adapter is not None:
@@ -137,17 +136,6 @@ def whole_weights() -> Iterator[None]:
             del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
         else:
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient_loading
-
-
-def _check_whole(model: TargetModel) -> None:
-    for name, param in model.named_parameters():
-        # `ds_id` is how DeepSpeed marks what it has partitioned
-        if param.is_meta or isinstance(param, DTensor) or hasattr(param, "ds_id"):
-            where = "on the meta device" if param.is_meta else "sharded over processes"
-            raise ValueError(
-                f"`target_model` must have all of its weights on every process, but {name!r} is {where}. Pass the target by "
-                "name, or load it inside `with trl_dpg.target.whole_weights():`."
-            )
 
 
 def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
@@ -126,6 +126,34 @@ def test_gpt2(name):
     make_model, fields = CASES[name]
     model, examples, args = make_model(), make_examples(), TargetTrainingArguments(**fields)
     out = compute_metagradients(model, examples, metric, args)
+    assert relative_error(out.metagradients, finite_differences(model, examples, args)) < 1e-5
+
+
+TOKENS = {"token_indices": [1, 5], "target_modules": ["wte"]}
+ADAPTERS = {
+    "lora-and-tokens": LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[1, 5]),
+    "tokens": TrainableTokensConfig(**TOKENS),
+    "lora-and-embedding": LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["wte"]),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("steps", [K1, K4], ids=["k1", "k4"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_beside_the_layers(name, tied, steps):
+    """
+    Of embeddings, which PEFT wraps, and of what comes before the text. Tied, the wrappers of embedding and head share a
+    module: its parameters are the same objects after a call, and trained in the next.
+    """
+    model = get_peft_model(gpt2(tied), ADAPTERS[name]).double()
+    params = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    for p in params:
+        p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    examples, args = make_examples(), TargetTrainingArguments(**ADAMW, **steps)
+    out = compute_metagradients(model, examples, metric, args)
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in params]
     assert relative_error(out.metagradients, finite_differences(model, examples, args)) < 1e-5
 
 

@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.api import train_and_measure
 from trl_dpg.metagradients.objective import prepare_examples
 from trl_dpg.validation import validate
 
@@ -321,6 +323,21 @@ def half():
     return gpt2(torch.bfloat16)
 
 
+def compiled_part():
+    model = gpt2()
+    model.transformer.h[0] = torch.compile(model.transformer.h[0])
+    return model
+
+
+def prompt_tuned():
+    return get_peft_model(gpt2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def made_for_inference():
+    with torch.inference_mode():
+        return gpt2()
+
+
 def partly_half():
     model = gpt2(torch.float32)
     model.transformer.h[0].mlp.to(torch.float16)
@@ -340,6 +357,20 @@ BAD_MODELS = {
         ValueError,
         "`model` has the trainable parameter `.*` in torch.bfloat16.*`dtype=torch.float32`",
     ),
+    "compiled": (
+        lambda: torch.compile(gpt2()),
+        ValueError,
+        r"The target model is what `torch.compile.*Pass the module itself.*`model.compile\(\)`",
+    ),
+    "compiled-part": (compiled_part, ValueError, "`transformer.h.0` of the target model is what `torch.compile"),
+    "data-parallel": (
+        lambda: nn.DataParallel(gpt2()),
+        ValueError,
+        "The target model is wrapped in DataParallel.*Pass the model that is in it",
+    ),
+    "meta": (lambda: gpt2().to("meta"), ValueError, "all of its weights on every process.*on the meta device"),
+    "prompt-tuning": (prompt_tuned, ValueError, "gives 6 logits for 4 tokens.*prompt tuning.*another adapter"),
+    "inference": (made_for_inference, ValueError, "`model` was made or loaded under `torch.inference_mode"),
     "partly-float16": (
         partly_half,
         ValueError,
@@ -354,6 +385,25 @@ def test_bad_model(name, function):
     make_model, error, message = BAD_MODELS[name]
     with pytest.raises(error, match=message):
         function(make_model(), [GOOD], metric, TargetTrainingArguments())
+
+
+@pytest.mark.parametrize("function", [compute_metagradients, train_and_measure, validate])
+def test_inference_mode(function):
+    """Nothing can be trained under it, and gradients cannot be turned on; under `no_grad` they can."""
+    with torch.inference_mode(), pytest.raises(ValueError, match="called under `torch.inference_mode.*`torch.no_grad"):
+        function(gpt2(), [GOOD], metric, TargetTrainingArguments())
+    model = gpt2()
+    with torch.no_grad():
+        out = function(model, [GOOD], metric, TargetTrainingArguments())
+    assert out == function(model, [GOOD], metric, TargetTrainingArguments())
+
+
+def test_prefix_counts_as_positions():
+    """As tokens before the text do."""
+    model = get_peft_model(gpt2(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).double()
+    examples = [{"input_ids": [1] * 15}]
+    with pytest.raises(ValueError, match="15 tokens, and 2 for .*virtual tokens.* 16 positions.*`max_length` to 14"):
+        compute_metagradients(model, examples, lambda m: m(input_ids=torch.tensor([[1, 2]])).logits.square().mean())
 
 
 def test_half_precision_where_it_is_not_trained():

@@ -69,6 +69,29 @@ def test_metagradients(chunks, name, monkeypatch):
     assert in_chunks <= 6  # causality, the try-out (2), the metric before and after (2), no training step
 
 
+class WithoutPrefix(GPT2LMHeadModel):
+    """As custom code may be: nothing says where the model without its head is."""
+
+    base_model_prefix = ""
+
+    def get_input_embeddings(self):
+        return self.transformer.wte
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def test_model_without_a_base_model_prefix(chunks):
+    """It is its own decoder, so it is left whole, with the same results as one that says it."""
+    plain = CASES["adamw-k4"][0]()
+    model = WithoutPrefix(plain.config).double()
+    model.load_state_dict(plain.state_dict())
+    assert not has_plain_head(model)
+    args = TargetTrainingArguments(**CASES["adamw-k4"][1])
+    out, expected = (compute_metagradients(m, make_examples(), metric, args).metagradients for m in (model, plain))
+    assert relative_error(out, expected.double()) < 1e-6
+
+
 SIZES = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 2, "max_position_embeddings": 16, "initializer_range": 0.3, "pad_token_id": 0,
          "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip

@@ -419,9 +419,24 @@ class TestConstruction:
         with pytest.raises(ValueError, match="no tokenizer could be loaded from the target's name"):
             MetagradientReward(str(tmp_path), LMHeadNorm())
 
+    def test_token_without_a_row(self, make_reward, call, causal_lm, tokenizer):
+        """As that of images in a text model's tokenizer: it matters only where it occurs, and is refused there."""
+        expected = call(make_reward(), TEXTS)
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+        reward = make_reward(processing_class=tokenizer)
+        assert len(tokenizer) == reward.target_model.config.vocab_size + 1
+        assert call(reward, TEXTS) == expected
+        with pytest.raises(
+            ValueError, match=r"`examples\[1\]\['input_ids'\]` holds token 64.*`target_processing_class`"
+        ):
+            call(reward, [TEXTS[0], "six <image_soft_token> seven"])
+
     def test_tokenizer_of_another_model(self, causal_lm, tokenizer):
-        with pytest.raises(ValueError, match="`processing_class` has 64 tokens, but the target model only 63 rows"):
-            MetagradientReward(causal_lm(vocab_size=63), LMHeadNorm(), processing_class=tokenizer)
+        """No text of its has an end that the model knows."""
+        with pytest.raises(
+            ValueError, match="has 64 tokens, but the target model only 62 rows.*none for EOS .62.*own"
+        ):
+            MetagradientReward(causal_lm(vocab_size=62), LMHeadNorm(), processing_class=tokenizer)
 
     def test_frozen_target(self, causal_lm, make_reward):
         """Refused at once, not after the first generation."""

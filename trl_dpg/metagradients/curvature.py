@@ -161,12 +161,17 @@ class Exact:
         # of that size, here that of all parameters, for every parameter.
         tangents = {id(p): v for p, v in zip(self.flat.params, vectors, strict=True)}
         with torch.no_grad(), forward_ad.dual_level():
+            dual_of = {id(p): forward_ad.make_dual(p.detach(), tangents[id(p)]) for p in self.flat.params}
+            # Each place once: a module with two names would be given its duals twice, and keep the first ones.
             duals = {
-                name: forward_ad.make_dual(p.detach(), tangents[id(p)])
-                for name, p in self.losses.named_parameters()
+                name: dual_of[id(p)]
+                for prefix, module in self.losses.named_modules()
+                for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
                 if id(p) in tangents
             }
-            return forward_ad.unpack_dual(functional_call(self.losses, duals, (batch, True))).tangent
+            return forward_ad.unpack_dual(
+                functional_call(self.losses, duals, (batch, True), tie_weights=False)
+            ).tangent
 
 
 class CentralDifference:

@@ -7,8 +7,12 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft import PeftModel
+from accelerate.utils import is_compiled_module
+from peft import PeftModel, PromptLearningConfig
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,8 +26,43 @@ TargetModel = PreTrainedModel | PeftModel
 
 
 def vocab_size(model: TargetModel) -> int:
-    """Rows of the input embedding."""
-    return model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+    """Rows of the input embedding, which may be in a wrapper of PEFT."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
+def num_virtual_tokens(model: TargetModel) -> int:
+    """Tokens that prompt learning puts before every text."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config.num_virtual_tokens if isinstance(config, PromptLearningConfig) else 0
+
+
+def check_whole(model: TargetModel) -> None:
+    """
+    Raises a [`ValueError`] for a model that is not all here: compiled or wrapped by another one, or with weights elsewhere.
+
+    `torch.compile(model)` and its like are another module than the one that is trained.
+    """
+    for name, module in model.named_modules():
+        what = f"`{name}` of the target model" if name else "The target model"
+        if is_compiled_module(module):
+            raise ValueError(
+                f"{what} is what `torch.compile(...)` returns, which hides the module that is trained. Pass the module "
+                "itself, and compile it in place (`model.compile()`)."
+            )
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
+            raise ValueError(
+                f"{what} is wrapped in {type(module).__name__}, which spreads it over devices. Pass the model that is in it, "
+                "whole, and an `accelerator`, which splits each batch over the processes."
+            )
+    for name, param in model.named_parameters():
+        # `ds_id` is how DeepSpeed marks what it has partitioned
+        if param.is_meta or isinstance(param, DTensor) or hasattr(param, "ds_id"):
+            where = "on the meta device" if param.is_meta else "sharded over processes"
+            raise ValueError(
+                f"The target model must have all of its weights on every process, but {name!r} is {where} (FSDP's "
+                "`fully_shard`, tensor parallelism and ZeRO-3 do so). Pass the target to the trainer by name, or load it "
+                "inside `with trl_dpg.target.whole_weights():` and do not shard it."
+            )
 
 
 def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
@@ -31,8 +70,16 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
     Parameters that are trained, each distinct one once, so that tied weights are not updated twice.
 
     Raises:
-        [`ValueError`]: If the model has nothing to train, or parameters to train in half precision or on several devices.
+        [`ValueError`]: If the model has nothing to train, is wrapped or sharded, or has parameters to train in half precision
+            or on several devices; or under `torch.inference_mode()`, where nothing has a gradient.
     """
+    check_whole(model)
+    if torch.is_inference_mode_enabled() or any(param.is_inference() for param in model.parameters()):
+        what = "This was called" if torch.is_inference_mode_enabled() else "`model` was made or loaded"
+        raise ValueError(
+            f"{what} under `torch.inference_mode()`, where nothing can be trained. Do it outside, or under `torch.no_grad()`, "
+            "which training is not affected by."
+        )
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError(
@@ -92,7 +139,12 @@ def check_model(model: TargetModel) -> None:
     with restored(model), torch.no_grad():
         make_deterministic(model)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        one, other = logits[:, :3].float()
+    if logits.shape[1] != ids.shape[1]:
+        raise ValueError(
+            f"`model` ({name}) gives {logits.shape[1]} logits for {ids.shape[1]} tokens, as with prompt tuning, whose virtual "
+            "tokens stand before the text. That is not supported: use another adapter (`LoraConfig`), or prefix tuning."
+        )
+    one, other = logits[:, :3].float()
     if not one.isfinite().all():
         return  # the run will say so
     if not torch.allclose(one, other, rtol=0, atol=1e-4 * one.abs().max().item()):
@@ -121,10 +173,12 @@ def is_compiled(model: TargetModel) -> bool:
 def check_positions(model: TargetModel, longest: int) -> None:
     """Raises a [`ValueError`] if the longest example has more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < longest:
+    virtual = num_virtual_tokens(model)
+    if limit is not None and 0 < limit < longest + virtual:
+        beside = f", and {virtual} for its adapter's virtual tokens" if virtual else ""
         raise ValueError(
-            f"An example has {longest} tokens, but `model` has {limit} positions (`config.max_position_embeddings`). Set "
-            f"`max_length` to {limit} or less."
+            f"An example has {longest} tokens{beside}, but `model` has {limit} positions "
+            f"(`config.max_position_embeddings`). Set `max_length` to {limit - virtual} or less."
         )
 
 

@@ -119,7 +119,8 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
         if outside:
             raise ValueError(
                 f"`examples[{i}]['input_ids']` holds token {outside[0]}, outside the target's vocabulary of "
-                f"{vocab_size}. Tokenize the examples with the target model's own tokenizer."
+                f"{vocab_size}. Tokenize the examples with the target model's own tokenizer (`target_processing_class` in the "
+                "trainer)."
             )
         outside = [label for label in labels if label != -100 and not 0 <= label < vocab_size]
         if outside:

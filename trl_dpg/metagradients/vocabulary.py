@@ -52,8 +52,9 @@ def has_plain_head(model: TargetModel) -> bool:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.no_grad():
         logits = model(**inputs).logits
-        hidden = decoder(**inputs).last_hidden_state
-        if hidden.shape[-1] != head.in_features or not logits.any():
+        # a model without a `base_model_prefix` is its own decoder
+        hidden = getattr(decoder(**inputs), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != head.in_features or not logits.any():
             return False
         return torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
 

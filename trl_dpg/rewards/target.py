@@ -77,11 +77,12 @@ class TargetTraining:
         check_model(self.target_model)
         if hasattr(metric, "setup"):
             metric.setup(self.target_model)
-        rows = vocab_size(self.target_model)
-        if len(self.processing_class) > rows:
+        # Tokens for which the model has no row are refused where one occurs: a tokenizer may know some that no text has.
+        rows, eos = vocab_size(self.target_model), self.processing_class.eos_token_id
+        if eos is not None and eos >= rows:
             raise ValueError(
                 f"`processing_class` has {len(self.processing_class)} tokens, but the target model only {rows} rows in its "
-                "input embedding: they do not belong together. Pass the target's own tokenizer "
+                f"input embedding, and none for EOS ({eos}): they do not belong together. Pass the target's own tokenizer "
                 "(`target_processing_class` in the trainer)."
             )
 
