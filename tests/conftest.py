@@ -77,12 +77,21 @@ def bos_tokenizer():
 def make_grpo_trainer(tmp_path):
     """Makes a stock GRPO trainer; keyword arguments are fields of its configuration."""
 
-    def make(reward, train_dataset=None, trainer_class=GRPOTrainer, processing_class=None, model=None, **config):
+    def make(
+        reward,
+        train_dataset=None,
+        trainer_class=GRPOTrainer,
+        processing_class=None,
+        model=None,
+        eval_dataset=None,
+        **config,
+    ):
         return trainer_class(
             model=model or _causal_lm(),
             reward_funcs=reward,
             args=GRPOConfig(output_dir=str(tmp_path / "grpo"), **{**CONFIG, **config}),
             train_dataset=train_dataset or tiny_prompts(16, 1)["train"],
+            eval_dataset=eval_dataset,
             processing_class=processing_class or tiny_tokenizer(),
         )
 

@@ -84,7 +84,8 @@ class FiniteStepsCallback(TrainerCallback):
                     "`nonfinite='skip'`."
                 )
             logger.warning(f"Step {state.global_step + 1} of the generator is skipped: its gradient is not finite.")
-            trainer._metrics["train"]["nonfinite_steps"].append(1.0)
+        if args.nonfinite == "skip":  # its mean over a log interval is the share of such steps
+            trainer._metrics["train"]["nonfinite_steps"].append(float(not is_finite))
         if trainer.step_skipped or not is_finite:
             for param in params:
                 param.grad = None

@@ -82,6 +82,17 @@ class ResumingMixin(_Trainer):
             resume_from_checkpoint = self._checkpoint_to_resume()
         elif isinstance(resume_from_checkpoint, (str, Path)):
             resume_from_checkpoint = str(resume_from_checkpoint)
+        folder = Path(self.args.output_dir)  # type: ignore[arg-type]
+        there = sorted(
+            path.name
+            for pattern in (f"{PREFIX_CHECKPOINT_DIR}-*", "report", "*.safetensors")
+            for path in folder.glob(pattern)
+        )
+        if there and not resume_from_checkpoint:
+            logger.warning(
+                f"`output_dir` {str(folder)!r} holds {', '.join(there[:4])} of another run. What has the same name is written over. "
+                "Pass `resume_from_checkpoint=True` to go on with that run, or take another directory."
+            )
         self._check_folders(_step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else None)
         if resume_from_checkpoint:
             self._check_checkpoint(Path(resume_from_checkpoint))

@@ -10,10 +10,10 @@ Messages = list[dict[str, Any]]
 
 
 def completion_parts(completion: str | Messages) -> list[str]:
-    """Texts of a completion, plain or conversational, that follow each other."""
+    """Texts of a completion, plain or conversational, that follow each other: what the generator wrote, and no tool's answer."""
     if isinstance(completion, str):
         return [completion]
-    return [message_text(message) for message in completion]
+    return [message_text(message) for message in completion if message["role"] == "assistant"]
 
 
 def completion_text(completion: str | Messages) -> str:

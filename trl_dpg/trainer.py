@@ -1,6 +1,7 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
 import copy
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from .rewards import (
     NaiveReward,
     TargetTraining,
     check_metric,
+    measuring_nothing,
 )
 from .target import load_target_model, load_target_tokenizer
 from .validation import validate
@@ -398,6 +400,9 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         (weights,) = torch.autograd.grad(of_advantages.sum(), of_tokens, retain_graph=True)
         return loss + (weights[:, -credits.shape[1] :] * expected).sum()
 
+    def get_test_dataloader(self, test_dataset):
+        return self.get_eval_dataloader(test_dataset)  # TRL's own, which takes streams of prompts
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -421,13 +426,24 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         training = self.target_training
         examples: list[dict[str, Any]] = []
         for inputs in dataloader:
+            if "prompt" not in inputs[0]:
+                raise ValueError(
+                    f"`eval_dataset` has the columns {sorted(inputs[0])} but no `prompt`. Rename or add it."
+                )
             prompts = [row["prompt"] for row in inputs]
+            if self.tools:  # which TRL hands out to each row of a training batch
+                is_async = {tool.__name__: inspect.iscoroutinefunction(tool) for tool in self._standalone_tools}
+                by_name = {tool.__name__: tool for tool in self._standalone_tools}
+                self._sync_tool_dicts = [{n: t for n, t in by_name.items() if not is_async[n]} for _ in inputs]
+                self._async_tool_dicts = [{n: t for n, t in by_name.items() if is_async[n]} for _ in inputs]
             _, completion_ids, _, completions, *_ = self._generate(prompts)
             with failing_together(self.accelerator):
                 local = training.target_examples(prompts, completions, completion_ids)
             for example, completion in zip(local, completions, strict=True):
                 example["completion"] = completion_text(completion)
             examples.extend(gather_object(local))
+        if not examples:
+            raise ValueError("`eval_dataset` is empty: there is nothing to validate on. Pass at least one prompt.")
         # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
         # but TRL's sampler gives every row `num_generations_eval` times.
         if isinstance(dataloader.dataset, Dataset):
@@ -436,8 +452,10 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         with failing_together(self.accelerator):
             training.place_target(self.accelerator.device)
             trained = [examples[i] for i in indices_to_train_on(examples)]
+            self._warn_of_other_steps(len(trained))
             try:
-                results = validate(training.target_model, trained, self.metric, training.args)
+                with measuring_nothing(self.metric):
+                    results = validate(training.target_model, trained, self.metric, training.args)
             except FloatingPointError as error:
                 if self.args.nonfinite == "raise":  # type: ignore[attr-defined]
                     raise
@@ -451,6 +469,19 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         results["completion_length"] = sum(example["length"] for example in examples) / len(examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         return EvalLoopOutput(predictions=texts, label_ids=None, metrics=metrics, num_samples=len(texts))  # type: ignore[arg-type]
+
+    def _warn_of_other_steps(self, num_examples: int) -> None:
+        """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
+        args: Any = self.args
+        split = args.reward == "naive" or not args.cross_group_batching
+        num_trained = args.generation_batch_size // (args.num_generations if split else 1)
+        trained, validated = (self.target_training.args.num_steps(n) for n in (num_trained, num_examples))
+        if trained != validated:
+            logger.warning_once(
+                f"Validation fine-tunes the target for {validated} steps, but training for {trained}: `eval_dataset` times "
+                f"`num_generations_eval` gives {num_examples} examples, a batch of training {num_trained}. Choose them alike to "
+                "validate what is trained for."
+            )
 
 
 def _groupless_advantages(
@@ -517,6 +548,18 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add it.")
         if len(dataset) == 0:
             raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+    num_prompts = args.generation_batch_size // args.num_generations
+    if num_prompts < 4:
+        logger.warning_once(
+            f"A generation batch has {num_prompts} prompts (`generation_batch_size` {args.generation_batch_size} / `num_generations` "
+            f"{args.num_generations}). Credit is relative to the batch, so few prompts make it noisy. Raise "
+            "`per_device_train_batch_size` or `steps_per_generation`, or lower `num_generations`."
+        )
+    if args.target_batch_size is not None and args.target_batch_size > args.generation_batch_size:
+        logger.warning_once(
+            f"`target_batch_size` {args.target_batch_size} is above the {args.generation_batch_size} completions of a generation batch, "
+            "so the target takes one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
+        )
     if isinstance(train_dataset, Dataset):
         needed = math.ceil(args.generation_batch_size / args.num_generations)
         if len(train_dataset) < needed:

@@ -49,8 +49,8 @@ def gradient(
             prepare()
         values.backward(batch.token_weights(), inputs=flat.params)
         examples = batch.example_sums(values.detach()[:, 0])
-        example_losses[batch.indices] = examples.to(example_losses)
-        total += torch.dot(examples, batch.weights).item()
+        example_losses[batch.indices] = examples
+        total += torch.dot(examples, batch.weights.double()).item()
     return total
 
 
@@ -333,7 +333,7 @@ class CentralDifference:
                         values.backward(weights, inputs=self.flat.params)
                     values = values.detach()
                     differences[batch.places()] += sign * values
-                    change = batch.example_sums(values[:, 0]).to(odd) - example_losses[batch.indices]
+                    change = batch.example_sums(values[:, 0]) - example_losses[batch.indices]
                     odd[batch.indices] += sign * change
                     even[batch.indices] += change
             for batch in batches:

@@ -67,9 +67,10 @@ class MicroBatch(NamedTuple):
         return F.pad(self.weights[rows, None], (0, self.candidates.shape[2] if candidates else 0))
 
     def example_sums(self, values: Tensor) -> Tensor:
-        """Sums over the tokens of each example: `(t,)` in, `(b,)` out."""
+        """Sums over the tokens of each example, in float64: `(t,)` in, `(b,)` out."""
         rows, _ = self.supervised()
-        return values.new_zeros(len(self.indices)).index_add(0, rows, values)
+        sums = torch.zeros(len(self.indices), dtype=torch.float64, device=values.device)
+        return sums.index_add(0, rows, values.double())
 
 
 def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, vocab_size: int) -> list[Example]:

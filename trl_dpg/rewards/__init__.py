@@ -3,7 +3,7 @@
 from .baselines import EditDistanceReward, EmbeddingSimilarityReward, LanguageIdentificationReward
 from .metagradient import MetagradientReward
 from .naive import NaiveReward
-from .target import TargetTraining, check_metric
+from .target import TargetTraining, check_metric, measuring_nothing
 
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "NaiveReward",
     "TargetTraining",
     "check_metric",
+    "measuring_nothing",
 ]

@@ -1,10 +1,12 @@
 """The target's fine-tuning run, and what rewards that come from it have in common."""
 
+import inspect
 import logging
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
 from ..data import Messages, indices_to_train_on, to_target_example
 from ..metagradients import TargetTrainingArguments, TrainingOutput
@@ -231,6 +233,25 @@ class TargetReward(TargetTraining, ABC):
         Returns:
             `list[float | None]`: One standardized value per completion.
         """
+        trainer = _evaluating_trainer(log_metric)
+        if trainer is None:
+            return self._rewards(prompts, completions, completion_ids, trainer_state, log_extra, log_metric)
+        if self.num_datasets not in (1, trainer.num_generations_eval):
+            raise ValueError(
+                f"`num_generations_eval` is {trainer.num_generations_eval}, but `{self.__name__}` splits a batch by rollout index "
+                f"into {self.num_datasets} datasets, `num_generations` of them. Leave out `num_generations_eval`, or give both the "
+                "same value."
+            )
+        largest_std, skipped, args = self.largest_std, self.skipped, self.args
+        try:
+            with measuring_nothing(self.metric):
+                return self._rewards(prompts, completions, completion_ids, trainer_state, log_extra, log_metric)
+        finally:
+            self.largest_std, self.skipped, self.args = largest_std, skipped, args
+
+    def _rewards(
+        self, prompts, completions, completion_ids, trainer_state, log_extra, log_metric
+    ) -> list[float | None]:
         start_time = time.perf_counter()
         state = PartialState()
         with failing_together(state):
@@ -268,6 +289,8 @@ class TargetReward(TargetTraining, ABC):
                 ) from error
             logger.warning("The generation batch%s is skipped: %s", step, error)
             self.skipped = True
+            if log_extra is not None:  # else the table would show the last batch's
+                log_extra(f"{self.__name__}_raw", [None] * len(local))
             if log_metric is not None:
                 log_metric(f"{self.__name__}/skipped", 1.0)
             return [0.0] * len(local)
@@ -310,6 +333,27 @@ class TargetReward(TargetTraining, ABC):
             }.items():
                 log_metric(f"{self.__name__}/{name}", value)
         return [reward if ok else None for reward, ok in zip(rewards[mine].tolist(), finite[mine], strict=True)]
+
+
+@contextmanager
+def measuring_nothing(metric: Any) -> Iterator[None]:
+    """Puts back what a metric measured in it, such as the `"auto"` scale of a pattern: only training batches count."""
+    state = metric.state() if hasattr(metric, "state") else None
+    try:
+        yield
+    finally:
+        if state is not None:
+            metric.load_state(state)
+
+
+def _evaluating_trainer(log_metric: Any) -> Any:
+    """
+    The trainer that calls a reward in its evaluation, `None` in training.
+
+    TRL does not tell a reward which it is. But the hook that it passes is a method of the trainer, whose model knows.
+    """
+    trainer = log_metric.__self__ if inspect.ismethod(log_metric) else None
+    return trainer if isinstance(trainer, Trainer) and not trainer.model.training else None  # type: ignore[union-attr]
 
 
 def check_metric(metric: Any) -> None:
