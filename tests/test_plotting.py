@@ -6,7 +6,7 @@ import zxingcpp
 from PIL import Image
 
 from trl_dpg.metrics import LMHeadPattern
-from trl_dpg.plotting import plot_learning_curve, plot_learning_curves, plot_pattern, plot_patterns
+from trl_dpg.plotting import plot_learning_curve, plot_learning_curves, plot_pattern, plot_patterns, plot_series
 
 
 @pytest.fixture
@@ -98,3 +98,16 @@ def test_curves_of_several_runs(tmp_path, drawn):
     assert axes.get_ylabel() == "pixel accuracy, validation"
     with pytest.raises(ValueError, match="The runs 'metagradient' have no step with an `eval_perplexity` in common"):
         plot_learning_curves(runs, tmp_path / "curves.png", "perplexity")
+
+
+@pytest.mark.parametrize("values", [[0.5, float("nan"), 1.5], [float("nan")], [float("-inf"), float("inf")]])
+def test_figures_that_are_not_finite(tmp_path, drawn, values):
+    history = [{"step": step, "entropy": value} for step, value in enumerate(values)]
+    plot_series(history, "entropy", tmp_path / "entropy.png", "entropy")
+    low, high = drawn()[0].get_ylim()
+    assert low == 0 and high == pytest.approx(1.62 if len(values) == 3 else 1)
+
+
+def test_a_text_of_dollars_is_no_formula(tmp_path, drawn):
+    plot_pattern([[1, -1]], [[1, -1]], tmp_path / "pattern.png", text="$5^{ or $7")
+    assert titles(drawn())[1].endswith(r"“\$5^{ or \$7”")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -43,6 +44,7 @@ HEADINGS = {
     "completion_length": "length of the texts (tokens)",
     "target_steps": "optimizer steps of the target",
 }
+_LONGEST_PROMPT = 2_000  # characters of each text in the example
 _LAST = ["metric", "metric_gain", "distinct", "completion_length", "target_steps"]
 _MAIN = ["pixel_accuracy", "exact_match", "held_out_perplexity"]
 _SHARES = {"pixel_accuracy", "qr_decoded", "exact_match"}
@@ -100,11 +102,13 @@ def generator_card(
         facts=facts,
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
+        quoted_id=shlex.quote(repo_id),
         license=license,
         datasets=all_datasets,
         pictures=list(pictures),
         how_to_get=how_to_get,
         paper=PAPER,
+        inline=inline,
         **_template_values(facts),
     )
 
@@ -176,6 +180,7 @@ def dataset_card(
         generation=generation,
         license=license,
         paper=PAPER,
+        inline=inline,
         **(_template_values(facts) if facts is not None else {}),
     )
 
@@ -186,7 +191,7 @@ def _template(name: str) -> str:
 
 def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
     tables = {name: _table(draws) for name, draws in facts["validation"].items()}
-    prompt = facts["example_prompt"]
+    prompt = _shortened(facts["example_prompt"])
     return {
         "tables": tables,
         "outcome": outcome(facts),
@@ -196,9 +201,28 @@ def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
         "target_text": _model_text(facts["target"]),
         "single_draw": all(draws["after"]["draws"] == 1 for draws in facts["validation"].values()),
         "prompt_row": json.dumps({"prompt": prompt}, ensure_ascii=False),
-        "prompt_code": json.dumps(prompt, ensure_ascii=False),
+        "prompt_code": json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, str) else repr(prompt),
         "call_arguments": _call_arguments(facts["generation"]),
     }
+
+
+def inline(text: str) -> str:
+    """Text that is not ours, for a line or a cell of Markdown: in one line, and without markup but for `code`."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    for sign in "*<[":
+        parts[::2] = [part.replace(sign, f"\\{sign}") for part in parts[::2]]
+    return "`".join(parts)
+
+
+def _shortened(prompt: Any) -> Any:
+    """A prompt whose long texts are cut."""
+    if isinstance(prompt, str) and len(prompt) > _LONGEST_PROMPT:
+        return f"{prompt[:_LONGEST_PROMPT]} …"
+    if isinstance(prompt, list):
+        return [_shortened(part) for part in prompt]
+    if isinstance(prompt, dict):
+        return {name: _shortened(part) for name, part in prompt.items()}
+    return prompt
 
 
 def _model_text(model: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -79,6 +80,8 @@ def describe_metric(metric: Any) -> dict[str, Any]:
             else f"{count} texts it was not trained on become more likely",
             "description": f"Mean log-likelihood of {'one text' if count == 1 else f'{count} texts'}, in nats per token.",
         }
+    if isinstance(metric, partial):
+        return describe_metric(metric.func)
     name = getattr(metric, "__name__", type(metric).__name__)
     lines = (metric.__doc__ or "").strip().splitlines() or [f"The metric `{name}`."]
     return {"name": name, "effect": f"its `{name}` rises", "description": lines[0]}

@@ -110,7 +110,9 @@ def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str], text: st
             What a QR reader gets from the signs read, for the title.
     """
     accuracy = (np.asarray(decoded) == np.asarray(pattern)).mean()
-    read = f"read from the head: {_percent(accuracy)}" + (f", “{text}”" if text is not None else "")
+    read = f"read from the head: {_percent(accuracy)}" + (
+        f", “{text}”".replace("$", r"\$") if text is not None else ""
+    )
     _draw_patterns([("asked for", pattern), (read, decoded)], pattern, path, width=3.5)
 
 
@@ -154,7 +156,7 @@ def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | Pat
     points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     axes.plot(*zip(*points, strict=True), color="tab:blue")
-    axes.set_ylim(0, 1.08 * max(value for _, value in points) or 1)
+    axes.set_ylim(0, 1.08 * max([value for _, value in points if math.isfinite(value)], default=0) or 1)
     axes.set_xlabel("GRPO step")
     axes.set_ylabel(label)
     _finish(axes)

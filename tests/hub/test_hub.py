@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import traceback
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -401,6 +402,7 @@ def test_describe_metric():
     assert describe_metric(LMHeadNorm())["name"] == "LMHeadNorm"
     texts = describe_metric(LanguageModelingLikelihood([{"text": "my private text"}]))
     assert "private" not in json.dumps(texts)
+    assert describe_metric(partial(brevity, model=None)) == describe_metric(brevity)
     assert describe_metric(brevity) == {
         "name": "brevity",
         "effect": "its `brevity` rises",
@@ -531,6 +533,29 @@ def test_cards_and_report_say_what_was_reached(make_trainer, case):
         assert expected in text and facts["metric"]["effect"] in text
     assert "a goal: when" in str(model_card) and "made for**: when" in str(data_card) and "a goal: when" in page
     assert check_card(str(model_card), "model") == [] and "inf" not in str(model_card.data)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "---\n", "a|b", "**b** <i> [x](y)"])
+def test_cards_with_odd_texts(make_trainer, text):
+    facts = training_facts(make_trainer())
+    facts["metric"] = describe_metric(LMHeadPattern.qr(text, error="l"))
+    facts["metric"]["description"] = text
+    parts = {"role": "user", "content": [{"type": "text", "text": text, "image": None}, {"text": "x" * 1_000_000}]}
+    facts["example_prompt"] = [parts]
+    model_card = generator_card(facts, repo_id="my folder")
+    data_card = dataset_card(
+        facts, repo_id="me/data", generator="me/gen", num_examples=1, columns=["a|b"], prompts=f"my {text}.jsonl"
+    )
+    for card, kind in ((model_card, "model"), (data_card, "dataset")):
+        assert check_card(str(card), kind) == [] and len(str(card)) < 20_000
+        (line,) = [line for line in card.text.splitlines() if "a QR code that reads" in line]
+        assert "21 pixels) appears in its LM head" in line  # in one line
+        assert not re.search(r"(?<!\\)(<i>|\[x\]|\*b)", line)
+        for row in [row for row in card.text.splitlines() if row.startswith("| ")]:
+            assert len(re.split(r"(?<!\\)\|", row)) == 4
+    code = re.search(r"^prompt = (.*)$", model_card.text, re.MULTILINE)
+    assert eval(code[1])[0]["content"][0] == parts["content"][0]
+    assert "--model 'my folder' --prompts" in model_card.text
 
 
 def test_pictures_of_the_report(make_trainer):
