@@ -73,7 +73,7 @@ def _without_end(input_ids: list[int], ends: set[int | None], processing_class: 
     for i in reversed(range(len(input_ids))):
         if input_ids[i] in ends:
             length = i
-        elif processing_class.decode([input_ids[i]]).strip():
+        elif str(processing_class.decode([input_ids[i]])).strip():
             break
     return input_ids[:length]
 

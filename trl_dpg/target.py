@@ -55,7 +55,7 @@ def load_target_model(
         config = _adapter_config(model, **adapter_kwargs)
         if config is not None:
             _check_adapter(model, peft_config)
-            adapter, model = model, config.base_model_name_or_path
+            adapter, model = model, str(config.base_model_name_or_path)
             model_init_kwargs = {**model_init_kwargs, "revision": config.revision}
             model_init_kwargs.pop("subfolder", None)
     elif peft_config is not None and _has_adapters(model):
@@ -83,7 +83,13 @@ def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
             return None
     except (OSError, ValueError):
         return None  # what is wrong with the name is said where the model is loaded
-    return PeftConfig.from_pretrained(name, **hub_kwargs)
+    config = PeftConfig.from_pretrained(name, **hub_kwargs)
+    if config.base_model_name_or_path is None:
+        raise ValueError(
+            f"The adapter {name!r} does not say whose it is. Put the name of its model into `adapter_config.json`, as "
+            "`base_model_name_or_path`."
+        )
+    return config
 
 
 def _check_adapter(name: str, peft_config: PeftConfig | None) -> None:
@@ -165,7 +171,9 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         config = _adapter_config(name, **hub_kwargs)
         if config is not None:
-            return load_target_tokenizer(config.base_model_name_or_path, **{**kwargs, "revision": config.revision})
+            return load_target_tokenizer(
+                str(config.base_model_name_or_path), **{**kwargs, "revision": config.revision}
+            )
         raise ValueError(
             f"`processing_class` is missing, and no tokenizer could be loaded from the target's name {name!r}. Check the name, or pass the "
             f"target's tokenizer (`target_processing_class` in the trainer).{f' {error}' if error else ''}"
