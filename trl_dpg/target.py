@@ -83,7 +83,13 @@ def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
             return None
     except (OSError, ValueError):
         return None  # what is wrong with the name is said where the model is loaded
-    return PeftConfig.from_pretrained(name, **hub_kwargs)
+    config = PeftConfig.from_pretrained(name, **hub_kwargs)
+    if config.base_model_name_or_path is None:
+        raise ValueError(
+            f"The adapter {name!r} does not say whose it is. Put the name of its model into `adapter_config.json`, as "
+            "`base_model_name_or_path`."
+        )
+    return config
 
 
 def _check_adapter(name: str, peft_config: PeftConfig | None) -> None:
