@@ -6,6 +6,7 @@ from trl import GRPOTrainer
 
 import trl_dpg.trainer
 from trl_dpg import MetagradientReward
+from trl_dpg.data import completion_text
 from trl_dpg.metagradients import TargetTrainingArguments
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.rewards import NaiveReward
@@ -160,3 +161,66 @@ def test_a_folder_of_another_run(make_trainer, caplog):
     with caplog.at_level("WARNING", logger="trl_dpg"):
         make_trainer(max_steps=1).train()
     assert "report of another run" in caplog.text
+
+
+def test_the_text_is_what_the_assistant_wrote(make_trainer):
+    """A tool's answer between two turns is not the generator's, so the target is not trained on it."""
+    completion = [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]},
+        {"role": "tool", "name": "add", "content": "42"},
+        {"role": "assistant", "content": "the red sun"},
+    ]
+    assert completion_text(completion) == "the red sun"
+
+
+def red(sun: str) -> str:
+    """
+    Answers.
+
+    Args:
+        sun: Anything.
+    """
+    return "the red sun"
+
+
+@pytest.mark.parametrize("eval_on_start", [False, True])
+def test_evaluation_with_tools(make_trainer, chat_tokenizer, monkeypatch, eval_on_start):
+    """As many completions are validated as asked for, whatever the size of training batches, and tools are called."""
+    trainer = make_trainer(
+        processing_class=chat_tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "the sun"}]] * 8}),
+        eval_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "the sun"}]] * 3}),
+        max_steps=1,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=eval_on_start,
+    )
+    trainer.tools = trainer._standalone_tools = [red]
+    sizes = []
+
+    def loop(prompts, prompt_ids, completion_ids, completions, logprobs, images, fields):
+        sizes.append((len(trainer._sync_tool_dicts), len(prompts), list(trainer._sync_tool_dicts[0])))
+        masks = [[1] * len(ids) for ids in completion_ids]
+        return masks, completions, completion_ids, logprobs, 0, 0, images, None
+
+    monkeypatch.setattr(trainer, "_tool_call_loop", loop)
+    monkeypatch.setattr(trainer, "_generate", generating(trainer, loop))
+    trainer.train()
+    assert all(has == wanted and names == ["red"] for has, wanted, names in sizes)
+
+
+def generating(trainer, loop):
+    """TRL's generation, with the tools' turn in between."""
+    generate = type(trainer)._generate
+
+    def wrapped(prompts):
+        tools, trainer.tools = trainer.tools, None
+        try:
+            output = generate(trainer, prompts)
+        finally:
+            trainer.tools = tools
+        loop(prompts, output[0], output[1], output[3], None, None, None)
+        return output
+
+    return wrapped
