@@ -19,10 +19,12 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from .cards import main_readout
+from .credit import WordCredit, credit_text
 from .data import completion_text, message_text
 from .facts import describe_machine, training_facts
 from .metrics import LMHeadPattern
 from .plotting import draw_pattern_frame, plot_distribution, plot_learning_curve, plot_pattern, plot_series
+from .rewards import MetagradientReward
 
 
 if TYPE_CHECKING:
@@ -155,6 +157,7 @@ class ReportCallback(TrainerCallback):
                 "reward": float(values[i]),
                 "prompt": _text(logged["prompt"][i]),
                 "completion": _text(logged["completion"][i]),
+                **self._words(int(i)),
             }
             for kind, indices in chosen.items()
             for i in indices
@@ -180,6 +183,12 @@ class ReportCallback(TrainerCallback):
         self._write_run(state)
         self._draw(state)
         self._track_pictures(state.global_step)
+
+    def _words(self, index: int) -> dict[str, Any]:
+        """Credit of each token of a completion of the last batch, where tokens have credit of their own."""
+        training = self.trainer.target_training
+        words = training.credit_by_word(index) if isinstance(training, MetagradientReward) else []
+        return {"words": [dataclasses.astuple(word) for word in words]} if words else {}
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -236,8 +245,7 @@ class ReportCallback(TrainerCallback):
         if writer is not None:
             for kind in ("highest", "lowest"):
                 lines = [
-                    f"{sample['reward']:.3g}\n\n"
-                    + "\n".join(f"    {line}" for line in sample["completion"].splitlines())
+                    f"{sample['reward']:.3g}\n\n" + "\n".join(f"    {line}" for line in _shown(sample).splitlines())
                     for sample in samples
                     if sample["kind"] == kind
                 ]
@@ -263,6 +271,11 @@ class ReportCallback(TrainerCallback):
                 if name == "trackio" or module.run is not None:
                     trackers.append(module)
         return trackers
+
+
+def _shown(sample: dict[str, Any]) -> str:
+    """A sample as plain text: with its credits, or without."""
+    return credit_text([WordCredit(*word) for word in sample["words"]]) if "words" in sample else sample["completion"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

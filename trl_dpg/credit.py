@@ -290,6 +290,30 @@ class WordCredit:
     best_credit: float | None = None
 
 
+def credit_text(words: Sequence[WordCredit]) -> str:
+    """
+    Credit of each word in plain text, in units of the mean absolute credit, and the best word behind it if it is better.
+
+    Example:
+
+    ```python
+    >>> from trl_dpg.credit import WordCredit, credit_text
+
+    >>> print(credit_text([WordCredit("the", 2e-5), WordCredit(" cat", -4e-5, "sea", 6e-5)]))
+    the +0.7 | cat -1.3 (sea +2.0)
+
+    ```
+    """
+    unit = sum(abs(word.credit) for word in words) / max(len(words), 1) or 1.0
+    parts = []
+    for word in words:
+        better = ""
+        if word.best is not None and word.best_credit is not None and word.best_credit > word.credit:
+            better = f" ({word.best.strip()} {word.best_credit / unit:+.1f})"
+        parts.append(f"{word.text.strip()} {word.credit / unit:+.1f}{better}")
+    return " | ".join(parts)
+
+
 def word_credits(
     tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], credits: Tensor, candidates: Tensor | None
 ) -> list[WordCredit]:

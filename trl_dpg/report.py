@@ -52,6 +52,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["colored"] = _colored
     template = environment.from_string(files("trl_dpg").joinpath("templates/report.html").read_text(encoding="utf-8"))
     page = template.render(
         name=Path(run_dir).absolute().name,
@@ -73,6 +74,23 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     path = Path(path) if path is not None else Path(run_dir) / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
+    """Words to be drawn: how strong their color is, from 0 to 100, and the word that would have been better."""
+    largest = max(abs(credit) for _, credit, *_ in words) or 1.0
+    return [
+        {
+            "text": text,
+            "kind": "plus" if credit > 0 else "minus",
+            "strength": round(100 * abs(credit) / largest),
+            "credit": credit,
+            # a hint has to be worth the room that it takes
+            "better": best if best is not None and best_credit > max(credit, 0) + 0.5 * largest else None,
+            "better_credit": best_credit,
+        }
+        for text, credit, best, best_credit in words
+    ]
 
 
 def _progress(history: list[dict[str, Any]]) -> dict[str, Any]:

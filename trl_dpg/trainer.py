@@ -23,7 +23,7 @@ from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
 from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig
-from .credit import ALL_WORDS, CANDIDATES, CandidateHead, changed_logits, expected_credit
+from .credit import ALL_WORDS, CANDIDATES, CandidateHead, changed_logits, credit_text, expected_credit
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
 from .metagradients.api import Metric
@@ -377,6 +377,9 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             if not self._all_words:
                 ids = [F.pad(row, (0, 0, 0, length - len(row)), value=-1) for row in training.candidate_ids]
                 output["candidate_ids"] = torch.stack(ids).to(completion_ids.device)
+        if self.log_completions:
+            texts = [credit_text(training.credit_by_word(i)) for i in range(len(result.sampled))]
+            self._logs["extra"]["metagradient_credit"].extend(texts)
         metrics = self._metrics["train"]
         metrics["metagradient/credit_unit"].append(result.unit)
         metrics["metagradient/credit_not_written"].append(result.not_written)

@@ -1,6 +1,8 @@
 """Credit for every word: the three estimators, on a generator whose completions can all be listed, and in the trainer."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 from trl_dpg.credit import expected_credit, token_advantages
+from trl_dpg.report import write_report
 
 
 WORDS, LENGTH = 3, 3
@@ -252,3 +255,18 @@ def test_credit_by_word(batch):
         for word in words[1:]:
             assert word.best is None or word.best_credit >= word.credit - 1e-9
     assert any(word.best is not None for word in words)
+
+
+def test_credit_is_seen(make_trainer):
+    """In the table of completions, in the samples of the report and on its page."""
+    trainer = make_trainer(credit_assignment="expected", log_completions=True, max_steps=1)
+    trainer.train()
+    column = list(trainer._logs["extra"]["metagradient_credit"])
+    assert len(column) == 8 and any(" | " in text and "(" in text for text in column)
+    folder = Path(trainer.args.output_dir)
+    samples = [json.loads(line) for line in (folder / "report" / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        assert sum(word[1] for word in sample["words"]) == pytest.approx(sample["reward"], rel=1e-4, abs=1e-8)
+    page = write_report(folder).read_text()
+    assert page.count('class="word plus"') + page.count('class="word minus"') == sum(len(s["words"]) for s in samples)
+    assert "&lt;eos&gt;" in page or all(word[0] != "<eos>" for s in samples for word in s["words"])
