@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .cards import main_readout
 from .credit import WordCredit, credit_text
-from .data import completion_text, message_text
+from .data import message_text
 from .facts import describe_machine, training_facts
 from .metrics import LMHeadPattern
 from .plotting import draw_pattern_frame, plot_distribution, plot_learning_curve, plot_pattern, plot_series
@@ -307,8 +307,7 @@ def changed_settings(args: Any) -> dict[str, Any]:
 
 def _text(text: Any) -> str:
     """A prompt or completion, plain or conversational."""
-    if isinstance(text, list) and len(text) > 1:
-        text = "\n".join(f"{message['role']}: {message_text(message)}" for message in text)
-    else:
-        text = completion_text(text)
+    if isinstance(text, list):
+        texts = [(message["role"], message_text(message)) for message in text]
+        text = texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {said}" for role, said in texts)
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"

@@ -142,16 +142,16 @@ class TestNaive:
         losses = [fmean(out.losses) for out in after]
         after = [out.metric_after for out in after]
         assert len(set(after)) == 3
-        raw = after * 2
-        assert log.columns == {"naive_raw": raw}
-        assert rewards == pytest.approx(standardized(raw))
-        assert rewards[:3] == rewards[3:]
         before = LMHeadNorm()(reward.target_model).item()
+        gains = [value - before for value in after]
+        assert log.columns == {"naive_raw": gains * 2}
+        assert rewards == pytest.approx(standardized(gains * 2))
+        assert rewards[:3] == rewards[3:]
         expected = {
-            "mean": fmean(after),
-            "std": np.std(after),
-            "min": min(after),
-            "max": max(after),
+            "mean": fmean(gains),
+            "std": np.std(gains),
+            "min": min(gains),
+            "max": max(gains),
             "metric_before": before,
             "metric_after": fmean(after),
             "metric_gain": fmean(after) - before,
@@ -174,8 +174,8 @@ class TestNaive:
         root = compute_metagradients(reward.target_model, data[0], LMHeadNorm(), args).adam_epsilon_root
         assert reward.args.adam_epsilon_root == log.metrics["adam_epsilon_root"] == pytest.approx(root, rel=1e-6)
         frozen = recipe(adam_epsilon_root=reward.args.adam_epsilon_root, batch_size=2)
-        after = [train_and_measure(reward.target_model, rows, LMHeadNorm(), frozen).metric_after for rows in data]
-        assert log.columns["naive_raw"] == after * 2
+        outs = [train_and_measure(reward.target_model, rows, LMHeadNorm(), frozen) for rows in data]
+        assert log.columns["naive_raw"] == [out.metric_after - out.metric_before for out in outs] * 2
         call(reward, TEXTS[::-1], **log.hooks)
         assert log.metrics["adam_epsilon_root"] == frozen.adam_epsilon_root
 
@@ -217,13 +217,14 @@ class TestNaive:
         assert len(call(make(NaiveReward, metric=lambda model: -model.lm_head.weight.norm()), TEXTS)) == 6
 
     def test_empty_completions(self, make, call, log):
-        """One in a dataset has the dataset's metric; a dataset of nothing else has that of the original target."""
+        """One in a dataset has the dataset's gain; a dataset of nothing else has gained nothing."""
         reward = make(NaiveReward)
         rewards = call(reward, ["", "", TEXTS[2], TEXTS[3], "sun", TEXTS[5]], **log.hooks)
         raw = log.columns["naive_raw"]
         assert raw[:3] == raw[3:] and rewards[:3] == rewards[3:]
-        assert raw[1] == log.metrics["metric_before"] == LMHeadNorm()(reward.target_model).item()
-        assert log.metrics["metric_after"] == pytest.approx(fmean([raw[0], raw[2]]))
+        assert raw[1] == 0
+        assert log.metrics["metric_before"] == LMHeadNorm()(reward.target_model).item()
+        assert log.metrics["metric_gain"] == pytest.approx(fmean([raw[0], raw[2]]))
         assert log.metrics["empty"] == 3
 
     def test_number_of_generations_is_not_optional(self, causal_lm, tokenizer):
