@@ -379,7 +379,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 output["candidate_ids"] = torch.stack(ids).to(completion_ids.device)
         if self.log_completions:
             texts = [credit_text(training.credit_by_word(i)) for i in range(len(result.sampled))]
-            self._logs["extra"]["metagradient_credit"].extend(texts)
+            self._logs["extra"]["metagradient_credit"].extend(texts)  # type: ignore[index]
         metrics = self._metrics["train"]
         metrics["metagradient/credit_unit"].append(result.unit)
         metrics["metagradient/credit_not_written"].append(result.not_written)
