@@ -25,6 +25,7 @@ def run(reward, state, directory):
     args = DatasetPolicyGradientConfig(
         directory,
         **COMMON,
+        credit_assignment="sequence",
         per_device_train_batch_size=12 // world,
         per_device_eval_batch_size=8 // world,
         reward_weights=[1.0, 0.01],

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from examples.resources import tiny_prompts
 from trl_dpg.callbacks import read_rows
+from trl_dpg.credit import WordCredit, credit_text
 from trl_dpg.metrics import LMHeadNorm
 from trl_dpg.report import write_report
 
@@ -111,7 +112,8 @@ def test_tensorboard_gets_pictures_and_texts(make_trainer):
         assert (image.step, image.width, image.height) == (2, *picture.size)
     text = found.Tensors("report/highest_rewards/text_summary")[-1]
     best = read_rows(report_of(trainer) / "samples.jsonl")[6]
-    assert best["completion"].encode() in text.tensor_proto.string_val[0]
+    words = credit_text([WordCredit(*word) for word in best["words"]])
+    assert words.encode() in text.tensor_proto.string_val[0]
 
 
 def test_training_goes_on_where_no_report_can_be_written(make_trainer, tmp_path, caplog):
@@ -160,13 +162,17 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path):
+@pytest.mark.parametrize("has_words", [False, True])
+def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path, has_words):
     class Hostile(TrainerCallback):
-        """Puts markup into a completion before the report sees it."""
+        """Puts markup into a completion and its words before the report sees them."""
 
         def on_log(self, args, state, control, **kwargs):
+            markup = "<script>alert(1)</script> & <b>bold</b>"
             for index in range(len(trainer._logs["completion"])):
-                trainer._logs["completion"][index] = "<script>alert(1)</script> & <b>bold</b>"
+                trainer._logs["completion"][index] = markup
+            words = [WordCredit(markup, 1.0, f"better {markup}", 2.0)] if has_words else []
+            trainer.target_training.credit_by_word = lambda index: words
 
     trainer = make_trainer(**VALIDATED)
     trainer.callback_handler.callbacks.insert(0, Hostile())
