@@ -145,7 +145,7 @@ def report(options: argparse.Namespace) -> None:
     lines = [
         "| pattern | words | completions a step | credit | γ | candidates | seeds | to 0.95 | to 0.99 | best | s a step |"
     ]
-    lines.append("|---" * 11 + "|")
+    lines.append("|---" * 10 + "|")
     runs = done()
     keys = sorted(
         {tuple(str(r[name]) for name in FIELDS[:-1]) for r in runs}, key=lambda k: (k[0], int(k[1]), int(k[2]), k[3:])
@@ -154,11 +154,10 @@ def report(options: argparse.Namespace) -> None:
         same = [r for r in runs if tuple(str(r[name]) for name in FIELDS[:-1]) == key]
         cells = [f"{median(same, bound)}" for bound in BOUNDS]
         best = statistics.median(max((accuracy for _, accuracy in r["curve"]), default=0.5) for r in same)
-        pace = statistics.median(r["seconds"] / r["steps"] for r in same)
         name = [
             "all" if value == "None" and key[3] == "expected" else "" if value == "None" else value for value in key
         ]
-        lines.append(f"| {' | '.join(name)} | {len(same)} | {' | '.join(cells)} | {best:.3f} | {pace:.2f} |")
+        lines.append(f"| {' | '.join(name)} | {len(same)} | {' | '.join(cells)} | {best:.3f} |")
     print("\n".join(lines))
 
 
