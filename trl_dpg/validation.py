@@ -122,7 +122,7 @@ def validate(
 def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:
     total = 0.0
     for batch in batches:
-        value = torch.sum(losses(batch) * batch.token_weights())
+        value = torch.sum(losses(batch) * batch.token_weights(), dtype=torch.float64)
         value.backward()
         total += value.item()
     return total

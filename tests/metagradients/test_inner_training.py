@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl import SFTConfig, SFTTrainer
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.validation import validate
 
 
@@ -147,6 +148,19 @@ def test_trains_as_sft_trainer_does(model, recipe, tmp_path):
     result = validate(model, make_examples(), metric, args)
     assert_same_training(model, metric.params, expected)
     assert result["target_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_losses_are_sums_in_float64():
+    """Of float32 losses of tokens: a sum in float32 would be off by 1e-8 and more."""
+    model = llama().eval()
+    generator = torch.Generator().manual_seed(0)
+    examples = [{"input_ids": torch.randint(VOCAB, (16,), generator=generator).tolist()} for _ in range(64)]
+    args = TargetTrainingArguments(batch_size=64, learning_rate=1e-3, adam_epsilon_root=1e-9)
+    prepared = prepare_examples(examples, args.max_length, VOCAB)
+    (batch,) = micro_batches(prepared, next(args.batches(64)), args, torch.device("cpu"), torch.float32)
+    expected = TokenLosses(model, bf16=False)(batch).double().sum().item()
+    assert validate(model, examples, Recorder(), args)["target_loss"] == pytest.approx(expected, rel=1e-10)
+    assert compute_metagradients(model, examples, Recorder(), args).losses == pytest.approx([expected], rel=1e-10)
 
 
 UNSUPPORTED = {

@@ -272,7 +272,7 @@ class TargetReward(TargetTraining, ABC):
                 "Completions of different lengths, but none ends in one of `eos_token_ids` "
                 f"({self.eos_token_ids}), so the target is taught no end. Pass the generator's end-of-sequence tokens as "
                 f"`eos_token_ids` of `{type(self).__name__}`.",
-                stacklevel=2,
+                stacklevel=3,
             )
         args = self.args
         if trainer_state is not None:
@@ -307,7 +307,7 @@ class TargetReward(TargetTraining, ABC):
             warnings.warn(
                 "All completions of this generation batch have the same value, so its rewards are zero and the generator "
                 "learns nothing from it. Are all completions the same? Raise `temperature` or lower `learning_rate`.",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.largest_std = max(self.largest_std, std.item())
         scale = max(std.item(), STD_FLOOR * self.largest_std)
