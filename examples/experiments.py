@@ -106,7 +106,8 @@ EXPERIMENTS = {
         "tiny_qr.yaml",
         {**PIXELS, "qr_decoded": "QR code read"},
         {
-            "metagradient, expected credit": "--credit_assignment expected --max_steps 150 --eval_steps 25 --save_steps 25",
+            "metagradient, expected credit": "--credit_assignment expected --max_steps 240 --eval_steps 40 --save_steps 40 --validation_prompts 32 "
+            "--validation_draws 3 --logging_steps 20",
             **REWARDS,
             "metagradient, K = 8": "--target_batch_size 512 --steps_per_generation 8 --validation_prompts 512 "
             "--validation_draws 2",

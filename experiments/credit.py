@@ -142,9 +142,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    lines = [
-        "| pattern | words | completions a step | credit | γ | candidates | seeds | to 0.95 | to 0.99 | best |"
-    ]
+    lines = ["| pattern | words | completions a step | credit | γ | candidates | seeds | to 0.95 | to 0.99 | best |"]
     lines.append("|---" * 10 + "|")
     runs = done()
     keys = sorted(

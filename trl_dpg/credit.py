@@ -405,6 +405,8 @@ class CandidateHead:
                     weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
                 self.of_tokens = output.log_probs
                 self.result = self._compute(self._hidden, kwargs["labels"], weight, bias, output.log_probs)  # type: ignore[arg-type]
+                # FSDP gathers weights again for the backward pass of what a module returns, so it is returned in a free field.
+                output.mean_logits = self.result
             return output
 
         model.forward = with_candidates
