@@ -60,7 +60,7 @@ bench: $(VENV)/.offline-data
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model smollm2 > $(RESULTS)/cost_smollm2.md
 	$(BIN)/python -m benchmarks.long_run --device $(DEVICE) > $(RESULTS)/long_run.md
 
-# The README's picture of a run's page, from five minutes of training; needs a Chromium
+# The README's picture of a run's page, from minutes of training; needs a Chromium
 CHROMIUM ?= chromium
 picture: $(VENV)/.installed
 	$(BIN)/python examples/make_tiny.py
