@@ -359,6 +359,9 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         result = training.token_advantages(self.args.credit_discount)  # type: ignore[attr-defined]
         completion_ids = output["completion_ids"]
         if result is None:  # the batch was skipped
+            if self.log_completions:  # else the table would show the last batch's
+                count = len(completion_ids) * self.accelerator.num_processes
+                self._logs["extra"]["metagradient_credit"].extend([""] * count)  # type: ignore[index]
             return
         num, length = completion_ids.shape
         first = self.accelerator.process_index * num

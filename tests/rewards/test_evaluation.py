@@ -94,7 +94,7 @@ def test_naive_rewards_do_not_vanish_beside_a_large_level(make_trainer):
 
 def test_a_skipped_batch_has_no_raw_values(make_trainer):
     """The table of completions shows none, instead of those of the last batch."""
-    trainer = make_trainer(nonfinite="skip", max_steps=2)
+    trainer = make_trainer(nonfinite="skip", max_steps=2, log_completions=True)
     metric, calls = trainer.metric, []
 
     def sometimes(model):
@@ -105,6 +105,7 @@ def test_a_skipped_batch_has_no_raw_values(make_trainer):
     metric.setup(trainer.target_training.target_model)
     trainer.train()
     assert list(trainer._logs["extra"]["metagradient_raw"]) == [None] * 8
+    assert list(trainer._logs["extra"]["metagradient_credit"]) == [""] * 8
 
 
 def test_share_of_steps_that_are_not_finite(make_trainer):
