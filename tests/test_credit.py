@@ -89,7 +89,7 @@ def test_drawn_tokens(ids, ended):
     if ended:
         assert found[-1] == len(ids)
     credits = torch.randn(len(input_ids), generator=torch.Generator().manual_seed(len(ids)))
-    result = token_advantages([credits, torch.zeros(1)], [found, [0]], [len(ids) + ended] * 2, 1.0)
+    result = token_advantages([credits, torch.zeros(1)], [found, [0]], [[1] * (len(ids) + ended)] * 2, 1.0)
     total = result.sampled[0, 0] - result.sampled[1, 0]  # the baseline falls out
     assert total.item() * result.unit == pytest.approx(credits.double().sum().item(), abs=1e-5)
 
@@ -120,13 +120,16 @@ def test_text_that_is_not_there_is_refused():
 
 
 def test_messages():
-    """Two parts with a tool's answer between them: what it said was not written."""
-    ids = SMALL("the cat")["input_ids"] + SMALL("42")["input_ids"] + SMALL("the sea")["input_ids"]
+    """Two parts with a tool's answer between them: what it said was not written, even where it said the same."""
+    parts = [SMALL(part)["input_ids"] for part in ("the cat", "the sea", "the sea")]
+    first, tool, last = (len(part) for part in parts)
     text = "the cat the sea"
     input_ids = LARGE(text)["input_ids"]
-    found = written_by(["the cat", "the sea"], ids, SMALL, text, input_ids, LARGE, False)
-    tool = range(len(SMALL("the cat")["input_ids"]), len(SMALL("the cat42")["input_ids"]))
-    assert not set(found) & set(tool) and found[-1] == len(ids) - 1
+    mask = [1] * first + [0] * tool + [1] * last
+    found = written_by(["the cat", "the sea"], sum(parts, []), SMALL, text, input_ids, LARGE, False, mask)
+    assert not set(found) & set(range(first, first + tool))
+    assert set(found) & set(range(first)) and set(found) & set(range(first + tool, len(mask)))
+    assert found[-1] == len(mask) - 1
 
 
 def test_candidates_stand_where_tokenizers_agree():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import turns as turns_of
 from .metagradients.vocabulary import ADJUSTMENTS
 
 
@@ -36,6 +37,7 @@ def written_by(
     input_ids: list[int],
     target_tokenizer: PreTrainedTokenizerBase,
     ended: bool,
+    tool_mask: list[int] | None = None,
 ) -> list[int]:
     """
     For each of the target's tokens, the generator's token that wrote it.
@@ -45,7 +47,7 @@ def written_by(
 
     Args:
         completion (`Sequence[str]`):
-            What the generator wrote, in parts that occur in this order in `text`.
+            What the generator wrote, in parts that occur in this order in `text`: several if tools were called.
         completion_ids (`list[int]`):
             The same in the generator's tokens, with the token that ended it.
         generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -58,6 +60,8 @@ def written_by(
             Tokenizer of the target.
         ended (`bool`):
             Whether the last of `completion_ids` ended the completion, and the last of `input_ids` says so to the target.
+        tool_mask (`list[int]`, *optional*):
+            For each of `completion_ids`, 1 if the generator wrote it and 0 if a tool did. Several parts need it.
 
     Returns:
         `list[int]`: Indices into `completion_ids`, -1 for a token that the generator did not write.
@@ -72,11 +76,12 @@ def written_by(
     if same_text and num_before in (0, 1) and input_ids[num_before : num_before + len(body)] == body:
         return [NOT_WRITTEN] * num_before + [*range(len(body)), *end]
 
-    generated = completion[0] if len(completion) == 1 else _decode(generator_tokenizer, body)
-    ends = _ends(generator_tokenizer, body, generated)
     owner = [NOT_WRITTEN] * len(text)  # of each character
-    at, at_generated = 0, 0
-    for part in completion:
+    at = 0
+    turns = turns_of((tool_mask or [1] * len(completion_ids))[: len(body)])
+    if len(turns) < len(completion):
+        turns = [range(len(body))] * len(completion)
+    for part, turn in zip(completion, turns, strict=True):
         start = text.find(part, at)
         if start < 0:
             part = part.strip()
@@ -87,12 +92,15 @@ def written_by(
                 "`credit_assignment` cannot tell which of its tokens the generator wrote. Keep the completion's text, or set "
                 '`credit_assignment="sequence"`.'
             )
-        found = generated.find(part, at_generated)
+        turn_ids = body[turn.start : turn.stop]
+        generated = _decode(generator_tokenizer, turn_ids)
+        if part not in generated:  # what a parser of tool calls changed is its last token's, which has seen all of it
+            generated = part
+        ends = _ends(generator_tokenizer, turn_ids, generated)
+        found = generated.index(part)
         for i in range(len(part)):
-            # What a tool call's parser changed is nowhere: the last token has seen all of it.
-            token = bisect_right(ends, found + i) if found >= 0 else len(body)
-            owner[start + i] = min(token, len(body) - 1)
-        at, at_generated = start + len(part), max(found, at_generated) + len(part) * (found >= 0)
+            owner[start + i] = turn.start + min(bisect_right(ends, found + i), len(turn_ids) - 1)
+        at = start + len(part)
     tokens = input_ids[:-1] if ended else input_ids
     return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
 
@@ -213,7 +221,7 @@ class TokenAdvantages:
 def token_advantages(
     credits: list[Tensor],
     owners: list[list[int]],
-    lengths: list[int],
+    masks: list[list[int]],
     discount: float,
     least_unit: float = 0.0,
     candidates: list[Tensor] | None = None,
@@ -226,8 +234,9 @@ def token_advantages(
             Metagradients of each completion's tokens, in the target's tokens, shape `(tokens,)`.
         owners (`list[list[int]]`):
             What [`written_by`] returned for each completion.
-        lengths (`list[int]`):
-            Tokens of each completion, in the generator's tokens; 0 for one that is to have no part in this.
+        masks (`list[list[int]]`):
+            For each of the generator's tokens, 1 if it wrote the token and 0 if a tool did; empty for a completion that is to have
+            no part in this. Discount, baseline and unit are those of the generator's own tokens.
         discount (`float`):
             \\( \gamma \\).
         least_unit (`float`, *optional*, defaults to `0.0`):
@@ -235,7 +244,7 @@ def token_advantages(
         candidates (`list[Tensor]`, *optional*):
             Metagradients of each completion's candidates, shape `(tokens, k)`; NaN where there is none.
     """
-    num, length = len(credits), max(lengths)
+    num, length = len(credits), max(map(len, masks))
     own = torch.zeros(num, length, dtype=torch.float64)
     of_candidates = None
     if candidates is not None:
@@ -243,7 +252,7 @@ def token_advantages(
     lost = total = 0.0
     for i, (values, positions) in enumerate(zip(credits, owners, strict=True)):
         owner = torch.tensor(positions, dtype=torch.long)
-        if lengths[i] == 0:
+        if not masks[i]:
             continue
         written = owner != NOT_WRITTEN
         own[i].index_add_(0, owner[written], values[written].double())
@@ -252,7 +261,12 @@ def token_advantages(
         if of_candidates is not None:
             of_candidates[i, owner[written]] = candidates[i][written]  # type: ignore[index]
 
-    exists = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+    exists = torch.zeros(num, length, dtype=torch.bool)
+    for row, mask in zip(exists, masks, strict=True):
+        row[: len(mask)] = torch.tensor(mask, dtype=torch.bool)
+    # The generator's own tokens come first in each row until the end, so that a tool's neither delay credit nor share the baseline.
+    order = (~exists).int().argsort(dim=1, stable=True)
+    exists, own = exists.gather(1, order), own.gather(1, order)
     to_go = torch.zeros(num, length + 1, dtype=torch.float64)
     for j in reversed(range(length)):
         to_go[:, j] = own[:, j] + discount * to_go[:, j + 1]
@@ -265,8 +279,9 @@ def token_advantages(
         advantages.zero_()
         spread = largest
     unit = max(spread, least_unit)
+    following = discount * torch.cat([advantages[:, 1:], torch.zeros(num, 1)], dim=1)
+    advantages, following = (torch.zeros_like(values).scatter(1, order, values) for values in (advantages, following))
     if of_candidates is not None:
-        following = discount * torch.cat([advantages[:, 1:], torch.zeros(num, 1)], dim=1)
         advantages = torch.where(of_candidates.isnan().all(dim=2), advantages, following)
         of_candidates = of_candidates / (unit or 1.0)
     return TokenAdvantages(advantages / (unit or 1.0), of_candidates, unit, lost / total if total > 0 else 0.0)

@@ -1,6 +1,7 @@
 """Completions of the generator in, training examples of the target out."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +18,29 @@ def completion_parts(completion: str | Messages) -> list[str]:
 
 
 def completion_text(completion: str | Messages) -> str:
-    """Text of a completion, plain or conversational."""
-    return "".join(completion_parts(completion))
+    """Text of a completion, plain or conversational. Texts before and after a tool's answer are lines of their own."""
+    return "\n".join(filter(None, completion_parts(completion)))
+
+
+def turns(mask: list[int]) -> list[range]:
+    """Where the tokens are that the generator wrote in one go, of a mask that is 0 for those of tools and environments."""
+    edges = [i for i, (before, after) in enumerate(pairwise([0, *mask, 0])) if before != after]
+    return [range(*span) for span in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def generated_parts(
+    completion: str | Messages, completion_ids: list[int], mask: list[int], processing_class: PreTrainedTokenizerBase
+) -> list[str]:
+    """
+    Texts of a completion that the generator wrote, also where a `rollout_func` put an environment's texts between them.
+
+    TRL decodes what a `rollout_func` returns as one text, and only `mask` tells whose tokens are whose. The outputs of `tools` are
+    messages of their own.
+    """
+    if 0 not in mask or (isinstance(completion, list) and len(completion) > 1):
+        return completion_parts(completion)
+    spans = [completion_ids[turn.start : turn.stop] for turn in turns(mask)]
+    return [str(processing_class.decode(ids, skip_special_tokens=True)) for ids in spans]
 
 
 def target_text(

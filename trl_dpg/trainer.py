@@ -1,7 +1,6 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
 import copy
-import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -47,6 +46,13 @@ logger = logging.get_logger(__name__)
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
+
+
+class _Generated(Exception):  # noqa: N818
+    """Leaves TRL's method that sets up, generates and scores, once it has generated."""
+
+    def __init__(self, prompts: list[Any], output: tuple):
+        self.prompts, self.output = prompts, output
 
 
 class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
@@ -114,7 +120,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         target_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the target, which are then what is fine-tuned.
         tools (list of `Callable`, *optional*):
-            As in [`~trl.GRPOTrainer`].
+            As in [`~trl.GRPOTrainer`]. The target is trained on the assistant's texts alone.
         rollout_func (`RolloutFunc`, *optional*):
             As in [`~trl.GRPOTrainer`].
         reference_texts (`list[str]`, *optional*):
@@ -207,6 +213,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             )
         else:
             self.target_training = TargetTraining(*target)
+        self._validating = False
         self.step_skipped = False  # whether a batch of the optimizer step to come was
         self.metric = metric
         self.text_evaluation = text_evaluation
@@ -232,6 +239,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             tools=tools,
             rollout_func=rollout_func,
         )
+        self.target_training.generator_processing_class = self._tokenizer
         self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
         self.add_callback(ReportCallback(self))
@@ -267,7 +275,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             )
         self._candidate_head = None
         if isinstance(self.target_training, MetagradientReward) and self.credit_assignment != "sequence":
-            self.target_training.generator_processing_class = self._tokenizer
+            self.target_training.credit_of_tokens = True
         if self.credit_assignment == "expected":
             self._candidate_head = CandidateHead(model, self.temperature)
             rows = min(len(vocabulary), model.get_output_embeddings().weight.shape[0])
@@ -277,10 +285,28 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
 
     def _generate(self, prompts):
         output = super()._generate(prompts)
+        prompt_ids, completion_ids, self.target_training.tool_masks = output[:3]
+        if self._validating:
+            raise _Generated(prompts, output)
         if self._candidate_head is not None and self.model.training:
-            prompt_ids, completion_ids = output[0], output[1]
             self.target_training.candidate_ids = self._candidates(prompt_ids, completion_ids)  # type: ignore[attr-defined]
         return output
+
+    def _generate_only(self, inputs: list[dict[str, Any]]) -> tuple[list[Any], tuple]:
+        """Prompts as TRL sets them up with tools and images, and what `_generate` returns, without rewards."""
+        with failing_together(self.accelerator):
+            if "prompt" not in inputs[0]:
+                raise ValueError(
+                    f"`eval_dataset` has the columns {sorted(inputs[0])} but no `prompt`. Rename or add it."
+                )
+        self._validating = True
+        try:
+            super()._generate_and_score_completions(inputs)
+        except _Generated as generated:
+            return generated.prompts, generated.output
+        finally:
+            self._validating = False
+        raise AssertionError("TRL generated nothing")
 
     @torch.no_grad()
     def _candidates(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[torch.Tensor]:
@@ -432,17 +458,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         training = self.target_training
         examples: list[dict[str, Any]] = []
         for inputs in dataloader:
-            if "prompt" not in inputs[0]:
-                raise ValueError(
-                    f"`eval_dataset` has the columns {sorted(inputs[0])} but no `prompt`. Rename or add it."
-                )
-            prompts = [row["prompt"] for row in inputs]
-            if self.tools:  # which TRL hands out to each row of a training batch
-                is_async = {tool.__name__: inspect.iscoroutinefunction(tool) for tool in self._standalone_tools}
-                by_name = {tool.__name__: tool for tool in self._standalone_tools}
-                self._sync_tool_dicts = [{n: t for n, t in by_name.items() if not is_async[n]} for _ in inputs]
-                self._async_tool_dicts = [{n: t for n, t in by_name.items() if is_async[n]} for _ in inputs]
-            _, completion_ids, _, completions, *_ = self._generate(prompts)
+            prompts, (_, completion_ids, _, completions, *_) = self._generate_only(inputs)
             with failing_together(self.accelerator):
                 local = training.target_examples(prompts, completions, completion_ids)
             for example, completion in zip(local, completions, strict=True):

@@ -41,7 +41,7 @@ def gradients(policy, assignment, discount):
     else:
         candidates = list(credits[rows]) if assignment == "expected" else None
         every = [list(range(LENGTH))] * len(words)
-        result = token_advantages(list(own), every, [LENGTH] * len(words), discount, candidates=candidates)
+        result = token_advantages(list(own), every, [[1] * LENGTH] * len(words), discount, candidates=candidates)
         objective = (chosen * result.sampled).sum(dim=1)
         if candidates is not None:
             objective = objective + expected_credit(log_probs, result.candidates).sum(dim=1)
@@ -77,7 +77,7 @@ def test_a_discount_is_biased(policy):
 def test_reward_to_go():
     """Two completions of two and three tokens: sums from the end, less the mean of those that get there."""
     credits = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0, 7.0])]
-    result = token_advantages(credits, [[0, 1], [0, 1, 2]], [2, 3], 0.5)
+    result = token_advantages(credits, [[0, 1], [0, 1, 2]], [[1, 1], [1, 1, 1]], 0.5)
     to_go = torch.tensor([[2.0, 2.0], [7.25, 8.5]])
     expected = torch.cat([to_go - to_go.mean(dim=0), torch.tensor([[0.0], [0.0]])], dim=1)
     unit = (expected.square().sum() / 5).sqrt().item()
@@ -88,7 +88,7 @@ def test_reward_to_go():
 def test_credit_of_text_that_was_not_written():
     """A prompt's part is left out, and its share is said."""
     credits = [torch.tensor([3.0, 1.0]), torch.tensor([3.0, -1.0])]
-    result = token_advantages(credits, [[-1, 0], [-1, 0]], [1, 1], 1.0)
+    result = token_advantages(credits, [[-1, 0], [-1, 0]], [[1], [1]], 1.0)
     assert result.sampled.flatten().tolist() == [1.0, -1.0]
     assert result.not_written == pytest.approx(6 / 8)
 
@@ -96,13 +96,13 @@ def test_credit_of_text_that_was_not_written():
 def test_equal_completions_have_no_advantage():
     """Whatever rounding says."""
     credits = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-7])]
-    result = token_advantages(credits, [[0, 1]] * 2, [2, 2], 1.0)
+    result = token_advantages(credits, [[0, 1]] * 2, [[1, 1]] * 2, 1.0)
     assert (result.sampled == 0).all()
 
 
 def test_floor():
     credits = [torch.tensor([1.0]), torch.tensor([-1.0])]
-    assert token_advantages(credits, [[0]] * 2, [1, 1], 1.0, least_unit=4.0).sampled.flatten().tolist() == [
+    assert token_advantages(credits, [[0]] * 2, [[1], [1]], 1.0, least_unit=4.0).sampled.flatten().tolist() == [
         0.25,
         -0.25,
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
-from ..data import Messages, completion_parts
+from ..data import Messages
 from ..metagradients import TargetTrainingArguments, compute_metagradients
 from ..metagradients.api import Metric
 from .target import STD_FLOOR, TargetReward, mean_figures
@@ -117,7 +117,7 @@ class MetagradientReward(TargetReward):
         )
         self.tape = "device"  # where it was last
         # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
-        self.generator_processing_class: PreTrainedTokenizerBase | None = None
+        self.credit_of_tokens = False
         self.candidate_ids: list[Tensor] | None = (
             None  # at each token of this process's completions, shape (tokens, k)
         )
@@ -137,19 +137,20 @@ class MetagradientReward(TargetReward):
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
         examples = super().examples_to_measure(prompts, completions, completion_ids)
-        if self.generator_processing_class is None:
+        if not self.credit_of_tokens:
             return examples
         for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True)):
             example["completion_ids"], example["written_by"] = ids, []
             if example["input_ids"]:
                 example["written_by"] = written_by(
-                    completion_parts(completions[i]),
+                    example["parts"],
                     ids,
-                    self.generator_processing_class,
+                    self.generator_processing_class,  # type: ignore[arg-type]
                     example["text"],
                     example["input_ids"],
                     self.processing_class,
                     example["ended"] and self.processing_class.eos_token_id is not None,
+                    example["generated"],
                 )
             if self.candidate_ids is not None:
                 example["candidates"] = aligned_candidates(
@@ -180,7 +181,7 @@ class MetagradientReward(TargetReward):
         result = token_advantages(
             self._tokens,
             [example["written_by"] for example in self._examples],
-            [example["length"] * ok for example, ok in zip(self._examples, finite, strict=True)],
+            [example["generated"] if ok else [] for example, ok in zip(self._examples, finite, strict=True)],
             discount,
             STD_FLOOR * self.largest_unit,
             candidates,
@@ -199,11 +200,11 @@ class MetagradientReward(TargetReward):
         Returns:
             `list[WordCredit]`: One for each of the generator's tokens; empty where there is no credit of tokens.
         """
-        if self.generator_processing_class is None or self.skipped or index >= len(self._examples):
+        if not self.credit_of_tokens or self.skipped or index >= len(self._examples):
             return []
         example = self._examples[index]
         candidates = None if self._candidates is None else self._candidates[index]
-        return word_credits(self.generator_processing_class, example, self._tokens[index], candidates)
+        return word_credits(self.generator_processing_class, example, self._tokens[index], candidates)  # type: ignore[arg-type]
 
     def measure(
         self,

@@ -18,7 +18,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
-from ..data import Messages, indices_to_train_on, to_target_example
+from ..data import (
+    Messages,
+    completion_parts,
+    completion_text,
+    generated_parts,
+    indices_to_train_on,
+    to_target_example,
+)
 from ..metagradients import TargetTrainingArguments, TrainingOutput
 from ..metagradients.api import Metric
 from ..metagradients.model import check_model, trainable_parameters, vocab_size
@@ -73,6 +80,9 @@ class TargetTraining:
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
+        # Set by the trainer for each batch: for each token of these completions, 1 if the generator wrote it and 0 if a tool did
+        self.tool_masks: list[list[int]] | None = None
+        self.generator_processing_class: PreTrainedTokenizerBase | None = None
 
         # What cannot be trained or measured is refused here rather than after the first generation.
         trainable_parameters(self.target_model)
@@ -91,12 +101,25 @@ class TargetTraining:
     def target_examples(
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
-        """Training examples of these completions: `text`, `input_ids`, and whether it `ended` and its `length` when generated."""
+        """
+        Training examples of these completions.
+
+        Returns:
+            `list[dict]`: `text` and `input_ids`; the `parts` of the text that the generator wrote; whether the completion
+                `ended`; which of its tokens were `generated`, and how many (`length`).
+        """
+        masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
         examples = []
-        for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
+        for prompt, completion, ids, mask in zip(prompts, completions, completion_ids, masks, strict=True):
+            parts = completion_parts(completion)
+            if self.generator_processing_class is not None:
+                parts = generated_parts(completion, ids, mask, self.generator_processing_class)
+            if parts != completion_parts(completion):
+                text = completion_text([{"role": "assistant", "content": part} for part in parts])
+                completion = text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
             ended = len(ids) > 0 and ids[-1] in self.eos_token_ids
             example = to_target_example(prompt, completion, ended, self.processing_class, self.formatting_func)
-            examples.append({**example, "ended": ended, "length": len(ids)})
+            examples.append({**example, "parts": parts, "ended": ended, "generated": mask, "length": sum(mask)})
         return examples
 
     def state(self) -> dict[str, Any]:
