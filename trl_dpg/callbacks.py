@@ -188,7 +188,14 @@ class ReportCallback(TrainerCallback):
         """Credit of each token of a completion of the last batch, where tokens have credit of their own."""
         training = self.trainer.target_training
         words = training.credit_by_word(index) if isinstance(training, MetagradientReward) else []
-        return {"words": [dataclasses.astuple(word) for word in words]} if words else {}
+        shown, length = [], 0
+        for word in words:
+            length += len(word.text)
+            if length > MAX_CHARACTERS:
+                shown.append(WordCredit(" …", 0.0))
+                break
+            shown.append(word)
+        return {"words": [dataclasses.astuple(word) for word in shown]} if words else {}
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -251,8 +258,9 @@ class ReportCallback(TrainerCallback):
                 ]
                 writer.add_text(f"report/{kind}_rewards", "\n\n".join(lines), step)
         for tracker in self._trackers():
-            columns = list(samples[0])
-            table = tracker.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
+            columns = ["step", "kind", "reward", "prompt", "completion"]
+            rows = [[*(sample[name] for name in columns), _shown(sample) * ("words" in sample)] for sample in samples]
+            table = tracker.Table(columns=[*columns, "credit"], data=rows)
             tracker.log({"report/samples": table, "train/global_step": step})
 
     def _tensorboard(self) -> Any:

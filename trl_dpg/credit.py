@@ -324,9 +324,14 @@ def credit_text(words: Sequence[WordCredit]) -> str:
     for word in words:
         better = ""
         if word.best is not None and word.best_credit is not None and word.best_credit > word.credit:
-            better = f" ({word.best.strip()} {word.best_credit / unit:+.1f})"
-        parts.append(f"{word.text.strip()} {word.credit / unit:+.1f}{better}")
+            better = f" ({_visible(word.best)} {word.best_credit / unit:+.1f})"
+        parts.append(f"{_visible(word.text)} {word.credit / unit:+.1f}{better}")
     return " | ".join(parts)
+
+
+def _visible(text: str) -> str:
+    """A word without the space around it, or the name of a space that is the whole word, such as \\n."""
+    return text.strip() or repr(text)[1:-1] or "∅"
 
 
 def word_credits(

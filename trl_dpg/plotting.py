@@ -45,6 +45,8 @@ def plot_learning_curve(
         points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
         if points:
             top.plot(*zip(*points, strict=True), label=label, **style)
+    if readout == "pixel_accuracy":
+        top.axhline(0.5, color="tab:gray", linestyle=":", label="chance")
     top.set_ylabel(readout.replace("_", " "))
     _finish(top)
     points = [(row["step"], row["metagradient/std"]) for row in log_history if row.get("metagradient/std") is not None]

@@ -81,7 +81,7 @@ def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
     largest = max(abs(credit) for _, credit, *_ in words) or 1.0
     return [
         {
-            "text": text,
+            "text": text.replace("\n", "↵\n"),
             "kind": "plus" if credit > 0 else "minus",
             "strength": round(100 * abs(credit) / largest),
             "credit": credit,

@@ -27,12 +27,14 @@ from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
 from .metagradients.api import Metric
 from .metagradients.parallel import failing_together
+from .metrics import LMHeadPattern
 from .rewards import (
     EditDistanceReward,
     EmbeddingSimilarityReward,
     LanguageIdentificationReward,
     MetagradientReward,
     NaiveReward,
+    TargetReward,
     TargetTraining,
     check_metric,
     measuring_nothing,
@@ -406,7 +408,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             if not self._all_words:
                 ids = [F.pad(row, (0, 0, 0, length - len(row)), value=-1) for row in training.candidate_ids]
                 output["candidate_ids"] = torch.stack(ids).to(completion_ids.device)
-        if self.log_completions:
+        if self.log_completions and self.accelerator.is_main_process:  # which prints and sends the table
             texts = [credit_text(training.credit_by_word(i)) for i in range(len(result.sampled))]
             self._logs["extra"]["metagradient_credit"].extend(texts)  # type: ignore[index]
         metrics = self._metrics["train"]
@@ -432,7 +434,19 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         (weights,) = torch.autograd.grad(of_advantages.sum(), of_tokens, retain_graph=True)
         return loss + (weights[:, -credits.shape[1] :] * expected).sum()
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        _check_prompts("eval_dataset", eval_dataset)
+        # The loaders that Transformers keeps for persistent workers go by a name, whatever data set is asked for
+        kept = self.__dict__.pop("_eval_dataloaders", {})
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._eval_dataloaders = kept
+
     def get_test_dataloader(self, test_dataset):
+        _check_prompts("test_dataset", test_dataset)
         return self.get_eval_dataloader(test_dataset)  # TRL's own, which takes streams of prompts
 
     def evaluation_loop(
@@ -474,7 +488,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         with failing_together(self.accelerator):
             training.place_target(self.accelerator.device)
             trained = [examples[i] for i in indices_to_train_on(examples)]
-            self._warn_of_other_steps(len(trained))
+            self._warn_of_other_steps(len(examples))
             try:
                 with measuring_nothing(self.metric):
                     results = validate(training.target_model, trained, self.metric, training.args)
@@ -483,6 +497,8 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                     raise
                 logger.warning(f"The validation at step {self.state.global_step} counts as the worst: {error}")
                 results = {"metric": -math.inf, "metric_gain": -math.inf}
+                if isinstance(self.metric, LMHeadPattern):
+                    self.metric.decoded = None  # else the last picture would be drawn as this one's
             texts = [example["completion"] for example in examples]
             if self.text_evaluation is not None:
                 results.update(self.text_evaluation(texts))
@@ -494,9 +510,9 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
 
     def _warn_of_other_steps(self, num_examples: int) -> None:
         """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
-        args: Any = self.args
-        split = args.reward == "naive" or not args.cross_group_batching
-        num_trained = args.generation_batch_size // (args.num_generations if split else 1)
+        if not isinstance(self.target_training, TargetReward):  # nothing is trained for the target
+            return
+        num_trained = _examples_of_a_run(self.args)  # type: ignore[arg-type]
         trained, validated = (self.target_training.args.num_steps(n) for n in (num_trained, num_examples))
         if trained != validated:
             logger.warning_once(
@@ -540,6 +556,22 @@ def _with_best_metric_of_one_dataset(args, eval_dataset):
     return args
 
 
+def _check_prompts(name: str, dataset: Any) -> None:
+    """Refuses a data set without prompts, as far as it can be seen without reading a stream."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    if dataset.column_names is not None and "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add it.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+
+
+def _examples_of_a_run(args: DatasetPolicyGradientConfig) -> int:
+    """Completions that a run of the target is trained on: the generation batch, or a part of one that is split."""
+    split = args.reward == "naive" or not args.cross_group_batching
+    return args.generation_batch_size // (args.num_generations if split else 1)  # type: ignore[operator]
+
+
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):
     """Refuses what can be refused before any model is loaded."""
     if not isinstance(args, DatasetPolicyGradientConfig):
@@ -563,13 +595,10 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             f"{type(train_dataset).__name__}."
         )
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    if not evals:
+        raise ValueError("`eval_dataset` is a dict without data sets. Pass at least one, or leave it out.")
     for name, dataset in {"train_dataset": train_dataset, **evals}.items():
-        if not isinstance(dataset, Dataset):
-            continue
-        if "prompt" not in dataset.column_names:
-            raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add it.")
-        if len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+        _check_prompts(name, dataset)
     num_prompts = args.generation_batch_size // args.num_generations
     if num_prompts < 4:
         logger.warning_once(
@@ -577,10 +606,11 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             f"{args.num_generations}). Credit is relative to the batch, so few prompts make it noisy. Raise "
             "`per_device_train_batch_size` or `steps_per_generation`, or lower `num_generations`."
         )
-    if args.target_batch_size is not None and args.target_batch_size > args.generation_batch_size:
+    num_examples = _examples_of_a_run(args)
+    if args.reward in ("metagradient", "naive") and (args.target_batch_size or 0) > num_examples:
         logger.warning_once(
-            f"`target_batch_size` {args.target_batch_size} is above the {args.generation_batch_size} completions of a generation batch, "
-            "so the target takes one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
+            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} completions, so each of its "
+            "epochs is one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
         )
     if isinstance(train_dataset, Dataset):
         needed = math.ceil(args.generation_batch_size / args.num_generations)

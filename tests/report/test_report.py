@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from examples.resources import tiny_prompts
-from trl_dpg.callbacks import read_rows
+from trl_dpg.callbacks import ReportCallback, read_rows
 from trl_dpg.credit import WordCredit, credit_text
 from trl_dpg.metrics import LMHeadNorm
 from trl_dpg.report import write_report
@@ -223,3 +224,35 @@ def test_prompts_of_a_conversation(make_trainer, chat_tokenizer):
     trainer.train()
     (sample, *_) = read_rows(report_of(trainer) / "samples.jsonl")
     assert sample["prompt"] in [prompt[0]["content"] for prompt in prompts] and isinstance(sample["completion"], str)
+
+
+def test_trackers_get_one_table_of_samples(make_trainer, monkeypatch):
+    """With and without credit of words, as in a run whose batches are skipped now and then."""
+    trainer = make_trainer()
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReportCallback))
+    tables = []
+    tracker = SimpleNamespace(Table=lambda **kwargs: tables.append(kwargs), log=lambda values: None)
+    monkeypatch.setattr(callback, "_trackers", lambda: [tracker])
+    sample = {"step": 1, "kind": "highest", "reward": 1.0, "prompt": "a", "completion": "b c"}
+    callback._track_text([{**sample, "words": [("b", 1.0, None, None), ("\n", -1.0, None, None)]}, sample], 1)
+    (table,) = tables
+    assert table["columns"][-1] == "credit"
+    assert [row[-1] for row in table["data"]] == ["b +1.0 | \\n -1.0", ""]
+
+
+def test_long_texts_are_cut(make_trainer):
+    trainer = make_trainer()
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReportCallback))
+    trainer.target_training.credit_by_word = lambda index: [WordCredit("word ", 1.0)] * 1000
+    words = callback._words(0)["words"]
+    assert 2_000 <= sum(len(text) for text, *_ in words) <= 2_010 and words[-1][0] == " …"
+
+
+def test_a_validation_that_is_not_finite_has_no_picture(make_trainer):
+    trainer = make_trainer(**VALIDATED, nonfinite="skip")
+    trainer.evaluate()
+    assert trainer.metric.decoded is not None
+    with torch.no_grad():
+        next(trainer.target_training.target_model.parameters()).fill_(torch.nan)
+    trainer.evaluate()
+    assert trainer.metric.decoded is None

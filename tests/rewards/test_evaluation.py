@@ -72,8 +72,8 @@ def test_another_number_of_generations_in_evaluation(make_grpo_trainer, causal_l
     trainer = make_grpo_trainer(reward, num_generations_eval=2)
     assert isinstance(trainer, GRPOTrainer)
     trainer.model.eval()
-    with pytest.raises(ValueError, match="`num_generations_eval` is 2.*into 4 datasets"):
-        trainer.evaluate(Dataset.from_dict({"prompt": ["the red sun"] * 4}))
+    with pytest.raises(ValueError, match="does not hold 4 completions of each prompt.*`num_generations_eval`"):
+        trainer.evaluate(Dataset.from_dict({"prompt": ["the red sun", "a dog"] * 4}))
 
 
 class Level:
@@ -143,7 +143,11 @@ def test_evaluation_sets_that_cannot_be_used(make_trainer):
     ("fields", "said"),
     [
         ({}, "A generation batch has 2 prompts"),
-        ({"target_batch_size": 16}, "`target_batch_size` 16 is above the 8 completions"),
+        ({"target_batch_size": 16}, "`target_batch_size` is 16, but a run of the target has 8 completions"),
+        (
+            {"target_batch_size": 4, "cross_group_batching": False},
+            "`target_batch_size` is 4, but a run of the target has 2 completions",
+        ),
         ({"per_device_train_batch_size": 16, "target_batch_size": 4}, "Validation fine-tunes the target for 3 steps"),
     ],
 )
@@ -172,56 +176,3 @@ def test_the_text_is_what_the_assistant_wrote(make_trainer):
         {"role": "assistant", "content": "the red sun"},
     ]
     assert completion_text(completion) == "the red sun"
-
-
-def red(sun: str) -> str:
-    """
-    Answers.
-
-    Args:
-        sun: Anything.
-    """
-    return "the red sun"
-
-
-@pytest.mark.parametrize("eval_on_start", [False, True])
-def test_evaluation_with_tools(make_trainer, chat_tokenizer, monkeypatch, eval_on_start):
-    """As many completions are validated as asked for, whatever the size of training batches, and tools are called."""
-    trainer = make_trainer(
-        processing_class=chat_tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "the sun"}]] * 8}),
-        eval_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "the sun"}]] * 3}),
-        max_steps=1,
-        per_device_eval_batch_size=4,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_on_start=eval_on_start,
-    )
-    trainer.tools = trainer._standalone_tools = [red]
-    sizes = []
-
-    def loop(prompts, prompt_ids, completion_ids, completions, logprobs, images, fields):
-        sizes.append((len(trainer._sync_tool_dicts), len(prompts), list(trainer._sync_tool_dicts[0])))
-        masks = [[1] * len(ids) for ids in completion_ids]
-        return masks, completions, completion_ids, logprobs, 0, 0, images, None
-
-    monkeypatch.setattr(trainer, "_tool_call_loop", loop)
-    monkeypatch.setattr(trainer, "_generate", generating(trainer, loop))
-    trainer.train()
-    assert all(has == wanted and names == ["red"] for has, wanted, names in sizes)
-
-
-def generating(trainer, loop):
-    """TRL's generation, with the tools' turn in between."""
-    generate = type(trainer)._generate
-
-    def wrapped(prompts):
-        tools, trainer.tools = trainer.tools, None
-        try:
-            output = generate(trainer, prompts)
-        finally:
-            trainer.tools = tools
-        loop(prompts, output[0], output[1], output[3], None, None, None)
-        return output
-
-    return wrapped

@@ -265,8 +265,15 @@ class TestBoth:
 
     @both
     def test_batch_that_cannot_be_split(self, make, call, reward_class):
-        with pytest.raises(ValueError, match="batch of 5 completions cannot be split .*`num_generations` 3"):
+        with pytest.raises(ValueError, match="batch of 5 completions cannot be split .*`num_generations`.* is 3"):
             call(make(reward_class), TEXTS[:5])
+
+    @both
+    def test_groups_of_another_size(self, make, call, reward_class):
+        """As where a stock trainer has another `num_generations` than the reward: the number of rows would fit."""
+        prompts = ["a", "a", "b", "b", "c", "c"]
+        with pytest.raises(ValueError, match="does not hold 3 completions of each prompt"):
+            call(make(reward_class), TEXTS, prompts=prompts)
 
     @both
     def test_nothing_to_train_on(self, make, call, reward_class):

@@ -3,7 +3,7 @@
 from unittest import mock
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
@@ -181,3 +181,47 @@ class TestOnceTheTargetIsThere:
         prompts = Dataset.from_dict({"prompt": ["air", ""] * 8})
         with pytest.raises(ValueError, match="The prompt '' has no tokens"):
             make_trainer(train_dataset=prompts, per_device_train_batch_size=16, num_generations=4).train()
+
+
+def stream(rows):
+    def read():
+        yield from rows
+
+    return IterableDataset.from_generator(read)
+
+
+class TestEvaluationSets:
+    """Those that are passed to a method are held to the same as the trainer's own."""
+
+    @pytest.mark.parametrize(
+        ("dataset", "message"),
+        [
+            (Dataset.from_dict({"prompt": []}), "is empty"),
+            (Dataset.from_dict({"text": ["a"]}), r"has the columns \['text'\] but no `prompt`"),
+            (stream([]), "is empty"),
+            (stream([{"text": "a"}]), "but no `prompt`"),
+        ],
+    )
+    def test_passed_to_a_method(self, make_trainer, dataset, message):
+        for method in ("evaluate", "predict"):
+            with pytest.raises(ValueError, match=f"_dataset`.* {message}"):
+                getattr(make_trainer(), method)(dataset)
+
+    def test_stream_whose_columns_are_known(self, make_trainer, names, no_loading):
+        dataset = Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
+        for name in ("train_dataset", "eval_dataset"):
+            with pytest.raises(ValueError, match=f"`{name}` has the columns .* but no `prompt`"):
+                make_trainer(**names, **{name: dataset})
+        assert not no_loading.called
+
+    def test_no_set(self, make_trainer, names, no_loading):
+        with pytest.raises(ValueError, match="`eval_dataset` is a dict without data sets"):
+            make_trainer(**names, eval_dataset={})
+        assert not no_loading.called
+
+    def test_workers_that_persist_read_the_set_that_is_passed(self, make_trainer):
+        trainer = make_trainer(dataloader_num_workers=1, dataloader_persistent_workers=True)
+        own = len(trainer.eval_dataset)
+        for number, passed in ((own, None), (1, tiny_prompts(1, 1)["test"]), (own, None)):
+            assert trainer.evaluate(passed) and len(trainer.get_eval_dataloader(passed).dataset) == number
+        assert len(trainer.predict(tiny_prompts(1, 1)["test"]).predictions) == trainer.num_generations_eval

@@ -3,7 +3,7 @@
 from .baselines import EditDistanceReward, EmbeddingSimilarityReward, LanguageIdentificationReward
 from .metagradient import MetagradientReward
 from .naive import NaiveReward
-from .target import TargetTraining, check_metric, measuring_nothing
+from .target import TargetReward, TargetTraining, check_metric, measuring_nothing
 
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "LanguageIdentificationReward",
     "MetagradientReward",
     "NaiveReward",
+    "TargetReward",
     "TargetTraining",
     "check_metric",
     "measuring_nothing",

@@ -259,18 +259,23 @@ class TargetReward(TargetTraining, ABC):
         trainer = _evaluating_trainer(log_metric)
         if trainer is None:
             return self._rewards(prompts, completions, completion_ids, trainer_state, log_extra, log_metric)
-        if self.num_datasets not in (1, trainer.num_generations_eval):
-            raise ValueError(
-                f"`num_generations_eval` is {trainer.num_generations_eval}, but `{self.__name__}` splits a batch by rollout index "
-                f"into {self.num_datasets} datasets, `num_generations` of them. Leave out `num_generations_eval`, or give both the "
-                "same value."
-            )
         largest_std, skipped, args = self.largest_std, self.skipped, self.args
         try:
             with measuring_nothing(self.metric):
                 return self._rewards(prompts, completions, completion_ids, trainer_state, log_extra, log_metric)
         finally:
             self.largest_std, self.skipped, self.args = largest_std, skipped, args
+
+    def _check_groups(self, prompts: list[str | Messages]) -> None:
+        """Refuses a batch whose rows are not `num_datasets` completions of one prompt, and then of the next."""
+        size = self.num_datasets
+        groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        if any(group != group[:1] * size for group in groups):
+            raise ValueError(
+                f"A batch of {len(prompts)} completions cannot be split by rollout index. `num_generations` of `{self.__name__}` is "
+                f"{size}, but the batch does not hold {size} completions of each prompt. Give the reward the trainer's own "
+                "`num_generations`, and leave out `num_generations_eval` or set it to the same."
+            )
 
     def _rewards(
         self, prompts, completions, completion_ids, trainer_state, log_extra, log_metric
@@ -283,12 +288,8 @@ class TargetReward(TargetTraining, ABC):
         # Rank r holds the r-th slice of the batch, so this order does not depend on the number of processes.
         counts = gather_object([len(local)])
         examples = gather_object(local)
-        if len(examples) % self.num_datasets != 0:
-            raise ValueError(
-                f"A batch of {len(examples)} completions cannot be split by rollout index: it is no multiple of "
-                f"`num_generations` {self.num_datasets}. Pass the trainer's own `num_generations`."
-            )
-
+        if self.num_datasets > 1:
+            self._check_groups(gather_object(prompts))
         trained = indices_to_train_on(examples)
         if not any(example["ended"] for example in examples) and len({example["length"] for example in examples}) > 1:
             warnings.warn(

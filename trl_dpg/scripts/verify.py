@@ -286,7 +286,8 @@ def table(result: dict[str, Any]) -> str:
     for name in names:
         values = [result[column].get(name, "") for column in columns]
         cells = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in values]
-        lines.append(f"| {'Φ' if name == 'metric' else name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        label = {"metric": "Φ", "pixel_accuracy": "pixel accuracy (chance: 0.5)"}.get(name, name.replace("_", " "))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
