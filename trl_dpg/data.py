@@ -1,6 +1,6 @@
 """Completions of the generator in, training examples of the target out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -43,10 +43,16 @@ def generated_parts(
     return [str(processing_class.decode(ids, skip_special_tokens=True)) for ids in spans]
 
 
+def without_environment(completion: str | Messages, parts: list[str]) -> str | Messages:
+    """A completion of these parts alone, as text or as one message."""
+    text = "\n".join(filter(None, parts))
+    return text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
+
+
 def target_text(
     prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[dict[str, Any]], str] | None = None
 ) -> str:
-    """The text that the target is trained on for one completion, as of [`to_target_example`]; "" for an empty one."""
+    """The text that the target is trained on for one completion, as of [`to_target_examples`]; "" for an empty one."""
     text = completion_text(completion)
     if not text.strip():
         return ""
@@ -68,44 +74,46 @@ def message_text(message: dict[str, Any]) -> str:
     return content or ""
 
 
-def to_target_example(
-    prompt: str | Messages,
-    completion: str | Messages,
-    ended: bool,
+def to_target_examples(
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str | Messages],
+    ended: Sequence[bool],
     processing_class: PreTrainedTokenizerBase,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """
-    What the target is trained on for one completion: its text in the target's own tokens.
+    What the target is trained on for completions: their texts in the target's own tokens.
 
     The tokenizer adds what it adds to any text (BOS, where it does). One EOS stands at the end where the completion ended by
     itself, and none where it did not, also if tokenizer or `formatting_func` ends every text.
 
     Args:
-        prompt (`str` or `list[dict]`):
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
             What the generator was given. Not seen by the target unless `formatting_func` uses it.
-        completion (`str` or `list[dict]`):
+        completions (`Sequence[str]` or `Sequence[list[dict]]`):
             What it wrote.
-        ended (`bool`):
-            Whether the completion ended by itself, rather than by reaching the maximum length.
+        ended (`Sequence[bool]`):
+            Whether each completion ended by itself, rather than by reaching the maximum length.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
         formatting_func (`Callable`, *optional*):
             Maps `{"prompt": ..., "completion": ...}` to the text to train on, as in [`~trl.SFTTrainer`].
 
     Returns:
-        `dict`: The text and its `input_ids`, both empty for an empty completion.
+        `list[dict]`: Text and `input_ids` of each, both empty for an empty completion.
     """
-    text = target_text(prompt, completion, formatting_func)
-    if not text:
-        return {"input_ids": [], "text": ""}
+    texts = [target_text(p, c, formatting_func) for p, c in zip(prompts, completions, strict=True)]
+    full = [i for i, text in enumerate(texts) if text]
+    tokens = processing_class([texts[i] for i in full])["input_ids"] if full else []
     eos = processing_class.eos_token_id
-    input_ids = list(processing_class(text)["input_ids"])
-    ends = {eos}
-    if formatting_func is not None and not ended:  # a chat template may close its messages with another token than EOS
-        ends |= set(processing_class.all_special_ids) - {processing_class.unk_token_id}
-    input_ids = _without_end(input_ids, ends, processing_class)
-    return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids, "text": text}
+    closing = {eos}  # a chat template may close its messages with another token than EOS
+    if formatting_func is not None:
+        closing |= set(processing_class.all_special_ids) - {processing_class.unk_token_id}
+    examples: list[dict[str, Any]] = [{"input_ids": [], "text": text} for text in texts]
+    for i, ids in zip(full, tokens, strict=True):
+        ids = _without_end(list(ids), {eos} if ended[i] else closing, processing_class)
+        examples[i]["input_ids"] = [*ids, eos] if ended[i] and eos is not None else ids
+    return examples
 
 
 def _without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> list[int]:

@@ -27,7 +27,7 @@ from tests.reliability.cases import (
 )
 from tests.reliability.test_processes import command, environment
 from trl_dpg import MetagradientReward
-from trl_dpg.data import completion_text, indices_to_train_on, to_target_example
+from trl_dpg.data import completion_text, indices_to_train_on, to_target_examples
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.objective import micro_batches, prepare_examples
 from trl_dpg.validation import validate
@@ -91,12 +91,13 @@ def test_examples_to_metagradients(rows, recipe):
 @given(text=TEXTS, ended=st.booleans(), split=st.integers(0, 4), conversation=st.booleans())
 def test_text_to_tokens(text, ended, split, conversation):
     completion = text
-    if conversation:  # in two messages, with one between that has no text
+    if conversation:  # in two messages, with one between that has no text: each is a line of its own
         completion = [{"role": "assistant", "content": part} for part in (text[:split], None, text[split:])]
         parts = [{"type": "text", "text": text[:split]}, {"type": "image"}, {"type": "text", "text": text[split:]}]
         assert completion_text([{"role": "assistant", "content": parts}]) == text
+        text = "\n".join(part for part in (text[:split], text[split:]) if part)
     assert completion_text(completion) == text
-    example = to_target_example("prompt", completion, ended, TOKENIZER)
+    (example,) = to_target_examples(["prompt"], [completion], [ended], TOKENIZER)
     assert example == {"input_ids": tokens_of(text, ended), "text": text if text.strip() else ""}
     assert all(0 <= token < VOCAB for token in example["input_ids"])
     trained = [len(example["input_ids"]) > 1]

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_dpg import MetagradientReward
-from trl_dpg.data import to_target_example
+from trl_dpg.data import to_target_examples
 from trl_dpg.metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
@@ -241,7 +241,7 @@ class TestWhatTheTargetSees:
         def text(ended, content="it is 42\n"):
             completion = [{"role": "assistant", "content": content}]
             prompt = [{"role": "user", "content": "ask"}]
-            ids = to_target_example(prompt, completion, ended, tokenizer, formatting_func)["input_ids"]
+            ids = to_target_examples([prompt], [completion], [ended], tokenizer, formatting_func)[0]["input_ids"]
             return tokenizer.decode(ids)
 
         whole = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nit is 42\n"
@@ -251,7 +251,7 @@ class TestWhatTheTargetSees:
         # without a template, a completion's own line break stays unless an end is before it
         for ended, end in ((False, ""), (True, eos_token)):
             for body, written in (("a \n", "a \n"), ("a", f"a{eos_token}\n{eos_token}")):
-                ids = to_target_example("", written, ended, tokenizer)["input_ids"]
+                ids = to_target_examples([""], [written], [ended], tokenizer)[0]["input_ids"]
                 assert tokenizer.decode(ids) == body + end
 
     def test_formatting_func(self, make_reward, call, tokenizer, seen):

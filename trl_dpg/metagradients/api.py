@@ -332,6 +332,7 @@ class _Run:
         self.optimizer: Optimizer
         self.num_steps = args.num_steps(len(self.examples))
         self.batches = list(args.batches(len(self.examples)))
+        self._collated: tuple[int, int | None, list[MicroBatch]] = (-1, None, [])
 
     def __enter__(self) -> "_Run":
         with ExitStack() as stack:
@@ -361,8 +362,11 @@ class _Run:
 
     def local_batches(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step."""
-        place = self.flat.device, self.flat.dtype, self.processes.index, self.processes.count
-        return micro_batches(self.examples, self.batches[step], self.args, *place)
+        size = self.args.micro_batch_size
+        if self._collated[:2] != (step, size):  # the adjoint sweep starts where the forward sweep ended
+            place = self.flat.device, self.flat.dtype, self.processes.index, self.processes.count
+            self._collated = step, size, micro_batches(self.examples, self.batches[step], self.args, *place)
+        return self._collated[2]
 
     def in_memory(self, step: int, work: Callable[[list[MicroBatch]], Result]) -> Result:
         """

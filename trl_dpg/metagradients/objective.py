@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import TargetTrainingArguments
 from .columns import apply_columns
@@ -19,6 +20,7 @@ class Example(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
+    num_supervised: int  # the first token is never one, as nothing precedes it
     weight: float
     candidates: (
         Tensor  # (tokens, k) other tokens that could stand at each position, -1 for none; k is that of all examples
@@ -26,11 +28,6 @@ class Example(NamedTuple):
     num_candidates: int  # its own k
     start: int  # how many tokens of padding were before it
     offset: int  # tokens of all examples before this one
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens; the first token is never one, as nothing precedes it."""
-        return sum(label != -100 for label in self.labels[1:])
 
 
 class MicroBatch(NamedTuple):
@@ -130,9 +127,9 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
                 "supervised."
             )
         candidates, width = candidates[kept][:max_length], candidates.shape[1]
-        prepared.append(
-            Example(input_ids[:max_length], labels[:max_length], weight, candidates, width, kept.start, offset)
-        )
+        input_ids, labels = input_ids[:max_length], labels[:max_length]
+        num_supervised = len(labels[1:]) - labels[1:].count(-100)
+        prepared.append(Example(input_ids, labels, num_supervised, weight, candidates, width, kept.start, offset))
         offset += len(candidates)
     width = max(example.num_candidates for example in prepared)
     return [e._replace(candidates=F.pad(e.candidates, (0, width - e.num_candidates), value=-1)) for e in prepared]
@@ -214,23 +211,19 @@ def micro_batches(
 
 
 def _collate(examples, indices, scales, device, dtype) -> MicroBatch:
-    length = max(len(examples[i].input_ids) for i in indices)
-    input_ids = torch.zeros(len(indices), length, dtype=torch.long)
-    attention_mask = torch.zeros(len(indices), length, dtype=torch.long)
-    labels = torch.full((len(indices), length), -100)
-    candidates = torch.full((len(indices), length, examples[indices[0]].candidates.shape[1]), -1)
-    for row, i in enumerate(indices):
-        n = len(examples[i].input_ids)
-        input_ids[row, :n] = torch.tensor(examples[i].input_ids)
-        attention_mask[row, :n] = 1
-        labels[row, :n] = torch.tensor(examples[i].labels)
-        candidates[row, :n] = examples[i].candidates
+    rows = [examples[i] for i in indices]
+    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    length = int(lengths.max())
+
+    def padded(values: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in values], device=device)
+
     return MicroBatch(
         indices,
-        input_ids.to(device),
-        attention_mask.to(device),
-        labels.to(device),
-        candidates.to(device),
+        padded([row.input_ids for row in rows], 0),
+        (torch.arange(length) < lengths[:, None]).long().to(device),
+        padded([row.labels for row in rows], -100),
+        pad_sequence([row.candidates for row in rows], batch_first=True, padding_value=-1).to(device),
         torch.tensor([scales[i] for i in indices], dtype=dtype, device=device),
         torch.tensor([examples[i].num_supervised for i in indices], device=device),
         torch.tensor([examples[i].weight for i in indices], dtype=dtype, device=device),

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..data import (
     Messages,
     completion_parts,
-    completion_text,
     generated_parts,
     indices_to_train_on,
-    to_target_example,
+    to_target_examples,
+    without_environment,
 )
 from ..metagradients import TargetTrainingArguments, TrainingOutput
 from ..metagradients.api import Metric
@@ -109,18 +109,20 @@ class TargetTraining:
                 `ended`; which of its tokens were `generated`, and how many (`length`).
         """
         masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
-        examples = []
-        for prompt, completion, ids, mask in zip(prompts, completions, completion_ids, masks, strict=True):
-            parts = completion_parts(completion)
-            if self.generator_processing_class is not None:
-                parts = generated_parts(completion, ids, mask, self.generator_processing_class)
-            if parts != completion_parts(completion):
-                text = completion_text([{"role": "assistant", "content": part} for part in parts])
-                completion = text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
-            ended = len(ids) > 0 and ids[-1] in self.eos_token_ids
-            example = to_target_example(prompt, completion, ended, self.processing_class, self.formatting_func)
-            examples.append({**example, "parts": parts, "ended": ended, "generated": mask, "length": sum(mask)})
-        return examples
+        parts = [completion_parts(completion) for completion in completions]
+        if self.tool_masks is not None and self.generator_processing_class is not None:
+            each = zip(completions, completion_ids, masks, strict=True)
+            parts = [generated_parts(*one, self.generator_processing_class) for one in each]
+            completions = [
+                completion if completion_parts(completion) == own else without_environment(completion, own)
+                for completion, own in zip(completions, parts, strict=True)
+            ]
+        ended = [len(ids) > 0 and ids[-1] in self.eos_token_ids for ids in completion_ids]
+        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func)
+        return [
+            {**example, "parts": own, "ended": end, "generated": mask, "length": sum(mask)}
+            for example, own, end, mask in zip(examples, parts, ended, masks, strict=True)
+        ]
 
     def state(self) -> dict[str, Any]:
         """What was measured so far, for a checkpoint."""
