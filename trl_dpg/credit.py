@@ -178,8 +178,8 @@ def aligned_candidates(
         eos (`int`):
             The target's EOS token.
     """
-    ending = torch.isin(candidates, torch.tensor(eos_token_ids))
-    candidates = candidates.masked_fill(ending, eos)
+    for ending in set(eos_token_ids) - {eos}:
+        candidates = candidates.masked_fill(candidates == ending, eos)
     tokens = Counter(owners)
     result = torch.full((len(input_ids), candidates.shape[1]), -1)
     for position, owner in enumerate(owners):
