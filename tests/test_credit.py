@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from examples.resources import tiny_tokenizer
-from trl_dpg.credit import NOT_WRITTEN, aligned_candidates, token_advantages, written_by
+from trl_dpg.credit import aligned_candidates, token_advantages, written_by
+from trl_dpg.credit.alignment import NOT_WRITTEN
 
 
 TEXTS = ["the cat saw the sea and the sky", "le café déjà vu, à la mer", "日本の空と海", "naïve – “quoted” 🙂 end"]

@@ -22,7 +22,8 @@ from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
 from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig
-from .credit import ALL_WORDS, CANDIDATES, CandidateHead, changed_logits, credit_text, expected_credit
+from .credit import CandidateHead, changed_logits, credit_text, expected_credit
+from .credit.candidates import ALL_WORDS, CANDIDATES
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
 from .metagradients.api import Metric

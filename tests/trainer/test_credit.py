@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
-from trl_dpg.credit import expected_credit, token_advantages
+from trl_dpg.credit import candidates, expected_credit, token_advantages
 from trl_dpg.report import write_report
 
 
@@ -270,3 +270,18 @@ def test_credit_is_seen(make_trainer):
     page = write_report(folder).read_text()
     assert page.count('class="word plus"') + page.count('class="word minus"') == sum(len(s["words"]) for s in samples)
     assert "&lt;eos&gt;" in page or all(word[0] != "<eos>" for s in samples for word in s["words"])
+
+
+def test_logits_of_candidates_in_chunks(monkeypatch):
+    """As by plain operations, with their derivatives, whatever the size of the chunks."""
+    hidden = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    ids, cotangent = torch.randint(7, (10, 3)), torch.randn(10, 3)
+    plain = torch.einsum("nd,nkd->nk", hidden, weight[ids])
+    expected = torch.autograd.grad(plain, (hidden, weight), cotangent.double())
+    for chunk in (1, 30, 1000):
+        monkeypatch.setattr(candidates, "CHUNK", chunk)
+        logits = candidates.CandidateLogits.apply(hidden, weight, ids)
+        assert torch.allclose(logits.double(), plain, atol=1e-5)
+        found = torch.autograd.grad(logits, (hidden, weight), cotangent)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))

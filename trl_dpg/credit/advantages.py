@@ -1,0 +1,107 @@
+"""From metagradients of tokens to advantages of the generator's tokens, in one unit."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .alignment import NOT_WRITTEN
+
+
+ROUNDING = 1e-6  # of the largest value: by which values of equal completions may differ, in different rows of a batch
+
+
+@dataclass
+class TokenAdvantages:
+    r"""
+    Advantages of the tokens of a generation batch, in one unit.
+
+    With \\( r_{ij} \\) the credit of token j of completion i and \\( \gamma \\) the discount, its reward-to-go is
+    \\( R_{ij} = \sum_{s \ge j} \gamma^{s-j} r_{is} \\). The baseline is its mean over the completions that reach position j. The
+    unit is the root mean square over all tokens of the batch, but no less than 5 % of the largest so far.
+
+    Attributes:
+        sampled (`Tensor`):
+            What the policy gradient weighs each token's log-probability with, shape `(n, t)`. Where a position has
+            candidates, only what follows it: \\( \gamma (R_{i,j+1} - \bar R_{j+1}) \\).
+        candidates (`Tensor`, *optional*):
+            Credit of each position's candidates, shape `(n, t, k)`; NaN where there is none.
+        unit (`float`):
+            What both were divided by.
+        not_written (`float`):
+            Share of the credits' absolute sum that belongs to text that the generator did not write.
+    """
+
+    sampled: Tensor
+    candidates: Tensor | None
+    unit: float
+    not_written: float
+
+
+def token_advantages(
+    credits: list[Tensor],
+    owners: list[list[int]],
+    masks: list[list[int]],
+    discount: float,
+    least_unit: float = 0.0,
+    candidates: list[Tensor] | None = None,
+) -> TokenAdvantages:
+    r"""
+    Advantages from metagradients of the target's tokens.
+
+    Args:
+        credits (`list[Tensor]`):
+            Metagradients of each completion's tokens, in the target's tokens, shape `(tokens,)`.
+        owners (`list[list[int]]`):
+            What [`written_by`] returned for each completion.
+        masks (`list[list[int]]`):
+            For each of the generator's tokens, 1 if it wrote the token and 0 if a tool did; empty for a completion that is to have
+            no part in this. Discount, baseline and unit are those of the generator's own tokens.
+        discount (`float`):
+            \\( \gamma \\).
+        least_unit (`float`, *optional*, defaults to `0.0`):
+            The unit is at least this.
+        candidates (`list[Tensor]`, *optional*):
+            Metagradients of each completion's candidates, shape `(tokens, k)`; NaN where there is none.
+    """
+    num, length = len(credits), max(map(len, masks))
+    own = torch.zeros(num, length, dtype=torch.float64)
+    of_candidates = None
+    if candidates is not None:
+        of_candidates = torch.full((num, length, candidates[0].shape[1]), torch.nan, dtype=candidates[0].dtype)
+    lost = total = 0.0
+    for i, (values, positions) in enumerate(zip(credits, owners, strict=True)):
+        owner = torch.tensor(positions, dtype=torch.long)
+        if not masks[i]:
+            continue
+        written = owner != NOT_WRITTEN
+        own[i].index_add_(0, owner[written], values[written].double())
+        lost += values[~written].double().abs().sum().item()
+        total += values.double().abs().sum().item()
+        if of_candidates is not None:
+            of_candidates[i, owner[written]] = candidates[i][written]  # type: ignore[index]
+
+    exists = torch.zeros(num, length, dtype=torch.bool)
+    for row, mask in zip(exists, masks, strict=True):
+        row[: len(mask)] = torch.tensor(mask, dtype=torch.bool)
+    # The generator's own tokens come first in each row until the end, so that a tool's neither delay credit nor share the baseline.
+    order = (~exists).int().argsort(dim=1, stable=True)
+    exists, own = exists.gather(1, order), own.gather(1, order)
+    to_go = torch.zeros(num, length + 1, dtype=torch.float64)
+    for j in reversed(range(length)):
+        to_go[:, j] = own[:, j] + discount * to_go[:, j + 1]
+    count = exists.sum(dim=0).clamp(min=1)
+    mean = (to_go[:, :-1] * exists).sum(dim=0) / count
+    advantages = (to_go[:, :-1] - mean) * exists
+    spread = (advantages.square().sum() / exists.sum().clamp(min=1)).sqrt().item()
+    largest = (to_go[:, :-1] * exists).abs().max().item()
+    if spread <= ROUNDING * largest:  # equal completions
+        advantages.zero_()
+        spread = largest
+    unit = max(spread, least_unit)
+    following = discount * torch.cat([advantages[:, 1:], torch.zeros(num, 1)], dim=1)
+    advantages, following = (torch.zeros_like(values).scatter(1, order, values) for values in (advantages, following))
+    if of_candidates is not None:
+        advantages = torch.where(of_candidates.isnan().all(dim=2), advantages, following)
+        of_candidates = of_candidates / (unit or 1.0)
+    return TokenAdvantages(advantages / (unit or 1.0), of_candidates, unit, lost / total if total > 0 else 0.0)

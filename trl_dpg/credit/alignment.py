@@ -1,0 +1,176 @@
+"""From the target's tokens back to the generator's: the two meet in the characters."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..data import turns as turns_of
+
+
+NOT_WRITTEN = -1  # a token of the target that the generator did not write: BOS, a prompt, a template
+
+
+def written_by(
+    completion: Sequence[str],
+    completion_ids: list[int],
+    generator_tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    input_ids: list[int],
+    target_tokenizer: PreTrainedTokenizerBase,
+    ended: bool,
+    tool_mask: list[int] | None = None,
+) -> list[int]:
+    """
+    For each of the target's tokens, the generator's token that wrote it.
+
+    The two meet in the characters. A token of the target belongs to the generator's token that completes its last character.
+    So no token of the generator is left out of what depends on it: its reward-to-go holds all that it took part in.
+
+    Args:
+        completion (`Sequence[str]`):
+            What the generator wrote, in parts that occur in this order in `text`: several if tools were called.
+        completion_ids (`list[int]`):
+            The same in the generator's tokens, with the token that ended it.
+        generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        text (`str`):
+            What the target is trained on.
+        input_ids (`list[int]`):
+            The same in the target's tokens.
+        target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
+        ended (`bool`):
+            Whether the last of `completion_ids` ended the completion, and the last of `input_ids` says so to the target.
+        tool_mask (`list[int]`, *optional*):
+            For each of `completion_ids`, 1 if the generator wrote it and 0 if a tool did. Several parts need it.
+
+    Returns:
+        `list[int]`: Indices into `completion_ids`, -1 for a token that the generator did not write.
+
+    Raises:
+        [`ValueError`]: If a part of `completion` does not occur in `text`.
+    """
+    body = completion_ids[:-1] if ended else completion_ids
+    end = [len(body)] if ended else []
+    num_before = len(input_ids) - len(body) - len(end)  # a BOS token
+    same_text = len(completion) == 1 and text == completion[0]
+    if same_text and num_before in (0, 1) and input_ids[num_before : num_before + len(body)] == body:
+        return [NOT_WRITTEN] * num_before + [*range(len(body)), *end]
+
+    owner = [NOT_WRITTEN] * len(text)  # of each character
+    at = 0
+    turns = turns_of((tool_mask or [1] * len(completion_ids))[: len(body)])
+    if len(turns) < len(completion):
+        turns = [range(len(body))] * len(completion)
+    for part, turn in zip(completion, turns, strict=True):
+        start = text.find(part, at)
+        if start < 0:
+            part = part.strip()
+            start = text.find(part, at)
+        if start < 0:
+            raise ValueError(
+                f"`formatting_func` returned {text!r:.80}, in which the completion {part!r:.80} does not occur as it is, so "
+                "`credit_assignment` cannot tell which of its tokens the generator wrote. Keep the completion's text, or set "
+                '`credit_assignment="sequence"`.'
+            )
+        turn_ids = body[turn.start : turn.stop]
+        generated = decoded(generator_tokenizer, turn_ids)
+        if part not in generated:  # what a parser of tool calls changed is its last token's, which has seen all of it
+            generated = part
+        ends = complete_after(generator_tokenizer, turn_ids, generated)
+        found = generated.index(part)
+        for i in range(len(part)):
+            owner[start + i] = turn.start + min(bisect_right(ends, found + i), len(turn_ids) - 1)
+        at = start + len(part)
+    tokens = input_ids[:-1] if ended else input_ids
+    return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))  # as TRL does
+
+
+def _offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[tuple[int, int]] | None:
+    """Spans of characters of each token, if that is how the tokenizer takes the text apart. Special tokens are at (0, 0)."""
+    if not tokenizer.is_fast:
+        return None
+    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"] != [token for token in ids if token not in special]:
+        return None
+    spans = iter(encoded["offset_mapping"])
+    return [(0, 0) if token in special else next(spans) for token in ids]
+
+
+def complete_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
+    """How many characters of a text are complete after each token."""
+    offsets = _offsets(tokenizer, ids, text)
+    ends: list[int] = []
+    done = 0
+    for j in range(len(ids)):
+        if offsets is None:  # drawn tokens that the tokenizer would have put otherwise
+            prefix = decoded(tokenizer, ids[: j + 1])
+            while done < min(len(prefix), len(text)) and prefix[done] == text[done]:
+                done += 1
+        else:
+            end = offsets[j][1]
+            following = offsets[j + 1] if j + 1 < len(ids) else (end, end)
+            # The bytes of one character may be several tokens: only the last completes it.
+            done = max(done, min(end, following[0]) if following[1] > 0 else end)
+        ends.append(done)
+    return ends
+
+
+def _last_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
+    """Index of the last character that each token has a part in, -1 for special tokens."""
+    offsets = _offsets(tokenizer, ids, text)
+    special = set(tokenizer.all_special_ids)
+    if offsets is not None:
+        return [-1 if t in special else max(end - 1, 0) for t, (_, end) in zip(ids, offsets, strict=True)]
+    last, before = [], 0
+    for token, end in zip(ids, complete_after(tokenizer, ids, text), strict=True):
+        last.append(-1 if token in special else min(max(end - 1, before), len(text) - 1))
+        before = end
+    return last
+
+
+def aligned_candidates(
+    candidates: Tensor,
+    owners: list[int],
+    completion_ids: list[int],
+    input_ids: list[int],
+    eos_token_ids: list[int],
+    eos: int,
+) -> Tensor:
+    """
+    The generator's candidates where the target's tokens stand, shape `(len(input_ids), k)`, -1 for none.
+
+    A position has candidates if the two tokenizers agree on it: one token of each, the same one.
+
+    Args:
+        candidates (`Tensor`):
+            Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`.
+        owners (`list[int]`):
+            What [`written_by`] returned.
+        completion_ids, input_ids (`list[int]`):
+            As there.
+        eos_token_ids (`list[int]`):
+            Tokens that end a completion; any of them is the target's `eos`.
+        eos (`int`):
+            The target's EOS token.
+    """
+    for ending in set(eos_token_ids) - {eos}:
+        candidates = candidates.masked_fill(candidates == ending, eos)
+    tokens = Counter(owners)
+    result = torch.full((len(input_ids), candidates.shape[1]), -1)
+    for position, owner in enumerate(owners):
+        if position == 0 or owner == NOT_WRITTEN or tokens[owner] > 1:  # nothing predicts the first
+            continue
+        written = eos if completion_ids[owner] in eos_token_ids else completion_ids[owner]
+        if written == input_ids[position]:
+            result[position] = candidates[owner]
+    return result
