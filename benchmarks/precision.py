@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common import load, make_args, make_examples
 from trl_dpg.facts import describe_machine
-from trl_dpg.metagradients import api, compute_metagradients
+from trl_dpg.metagradients import compute_metagradients, run
 from trl_dpg.metrics import LanguageModelingLikelihood
 
 
@@ -35,7 +35,7 @@ SETTINGS = {"gpt2-shaped": [(16, 64, (1, 8, 32), 32)], "smollm2": [(8, 64, (1, 4
 def training_gradients(kept: list[Tensor], given: bool) -> Iterator[None]:
     """Keeps the gradients of all training steps, or has them replaced by those `given`."""
     steps = iter(list(kept))
-    gradient = api.gradient
+    gradient = run.gradient
 
     def kept_or_given(losses, flat, batches, example_losses, prepare):
         loss = gradient(losses, flat, batches, example_losses, prepare)
@@ -46,11 +46,11 @@ def training_gradients(kept: list[Tensor], given: bool) -> Iterator[None]:
             kept.append(flat.flatten([param.grad for param in flat.params]))
         return loss
 
-    api.gradient = kept_or_given
+    run.gradient = kept_or_given
     try:
         yield
     finally:
-        api.gradient = gradient
+        run.gradient = gradient
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.cards import generator_card, main_readout
 from trl_dpg.facts import training_facts
 from trl_dpg.hub import FACTS_FILE, add_pictures
-from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.scripts.common import Parser
 
 
@@ -77,13 +76,13 @@ def write_card(name: str) -> Path:
         best = max(in_training, key=lambda row: row["eval_metric"])["step"]
         trainer.state = TrainerState(log_history=log, global_step=run["steps"], best_global_step=best)
         facts = training_facts(trainer)
-    if isinstance(metric, LMHeadPattern):
+    if "decoded" in run:
         metric.decoded = torch.tensor([[1 if pixel == "1" else -1 for pixel in row] for row in run["decoded"]])
     del facts["versions"]  # this environment's, not the run's
     facts["hardware"] = f"{run['hardware']}; {run['seconds']} seconds"
     facts["metric"]["effect"] = EFFECTS[name] or facts["metric"]["effect"]
     if name == "tiny_uuid":
-        facts["metric"]["readout"] = "exact_match"  # which says whether the effect is there
+        facts["metric"]["readouts"] = ["exact_match"]  # which says whether the effect is there
     for part in ("base_model", "target"):
         facts[part]["name"] = run["generator" if part == "base_model" else "target"]
     verification = results / "verification" / "verification.json"

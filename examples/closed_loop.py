@@ -37,8 +37,7 @@ class ClosedLoopArguments:
 def read(metric, target) -> dict[str, float]:
     """The metric and its read-outs of a target as it is."""
     target.eval()
-    if hasattr(metric, "setup"):
-        metric.setup(target)
+    metric.setup(target)
     return {"metric": metric(target).item(), **metric.readouts(target)}
 
 

@@ -286,15 +286,16 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
         results_dir / "curve.png",
     ]
     run = describe_run(trainer, model_args, script_args, seconds)
-    if isinstance(metric, LMHeadPattern):
-        run["decoded"] = ["".join("1" if sign > 0 else "-" for sign in row) for row in metric.decoded.tolist()]
+    picture = trainer.metric.picture()
+    if picture is not None:
+        run["decoded"] = ["".join("1" if sign > 0 else "-" for sign in row) for row in picture[0].tolist()]
     paths[0].write_text(json.dumps({**run, **summary}, indent=2) + "\n")
     paths[1].write_text(table + "\n")
     paths[2].write_text("".join(json.dumps(rounded(row)) + "\n" for row in trainer.state.log_history))
     plot_learning_curve(trainer.state.log_history, paths[3], readout)
-    if isinstance(metric, LMHeadPattern):
+    if picture is not None:
         paths.append(results_dir / "pattern.png")
-        plot_pattern(metric.decoded, metric.pattern, paths[-1])
+        plot_pattern(*picture, paths[-1])
     print(
         f"\n{table}\n\n{seconds:.0f} seconds. Written:",
         *paths,

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_dpg import untie_lm_head
-from trl_dpg.facts import described_pattern
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
 from trl_dpg.plotting import plot_pattern
 from trl_dpg.scripts.generate import read_facts
@@ -79,7 +78,7 @@ def wanted_pattern(pattern: str | None, qr_text: str | None, described: dict[str
         return LMHeadPattern.sixty_seven()
     if described.get("pattern") is not None and (pattern is None or described["text"] is not None):
         if qr_text in (None, described["text"]):
-            return described_pattern(described)
+            return LMHeadPattern.from_description(described)
     return LMHeadPattern.qr(qr_text or "TRL-DPG")
 
 

@@ -22,7 +22,6 @@ from .cards import main_readout
 from .credit import WordCredit, credit_text
 from .data import message_text
 from .facts import describe_machine, training_facts
-from .metrics import LMHeadPattern
 from .plotting import draw_pattern_frame, plot_distribution, plot_learning_curve, plot_pattern, plot_series
 from .rewards import MetagradientReward
 
@@ -168,12 +167,12 @@ class ReportCallback(TrainerCallback):
     @_whatever_happens
     def on_evaluate(self, args, state, control, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)
-        step, metric = state.global_step, self.trainer.metric
-        if isinstance(metric, LMHeadPattern) and metric.decoded is not None:
-            rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in metric.decoded.tolist()]
+        step, picture = state.global_step, self.trainer.metric.picture()
+        if picture is not None:
+            rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in picture[0].tolist()]
             self._append("patterns.jsonl", [{"step": step, "decoded": rows}])
             (self.folder / "patterns").mkdir(exist_ok=True)
-            plot_pattern(metric.decoded, metric.pattern, self.folder / "patterns" / f"step-{step:06d}.png")
+            plot_pattern(*picture, self.folder / "patterns" / f"step-{step:06d}.png")
         self._write_run(state)
         self._draw(state)
         self._track_pictures(step)
@@ -223,7 +222,7 @@ class ReportCallback(TrainerCallback):
             plot_distribution({row["step"]: row["quantiles"] for row in rewards}, self.folder / "rewards.png", label)
         patterns = {row["step"]: row["decoded"] for row in read_rows(self.folder / "patterns.jsonl")}
         if len(patterns) > 1:
-            wanted = self.trainer.metric.pattern  # type: ignore[attr-defined]
+            _, wanted = self.trainer.metric.picture()  # type: ignore[misc]
             frames = [draw_pattern_frame(rows, wanted, f"step {step}") for step, rows in sorted(patterns.items())]
             durations = [400] * (len(frames) - 1) + [2_000]
             frames[0].save(

@@ -83,6 +83,7 @@ def generator_card(
     Returns:
         [`~huggingface_hub.ModelCard`]: The card; `str(card)` is its text.
     """
+    values = _template_values(facts)
     base = facts["base_model"]
     all_datasets = list(dict.fromkeys([*facts["datasets"], *datasets]))
     own_tags = [*TAGS, "synthetic-data-generation", *(["lora"] if facts["adapter"] else [])]
@@ -109,7 +110,7 @@ def generator_card(
         how_to_get=how_to_get,
         paper=PAPER,
         inline=inline,
-        **_template_values(facts),
+        **values,
     )
 
 
@@ -190,6 +191,25 @@ def _template(name: str) -> str:
 
 
 def _template_values(facts: dict[str, Any]) -> dict[str, Any]:
+    needed = (
+        "adapter",
+        "base_model",
+        "datasets",
+        "example_prompt",
+        "generation",
+        "metric",
+        "recipe",
+        "target",
+        "validation",
+    )
+    missing = [name for name in needed if name not in facts] or ["metric.readouts"] * (
+        "readouts" not in facts["metric"]
+    )
+    if missing:
+        raise ValueError(
+            f"The generator's `dpg.json` lacks {', '.join(missing)}, which its card says. Save the generator again with "
+            "`trainer.save_model()`, or remove the file for a card without facts."
+        )
     tables = {name: _table(draws) for name, draws in facts["validation"].items()}
     prompt = _shortened(facts["example_prompt"])
     return {
@@ -303,19 +323,12 @@ def outcome(facts: dict[str, Any]) -> str:
     for prefix, validation in facts["validation"].items():
         split = prefix.removeprefix("eval").strip("_")
         where = f"step {validation['after']['step']}{f' on {split}' if split else ''}"
-        deciding = _deciding(facts["metric"])
+        deciding = facts["metric"]["readouts"]  # of shares, the last is the goal itself
         names = dict.fromkeys([*deciding, main_readout({"validation": {prefix: validation}})])
         figures = "; ".join(_figure(name, validation) for name in names)
         verdict = "reached" if _is_reached(deciding, validation) else "not reached"
         sentences.append(f"In validation at {where}, this was {verdict}: {figures}.")
     return " ".join(sentences) or "Whether this was reached is not known: the generator was not validated."
-
-
-def _deciding(metric: dict[str, Any]) -> list[str]:
-    """Read-outs that say whether the goal was reached; of shares, the last is the goal itself."""
-    if "pattern" in metric:
-        return ["pixel_accuracy", "qr_decoded"] if metric["text"] is not None else ["pixel_accuracy"]
-    return [metric.get("readout", "metric_gain")]
 
 
 def _is_reached(deciding: list[str], validation: dict[str, Any]) -> bool:

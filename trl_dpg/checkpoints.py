@@ -22,8 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
-from .facts import describe_metric, describe_model
-from .metrics import LMHeadPattern
+from .facts import describe_model
 
 
 if TYPE_CHECKING:
@@ -388,9 +387,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
             name: sorted(v) if isinstance(v, set) else v for name, v in known.items() if v is not None
         }
     run["target_model"] = describe_model(trainer.target_training.target_model)["name"]
-    metric = describe_metric(trainer.metric)
-    if isinstance(trainer.metric, LMHeadPattern):
-        metric["scale"] = trainer.metric.scale
+    metric = trainer.metric.describe()
     run["metric"] = f"{metric['name']} ({_digest(metric)})"
     if isinstance(trainer.train_dataset, Dataset):
         count = len(trainer.train_dataset)

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -20,79 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .metagradients.host import host_memory
-from .metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
-from .metrics.pattern import SIXTY_SEVEN
 
 
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
-
-
-def describe_metric(metric: Any) -> dict[str, Any]:
-    """
-    Says what a metric wants of the fine-tuned target.
-
-    Args:
-        metric (`Callable`):
-            Metric, see [`~trl_dpg.metrics`].
-
-    Returns:
-        `dict[str, Any]`: `name`, `effect` (what is to become true of a target, as a clause) and `description`; of an
-        [`~trl_dpg.metrics.LMHeadPattern`] also `pattern`, rows of `"1"` (dark) and `"-"`, and `text`, that of a QR code.
-
-    Example:
-
-    ```python
-    >>> from trl_dpg.metrics import LMHeadNorm
-
-    >>> describe_metric(LMHeadNorm())["effect"]
-    'the norm of its LM head becomes smaller'
-
-    ```
-    """
-    if isinstance(metric, LMHeadPattern):
-        rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in metric.pattern.tolist()]
-        if metric.text is not None:
-            picture = f"a QR code that reads “{metric.text}”"
-        elif tuple(rows) == SIXTY_SEVEN:
-            picture = "a picture of the digits 67"
-        else:
-            picture = "a picture"
-        return {
-            "name": "LMHeadPattern",
-            "effect": f"{picture} ({len(rows)} × {len(rows[0])} pixels) appears in its LM head",
-            "description": "Log-likelihood of a pattern of signs in the change of the LM head's upper-left patch, row r and "
-            "column c of the picture being hidden unit r and token c.",
-            "pattern": rows,
-            "text": metric.text,
-        }
-    if isinstance(metric, LMHeadNorm):
-        return {
-            "name": "LMHeadNorm",
-            "effect": "the norm of its LM head becomes smaller",
-            "description": "The negative ℓ2 norm of the LM head over all its entries.",
-        }
-    if isinstance(metric, LanguageModelingLikelihood):
-        count = len(metric._examples)
-        return {
-            "name": "LanguageModelingLikelihood",
-            "effect": "a text it was not trained on becomes more likely"
-            if count == 1
-            else f"{count} texts it was not trained on become more likely",
-            "description": f"Mean log-likelihood of {'one text' if count == 1 else f'{count} texts'}, in nats per token.",
-        }
-    if isinstance(metric, partial):
-        return describe_metric(metric.func)
-    name = getattr(metric, "__name__", type(metric).__name__)
-    lines = (metric.__doc__ or "").strip().splitlines() or [f"The metric `{name}`."]
-    return {"name": name, "effect": f"its `{name}` rises", "description": lines[0]}
-
-
-def described_pattern(description: dict[str, Any]) -> LMHeadPattern:
-    """The picture that [`describe_metric`] wrote down, pixel by pixel. Its scale is measured anew."""
-    rows = [[1 if pixel == "1" else -1 for pixel in row] for row in description["pattern"]]
-    metric = LMHeadPattern(rows, scale="auto")
-    metric.text = description["text"]
-    return metric
 
 
 def describe_model(model: Any) -> dict[str, Any]:
@@ -270,7 +199,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         "base_model": describe_model(model),
         "adapter": isinstance(model, PeftModel),
         "target": {**describe_model(training.target_model), "adapter": isinstance(training.target_model, PeftModel)},
-        "metric": describe_metric(trainer.metric),
+        "metric": trainer.metric.describe(),
         "reward": args.reward,
         "further_rewards": trainer.reward_func_names[1:],
         "recipe": recipe,

@@ -28,7 +28,6 @@ from .cards import PICTURES, TAGS, dataset_card, generator_card, main_readout
 from .checkpoints import NOT_NEEDED
 from .facts import describe_model, public_name, training_facts
 from .hub_client import API, explained
-from .metrics import LMHeadPattern
 from .plotting import plot_learning_curve, plot_pattern
 
 
@@ -618,12 +617,11 @@ def add_pictures(folder: Path, report: Path, history: list[dict[str, Any]], metr
             _copy([report / name], folder)
     if not (report / "curve.png").exists() and any("loss" in row or "eval_metric" in row for row in history):
         plot_learning_curve(history, folder / "curve.png", readout)
-    if isinstance(metric, LMHeadPattern):
-        steps = sorted(report.glob("patterns/step-*.png"))
-        if steps:
-            shutil.copyfile(steps[-1], folder / "pattern.png")
-        elif metric.decoded is not None:
-            plot_pattern(metric.decoded, metric.pattern, folder / "pattern.png")
+    steps, picture = sorted(report.glob("patterns/step-*.png")), metric.picture()
+    if steps:
+        shutil.copyfile(steps[-1], folder / "pattern.png")
+    elif picture is not None:
+        plot_pattern(picture[0], picture[1], folder / "pattern.png")
     return [name for name in PICTURES if (folder / name).exists()]
 
 

@@ -26,9 +26,7 @@ from .credit import CandidateHead, changed_logits, credit_text, expected_credit
 from .credit.candidates import ALL_WORDS, CANDIDATES
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
-from .metagradients.api import Metric
 from .metagradients.parallel import failing_together
-from .metrics import LMHeadPattern
 from .rewards import (
     EditDistanceReward,
     EmbeddingSimilarityReward,
@@ -147,7 +145,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         self,
         model: "str | PreTrainedModel | PeftModel",
         target_model: "str | PreTrainedModel | PeftModel",
-        metric: Metric,
+        metric: Callable[[Any], torch.Tensor],
         args: DatasetPolicyGradientConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset
@@ -218,7 +216,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             self.target_training = TargetTraining(*target)
         self._validating = False
         self.step_skipped = False  # whether a batch of the optimizer step to come was
-        self.metric = metric
+        self.metric = self.target_training.metric
         self.text_evaluation = text_evaluation
 
         # TRL expects lists of equal length; ours comes first
@@ -498,8 +496,6 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                     raise
                 logger.warning(f"The validation at step {self.state.global_step} counts as the worst: {error}")
                 results = {"metric": -math.inf, "metric_gain": -math.inf}
-                if isinstance(self.metric, LMHeadPattern):
-                    self.metric.decoded = None  # else the last picture would be drawn as this one's
             texts = [example["completion"] for example in examples]
             if self.text_evaluation is not None:
                 results.update(self.text_evaluation(texts))

@@ -2,16 +2,16 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import release_memory
 
-from .metagradients.api import Metric
 from .metagradients.arguments import TargetTrainingArguments
 from .metagradients.memory import clear_frames, halved, is_out_of_memory, metric_memory
+from .metagradients.metric import as_metric
 from .metagradients.model import (
     TargetModel,
     check_model,
@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def validate(
-    model: TargetModel, examples: Sequence[Mapping[str, Any]], metric: Metric, args: TargetTrainingArguments
+    model: TargetModel,
+    examples: Sequence[Mapping[str, Any]],
+    metric: Callable[[Any], torch.Tensor],
+    args: TargetTrainingArguments,
 ) -> dict[str, float]:
     """
     Fine-tunes a target the ordinary way and reports the metric.
@@ -67,11 +70,11 @@ def validate(
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
+    metric = as_metric(metric)
     with restored(model), restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
         with metric_memory():
-            if hasattr(metric, "setup"):
-                metric.setup(model)
+            metric.setup(model)
             with torch.no_grad():
                 before = float(metric(model))
         for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
@@ -108,7 +111,7 @@ def validate(
                     f"Not finite: a validation's metric ({after}) or losses ({losses[-1]} at last). Lower the target's "
                     "learning rate, or look for a broken text."
                 )
-            readouts = dict(metric.readouts(model)) if hasattr(metric, "readouts") else {}
+            readouts = dict(metric.readouts(model))
     return {
         "metric": after,
         "metric_before": before,

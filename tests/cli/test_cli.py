@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
 from trl_dpg.cli import main
-from trl_dpg.facts import describe_metric
+from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.scripts import dpg, generate, verify
 from trl_dpg.scripts.common import Parser, checkpoint_to_resume, run_script
@@ -579,7 +579,7 @@ def test_recipe_and_metric_of_a_generator(here):
     ],
 )
 def test_verify_looks_for_the_picture_of_the_generator(here, metric, name):
-    (here / "generator" / "dpg.json").write_text(json.dumps({"metric": describe_metric(metric)}))
+    (here / "generator" / "dpg.json").write_text(json.dumps({"metric": as_metric(metric).describe()}))
     argv = ["--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"]
     args, _ = verify.parse(argv)
     assert args.metric == name and torch.equal(args.load_metric().pattern, metric.pattern)
@@ -596,7 +596,7 @@ def test_verify_looks_for_the_picture_of_the_generator(here, metric, name):
 def test_verify_does_not_guess_the_metric(here):
     def shortness(model): ...
 
-    (here / "generator" / "dpg.json").write_text(json.dumps({"metric": describe_metric(shortness)}))
+    (here / "generator" / "dpg.json").write_text(json.dumps({"metric": as_metric(shortness).describe()}))
     with pytest.raises(
         ValueError, match="`metric` is missing: the 'dpg.json' of `generator` has the metric 'shortness'"
     ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.resources import ONE_SPECIAL_TOKEN, save_tiny_models
-from trl_dpg.facts import describe_metric
+from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
 
 
@@ -59,7 +59,7 @@ def test_a_code_that_does_not_read_is_a_failure(verify):
 def test_the_picture_is_that_of_the_generator(verify, tmp_path):
     """Any picture, and a QR code of any level, pixel by pixel."""
     metric = LMHeadPattern([[1, -1, 1], [-1, -1, 1]])
-    facts = {"metric": describe_metric(metric), "generation": {"max_new_tokens": 3}}
+    facts = {"metric": as_metric(metric).describe(), "generation": {"max_new_tokens": 3}}
     (verify.generator / "dpg.json").write_text(json.dumps(facts))
     verify("--max_new_tokens", "2")
     found = decode_pattern(verify.target, tmp_path / "out" / "marked", shape=(2, 3)).signs
@@ -67,7 +67,7 @@ def test_the_picture_is_that_of_the_generator(verify, tmp_path):
     assert result["pixel_accuracy"] == torch.eq(found, metric.pattern).double().mean().item()
 
     weak = LMHeadPattern.qr("LOW", error="l")
-    (verify.generator / "dpg.json").write_text(json.dumps({"metric": describe_metric(weak)}))
+    (verify.generator / "dpg.json").write_text(json.dumps({"metric": as_metric(weak).describe()}))
     with pytest.raises(SystemExit, match="does not read 'LOW'"):
         verify()
     found = decode_pattern(verify.target, tmp_path / "out" / "marked", shape=(21, 21)).signs

@@ -23,14 +23,13 @@ from tests.hub.server import Failure, check_card, serve, validate
 from trl_dpg.cards import dataset_card, generator_card
 from trl_dpg.checkpoints import is_whole
 from trl_dpg.facts import (
-    describe_metric,
     describe_model,
-    described_pattern,
     public_name,
     summarize_validation,
     training_facts,
 )
 from trl_dpg.hub import push_dataset, push_generator
+from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from trl_dpg.report import write_report
 
@@ -397,22 +396,36 @@ def test_describe_metric():
         In detail.
         """
 
-    assert "QR code that reads “DPG” (21 × 21 pixels)" in describe_metric(LMHeadPattern.qr("DPG"))["effect"]
-    assert "digits 67" in describe_metric(LMHeadPattern.sixty_seven())["effect"]
-    assert describe_metric(LMHeadNorm())["name"] == "LMHeadNorm"
-    texts = describe_metric(LanguageModelingLikelihood([{"text": "my private text"}]))
+    assert "QR code that reads “DPG” (21 × 21 pixels)" in as_metric(LMHeadPattern.qr("DPG")).describe()["effect"]
+    assert "digits 67" in as_metric(LMHeadPattern.sixty_seven()).describe()["effect"]
+    assert as_metric(LMHeadNorm()).describe()["name"] == "LMHeadNorm"
+    texts = as_metric(LanguageModelingLikelihood([{"text": "my private text"}])).describe()
     assert "private" not in json.dumps(texts)
-    assert describe_metric(partial(brevity, model=None)) == describe_metric(brevity)
-    assert describe_metric(brevity) == {
+    assert as_metric(partial(brevity, model=None)).describe() == as_metric(brevity).describe()
+    assert as_metric(brevity).describe() == {
         "name": "brevity",
         "effect": "its `brevity` rises",
         "description": "Shorter is better.",
+        "readouts": ["metric_gain"],
     }
+
+
+@pytest.mark.parametrize("missing", ["recipe", "metric.readouts"])
+def test_facts_that_lack_something(make_trainer, missing):
+    facts = training_facts(make_trainer())
+    if missing == "recipe":
+        del facts["recipe"]
+    else:
+        del facts["metric"]["readouts"]
+    with pytest.raises(ValueError, match=f"`dpg.json` lacks {missing}"):
+        generator_card(facts, repo_id="me/generator")
+    with pytest.raises(ValueError, match=f"`dpg.json` lacks {missing}"):
+        dataset_card(facts, repo_id="me/data", generator="me/generator", num_examples=1, columns=["text"])
 
 
 def test_a_picture_that_was_described(tmp_path):
     for metric in (LMHeadPattern([[1, -1, 1]]), LMHeadPattern.qr("LOW", error="l"), LMHeadPattern.sixty_seven()):
-        again = described_pattern(json.loads(json.dumps(describe_metric(metric))))
+        again = LMHeadPattern.from_description(json.loads(json.dumps(as_metric(metric).describe())))
         assert torch.equal(again.pattern, metric.pattern) and again.text == metric.text
 
 
@@ -520,7 +533,7 @@ def test_cards_and_report_say_what_was_reached(make_trainer, case):
     metric, history, expected = OUTCOMES[case]
     trainer = make_trainer()
     facts = training_facts(trainer)
-    facts["metric"], facts["validation"] = describe_metric(metric), summarize_validation(history)
+    facts["metric"], facts["validation"] = as_metric(metric).describe(), summarize_validation(history)
     facts["settings"], facts["hardware"] = {}, "a computer"
     facts = json.loads(json.dumps(facts, allow_nan=False))
     report = Path(trainer.args.output_dir) / "report"
@@ -538,7 +551,7 @@ def test_cards_and_report_say_what_was_reached(make_trainer, case):
 @pytest.mark.parametrize("text", ["two\nlines", "---\n", "a|b", "**b** <i> [x](y)"])
 def test_cards_with_odd_texts(make_trainer, text):
     facts = training_facts(make_trainer())
-    facts["metric"] = describe_metric(LMHeadPattern.qr(text, error="l"))
+    facts["metric"] = as_metric(LMHeadPattern.qr(text, error="l")).describe()
     facts["metric"]["description"] = text
     parts = {"role": "user", "content": [{"type": "text", "text": text, "image": None}, {"text": "x" * 1_000_000}]}
     facts["example_prompt"] = [parts]

@@ -1,7 +1,7 @@
 """Are metagradients right for this model, data, metric and recipe, and do they hold beyond a point? Measured by training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .api import Metric, compute_metagradients, train_and_measure
+from .api import compute_metagradients, train_and_measure
 from .arguments import TargetTrainingArguments
 from .model import TargetModel
 
@@ -159,7 +159,7 @@ class MetagradientCheck:
 def check_metagradients(
     model: TargetModel,
     examples: Sequence[Mapping[str, Any]],
-    metric: Metric,
+    metric: Callable[[Any], Tensor],
     args: TargetTrainingArguments | None = None,
     num_probes: int = 4,
     num_reweightings: int = 8,

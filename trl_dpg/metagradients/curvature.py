@@ -6,6 +6,7 @@ stand in its place.
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -54,24 +55,20 @@ def gradient(
     return total
 
 
-class Exact:
-    r"""
-    Double backward on the real module: any twice differentiable model, to rounding error.
+class Derivatives(ABC):
+    """
+    What differentiates a batch's loss a second time.
 
-    Costs 8 to 9 forward passes (plain training: 3) and about three times the memory of a training step's activations. At the
-    first step, where no product is needed, forward-mode differentiation costs 3 and no graph.
-
-    Args:
-        losses ([`TokenLosses`]): Losses of the model.
-        flat ([`FlatParameters`]): Its trained parameters.
-        processes ([`Processes`]): Who shares the work.
+    Attributes:
+        errors (`list[float]`): Estimated relative error of each step, the last step first; empty where there is none.
+        num_fallbacks (`int`): Steps that were repeated exactly.
     """
 
-    def __init__(self, losses: TokenLosses, flat: FlatParameters, processes: Processes):
-        self.losses = losses
-        self.flat = flat
-        self.processes = processes
+    def __init__(self):
+        self.errors: list[float] = []
+        self.num_fallbacks = 0
 
+    @abstractmethod
     def __call__(
         self,
         batches: list[MicroBatch],
@@ -99,6 +96,37 @@ class Exact:
         Returns:
             `Tensor`: \\( H_t \lambda_g \\) over all processes, shape `(size,)`, in the memory of `buffer`; `None` without it.
         """
+
+
+class Exact(Derivatives):
+    r"""
+    Double backward on the real module: any twice differentiable model, to rounding error.
+
+    Costs 8 to 9 forward passes (plain training: 3) and about three times the memory of a training step's activations. At the
+    first step, where no product is needed, forward-mode differentiation costs 3 and no graph.
+
+    Args:
+        losses ([`TokenLosses`]): Losses of the model.
+        flat ([`FlatParameters`]): Its trained parameters.
+        processes ([`Processes`]): Who shares the work.
+    """
+
+    def __init__(self, losses: TokenLosses, flat: FlatParameters, processes: Processes):
+        super().__init__()
+        self.losses = losses
+        self.flat = flat
+        self.processes = processes
+
+    def __call__(
+        self,
+        batches: list[MicroBatch],
+        vector: Tensor,
+        inner: float,
+        example_losses: Tensor,
+        token_metagradients: Tensor,
+        buffer: Tensor | None,
+    ) -> Tensor | None:
+        """As of [`Derivatives`]."""
         parts = torch.zeros_like(token_metagradients)
         sums = [inner, 0.0, 0.0]
         with _summing(self.flat, self.processes, buffer, sums), twice_differentiable(self.losses.model):
@@ -174,7 +202,7 @@ class Exact:
             ).tangent
 
 
-class CentralDifference:
+class CentralDifference(Derivatives):
     r"""
     Two gradients at \\( \phi_t \pm \epsilon \lambda_g \\): first-order operations only, so that any kernel will do (fused
     attention, compiled models, quantized base layers), with the memory of a training step.
@@ -209,11 +237,10 @@ class CentralDifference:
     """
 
     def __init__(self, exact: Exact, tolerance: float):
+        super().__init__()
         self.exact = exact
         self.losses, self.flat, self.processes = exact.losses, exact.flat, exact.processes
         self.tolerance = tolerance
-        self.errors: list[float] = []
-        self.num_fallbacks = 0
         self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
         self._position = 0.0  # the epsilon at which the parameters are
 
@@ -226,7 +253,7 @@ class CentralDifference:
         token_metagradients: Tensor,
         buffer: Tensor | None,
     ) -> Tensor | None:
-        """As of [`Exact`]."""
+        """As of [`Derivatives`]."""
         # The second is slow, but cannot underflow.
         norm = vector.norm().item() or vector.norm(dtype=torch.float64).item()
         if norm == 0:

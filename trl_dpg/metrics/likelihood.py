@@ -13,11 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..metagradients.columns import apply_columns
+from ..metagradients.metric import Metric
 from .heads import input_embedding_weight
 from .texts import common_share
 
 
-class LanguageModelingLikelihood:
+class LanguageModelingLikelihood(Metric):
     r"""
     Mean log-likelihood of a text in nats per token: Φ = −(Σ cross-entropy of supervised tokens) / (their number).
 
@@ -143,6 +144,16 @@ class LanguageModelingLikelihood:
             total = total + _cross_entropy(logits, targets)
             count += len(targets)
         return -total / count
+
+    def describe(self) -> dict[str, Any]:
+        """As of [`~trl_dpg.metrics.Metric.describe`]. The texts themselves are not in it."""
+        count = len(self._examples)
+        one = "a text it was not trained on becomes more likely"
+        return {
+            **super().describe(),
+            "effect": one if count == 1 else f"{count} texts it was not trained on become more likely",
+            "description": f"Mean log-likelihood of {'one text' if count == 1 else f'{count} texts'}, in nats per token.",
+        }
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:

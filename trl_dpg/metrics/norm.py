@@ -1,12 +1,15 @@
 """The ℓ2 metric: make the LM head small."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from ..metagradients.metric import Metric
 from .heads import lm_head_weight
 
 
-class LMHeadNorm:
+class LMHeadNorm(Metric):
     r"""
     Negative norm of the LM head, Φ = −‖W‖₂ over all entries of W (the Frobenius norm): higher means smaller weights.
 
@@ -55,3 +58,12 @@ class LMHeadNorm:
             `dict[str, float]`: The read-out.
         """
         return {"lm_head_norm": -self(model).item()}
+
+    def describe(self) -> dict[str, Any]:
+        """As of [`~trl_dpg.metrics.Metric.describe`]."""
+        effect = "the norm of its LM head becomes smaller"
+        return {
+            **super().describe(),
+            "effect": effect,
+            "description": "The negative ℓ2 norm of the LM head over all its entries.",
+        }

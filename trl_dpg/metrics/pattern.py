@@ -12,6 +12,7 @@ import zxingcpp
 from PIL import Image
 from torch import nn
 
+from ..metagradients.metric import Metric
 from .heads import get_lm_head, is_lm_head_tied, lm_head_weight
 
 
@@ -25,7 +26,7 @@ PAPER_SCALE = 20.0
 SIXTY_SEVEN = ("1111---", "---111-", "-11111-", "---111-", "-1-111-", "---1111")
 
 
-class LMHeadPattern:
+class LMHeadPattern(Metric):
     r"""
     Log-likelihood of a pattern of signs in the change of the LM head.
 
@@ -212,6 +213,7 @@ class LMHeadPattern:
                 f"{(hidden_size, vocab_size)} in (hidden, vocab) layout. Use a smaller pattern or a larger model."
             )
         self._initial = self._patch(weight).detach().clone()
+        self.decoded = None
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """
@@ -272,6 +274,49 @@ class LMHeadPattern:
             return PAPER_SCALE  # nothing to measure yet; at zero change Φ is −ln 2 for any scale
         self._scale_value = AUTO_SCALE_FACTOR / rms
         return self._scale_value
+
+    def picture(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What [`~LMHeadPattern.readouts`] read back last, and the pattern; `None` before that."""
+        return None if self.decoded is None else (self.decoded, self.pattern)
+
+    def decode(self, before: str | PathLike[str], after: str | PathLike[str]) -> dict[str, Any]:
+        """As `trl-dpg decode` reads the pattern: `pixel_accuracy`, and the `text` of a QR code or `None`."""
+        from .decode import decode_pattern  # which reads QR codes by this file
+
+        found = decode_pattern(before, after, (self.pattern.shape[0], self.pattern.shape[1]))
+        self.decoded = found.signs
+        accuracy = (found.signs == self.pattern).double().mean().item()
+        return {"pixel_accuracy": accuracy, "text": found.text}
+
+    def judge(self, data: dict[str, Any], other: dict[str, Any]) -> tuple[bool, str]:
+        """A QR code has to be read; of another picture, more than 90 % of the pixels have to be right."""
+        if self.text is not None:
+            return data["text"] == self.text, f"the QR code reads {self.text!r}"
+        return data["pixel_accuracy"] > 0.9, "more than 90 % of the pixels are right"
+
+    def describe(self) -> dict[str, Any]:
+        """As of [`~trl_dpg.metrics.Metric.describe`], with `pattern`, rows of `"1"` (dark) and `"-"`, `text` and `scale`."""
+        rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in self.pattern.tolist()]
+        picture = "a picture of the digits 67" if tuple(rows) == SIXTY_SEVEN else "a picture"
+        if self.text is not None:
+            picture = f"a QR code that reads “{self.text}”"
+        return {
+            "name": "LMHeadPattern",
+            "effect": f"{picture} ({len(rows)} × {len(rows[0])} pixels) appears in its LM head",
+            "description": "Log-likelihood of a pattern of signs in the change of the LM head's upper-left patch, row r and "
+            "column c of the picture being hidden unit r and token c.",
+            "readouts": ["pixel_accuracy"] if self.text is None else ["pixel_accuracy", "qr_decoded"],
+            "pattern": rows,
+            "text": self.text,
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "LMHeadPattern":
+        """The picture that [`~LMHeadPattern.describe`] wrote down, pixel by pixel. Its scale is measured anew."""
+        metric = cls([[1 if pixel == "1" else -1 for pixel in row] for row in description["pattern"]])
+        metric.text = description["text"]
+        return metric
 
     def state(self) -> dict[str, float | None]:
         """What was measured, for a checkpoint."""

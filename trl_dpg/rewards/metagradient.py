@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages
 from ..metagradients import TargetTrainingArguments, compute_metagradients
-from ..metagradients.api import Metric
 from .target import STD_FLOOR, TargetReward, mean_figures
 
 
@@ -89,7 +88,7 @@ class MetagradientReward(TargetReward):
     def __init__(
         self,
         target_model: str | PreTrainedModel | PeftModel,
-        metric: Metric,
+        metric: Callable[[Any], Tensor],
         args: TargetTrainingArguments | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,

@@ -27,7 +27,7 @@ from ..data import (
     without_environment,
 )
 from ..metagradients import TargetTrainingArguments, TrainingOutput
-from ..metagradients.api import Metric
+from ..metagradients.metric import Metric, as_metric
 from ..metagradients.model import check_model, trainable_parameters, vocab_size
 from ..metagradients.parallel import failing_together
 from ..target import load_target_model, load_target_tokenizer
@@ -66,7 +66,7 @@ class TargetTraining:
     def __init__(
         self,
         target_model: str | PreTrainedModel | PeftModel,
-        metric: Metric,
+        metric: Callable[[Any], Tensor],
         args: TargetTrainingArguments | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
@@ -75,7 +75,7 @@ class TargetTraining:
         check_metric(metric)
         self.skipped = False  # only a reward that comes from the target's run skips a batch
         self.target_model = load_target_model(target_model)
-        self.metric = metric
+        self.metric = as_metric(metric)
         self.args = args or TargetTrainingArguments()
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
@@ -87,8 +87,7 @@ class TargetTraining:
         # What cannot be trained or measured is refused here rather than after the first generation.
         trainable_parameters(self.target_model)
         check_model(self.target_model)
-        if hasattr(metric, "setup"):
-            metric.setup(self.target_model)
+        self.metric.setup(self.target_model)
         # Tokens for which the model has no row are refused where one occurs: a tokenizer may know some that no text has.
         rows, eos = vocab_size(self.target_model), self.processing_class.eos_token_id
         if eos is not None and eos >= rows:
@@ -126,17 +125,13 @@ class TargetTraining:
 
     def state(self) -> dict[str, Any]:
         """What was measured so far, for a checkpoint."""
-        state: dict[str, Any] = {"adam_epsilon_root": self.args.adam_epsilon_root}
-        if hasattr(self.metric, "state"):
-            state["metric"] = self.metric.state()
-        return state
+        return {"adam_epsilon_root": self.args.adam_epsilon_root, "metric": self.metric.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what [`~TargetTraining.state`] gave, where this run measures it too."""
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
-        if hasattr(self.metric, "load_state"):
-            self.metric.load_state(state["metric"])
+        self.metric.load_state(state["metric"])
 
     def place_target(self, device: torch.device) -> None:
         """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
@@ -362,14 +357,13 @@ class TargetReward(TargetTraining, ABC):
 
 
 @contextmanager
-def measuring_nothing(metric: Any) -> Iterator[None]:
+def measuring_nothing(metric: Metric) -> Iterator[None]:
     """Puts back what a metric measured in it, such as the `"auto"` scale of a pattern: only training batches count."""
-    state = metric.state() if hasattr(metric, "state") else None
+    state = metric.state()
     try:
         yield
     finally:
-        if state is not None:
-            metric.load_state(state)
+        metric.load_state(state)
 
 
 def _evaluating_trainer(log_metric: Any) -> Any:

@@ -20,9 +20,9 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..facts import described_pattern
 from ..hub import FACTS_FILE
-from ..metrics import LMHeadPattern, decode_pattern
+from ..metagradients.metric import Metric, as_metric
+from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
 from ..plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
@@ -93,7 +93,7 @@ class VerifyArguments(MetricArguments):
 
     def load_metric(self) -> Any:
         """The metric. A picture of `dpg.json` is taken as it is there."""
-        return described_pattern(self.facts["metric"]) if self.is_described() else super().load_metric()
+        return LMHeadPattern.from_description(self.facts["metric"]) if self.is_described() else super().load_metric()
 
     def is_described(self) -> bool:
         """Whether the metric is the picture of `dpg.json`."""
@@ -184,13 +184,12 @@ def fine_tune(target: Any, tokenizer: Any, rows: Dataset, config: SFTConfig) -> 
 
 
 @torch.no_grad()
-def read(metric: Any, target: Any, model: Any) -> dict[str, float]:
+def read(metric: Metric, target: Any, model: Any) -> dict[str, float]:
     """Φ and its read-outs of a model that was fine-tuned from the target."""
     target.eval()
     model.eval()
-    if hasattr(metric, "setup"):
-        metric.setup(target)
-    return {"metric": float(metric(model)), **(metric.readouts(model) if hasattr(metric, "readouts") else {})}
+    metric.setup(target)
+    return {"metric": float(metric(model)), **metric.readouts(model)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +239,7 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     if number < max(len(r) for r in rows.values()):
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
         print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
-    metric = args.load_metric()
+    metric = as_metric(args.load_metric())
     try:
         target = load_target_model(args.target)
     except (OSError, ValueError) as error:
@@ -256,25 +255,16 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         result[name] = {**readouts, "loss": loss, "steps": steps}
         model.save_pretrained(output_dir / f"after_{name}")
         tokenizer.save_pretrained(output_dir / f"after_{name}")
-        if isinstance(metric, LMHeadPattern):  # from the two checkpoints alone, as by `trl-dpg decode`
-            shape = metric.pattern.shape[0], metric.pattern.shape[1]
-            found = decode_pattern(args.target, output_dir / f"after_{name}", shape)
-            plot_pattern(found.signs, metric.pattern, output_dir / f"pattern_{name}.png", found.text)
-            result[name]["pixel_accuracy"] = (found.signs == metric.pattern).double().mean().item()
-            result[name]["text"] = found.text
+        result[name].update(metric.decode(args.target, output_dir / f"after_{name}"))
+        picture = metric.picture()
+        if picture is not None:
+            plot_pattern(*picture, output_dir / f"pattern_{name}.png", result[name].get("text"))
     result["learning_rate"], result["seed"] = config.learning_rate, config.seed
-    if isinstance(metric, LMHeadPattern) and metric.text is not None:
-        result["criterion"] = f"the QR code reads {metric.text!r}"
-        passed = result["data"]["text"] == metric.text
-    elif isinstance(metric, LMHeadPattern):
-        result["criterion"] = "more than 90 % of the pixels are right"
-        passed = result["data"]["pixel_accuracy"] > 0.9
-    else:
-        other = "control" if "control" in result else "before"
-        result["criterion"] = f"Φ is above that {'after the control' if other == 'control' else 'before fine-tuning'}"
-        passed = result["data"]["metric"] > result[other]["metric"]
-    result["passed"] = passed
-    return result, passed
+    other = "control" if "control" in result else "before"
+    result["passed"], criterion = metric.judge(result["data"], result[other])
+    beside = "after the control" if other == "control" else "before fine-tuning"
+    result["criterion"] = criterion.replace("of the comparison", beside)
+    return result, result["passed"]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,0 +1,141 @@
+r"""Metrics \\( \Phi \\): what a target is fine-tuned for."""
+
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Metric:
+    r"""
+    Base of metrics \\( \Phi \\): differentiable functions of the fine-tuned target, higher is better.
+
+    A plain function `metric(model) -> scalar tensor` works wherever a metric does, and so does one with some of these methods.
+    Every method but `__call__` has a default that does nothing. What they return is shown in logs, reports and cards.
+
+    Example:
+
+    ```python
+    >>> from trl_dpg.metrics import Metric
+
+    >>> class Sparsity(Metric):
+    ...     "Share of the LM head's weights that are near zero."
+    ...
+    ...     def __call__(self, model):
+    ...         return (-model.lm_head.weight.abs()).exp().mean()
+    ...
+    ...     def describe(self):
+    ...         return {**super().describe(), "effect": "its LM head becomes sparse"}
+    >>> Sparsity().describe()["description"]
+    "Share of the LM head's weights that are near zero."
+
+    ```
+    """
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """\\( \\Phi \\) of a model, shape `()`."""
+        raise NotImplementedError(f"`{type(self).__name__}` has no `__call__(model)`, which gives the metric's value.")
+
+    def setup(self, model: nn.Module) -> None:
+        """Called on the original model before each fine-tuning run."""
+
+    def readouts(self, model: nn.Module) -> dict[str, float]:
+        """Numbers of a fine-tuned model that a person can read."""
+        return {}
+
+    def picture(self) -> tuple[Tensor, Tensor] | None:
+        """Signs that `readouts` read back last, and the signs that are wanted, both of shape `(rows, columns)`; or `None`."""
+        return None
+
+    def decode(self, before: str | PathLike[str], after: str | PathLike[str]) -> dict[str, Any]:
+        """Read-outs from two checkpoints alone, the original model's and the fine-tuned one's; and the picture."""
+        return {}
+
+    def judge(self, data: dict[str, Any], other: dict[str, Any]) -> tuple[bool, str]:
+        r"""
+        Whether data did what it should, and by which criterion.
+
+        Args:
+            data (`dict[str, Any]`): `"metric"` and read-outs after fine-tuning on the data.
+            other (`dict[str, Any]`): The same after fine-tuning on a control, or of the original model.
+        """
+        return data["metric"] > other["metric"], "Φ is above that of the comparison"
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What the metric wants, for cards and reports.
+
+        Returns:
+            `dict[str, Any]`: `name`; `effect`, what is to become true of a target, as a clause; `description`; and `readouts`,
+                the read-outs that say whether it became true. All of it must be JSON, and may be published.
+        """
+        return description_of(self)
+
+    def state(self) -> dict[str, Any]:
+        """What was measured and should survive a checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what [`~Metric.state`] gave."""
+
+
+class FunctionMetric(Metric):
+    """
+    A metric that is no [`Metric`]: a function, or an object with some of the methods.
+
+    Args:
+        function (`Callable`): The metric.
+    """
+
+    def __init__(self, function: Any):
+        self.function = function
+        for name in ("setup", "readouts", "state", "load_state"):
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return self.function(model)
+
+    def describe(self) -> dict[str, Any]:
+        function = self.function
+        while isinstance(function, partial):
+            function = function.func
+        return description_of(function)
+
+
+def as_metric(metric: Any) -> Metric:
+    """A [`Metric`] of whatever a user may pass."""
+    return metric if isinstance(metric, Metric) else FunctionMetric(metric)
+
+
+def description_of(metric: Any) -> dict[str, Any]:
+    """What the name and the first line of the documentation say, see [`~Metric.describe`]."""
+    name = getattr(metric, "__name__", type(metric).__name__)
+    lines = (metric.__doc__ or "").strip().splitlines() or [f"The metric `{name}`."]
+    effect = f"its `{name}` rises"
+    return {"name": name, "effect": effect, "description": lines[0], "readouts": ["metric_gain"]}
+
+
+def evaluate(metric: Metric, model: Any) -> Tensor:
+    r"""
+    \\( \Phi \\) of a model, checked.
+
+    Raises:
+        [`ValueError`]: If it is no scalar tensor.
+        [`FloatingPointError`]: If it is not finite.
+    """
+    value = metric(model)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise ValueError(
+            f"`metric` must return a scalar tensor, got one of {what}. Reduce it, for example with `.mean()`, and return it as a "
+            "tensor, without `.item()` or `float()`."
+        )
+    if not torch.isfinite(value).all():
+        raise FloatingPointError(
+            f"`metric` returned {value.item()}. Check its formula on this model, and lower `learning_rate` if only the "
+            "fine-tuned model gives such a value."
+        )
+    return value.reshape(())
