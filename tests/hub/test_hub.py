@@ -198,7 +198,7 @@ def test_a_wrong_name_is_no_error_of_the_network(hub, folder):
 
 def test_a_card_that_cannot_be_made_is_no_error_of_the_network(run, hub, folder, caplog):
     (folder / "dpg.json").write_text("{}")
-    with pytest.raises(KeyError, match="validation"):
+    with pytest.raises(ValueError, match="`dpg.json` lacks .*validation"):
         push_dataset(Dataset.from_list([{"text": "blue"}]), "me/data", generator=str(folder))
     assert ("datasets", "me/data") not in hub.repos
     trainer = run()
