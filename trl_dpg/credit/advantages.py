@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .alignment import NOT_WRITTEN
 
@@ -65,25 +66,22 @@ def token_advantages(
             Metagradients of each completion's candidates, shape `(tokens, k)`; NaN where there is none.
     """
     num, length = len(credits), max(map(len, masks))
-    own = torch.zeros(num, length, dtype=torch.float64)
+    exists = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
+    # Place of each credit among all tokens of the batch; those that the generator did not write have none.
+    taking_part = [i for i in range(num) if len(masks[i]) > 0]
+    places = [i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part]
+    written = torch.cat([torch.tensor(owners[i]) != NOT_WRITTEN for i in taking_part])
+    values = torch.cat([credits[i] for i in taking_part]).double()
+    place = torch.cat(places)[written]
+    own = torch.zeros(num * length, dtype=torch.float64).index_add_(0, place, values[written]).view(num, length)
+    lost, total = values[~written].abs().sum().item(), values.abs().sum().item()
     of_candidates = None
     if candidates is not None:
-        of_candidates = torch.full((num, length, candidates[0].shape[1]), torch.nan, dtype=candidates[0].dtype)
-    lost = total = 0.0
-    for i, (values, positions) in enumerate(zip(credits, owners, strict=True)):
-        owner = torch.tensor(positions, dtype=torch.long)
-        if not masks[i]:
-            continue
-        written = owner != NOT_WRITTEN
-        own[i].index_add_(0, owner[written], values[written].double())
-        lost += values[~written].double().abs().sum().item()
-        total += values.double().abs().sum().item()
-        if of_candidates is not None:
-            of_candidates[i, owner[written]] = candidates[i][written]  # type: ignore[index]
+        every = torch.cat([candidates[i] for i in taking_part])
+        of_candidates = every.new_full((num * length, every.shape[1]), torch.nan)
+        of_candidates[place] = every[written]
+        of_candidates = of_candidates.view(num, length, -1)
 
-    exists = torch.zeros(num, length, dtype=torch.bool)
-    for row, mask in zip(exists, masks, strict=True):
-        row[: len(mask)] = torch.tensor(mask, dtype=torch.bool)
     # The generator's own tokens come first in each row until the end, so that a tool's neither delay credit nor share the baseline.
     order = (~exists).int().argsort(dim=1, stable=True)
     exists, own = exists.gather(1, order), own.gather(1, order)

@@ -166,11 +166,14 @@ def aligned_candidates(
     for ending in set(eos_token_ids) - {eos}:
         candidates = candidates.masked_fill(candidates == ending, eos)
     tokens = Counter(owners)
+    agreeing = [
+        position
+        for position, owner in enumerate(owners)
+        if position > 0  # nothing predicts the first
+        and owner != NOT_WRITTEN
+        and tokens[owner] == 1
+        and input_ids[position] == (eos if completion_ids[owner] in eos_token_ids else completion_ids[owner])
+    ]
     result = torch.full((len(input_ids), candidates.shape[1]), -1)
-    for position, owner in enumerate(owners):
-        if position == 0 or owner == NOT_WRITTEN or tokens[owner] > 1:  # nothing predicts the first
-            continue
-        written = eos if completion_ids[owner] in eos_token_ids else completion_ids[owner]
-        if written == input_ids[position]:
-            result[position] = candidates[owner]
+    result[agreeing] = candidates[[owners[position] for position in agreeing]]
     return result

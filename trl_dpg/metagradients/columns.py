@@ -91,9 +91,9 @@ def _check_inputs(row: Mapping[str, Any], where: str, kept: slice) -> None:
                 "or use examples of text."
             )
     length = kept.stop - kept.start
-    neutral = {"position_ids": list(range(length)), **{key: [0] * length for key in SEGMENTS}}
-    for key, expected in neutral.items():
-        if row.get(key) is not None and list(row[key])[kept] != expected:
+    for key in ("position_ids", *SEGMENTS):
+        neutral = range(length) if key == "position_ids" else [0] * length
+        if row.get(key) is not None and list(row[key])[kept] != list(neutral):
             what = "counts from 0 without a gap" if key == "position_ids" else "is 0 at every token"
             raise ValueError(
                 f"{where} has `{key}` {row[key]!r:.80}, which the target is not given. That changes nothing only where it "

@@ -132,6 +132,8 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
         prepared.append(Example(input_ids, labels, num_supervised, weight, candidates, width, kept.start, offset))
         offset += len(candidates)
     width = max(example.num_candidates for example in prepared)
+    if all(example.num_candidates == width for example in prepared):
+        return prepared
     return [e._replace(candidates=F.pad(e.candidates, (0, width - e.num_candidates), value=-1)) for e in prepared]
 
 
