@@ -172,7 +172,7 @@ def tiny_prompts(num_train: int, num_test: int, seed: int = 0, num_words: int = 
     Returns:
         [`~datasets.DatasetDict`]: Splits `train` and `test` with the column `prompt`.
     """
-    base = num_words
+    base = min(num_words, len(WORDS))
     chosen = random.Random(seed).sample(range(base**3), num_train + num_test)
     prompts = [f"{WORDS[n // base**2]} {WORDS[n // base % base]} {WORDS[n % base]}" for n in chosen]
     return DatasetDict(
