@@ -8,6 +8,7 @@ with this one. The second is about whole training steps of the trainer.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -18,15 +19,26 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
 
-from benchmarks.common import load, make_args, make_examples
+from benchmarks.common import load, make_args, make_examples, with_lora
+from examples.resources import (
+    ONE_SPECIAL_TOKEN,
+    smollm2,
+    tiny_causal_lm,
+    tiny_prompts,
+    tiny_tokenizer,
+    wikipedia_leads,
+)
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients
-from trl_dpg.metrics import LanguageModelingLikelihood
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
 
 
 ROOT = Path(__file__).parent.parent
-SHAPES = {"gpt2-shaped": (16, 64), "smollm2": (8, 64)}  # examples a step, tokens each
+SHAPES = {"gpt2-shaped": (8, 64), "smollm2": (8, 64)}  # examples a step, tokens each
 
 
 def work(model_name: str) -> None:
@@ -98,19 +110,43 @@ def ratio(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
-def trainer(repeats: int) -> None:
-    """Seconds of training steps, generation and update included."""
-    from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_prompts, tiny_tokenizer
-    from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-    from trl_dpg.metrics import LMHeadPattern
+def random_models(vocabulary: int) -> dict:
+    """GPT-2s of 2 layers and width 64."""
+    models = [tiny_causal_lm(vocabulary, seed=seed, special_tokens=ONE_SPECIAL_TOKEN) for seed in (0, 1)]
+    tokenizers = [tiny_tokenizer(vocabulary - 1, ONE_SPECIAL_TOKEN) for _ in models]
+    return {
+        "models": models,
+        "tokenizers": tokenizers,
+        "prompts": tiny_prompts(4096, 4)["train"],
+        "metric": LMHeadPattern.sixty_seven(scale="auto"),
+    }
 
+
+def pretrained_models() -> dict:
+    """SmolLM2-135M-Instruct as generator and as target, with LoRA of rank 8 on both."""
+    return {
+        "models": [with_lora(load("smollm2", "cpu")) for _ in range(2)],
+        "tokenizers": [AutoTokenizer.from_pretrained(smollm2()) for _ in range(2)],
+        "prompts": Dataset.from_dict({"prompt": [text[:60] for text in wikipedia_leads()["text"][:256]]}),
+        "metric": LanguageModelingLikelihood(make_examples("smollm2", 4, 32, skip=256)),
+    }
+
+
+# words of random models or pretrained ones, completions a step, candidates
+STEPS = [(64, 512, None), (2048, 128, None), (2048, 128, 64), (8192, 128, 64), ("smollm2", 16, 64)]
+
+
+def trainer(repeats: int, only: list[str]) -> None:
+    """Seconds of training steps, generation and update included."""
     print(
-        "\nWhole training steps, random GPT-2s of 2 layers and width 64 as generator and target, 24 tokens a completion, K = 1.\n"
+        "\nWhole training steps: random GPT-2s of 2 layers and width 64 as generator and target, or SmolLM2-135M with LoRA as"
     )
+    print("both. 24 tokens a completion, K = 1. Medians, and ratios to credit of whole completions.\n")
     print("| words | completions a step | candidates | sequence, s | token | expected |\n|---|---|---|---|---|---|")
-    for vocabulary, completions, candidates in [(64, 512, None), (2048, 128, None), (2048, 128, 64), (8192, 128, 64)]:
-        words = vocabulary - 1
-        models = [tiny_causal_lm(vocabulary, seed=seed, special_tokens=ONE_SPECIAL_TOKEN) for seed in (0, 1)]
+    for vocabulary, completions, candidates in STEPS:
+        if only and str(vocabulary) not in only:
+            continue
+        parts = pretrained_models() if vocabulary == "smollm2" else random_models(vocabulary)  # type: ignore[arg-type]
         with tempfile.TemporaryDirectory() as directory:
             trainers = {}
             for assignment in ("sequence", "token", "expected"):
@@ -119,11 +155,9 @@ def trainer(repeats: int) -> None:
                     num_generations=4, max_completion_length=24, learning_rate=1e-5, gradient_checkpointing=False, bf16=False,
                     use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                 )  # fmt: skip
-                prompts = tiny_prompts(4096, 4)["train"]
-                tokenizers = [tiny_tokenizer(words, ONE_SPECIAL_TOKEN) for _ in range(2)]
                 trainers[assignment] = DatasetPolicyGradientTrainer(
-                    models[0], models[1], LMHeadPattern.sixty_seven(scale="auto"), args, prompts, None, *tokenizers
-                )
+                    copy.deepcopy(parts["models"][0]), parts["models"][1], parts["metric"], args, parts["prompts"], None, *parts["tokenizers"]
+                )  # fmt: skip
                 trainers[assignment].model.train()
             rounds = []
             data = {name: iter(each.get_train_dataloader()) for name, each in trainers.items()}
@@ -135,13 +169,12 @@ def trainer(repeats: int) -> None:
                     each.training_step(each.model, next(data[name]), None)
                     row[name] = time.perf_counter() - start
                     each.model.zero_grad()
-                if number > 0:
+                if number > 0:  # the first is to warm up
                     rounds.append(row)
         base = statistics.median(row["sequence"] for row in rounds)
         token, expected = (ratio([row[name] / row["sequence"] for row in rounds]) for name in ("token", "expected"))
-        print(
-            f"| {vocabulary} | {completions} | {candidates or 'all'} | {base:.3f} | {token} | {expected} |", flush=True
-        )
+        cells = [vocabulary, completions, candidates or "all", f"{base:.3f}", token, expected]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:
@@ -149,6 +182,9 @@ def main() -> None:
     parser.add_argument("--before", help="a commit without credit of tokens")
     parser.add_argument("--models", nargs="*", default=["gpt2-shaped"], help=", ".join(SHAPES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--steps", nargs="*", default=[], help="only these rows of the second table, by their first column"
+    )
     parser.add_argument("--worker", choices=list(SHAPES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -157,7 +193,7 @@ def main() -> None:
     print(f"{describe_machine(torch.device('cpu'))}\n")
     for name in options.models if options.before else []:
         engine(options.before, name, options.repeats)
-    trainer(options.repeats)
+    trainer(options.repeats, options.steps)
 
 
 if __name__ == "__main__":
