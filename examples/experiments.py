@@ -154,22 +154,26 @@ EXPERIMENTS = {
         "Another language than that of the prompts",
         "tiny_language.yaml",
         {
+            "metric_gain": "gain of Φ",
             "language_share": "share of the language",
-            "perplexity": "perplexity",
             "held_out_perplexity": "perplexity, other texts",
         },
         {
-            "metagradient": "",
-            "metagradient, French": "--language fr",
-            "metagradient, German": "--language de",
-            "metagradient, Italian": "--language it",
+            **{
+                f"metagradient{', expected credit' if credit == 'expected' else ''}{name}": f"--credit_assignment {credit}{flag}"
+                for name, flag in {
+                    "": "",
+                    ", French": " --language fr",
+                    ", German": " --language de",
+                    ", Italian": " --language it",
+                }.items()
+                for credit in ("expected", "sequence")
+            },
             "naive": "--reward naive",
             "language identification": "--reward language_identification --reward_language es --scale_rewards batch",
             "embedding similarity": "--reward embedding_similarity --scale_rewards batch",
         },
-        notes='Spanish, where the name of a row says nothing else. The Spanish rows were made when epsilon_root `"auto"` was one mean '
-        "square of the first gradient; it is four now.",
-        seeds=(0,),
+        notes="Spanish, where the name of a row says nothing else.",
         curve="language_share",
     ),
     "small_uuid": Experiment(
