@@ -268,10 +268,22 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         elif self.credit_assignment == "auto":
             self.credit_assignment = "expected" if obstacle is None else "token"
             reason = obstacle or "generator and target share a vocabulary"
+            if args.moves_tokens_alike():
+                self.credit_assignment = "sequence"
+                reason = "`importance_sampling_level='sequence'` moves all tokens of a completion alike"
             self.accelerator.print(f"credit_assignment: {self.credit_assignment!r}, as {reason}.", file=sys.stderr)
         if self.credit_assignment == "expected" and obstacle is not None:
             raise ValueError(
                 f"`credit_assignment='expected'` cannot be used: {obstacle}. Set `credit_assignment='token'`."
+            )
+        unused = {"credit_discount": args.credit_discount != 0.5, "credit_candidates": args.credit_candidates is not None}
+        if self.credit_assignment != "sequence":
+            unused = {"scale_rewards": args.scale_rewards != "none" and len(self.reward_funcs) == 1}
+            unused["credit_candidates"] = self.credit_assignment == "token" and args.credit_candidates is not None
+        for name in [name for name, is_unused in unused.items() if is_unused]:
+            logger.warning(
+                f"`{name}` {getattr(args, name)!r} has no effect, as `credit_assignment` is {self.credit_assignment!r}. Leave out "
+                "one of the two."
             )
         self._candidate_head = None
         if isinstance(self.target_training, MetagradientReward) and self.credit_assignment != "sequence":
@@ -365,6 +377,10 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             self.reward_weights = weights
         if self.credit_assignment != "sequence":
             self._give_credit(output)
+            rewards = (self._rewards_per_func * weights.to(self._rewards_per_func.device)).nansum(dim=1)
+            rewards[self._rewards_per_func.isnan().all(dim=1)] = torch.nan
+            self._metrics["train"]["reward"][-1] = rewards.nanmean().item()  # with ours, too
+            self._metrics["train"]["reward_std"][-1] = nanstd(rewards).item()
         if self.args.reward == "naive":
             advantages = _groupless_advantages(
                 self._rewards_per_func,
@@ -495,8 +511,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
     def _warn_of_other_steps(self, num_examples: int) -> None:
         """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
         args: Any = self.args
-        split = args.reward == "naive" or not args.cross_group_batching
-        num_trained = args.generation_batch_size // (args.num_generations if split else 1)
+        num_trained = args.num_target_examples()
         trained, validated = (self.target_training.args.num_steps(n) for n in (num_trained, num_examples))
         if trained != validated:
             logger.warning_once(
