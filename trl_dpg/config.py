@@ -22,6 +22,11 @@ _REWARDS = ["metagradient", "naive", "embedding_similarity", "edit_distance", "l
 _CREDIT_ASSIGNMENTS = ["auto", "sequence", "token", "expected"]
 
 
+def with_target_names(text: str) -> str:
+    """A text about a recipe, with the names that its fields have here: `learning_rate` is the generator's."""
+    return re.sub(rf"`({'|'.join(_TARGET_FIELDS)})`", r"`target_\1`", text)
+
+
 @dataclass
 class DatasetPolicyGradientConfig(GRPOConfig):
     r"""
@@ -363,5 +368,4 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 )
             return recipe
         except ValueError as error:
-            names = "|".join(_TARGET_FIELDS)
-            raise ValueError(re.sub(rf"`({names})`", r"`target_\1`", str(error))) from None
+            raise ValueError(with_target_names(str(error))) from None

@@ -3,7 +3,8 @@
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from trl.trainer.utils import nanstd, pad
 from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
 from .checkpoints import ResumingMixin
-from .config import DatasetPolicyGradientConfig
+from .config import DatasetPolicyGradientConfig, with_target_names
 from .credit import ALL_WORDS, CANDIDATES, CandidateHead, changed_logits, credit_text, expected_credit
 from .data import completion_text, indices_to_train_on
 from .hub import PublishingMixin
@@ -362,7 +363,8 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         return output
 
     def _calculate_rewards(self, *args, **kwargs):
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        with _target_names():
+            self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -492,7 +494,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             trained = [examples[i] for i in indices_to_train_on(examples)]
             self._warn_of_other_steps(len(trained))
             try:
-                with measuring_nothing(self.metric):
+                with measuring_nothing(self.metric), _target_names():
                     results = validate(training.target_model, trained, self.metric, training.args)
             except FloatingPointError as error:
                 if self.args.nonfinite == "raise":  # type: ignore[attr-defined]
@@ -519,6 +521,16 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 f"`num_generations_eval` gives {num_examples} examples, a batch of training {num_trained}. Choose them alike to "
                 "validate what is trained for."
             )
+
+
+@contextmanager
+def _target_names() -> Iterator[None]:
+    """Errors of the target's run name the fields that its recipe has in this trainer's configuration."""
+    try:
+        yield
+    except (FloatingPointError, MemoryError) as error:
+        error.args = (with_target_names(str(error)),)
+        raise
 
 
 def _groupless_advantages(
