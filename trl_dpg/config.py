@@ -312,6 +312,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
         bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
         super().__post_init__()
+        for name in ("model_init_kwargs", "target_model_init_kwargs"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise ValueError(
+                    f"`{name}` must be keyword arguments, got {getattr(self, name)!r}. Write them as an object, such as "
+                    '\'{"dtype": "float32"}\'.'
+                )
         if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
             raise ValueError(
                 f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "

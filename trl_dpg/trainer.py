@@ -277,7 +277,10 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             raise ValueError(
                 f"`credit_assignment='expected'` cannot be used: {obstacle}. Set `credit_assignment='token'`."
             )
-        unused = {"credit_discount": args.credit_discount != 0.5, "credit_candidates": args.credit_candidates is not None}
+        unused = {
+            "credit_discount": args.credit_discount != 0.5,
+            "credit_candidates": args.credit_candidates is not None,
+        }
         if self.credit_assignment != "sequence":
             unused = {"scale_rewards": args.scale_rewards != "none" and len(self.reward_funcs) == 1}
             unused["credit_candidates"] = self.credit_assignment == "token" and args.credit_candidates is not None

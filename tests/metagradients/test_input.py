@@ -85,7 +85,9 @@ def test_warm_up_without_effect():
     with pytest.raises(ValueError, match="`warmup_steps` 10 has no effect.*'constant'.*constant_with_warmup"):
         TargetTrainingArguments(warmup_steps=10)
     args = TargetTrainingArguments(warmup_steps=0.1, lr_scheduler_type="linear", batch_size=4)
-    with pytest.warns(UserWarning, match="only step on 4 examples is the first of `warmup_steps` 0.1.*nothing is trained"):
+    with pytest.warns(
+        UserWarning, match="only step on 4 examples is the first of `warmup_steps` 0.1.*nothing is trained"
+    ):
         assert args.learning_rates(4) == [0.0]
     assert max(args.learning_rates(5)) > 0
 

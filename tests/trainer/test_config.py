@@ -185,7 +185,15 @@ class TestParser:
         config = parse(
             *("--target_optim", "sgd", "--target_learning_rate", "1e-3", "--target_adam_epsilon_root", "1e-6"),
             *("--target_batch_size", "4", "--target_micro_batch_size", "2", "--target_shuffle", "false"),
-            *("--target_untie_lm_head", "--target_warmup_steps", "0.25", "--target_lr_scheduler_type", "linear", "--scale_rewards", "none"),
+            *(
+                "--target_untie_lm_head",
+                "--target_warmup_steps",
+                "0.25",
+                "--target_lr_scheduler_type",
+                "linear",
+                "--scale_rewards",
+                "none",
+            ),
             *("--target_model_init_kwargs", '{"dtype": "float64", "attn_implementation": "eager"}'),
         )
         assert config.target_optim == "sgd"

@@ -228,7 +228,10 @@ def test_other_rewards_are_added(batch, scale_rewards):
         ({"credit_candidates": 1}, "credit_candidates"),  # its expected credit is nothing
         ({"credit_candidates": 2.5}, "credit_candidates"),
         ({"credit_assignment": "token", "importance_sampling_level": "sequence"}, "credit_assignment"),
-        ({"credit_assignment": "expected", "importance_sampling_level": "sequence", "loss_type": "luspo"}, "credit_ass"),
+        (
+            {"credit_assignment": "expected", "importance_sampling_level": "sequence", "loss_type": "luspo"},
+            "credit_ass",
+        ),
     ],
 )
 def test_refused_by_name(make_config, fields, name):
@@ -271,7 +274,15 @@ def test_losses_that_move_tokens_alike_are_known(batch, make_config, monkeypatch
 @pytest.mark.parametrize(
     ("fields", "ignored"),
     [
-        ({"credit_assignment": "sequence", "credit_discount": 0.9, "credit_candidates": 8, "scale_rewards": "batch"}, 2),
+        (
+            {
+                "credit_assignment": "sequence",
+                "credit_discount": 0.9,
+                "credit_candidates": 8,
+                "scale_rewards": "batch",
+            },
+            2,
+        ),
         ({"credit_assignment": "token", "credit_candidates": 8, "credit_discount": 0.9}, 1),
         ({"credit_assignment": "expected", "scale_rewards": "group", "credit_candidates": 8}, 1),
         ({"credit_assignment": "token", "scale_rewards": "group", "reward_funcs": length}, 0),

@@ -172,7 +172,7 @@ class TargetTrainingArguments:
         if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
             raise ValueError(
                 f"`warmup_steps` {self.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set "
-                "`lr_scheduler_type='constant_with_warmup'`."
+                "that to 'constant_with_warmup', or leave the warm-up out."
             )
         for name in ("batch_size", "num_train_epochs"):
             self._require_whole(name, "a whole number of at least 1", 1)
