@@ -22,6 +22,11 @@ _REWARDS = ["metagradient", "naive", "embedding_similarity", "edit_distance", "l
 _CREDIT_ASSIGNMENTS = ["auto", "sequence", "token", "expected"]
 
 
+def with_target_names(text: str) -> str:
+    """A text about a recipe, with the names that its fields have here: `learning_rate` is the generator's."""
+    return re.sub(rf"`({'|'.join(_TARGET_FIELDS)})`", r"`target_\1`", text)
+
+
 @dataclass
 class DatasetPolicyGradientConfig(GRPOConfig):
     r"""
@@ -58,12 +63,13 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             - `"token"`: a token gets the discounted sum of what comes from it on;
             - `"expected"`: the token's own term is not sampled but taken in expectation over what could have been written.
               Generator and target need one vocabulary;
-            - `"auto"`: `"expected"` where they have one, else `"token"`; `"sequence"` for other rewards.
+            - `"auto"`: `"expected"` where they have one, else `"token"`; `"sequence"` for other rewards, and where
+              `importance_sampling_level="sequence"` moves all tokens of a completion alike.
         credit_discount (`float`, *optional*, defaults to `0.5`):
             Discount of later tokens' credit, from 0 to 1. At 1 the gradient is unbiased; less of it varies less.
         credit_candidates (`int`, *optional*):
             Words whose credit `"expected"` takes into account at each position: the generator's most likely ones. `None` means
-            all of a vocabulary of up to 4,096 words, and 64 of a larger one.
+            all of a vocabulary of up to 4,096 words, and 64 of a larger one. At least 2.
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens where a loss, gradient, cotangent or metric is not finite, in the target's run or in the generator's
             step. It is never written into weights.
@@ -76,7 +82,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             Language for `reward="language_identification"`, as a code such as `"es"`.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
             As in [`~trl.GRPOConfig`], but by default left to the reward, which standardizes over the whole batch, see
-            [`MetagradientReward`].
+            [`MetagradientReward`]. Credit of tokens has a unit of its own, so there it only concerns further rewards.
         disable_tqdm (`bool`, *optional*):
             As in [`~transformers.TrainingArguments`], but by default bars show on a terminal or in a notebook only.
         target_model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -270,12 +276,17 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 f"`credit_assignment={self.credit_assignment!r}` needs metagradients of tokens, but `reward` is {self.reward!r}, "
                 'which is one number a completion. Set `credit_assignment="sequence"`.'
             )
-        if not 0 <= self.credit_discount <= 1:
-            raise ValueError(f"`credit_discount` must be a number from 0 to 1, got {self.credit_discount!r}.")
-        if self.credit_candidates is not None and self.credit_candidates < 1:
+        if self.credit_assignment in ("token", "expected") and self.moves_tokens_alike():
             raise ValueError(
-                f"`credit_candidates` must be None or a whole number of at least 1, got {self.credit_candidates!r}."
+                f"`credit_assignment={self.credit_assignment!r}` does not go with `importance_sampling_level='sequence'`, which "
+                "moves all tokens of a completion alike, by the mean of their credits. Set one of "
+                "`importance_sampling_level='token'` and `credit_assignment='sequence'`."
             )
+        if not isinstance(self.credit_discount, (int, float)) or not 0 <= self.credit_discount <= 1:
+            raise ValueError(f"`credit_discount` must be a number from 0 to 1, got {self.credit_discount!r}.")
+        number = self.credit_candidates  # of one alone there is nothing to choose
+        if number is not None and not (isinstance(number, int) and number >= 2):
+            raise ValueError(f"`credit_candidates` must be None or a whole number of at least 2, got {number!r}.")
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"`nonfinite` must be 'raise' or 'skip', got {self.nonfinite!r}.")
         if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
@@ -301,6 +312,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
         bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
         super().__post_init__()
+        for name in ("model_init_kwargs", "target_model_init_kwargs"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise ValueError(
+                    f"`{name}` must be keyword arguments, got {getattr(self, name)!r}. Write them as an object, such as "
+                    '\'{"dtype": "float32"}\'.'
+                )
         if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
             raise ValueError(
                 f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "
@@ -327,6 +344,15 @@ class DatasetPolicyGradientConfig(GRPOConfig):
 
     __repr__ = __str__  # a data class would print all fields
 
+    def num_target_examples(self) -> int:
+        """Completions that one run of the target is on."""
+        split = self.reward == "naive" or not self.cross_group_batching
+        return self.generation_batch_size // (self.num_generations if split else 1)
+
+    def moves_tokens_alike(self) -> bool:
+        """Whether TRL's loss moves all tokens of a completion by the mean of their advantages (GSPO)."""
+        return self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
+
     def target_training_arguments(self) -> TargetTrainingArguments:
         """
         The target's recipe.
@@ -340,7 +366,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         if fields["batch_size"] is None:
             fields["batch_size"] = self.generation_batch_size
         try:
-            return TargetTrainingArguments(**fields, disable_tqdm=self.disable_tqdm or None)
+            recipe = TargetTrainingArguments(**fields, disable_tqdm=self.disable_tqdm or None)
+            if recipe.warmup_steps > 0 and recipe.num_steps(self.num_target_examples()) == 1:
+                raise ValueError(
+                    f"`warmup_steps` {recipe.warmup_steps} leaves nothing to train: the target takes one step, and the first step of "
+                    "a warm-up has a learning rate of 0. Leave it out, or lower `batch_size`."
+                )
+            return recipe
         except ValueError as error:
-            names = "|".join(_TARGET_FIELDS)
-            raise ValueError(re.sub(rf"`({names})`", r"`target_\1`", str(error))) from None
+            raise ValueError(with_target_names(str(error))) from None

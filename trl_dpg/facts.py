@@ -179,9 +179,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     recipe = dataclasses.asdict(training.args)
     for name in ("tape", "tape_dir", "micro_batch_size", "gradient_checkpointing", "disable_tqdm"):
         del recipe[name]  # where and how it was computed, not what
-    is_split = args.reward == "naive" or not args.cross_group_batching
-    num_examples = args.generation_batch_size // (args.num_generations if is_split else 1)
-    recipe["steps"] = training.args.num_steps(num_examples)
+    recipe["steps"] = training.args.num_steps(args.num_target_examples())
     recipe["untie_lm_head"] = args.target_untie_lm_head
     generation = {
         "max_new_tokens": args.max_completion_length,

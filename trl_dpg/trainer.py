@@ -3,7 +3,8 @@
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from trl.trainer.utils import nanstd, pad
 from .callbacks import FiniteStepsCallback, ReportCallback
 from .cards import PAPER
 from .checkpoints import ResumingMixin
-from .config import DatasetPolicyGradientConfig
+from .config import DatasetPolicyGradientConfig, with_target_names
 from .credit import CandidateHead, changed_logits, credit_text, expected_credit
 from .credit.candidates import ALL_WORDS, CANDIDATES
 from .data import completion_text, indices_to_train_on
@@ -269,10 +270,25 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         elif self.credit_assignment == "auto":
             self.credit_assignment = "expected" if obstacle is None else "token"
             reason = obstacle or "generator and target share a vocabulary"
+            if args.moves_tokens_alike():
+                self.credit_assignment = "sequence"
+                reason = "`importance_sampling_level='sequence'` moves all tokens of a completion alike"
             self.accelerator.print(f"credit_assignment: {self.credit_assignment!r}, as {reason}.", file=sys.stderr)
         if self.credit_assignment == "expected" and obstacle is not None:
             raise ValueError(
                 f"`credit_assignment='expected'` cannot be used: {obstacle}. Set `credit_assignment='token'`."
+            )
+        unused = {
+            "credit_discount": args.credit_discount != 0.5,
+            "credit_candidates": args.credit_candidates is not None,
+        }
+        if self.credit_assignment != "sequence":
+            unused = {"scale_rewards": args.scale_rewards != "none" and len(self.reward_funcs) == 1}
+            unused["credit_candidates"] = self.credit_assignment == "token" and args.credit_candidates is not None
+        for name in [name for name, is_unused in unused.items() if is_unused]:
+            logger.warning(
+                f"`{name}` {getattr(args, name)!r} has no effect, as `credit_assignment` is {self.credit_assignment!r}. Leave out "
+                "one of the two."
             )
         self._candidate_head = None
         if isinstance(self.target_training, MetagradientReward) and self.credit_assignment != "sequence":
@@ -351,7 +367,8 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         return output
 
     def _calculate_rewards(self, *args, **kwargs):
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        with _target_names():
+            self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -366,6 +383,10 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             self.reward_weights = weights
         if self.credit_assignment != "sequence":
             self._give_credit(output)
+            rewards = (self._rewards_per_func * weights.to(self._rewards_per_func.device)).nansum(dim=1)
+            rewards[self._rewards_per_func.isnan().all(dim=1)] = torch.nan
+            self._metrics["train"]["reward"][-1] = rewards.nanmean().item()  # with ours, too
+            self._metrics["train"]["reward_std"][-1] = nanstd(rewards).item()
         if self.args.reward == "naive":
             advantages = _groupless_advantages(
                 self._rewards_per_func,
@@ -489,7 +510,7 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             trained = [examples[i] for i in indices_to_train_on(examples)]
             self._warn_of_other_steps(len(examples))
             try:
-                with measuring_nothing(self.metric):
+                with measuring_nothing(self.metric), _target_names():
                     results = validate(training.target_model, trained, self.metric, training.args)
             except FloatingPointError as error:
                 if self.args.nonfinite == "raise":  # type: ignore[attr-defined]
@@ -509,7 +530,8 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
         if not isinstance(self.target_training, TargetReward):  # nothing is trained for the target
             return
-        num_trained = _examples_of_a_run(self.args)  # type: ignore[arg-type]
+        args: Any = self.args
+        num_trained = args.num_target_examples()
         trained, validated = (self.target_training.args.num_steps(n) for n in (num_trained, num_examples))
         if trained != validated:
             logger.warning_once(
@@ -517,6 +539,16 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 f"`num_generations_eval` gives {num_examples} examples, a batch of training {num_trained}. Choose them alike to "
                 "validate what is trained for."
             )
+
+
+@contextmanager
+def _target_names() -> Iterator[None]:
+    """Errors of the target's run name the fields that its recipe has in this trainer's configuration."""
+    try:
+        yield
+    except (FloatingPointError, MemoryError) as error:
+        error.args = (with_target_names(str(error)),)
+        raise
 
 
 def _groupless_advantages(
@@ -563,12 +595,6 @@ def _check_prompts(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
 
 
-def _examples_of_a_run(args: DatasetPolicyGradientConfig) -> int:
-    """Completions that a run of the target is trained on: the generation batch, or a part of one that is split."""
-    split = args.reward == "naive" or not args.cross_group_batching
-    return args.generation_batch_size // (args.num_generations if split else 1)  # type: ignore[operator]
-
-
 def _check_arguments(model, target_model, metric, args, train_dataset, eval_dataset):
     """Refuses what can be refused before any model is loaded."""
     if not isinstance(args, DatasetPolicyGradientConfig):
@@ -603,7 +629,7 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             f"{args.num_generations}). Credit is relative to the batch, so few prompts make it noisy. Raise "
             "`per_device_train_batch_size` or `steps_per_generation`, or lower `num_generations`."
         )
-    num_examples = _examples_of_a_run(args)
+    num_examples = args.num_target_examples()
     if args.reward in ("metagradient", "naive") and (args.target_batch_size or 0) > num_examples:
         logger.warning_once(
             f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} completions, so each of its "

@@ -133,6 +133,12 @@ def test_every_command_explains_itself(capsys, command):
         (["train", *flags(resume_from_checkpoint=True)], "no whole checkpoint in `output_dir` 'run'"),
         (["train", *flags(qr_text="HELLO")], "`qr_text` 'HELLO' is for `metric` 'qr', but `metric` is '67'"),
         (["train", *flags(metric_dataset="d.jsonl")], "`metric_dataset` 'd.jsonl' is for `metric` 'likelihood'"),
+        (["train", *flags(num_metric_examples=3)], "`num_metric_examples` 3 is for `metric` 'likelihood'"),
+        (
+            ["train", *flags(target_model_init_kwargs="[1]")],
+            "`target_model_init_kwargs` must be keyword arguments, got",
+        ),
+        (["train", *flags(model_init_kwargs=5)], "`model_init_kwargs` must be keyword arguments, got"),
         (
             ["generate", "--model", "generator", "--prompts", "no.jsonl", "--output", "d.jsonl"],
             "there is no file 'no.jsonl'",
@@ -216,6 +222,22 @@ def test_bad_input_is_said_and_exit_code_2(here, capsys, argv, message):
     error = capsys.readouterr().err
     assert f"trl-dpg {argv[0]}: error: " in error and message in error and "Traceback" not in error
     assert "usage: " not in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_eval_prompts": 3}, "`num_eval_prompts` is 3, but there are no held-out prompts"),
+        (
+            {"num_eval_prompts": 0, "eval_dataset_name": "prompts.jsonl"},
+            "`num_eval_prompts` is 0, but it must be at least 1",
+        ),
+        ({"dataset_config": "c"}, "a file has no configurations, but `dataset_config` is 'c'"),
+    ],
+)
+def test_flags_without_effect(here, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dpg.main(flags(**changes))
 
 
 def test_values_of_flags(here):

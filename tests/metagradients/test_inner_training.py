@@ -226,6 +226,12 @@ def test_from_sft_config_reads_every_field(tmp_path):
     )  # fmt: skip
 
 
+def test_from_sft_config_with_a_warm_up_that_its_schedule_ignores(tmp_path):
+    config = sft_config(tmp_path, lr_scheduler_type="constant", warmup_steps=3)
+    assert TargetTrainingArguments.from_sft_config(config).learning_rates(99)[0] == config.learning_rate
+    assert TargetTrainingArguments.from_sft_config(config, lr_scheduler_type="linear").warmup_steps == 3
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"train_sampling_strategy": "random"}, {"shuffle_dataset": True}, {"max_grad_norm": None}],

@@ -81,10 +81,21 @@ def test_adamw_that_divides_by_zero():
     TargetTrainingArguments(adam_epsilon=0.0, adam_epsilon_root=0.0, optim="sgd")
 
 
+def test_warm_up_without_effect():
+    with pytest.raises(ValueError, match="`warmup_steps` 10 has no effect.*'constant'.*constant_with_warmup"):
+        TargetTrainingArguments(warmup_steps=10)
+    args = TargetTrainingArguments(warmup_steps=0.1, lr_scheduler_type="linear", batch_size=4)
+    with pytest.warns(
+        UserWarning, match="only step on 4 examples is the first of `warmup_steps` 0.1.*nothing is trained"
+    ):
+        assert args.learning_rates(4) == [0.0]
+    assert max(args.learning_rates(5)) > 0
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", 1), ("adam_beta1", 0), ("adam_epsilon_root", 0), ("adam_epsilon_root", "auto"), ("seed", 0)]
-    + [("warmup_steps", 0.5), ("micro_batch_size", None), ("max_length", 2), ("max_grad_norm", 0)],
+    + [("warmup_steps", 0), ("micro_batch_size", None), ("max_length", 2), ("max_grad_norm", 0)],
 )
 def test_argument_at_its_bound(name, value):
     assert getattr(TargetTrainingArguments(**{name: value}), name) == value

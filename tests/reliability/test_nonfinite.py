@@ -54,6 +54,16 @@ def same(a, b):
     return torch.equal(a, b)
 
 
+def test_the_message_names_the_fields_of_the_target(make_trainer):
+    """`learning_rate` and `max_grad_norm` are the generator's."""
+    trainer = make_trainer(target_learning_rate=1e6, target_batch_size=2, target_seed=2**64 - 1)
+    with pytest.raises(FloatingPointError, match="Lower `target_learning_rate`, clip with `target_max_grad_norm`"):
+        trainer.train()
+    trainer = make_trainer(target_learning_rate=1e30, target_batch_size=2)
+    with pytest.raises(FloatingPointError, match="Lower the target's learning rate"):
+        trainer.evaluate()
+
+
 @pytest.fixture
 def run(make_trainer):
     def make(metric=None, **kwargs):

@@ -100,7 +100,7 @@ class TestDefaults:
             "target_adam_epsilon": 1e-3,
             "target_adam_epsilon_root": 1e-4,
             "target_lr_scheduler_type": "cosine",
-            "target_warmup_steps": 2,
+            "target_warmup_steps": 0.5,
             "target_max_grad_norm": 0.5,
             "target_num_train_epochs": 3,
             "target_batch_size": 4,
@@ -185,7 +185,15 @@ class TestParser:
         config = parse(
             *("--target_optim", "sgd", "--target_learning_rate", "1e-3", "--target_adam_epsilon_root", "1e-6"),
             *("--target_batch_size", "4", "--target_micro_batch_size", "2", "--target_shuffle", "false"),
-            *("--target_untie_lm_head", "--target_warmup_steps", "0.25", "--scale_rewards", "none"),
+            *(
+                "--target_untie_lm_head",
+                "--target_warmup_steps",
+                "0.25",
+                "--target_lr_scheduler_type",
+                "linear",
+                "--scale_rewards",
+                "none",
+            ),
             *("--target_model_init_kwargs", '{"dtype": "float64", "attn_implementation": "eager"}'),
         )
         assert config.target_optim == "sgd"
@@ -322,6 +330,21 @@ class TestErrors:
     def test_out_of_range(self, make_config, name, value):
         with pytest.raises(ValueError, match=f"`{name}` must be .*{'' if value is None else str(value)[:3]}"):
             make_config(**{name: value})
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"target_lr_scheduler_type": "constant"}, "has no effect, as `target_lr_scheduler_type` is 'constant'"),
+            ({}, "leaves nothing to train.*lower `target_batch_size`"),
+            ({"target_batch_size": 2, "cross_group_batching": False}, "leaves nothing to train"),
+            ({"target_batch_size": 2, "reward": "naive"}, "leaves nothing to train"),
+        ],
+    )
+    def test_warm_up_of_the_target(self, make_config, fields, message):
+        schedule = {"target_lr_scheduler_type": "linear", "target_warmup_steps": 0.1}
+        with pytest.raises(ValueError, match=f"`target_warmup_steps` 0.1 {message}"):
+            make_config(**{**schedule, **fields})
+        make_config(**schedule, target_batch_size=4)
 
     def test_every_field_is_tried(self):
         assert {name for name, _ in OUT_OF_RANGE} == set(RECIPE)

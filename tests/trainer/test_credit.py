@@ -223,7 +223,15 @@ def test_other_rewards_are_added(batch, scale_rewards):
         ({"credit_assignment": "word"}, "credit_assignment"),
         ({"credit_assignment": "token", "reward": "naive"}, "credit_assignment"),
         ({"credit_discount": 1.5}, "credit_discount"),
+        ({"credit_discount": "0.5"}, "credit_discount"),
         ({"credit_candidates": 0}, "credit_candidates"),
+        ({"credit_candidates": 1}, "credit_candidates"),  # its expected credit is nothing
+        ({"credit_candidates": 2.5}, "credit_candidates"),
+        ({"credit_assignment": "token", "importance_sampling_level": "sequence"}, "credit_assignment"),
+        (
+            {"credit_assignment": "expected", "importance_sampling_level": "sequence", "loss_type": "luspo"},
+            "credit_ass",
+        ),
     ],
 )
 def test_refused_by_name(make_config, fields, name):
@@ -240,6 +248,59 @@ def test_the_default_is_by_vocabulary(make_trainer, bos_tokenizer):
     assert make_trainer().credit_assignment == "expected"
     assert make_trainer(target_processing_class=bos_tokenizer).credit_assignment == "token"
     assert make_trainer(reward="naive").credit_assignment == "sequence"
+    assert make_trainer(importance_sampling_level="sequence").credit_assignment == "sequence"
+    cispo = {"loss_type": "cispo", "epsilon_high": 5.0}
+    assert make_trainer(importance_sampling_level="sequence", **cispo).credit_assignment == "expected"
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_losses_that_move_tokens_alike_are_known(batch, make_config, monkeypatch, loss_type, level):
+    """The derivative of TRL's loss in the log-probabilities of a completion's tokens, beside their advantages."""
+    trainer, inputs = batch(credit_assignment="token")
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "importance_sampling_level", level)
+    monkeypatch.setattr(trainer, "epsilon_high", 5.0 if loss_type == "cispo" else 0.2)
+    log_probs = -torch.ones(inputs["completion_ids"].shape, requires_grad=True)
+    outputs = log_probs, torch.ones_like(log_probs), None
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *args, **kwargs: outputs)
+    (slope,) = torch.autograd.grad(trainer._compute_loss(trainer.model, inputs), log_probs)
+    row = inputs["completion_mask"].sum(dim=1).argmax()
+    slopes = slope[row][inputs["completion_mask"][row] == 1]
+    alike = bool((slopes.max() - slopes.min()) < 1e-5 * slopes.abs().max())
+    assert alike == make_config(loss_type=loss_type, importance_sampling_level=level).moves_tokens_alike()
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        (
+            {
+                "credit_assignment": "sequence",
+                "credit_discount": 0.9,
+                "credit_candidates": 8,
+                "scale_rewards": "batch",
+            },
+            2,
+        ),
+        ({"credit_assignment": "token", "credit_candidates": 8, "credit_discount": 0.9}, 1),
+        ({"credit_assignment": "expected", "scale_rewards": "group", "credit_candidates": 8}, 1),
+        ({"credit_assignment": "token", "scale_rewards": "group", "reward_funcs": length}, 0),
+    ],
+)
+def test_settings_without_effect_are_named(make_trainer, monkeypatch, fields, ignored):
+    warnings = []
+    monkeypatch.setattr("trl_dpg.trainer.logger.warning", warnings.append)
+    make_trainer(**fields)
+    assert [("has no effect" in text) for text in warnings] == [True] * ignored
+
+
+def test_the_log_of_the_reward_is_of_all_rewards(batch):
+    trainer, _ = batch(credit_assignment="token", reward_funcs=length, reward_weights=[3.0, 0.5])
+    rewards = trainer._rewards_per_func @ torch.tensor([3.0, 0.5])
+    metrics = trainer._metrics["train"]
+    assert metrics["reward"] == pytest.approx([rewards.mean().item()])
+    assert metrics["reward_std"] == pytest.approx([rewards.std().item()])
 
 
 def test_credit_by_word(batch):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -57,7 +58,8 @@ class TargetTrainingArguments:
             `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as [`~transformers.get_scheduler`]
             defines them.
         warmup_steps (`float`, *optional*, defaults to `0`):
-            Number of linear warm-up steps; below 1, the share of all steps.
+            Number of linear warm-up steps, the first of which has a learning rate of 0; below 1, the share of all steps. Not
+            with `"constant"`.
         max_grad_norm (`float`, *optional*, defaults to `0.0`):
             Gradients are clipped to this global norm. `0.0` means no clipping.
         num_train_epochs (`int`, *optional*, defaults to `1`):
@@ -167,6 +169,11 @@ class TargetTrainingArguments:
                     "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is "
                     "zero. Set `adam_epsilon_root`, for example to 1e-9."
                 )
+        if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
+            raise ValueError(
+                f"`warmup_steps` {self.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set "
+                "that to 'constant_with_warmup', or leave the warm-up out."
+            )
         for name in ("batch_size", "num_train_epochs"):
             self._require_whole(name, "a whole number of at least 1", 1)
         self._require_whole("max_length", "a whole number of at least 2", 2)
@@ -207,8 +214,8 @@ class TargetTrainingArguments:
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
 
-        Of [`~trl.SFTTrainer`], three things are not in its config's fields and are not reproduced: dropout and mixed
-        precision; that it drops examples without any label before it forms batches; and that, for models whose class is
+        Of [`~trl.SFTTrainer`], four things are not reproduced: dropout and mixed precision; which order its seeds shuffle the
+        examples into (with `train_sampling_strategy="sequential"` batches are the same); that it drops examples without any label before it forms batches; and that, for models whose class is
         not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the loss's denominator,
         although nothing predicts it. Set that label to -100 to have the two agree.
 
@@ -248,6 +255,7 @@ class TargetTrainingArguments:
                     f"`TargetTrainingArguments`. Change it in the SFT configuration, or pass `{name}=...` here if it is "
                     "one of this class's fields."
                 )
+        scheduler = overrides.get("lr_scheduler_type", SchedulerType(config.lr_scheduler_type).value)
         fields = {
             "optim": "sgd" if config.optim == "sgd" else "adamw",
             "learning_rate": config.learning_rate,
@@ -257,8 +265,8 @@ class TargetTrainingArguments:
             "adam_beta2": config.adam_beta2,
             "adam_epsilon": config.adam_epsilon,
             "adam_epsilon_root": 0.0,
-            "lr_scheduler_type": SchedulerType(config.lr_scheduler_type).value,
-            "warmup_steps": config.warmup_steps,
+            "lr_scheduler_type": scheduler,
+            "warmup_steps": 0 if scheduler == "constant" else config.warmup_steps,  # which ignores it
             "max_grad_norm": config.max_grad_norm or 0.0,
             "num_train_epochs": int(config.num_train_epochs),
             "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
@@ -277,6 +285,12 @@ class TargetTrainingArguments:
     def learning_rates(self, num_examples: int) -> list[float]:
         """Learning rate of each of the K steps, from [`~transformers.get_scheduler`]."""
         num_steps = self.num_steps(num_examples)
+        if num_steps == 1 and self.warmup_steps > 0:
+            warnings.warn(
+                f"The only step on {num_examples} examples is the first of `warmup_steps` {self.warmup_steps}: its learning rate is 0, "
+                "and nothing is trained. Leave them out, or lower `batch_size`.",
+                stacklevel=2,
+            )
         warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_steps * self.warmup_steps)
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         scheduler = get_scheduler(self.lr_scheduler_type, optimizer, warmup, num_steps)

@@ -297,7 +297,7 @@ class TargetReward(TargetTraining, ABC):
             )
         args = self.args
         if trainer_state is not None:
-            args = replace(args, seed=args.seed + trainer_state.global_step)
+            args = replace(args, seed=(args.seed + trainer_state.global_step) % 2**64)
         datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
         try:
             raw, figures = self.measure(examples, datasets, args, state)

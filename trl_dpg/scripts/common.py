@@ -114,7 +114,8 @@ class MetricArguments:
             )
         if self.metric == "likelihood" and self.metric_dataset is None:
             raise ValueError("`metric` 'likelihood' needs data to score. Give it as `metric_dataset`.")
-        for name, metric in (("qr_text", "qr"), ("metric_dataset", "likelihood")):
+        of_likelihood = ("metric_dataset", "metric_dataset_split", "num_metric_examples")
+        for name, metric in {"qr_text": "qr", **dict.fromkeys(of_likelihood, "likelihood")}.items():
             if self.metric != metric and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
                     f"`{name}` {getattr(self, name)!r} is for `metric` {metric!r}, but `metric` is {self.metric!r}. Leave out one "
@@ -179,6 +180,8 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
         if builder is not None:
             if not os.path.exists(name):
                 raise FileNotFoundError(f"there is no file {name!r}")
+            if config is not None:
+                raise ValueError(f"a file has no configurations, but `dataset_config` is {config!r}. Leave it out")
             return load_dataset(builder, data_files=name, streaming=streaming)
         return load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, StopIteration, DatasetsError, HfHubHTTPError) as error:

@@ -177,7 +177,13 @@ def main(argv: list[str] | None = None) -> int:
             f"`eval_strategy` is {training_args.eval_strategy.value!r}, but `dataset_name` {dataset_name!r} has no split "
             f"{script_args.dataset_test_split!r}. Name held-out prompts with `--eval_dataset_name`."
         )
-    if script_args.num_eval_prompts is not None and eval_dataset is not None:
+    if script_args.num_eval_prompts is not None:
+        if eval_dataset is None or script_args.num_eval_prompts < 1:
+            problem = "there are no held-out prompts" if eval_dataset is None else "it must be at least 1"
+            raise ValueError(
+                f"`num_eval_prompts` is {script_args.num_eval_prompts}, but {problem}. Leave it out, or name held-out prompts with "
+                "`--eval_dataset_name`."
+            )
         eval_dataset = eval_dataset.take(script_args.num_eval_prompts)
     text_evaluation: Callable[[list[str]], dict[str, float]] | None = None
     if script_args.evaluation_language is not None:
