@@ -103,9 +103,15 @@ def to_target_example(
     input_ids = list(processing_class(text)["input_ids"])
     ends = {eos}
     if formatting_func is not None and not ended:  # a chat template may close its messages with another token than EOS
-        ends |= set(processing_class.all_special_ids) - {processing_class.unk_token_id}
+        ends |= special_ids(processing_class) - {processing_class.unk_token_id}
     input_ids = _without_end(input_ids, ends, processing_class)
     return {"input_ids": [*input_ids, eos] if ended and eos is not None else input_ids, "text": text}
+
+
+def special_ids(processing_class: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens, which decoding leaves out: also those without a name in the tokenizer, such as the end of a turn."""
+    added = processing_class.added_tokens_decoder.items()
+    return {*processing_class.all_special_ids, *(index for index, token in added if token.special)}
 
 
 def _without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> list[int]:
