@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from examples.resources import tiny_tokenizer
 from trl_dpg.credit import aligned_candidates, token_advantages, written_by
@@ -114,6 +114,38 @@ def test_a_prompt_was_not_written():
         assert (owner != NOT_WRITTEN) == inside
 
 
+def test_a_prompt_with_the_same_words():
+    """The completion is what stands last."""
+    ids = SMALL("the sea")["input_ids"]
+    found, _, whole, input_ids = owners(ids, formatting=lambda text: f"Q: the sea? A: {text} END")
+    before = len(LARGE("Q: the sea? A:")["input_ids"])
+    assert set(found[:before]) == {NOT_WRITTEN} and found[before:].count(NOT_WRITTEN) < len(found) - before
+
+
+def test_unknown_tokens_were_written():
+    """Each belongs to what it stands for, and those behind it are where they were."""
+    words = tiny_tokenizer()
+    text = "the 🙂 cat saw the sea"  # of which the tokenizer knows neither "🙂" nor "saw"
+    ids = SMALL(text)["input_ids"]
+    input_ids = words(text)["input_ids"]
+    assert input_ids.count(words.unk_token_id) == 2
+    found = written_by([text], ids, SMALL, text, input_ids, words, False)
+    there = complete(ids, text)
+    ends = words(text, return_offsets_mapping=True)["offset_mapping"]
+    assert found == [next(j for j, n in enumerate(there) if n >= end) for _, end in ends]
+
+
+def test_a_slow_tokenizer_that_changes_the_text_is_refused():
+    slow = ByT5Tokenizer()
+    for text, known in (("the sea", True), ("the <pad> sea", False)):
+        ids, input_ids = SMALL(text)["input_ids"], slow(text, add_special_tokens=False)["input_ids"]
+        if known:
+            assert written_by([text], ids, SMALL, text, input_ids, slow, False)[-1] == len(ids) - 1
+        else:
+            with pytest.raises(ValueError, match="`target_processing_class` .ByT5Tokenizer.*fast tokenizer"):
+                written_by([text], ids, SMALL, text, input_ids, slow, False)
+
+
 def test_text_that_is_not_there_is_refused():
     ids = SMALL("the sea")["input_ids"]
     with pytest.raises(ValueError, match="`formatting_func`.*credit_assignment"):
@@ -148,3 +180,8 @@ def test_every_end_is_the_targets_end():
     ids, candidates = [5, 6, 9], torch.tensor([[1, 2], [8, 3], [9, 4]])
     found = aligned_candidates(candidates, [0, 1, 2], ids, [5, 6, 7], eos_token_ids=[8, 9], eos=7)
     assert found.tolist() == [[-1, -1], [7, 3], [7, 4]]
+
+
+def test_a_target_without_an_end():
+    found = aligned_candidates(torch.tensor([[1, 2], [8, 3]]), [0, 1], [5, 6], [5, 6], eos_token_ids=[8], eos=None)
+    assert found.tolist() == [[-1, -1], [-1, 3]]

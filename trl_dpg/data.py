@@ -108,12 +108,18 @@ def to_target_examples(
     eos = processing_class.eos_token_id
     closing = {eos}  # a chat template may close its messages with another token than EOS
     if formatting_func is not None:
-        closing |= set(processing_class.all_special_ids) - {processing_class.unk_token_id}
+        closing |= special_ids(processing_class) - {processing_class.unk_token_id}
     examples: list[dict[str, Any]] = [{"input_ids": [], "text": text} for text in texts]
     for i, ids in zip(full, tokens, strict=True):
         ids = _without_end(list(ids), {eos} if ended[i] else closing, processing_class)
         examples[i]["input_ids"] = [*ids, eos] if ended[i] and eos is not None else ids
     return examples
+
+
+def special_ids(processing_class: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens, which decoding leaves out: also those without a name in the tokenizer, such as the end of a turn."""
+    added = processing_class.added_tokens_decoder.items()
+    return {*processing_class.all_special_ids, *(index for index, token in added if token.special)}
 
 
 def _without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> list[int]:

@@ -25,8 +25,9 @@ from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig, with_target_names
 from .credit import CandidateHead, changed_logits, credit_text, expected_credit
 from .credit.candidates import ALL_WORDS, CANDIDATES
-from .data import completion_text, indices_to_train_on
+from .data import completion_text, indices_to_train_on, special_ids
 from .hub import PublishingMixin
+from .metagradients.model import vocab_size
 from .metagradients.parallel import failing_together
 from .rewards import (
     EditDistanceReward,
@@ -295,7 +296,13 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
             self.target_training.credit_of_tokens = True
         if self.credit_assignment == "expected":
             self._candidate_head = CandidateHead(model, self.temperature)
-            rows = min(len(vocabulary), model.get_output_embeddings().weight.shape[0])
+            rows = model.get_output_embeddings().weight.shape[0]
+            # The target reads text, in which special tokens are not, but for the end.
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            known = {i for i in vocabulary.values() if i < vocab_size(self.target_training.target_model)}
+            words = ends | (known - special_ids(self._tokenizer))
+            self._is_word = torch.tensor([i in words for i in range(rows)])
+            rows = min(len(vocabulary), rows)
             number = args.credit_candidates or (rows if rows <= ALL_WORDS else CANDIDATES)
             self._num_candidates = min(number, rows)
             self._all_words = self._num_candidates == rows
@@ -327,10 +334,11 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
 
     @torch.no_grad()
     def _candidates(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[torch.Tensor]:
-        """Words that could stand at each token of the completions: all, or the generator's most likely ones."""
+        """Words that could stand at each token of the completions: all, or the generator's most likely ones; -1 for no word."""
         number = self._num_candidates
         if self._all_words:
-            return [torch.arange(number).expand(len(ids), number) for ids in completion_ids]
+            words = torch.arange(number).masked_fill(~self._is_word[:number], -1)
+            return [words.expand(len(ids), number) for ids in completion_ids]
         found: list[torch.Tensor] = []
         size = self.args.per_device_train_batch_size
         padding = {"padding_value": self._tokenizer.pad_token_id}
@@ -352,17 +360,31 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
                 with self._candidate_head.most_likely(length, number) as head:  # type: ignore[union-attr]
                     self._get_per_token_logps_and_entropies(model, ids, mask, length)
                     result = head.result.cpu()  # type: ignore[union-attr]
+                result = result.masked_fill(~self._is_word[result], -1)
                 found += [result[i, : len(row)] for i, row in enumerate(rows)]
         return found
 
     def _tokenize_prompts(self, prompts):
+        with failing_together(self.accelerator):
+            for prompt in prompts:
+                if not isinstance(prompt, (str, list)):
+                    raise ValueError(
+                        f"Column `prompt` holds {prompt!r}, which is neither a text nor a list of messages. Correct or remove the row."
+                    )
         output = super()._tokenize_prompts(prompts)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+        length = self.max_completion_length or 0
         with failing_together(self.accelerator):
             for prompt, ids in zip(prompts, output[0], strict=True):
                 if not ids:
                     raise ValueError(
                         f"The prompt {prompt!r} has no tokens, so there is nothing to generate from. Put at least one in "
                         "column `prompt`, for example the tokenizer's BOS or EOS token."
+                    )
+                if positions is not None and len(ids) + length > positions:
+                    raise ValueError(
+                        f"A prompt of {len(ids)} tokens and `max_completion_length` {length} do not fit into the {positions} "
+                        f"positions of the generator: {prompt!r:.80}. Remove or shorten the prompt, or lower `max_completion_length`."
                     )
         return output
 
@@ -636,6 +658,10 @@ def _check_arguments(model, target_model, metric, args, train_dataset, eval_data
             "epochs is one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
         )
     if isinstance(train_dataset, Dataset):
+        if taken := {"prompts", "completions"} & set(train_dataset.column_names):
+            raise ValueError(
+                f"`train_dataset` has the columns {sorted(taken)}, by which TRL calls what it gives to rewards. Rename them."
+            )
         needed = math.ceil(args.generation_batch_size / args.num_generations)
         if len(train_dataset) < needed:
             raise ValueError(

@@ -223,8 +223,9 @@ class TestWhatTheTargetSees:
         call(reward, TEXTS[:2])
         assert seen[0].input_ids == [ids[:-1] for ids in bos_tokenizer(TEXTS[:2])["input_ids"]]
 
+    @pytest.mark.parametrize("named", [True, False])
     @pytest.mark.parametrize("eos_token", ["<|im_end|>", "<|endoftext|>"])
-    def test_eos_of_a_chat_template(self, eos_token):
+    def test_eos_of_a_chat_template(self, eos_token, named):
         """ChatML ends each message and puts a line break behind: one EOS where the completion ended, none where it did not."""
         names = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
         backend = Tokenizer(BPE({token: i for i, token in enumerate([*names, *sorted(ByteLevel.alphabet())])}, []))
@@ -244,6 +245,9 @@ class TestWhatTheTargetSees:
             ids = to_target_examples([prompt], [completion], [ended], tokenizer, formatting_func)[0]["input_ids"]
             return tokenizer.decode(ids)
 
+        if not named:  # special, but not by a name in the tokenizer
+            tokenizer.extra_special_tokens = []
+            assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in tokenizer.all_special_ids
         whole = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nit is 42\n"
         assert text(ended=False) == whole
         end = eos_token if eos_token == "<|im_end|>" else f"<|im_end|>\n{eos_token}"
@@ -326,6 +330,12 @@ class TestUnscorable:
         args = TargetTrainingArguments(batch_size=4, max_length=3)
         call(make_reward(args=args), ["cat dog sun red", "cat dog sun", "cat dog", "red sun"], **log.hooks)
         assert log.metrics["cut"] == 1
+
+    def test_most_are_cut(self, make_reward, call):
+        """As with a prompt before the completion: what is behind it may be all that the generator wrote."""
+        args = TargetTrainingArguments(batch_size=4, max_length=2)
+        with pytest.warns(UserWarning, match="Most texts have more than 2 .*`target_max_length`"):
+            call(make_reward(args=args), ["cat dog sun red", "cat dog sun", "cat dog hat", "red sun"])
 
     def test_unknown_eos_is_noticed(self, make_reward, call):
         """Completions of different lengths of which none ended: the generator's EOS must be another."""

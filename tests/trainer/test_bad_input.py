@@ -54,6 +54,10 @@ class TestBeforeAnyModelIsLoaded:
                 {"train_dataset": Dataset.from_dict({"text": ["the red sun"] * 9})},
                 r"`train_dataset` has the columns \['text'\] but no `prompt`",
             ),
+            (
+                {"train_dataset": Dataset.from_dict({"prompt": ["the red sun"] * 9, "completions": [1] * 9})},
+                r"`train_dataset` has the columns \['completions'\].*Rename them",
+            ),
             ({"train_dataset": None}, "`train_dataset` must be a `datasets.Dataset`.*got NoneType"),
             ({"train_dataset": ["the red sun"] * 9}, "`train_dataset` must be a `datasets.Dataset`.*got list"),
             ({"eval_dataset": Dataset.from_dict({"prompt": []})}, "`eval_dataset` is empty"),
@@ -177,9 +181,17 @@ class TestOnceTheTargetIsThere:
         with pytest.raises(ValueError, match="All 8 completions are empty or one token long"):
             make_trainer(generation_kwargs={"suppress_tokens": suppressed}).train()
 
-    def test_prompt_without_tokens(self, make_trainer):
-        prompts = Dataset.from_dict({"prompt": ["air", ""] * 8})
-        with pytest.raises(ValueError, match="The prompt '' has no tokens"):
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            ("", "The prompt '' has no tokens"),
+            (None, "Column `prompt` holds None, which is neither a text nor a list of messages"),
+            ("air " * 27, "prompt of 27 tokens and `max_completion_length` 6 do not fit into the 32 positions"),
+        ],
+    )
+    def test_prompt_of_no_use(self, make_trainer, prompt, message):
+        prompts = Dataset.from_dict({"prompt": ["air", prompt] * 8})
+        with pytest.raises(ValueError, match=message):
             make_trainer(train_dataset=prompts, per_device_train_batch_size=16, num_generations=4).train()
 
 

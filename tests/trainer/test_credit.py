@@ -189,6 +189,25 @@ def test_advantages_of_tokens(batch, assignment):
     assert trainer._metrics["train"]["metagradient/credit_not_written"] == [0.0]
 
 
+@pytest.mark.parametrize("candidates", [None, 40], ids=["all", "likely"])
+def test_special_tokens_are_no_words(batch, tokenizer, causal_lm, candidates):
+    """The target is never given one, but for the end, nor a word that it has no row for."""
+    target = causal_lm(seed=1)
+    target.lm_head.weight.data[:] = 0
+    target.resize_token_embeddings(63, mean_resizing=False)  # all but "<unk>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["the"]})
+    trainer, inputs = batch(
+        credit_assignment="expected",
+        credit_candidates=candidates,
+        target_model=target,
+        processing_class=tokenizer,
+        target_processing_class=tokenizer,
+    )
+    found = {int(i) for example in trainer.target_training._examples for i in example["candidates"].flatten()}
+    never = {tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "<bos>", "<unk>", "the")}
+    assert tokenizer.eos_token_id in found and not never & found
+
+
 def test_the_paper_is_unchanged(batch):
     """One number a completion, as of TRL."""
     trainer, inputs = batch(credit_assignment="sequence")

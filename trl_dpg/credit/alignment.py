@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data import special_ids
 from ..data import turns as turns_of
 
 
@@ -62,15 +63,16 @@ def written_by(
         return [NOT_WRITTEN] * num_before + [*range(len(body)), *end]
 
     owner = [NOT_WRITTEN] * len(text)  # of each character
-    at = 0
+    before = len(text)
     turns = turns_of((tool_mask or [1] * len(completion_ids))[: len(body)])
     if len(turns) < len(completion):
         turns = [range(len(body))] * len(completion)
-    for part, turn in zip(completion, turns, strict=True):
-        start = text.find(part, at)
+    # From the last to the first: a prompt stands before the completion, and may hold the same words.
+    for part, turn in reversed(list(zip(completion, turns, strict=True))):
+        start = text.rfind(part, 0, before)
         if start < 0:
             part = part.strip()
-            start = text.find(part, at)
+            start = text.rfind(part, 0, before)
         if start < 0:
             raise ValueError(
                 f"`formatting_func` returned {text!r:.80}, in which the completion {part!r:.80} does not occur as it is, so "
@@ -85,7 +87,7 @@ def written_by(
         found = generated.index(part)
         for i in range(len(part)):
             owner[start + i] = turn.start + min(bisect_right(ends, found + i), len(turn_ids) - 1)
-        at = start + len(part)
+        before = start
     tokens = input_ids[:-1] if ended else input_ids
     return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
 
@@ -98,7 +100,7 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> l
     """Spans of characters of each token, if that is how the tokenizer takes the text apart. Special tokens are at (0, 0)."""
     if not tokenizer.is_fast:
         return None
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if encoded["input_ids"] != [token for token in ids if token not in special]:
         return None
@@ -126,13 +128,21 @@ def complete_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str
 
 
 def _last_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
-    """Index of the last character that each token has a part in, -1 for special tokens."""
-    offsets = _offsets(tokenizer, ids, text)
-    special = set(tokenizer.all_special_ids)
-    if offsets is not None:
-        return [-1 if t in special else max(end - 1, 0) for t, (_, end) in zip(ids, offsets, strict=True)]
+    """Index of the last character that each of a text's tokens has a part in, -1 for those that the tokenizer added."""
+    if tokenizer.is_fast:  # which also knows what an unknown token stands for
+        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        places = zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+        return [-1 if added else max(end - 1, 0) for added, (_, end) in places][: len(ids)]
+    special = special_ids(tokenizer)
+    ends = complete_after(tokenizer, ids, text)
+    if text[max(ends, default=0) :].strip():
+        raise ValueError(
+            f"`target_processing_class` ({type(tokenizer).__name__}) decodes {text!r:.80} as {decoded(tokenizer, ids)!r:.80}, so "
+            "`credit_assignment` cannot tell which of its tokens the generator wrote. Use a fast tokenizer, or set "
+            '`credit_assignment="sequence"`.'
+        )
     last, before = [], 0
-    for token, end in zip(ids, complete_after(tokenizer, ids, text), strict=True):
+    for token, end in zip(ids, ends, strict=True):
         last.append(-1 if token in special else min(max(end - 1, before), len(text) - 1))
         before = end
     return last
@@ -144,7 +154,7 @@ def aligned_candidates(
     completion_ids: list[int],
     input_ids: list[int],
     eos_token_ids: list[int],
-    eos: int,
+    eos: int | None,
 ) -> Tensor:
     """
     The generator's candidates where the target's tokens stand, shape `(len(input_ids), k)`, -1 for none.
@@ -153,18 +163,18 @@ def aligned_candidates(
 
     Args:
         candidates (`Tensor`):
-            Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`.
+            Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`, -1 for none.
         owners (`list[int]`):
             What [`written_by`] returned.
         completion_ids, input_ids (`list[int]`):
             As there.
         eos_token_ids (`list[int]`):
             Tokens that end a completion; any of them is the target's `eos`.
-        eos (`int`):
-            The target's EOS token.
+        eos (`int`, *optional*):
+            The target's EOS token. Without one, no end is a candidate.
     """
     for ending in set(eos_token_ids) - {eos}:
-        candidates = candidates.masked_fill(candidates == ending, eos)
+        candidates = candidates.masked_fill(candidates == ending, -1 if eos is None else eos)
     tokens = Counter(owners)
     agreeing = [
         position

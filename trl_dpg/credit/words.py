@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data import special_ids
 from .alignment import NOT_WRITTEN, complete_after, decoded
 
 
@@ -74,7 +75,7 @@ def word_credits(
         candidates (`Tensor`, *optional*):
             Metagradients of the candidates, shape `(tokens, k)`.
     """
-    ids, special = example["completion_ids"], set(tokenizer.all_special_ids)
+    ids, special = example["completion_ids"], special_ids(tokenizer)
     text = decoded(tokenizer, ids)
     ends = complete_after(tokenizer, ids, text)
     words = [

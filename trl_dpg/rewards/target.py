@@ -296,6 +296,13 @@ class TargetReward(TargetTraining, ABC):
                 stacklevel=3,
             )
         args = self.args
+        cut = sum(len(example["input_ids"]) > args.max_length for example in examples)
+        if 2 * cut > len(examples):
+            warnings.warn(
+                f"Most texts have more than {args.max_length} of the target's tokens (`max_length`, `target_max_length` in the trainer), "
+                "and what is behind them is cut off and earns nothing. Raise it, above all where `formatting_func` adds the prompt.",
+                stacklevel=3,
+            )
         if trainer_state is not None:
             args = replace(args, seed=(args.seed + trainer_state.global_step) % 2**64)
         datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
@@ -347,7 +354,7 @@ class TargetReward(TargetTraining, ABC):
                 "nonfinite": (~finite).sum().item(),
                 "empty": len(examples) - len(trained),
                 "truncated": sum(not example["ended"] for example in examples),
-                "cut": sum(len(example["input_ids"]) > args.max_length for example in examples),
+                "cut": cut,
                 **figures,
                 **({"skipped": 0.0} if self.nonfinite == "skip" else {}),
                 "seconds": time.perf_counter() - start_time,
