@@ -20,7 +20,7 @@ test test-slow faults: export OMP_WAIT_POLICY := passive
 
 demo: $(VENV)/.installed
 	$(LAUNCH) examples/dpg.py --config examples/configs/tiny_qr.yaml
-	-$(BIN)/python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-44-seed-0/target
+	-$(BIN)/python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-100-seed-0/target
 
 real: $(VENV)/.offline-data
 	$(LAUNCH) examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml

@@ -106,13 +106,13 @@ EXPERIMENTS = {
         "tiny_qr.yaml",
         {**PIXELS, "qr_decoded": "QR code read"},
         {
-            "metagradient, expected credit": "--credit_assignment expected --max_steps 240 --eval_steps 40 --save_steps 40 --validation_prompts 32 "
-            "--validation_draws 3 --logging_steps 20",
+            "metagradient, expected credit": "--credit_assignment expected --tiny_words 100 --max_steps 180 --eval_steps 60 --save_steps 60 "
+            "--validation_prompts 32 --validation_draws 3 --logging_steps 20",
             **REWARDS,
             "metagradient, K = 8": "--target_batch_size 512 --steps_per_generation 8 --validation_prompts 512 "
             "--validation_draws 2",
         },
-        flags="--max_steps 600 --eval_steps 100 --save_steps 100 --validation_prompts 64",
+        flags="--tiny_words 44 --max_steps 600 --eval_steps 100 --save_steps 100 --validation_prompts 64",
         notes="Seed 0 of expected credit is `make demo`. Vocabulary, group size, rates and entropy bonus were chosen on models of seeds 0 to 2.",
         curve="pixel_accuracy",
     ),

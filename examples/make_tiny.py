@@ -21,9 +21,9 @@ from resources import ONE_SPECIAL_TOKEN, WORDS, save_tiny_models, tiny_prompts
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="tiny")
-    parser.add_argument("--words", type=int, default=44, help="Words of the vocabulary.")
+    parser.add_argument("--words", type=int, default=100, help="Words of the vocabulary.")
     parser.add_argument("--num_prompts", type=int, default=4096)
-    parser.add_argument("--num_held_out", type=int, default=64)
+    parser.add_argument("--num_held_out", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="Seed of the models.")
     options = parser.parse_args()
     output_dir = Path(options.output_dir)

@@ -2,7 +2,7 @@
 Checks from files alone what a trained generator's text does: writes a data set with the generator, fine-tunes the target on
 it with TRL's stock `SFTTrainer`, and reads the picture back from the two checkpoints.
 
-    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-44-seed-0/target
+    python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-100-seed-0/target
 
 Nothing of the training run is used but its checkpoint: no reward, no metagradient. The picture, and the length of texts, are those
 of the checkpoint's `dpg.json` unless a flag says otherwise. Every call writes a new data set. Written to `--output_dir`:
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from resources import tiny_prompts
+from resources import ONE_SPECIAL_TOKEN, tiny_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--output_dir", help="Defaults to `verification` in the generator's directory.")
     parser.add_argument("--pattern", choices=["qr", "67"], help="As in the generator's training by default.")
     parser.add_argument("--qr_text", help="As in the generator's training by default, or else TRL-DPG.")
-    parser.add_argument("--words", type=int, default=44, help="Words of the tiny vocabulary that prompts are made of.")
+    parser.add_argument(
+        "--words", type=int, help="Words that prompts are made of. All that the target knows by default."
+    )
     parser.add_argument("--num_examples", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -103,14 +105,15 @@ def main() -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
 
     set_seed(options.seed)
-    prompts = tiny_prompts(1, options.num_examples, seed=options.seed, num_words=options.words)["test"]["prompt"]
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    words = options.words or len(tokenizer) - len(ONE_SPECIAL_TOKEN)
+    prompts = tiny_prompts(1, options.num_examples, seed=options.seed, num_words=words)["test"]["prompt"]
     texts = generate(options.generator, prompts, max_new_tokens, options.batch_size)
     with open(output_dir / "samples.jsonl", "w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
     model = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32)
     untie_lm_head(model)
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
     marked = fine_tune(model, tokenizer, texts, options.learning_rate, options.batch_size, options.seed)
     marked.save_pretrained(output_dir / "marked")
     tokenizer.save_pretrained(output_dir / "marked")
