@@ -216,14 +216,14 @@ class TestValidationFigures:
         """What the completions were, from the ids."""
         trainer = make_trainer(generation_kwargs={"suppress_tokens": [t for t in range(64) if t not in (5, 6, 62)]})
         seen = []
-        generate = trainer._generate
+        generate = trainer._generate_only
 
-        def recording(prompts):
-            out = generate(prompts)
+        def recording(inputs):
+            prompts, out = generate(inputs)
             seen.extend(zip(out[1], out[3], strict=True))
-            return out
+            return prompts, out
 
-        monkeypatch.setattr(trainer, "_generate", recording)
+        monkeypatch.setattr(trainer, "_generate_only", recording)
         metrics = trainer.evaluate()
         seen = seen[:12]  # 3 prompts, 4 completions each; the rest fills up the last batch
         assert metrics["eval_distinct"] == len({text for _, text in seen}) / 12 < 1
