@@ -347,7 +347,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     def num_target_examples(self) -> int:
         """Completions that one run of the target is on."""
         split = self.reward == "naive" or not self.cross_group_batching
-        return self.generation_batch_size // (self.num_generations if split else 1)
+        size: int = self.generation_batch_size  # type: ignore[assignment]  # set by `GRPOConfig`
+        return size // (self.num_generations if split else 1)  # type: ignore[operator]
 
     def moves_tokens_alike(self) -> bool:
         """Whether TRL's loss moves all tokens of a completion by the mean of their advantages (GSPO)."""
