@@ -106,7 +106,7 @@ EXPERIMENTS = {
         "tiny_qr.yaml",
         {**PIXELS, "qr_decoded": "QR code read"},
         {
-            "metagradient, expected credit": "--credit_assignment expected --tiny_words 100 --max_steps 180 --eval_steps 60 --save_steps 60 "
+            "metagradient, expected credit": "--credit_assignment expected --tiny_words 100 --max_steps 160 --eval_steps 80 --save_steps 80 "
             "--validation_prompts 32 --validation_draws 3 --logging_steps 20",
             **REWARDS,
             "metagradient, K = 8": "--target_batch_size 512 --steps_per_generation 8 --validation_prompts 512 "
