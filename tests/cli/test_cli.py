@@ -164,6 +164,10 @@ def test_every_command_explains_itself(capsys, command):
             ["generate", "--model", "generator", "--prompts", "gap.jsonl", "--output", "o.jsonl"],
             "`prompts` 'gap.jsonl' has None as the `prompt` of row 1",
         ),
+        (
+            ["generate", "--model", "generator", "--prompts", "mixed.jsonl", "--output", "o.jsonl"],
+            "`prompts` 'mixed.jsonl' has texts and conversations (see row 1)",
+        ),
         ([*GENERATE, "--model", "empty_dir"], "`model` 'empty_dir' has no 'config.json'"),
         ([*GENERATE, "--prompts", "empty.jsonl"], "`prompts` 'empty.jsonl' cannot be loaded: it is empty"),
         ([*GENERATE, "--prompts", "broken.jsonl"], "`prompts` 'broken.jsonl' cannot be loaded: "),
@@ -175,6 +179,10 @@ def test_every_command_explains_itself(capsys, command):
         ([*GENERATE, "--private"], "`private` is for `push`, which is missing"),
         ([*GENERATE, "--push", "a/b/c"], "`push` 'a/b/c' is no name of a repository"),
         ([*VERIFY, "--dataset", "gap.jsonl"], "`dataset` 'gap.jsonl' has None as the 'text' of row 1"),
+        (
+            [*VERIFY, "--dataset", "long.jsonl"],
+            "`dataset` 'long.jsonl' has a text of 41 tokens, but `target` has 32 positions. Set `max_length` to 32",
+        ),
         ([*VERIFY, "--dataset", "d.jsonl", "--prompts", "prompts.jsonl"], "`prompts` are for `generator`"),
         (
             [*VERIFY, "--dataset", "d.jsonl", "--num_examples", "9"],
@@ -214,6 +222,8 @@ def test_bad_input_is_said_and_exit_code_2(here, capsys, argv, message):
     Dataset.from_list([{"text": "air and"}]).to_json("d.jsonl")
     Dataset.from_list([{"prompt": [{"role": "user", "content": "air"}]}]).to_json("chat.jsonl")
     Dataset.from_list([{"prompt": "air", "text": "air"}, {"prompt": None, "text": None}]).to_json("gap.jsonl")
+    Dataset.from_list([{"text": "air"}, {"text": "air " * 40}]).to_json("long.jsonl")
+    (here / "mixed.jsonl").write_text('{"prompt": "air"}\n{"prompt": [{"role": "user", "content": "air"}]}\n')
     (here / "broken.yaml").write_text("metric: [67")
     (here / "broken.jsonl").write_text('{"prompt": "air"')
     (here / "empty.jsonl").touch()

@@ -310,12 +310,17 @@ def start_token(tokenizer: Any) -> int:
 def check_prompts(rows: Dataset, name: str) -> str:
     """Refuses rows that are no prompts, and returns a hash of all rows."""
     digest = hashlib.sha256()
+    first_is_chat = isinstance(rows[0]["prompt"], list)
     for index, prompt in enumerate(rows["prompt"]):
         is_chat = isinstance(prompt, list) and len(prompt) > 0 and all(isinstance(turn, dict) for turn in prompt)
         if not is_chat and not isinstance(prompt, str):
             raise ValueError(
                 f"`prompts` {name!r} has {prompt!r} as the `prompt` of row {index}. Make it a text, or a conversation: a list of "
                 "messages with `role` and `content`."
+            )
+        if is_chat != first_is_chat:
+            raise ValueError(
+                f"`prompts` {name!r} has texts and conversations (see row {index}). Make all of one kind."
             )
         digest.update(json.dumps(prompt).encode() + b"\n")
     return digest.hexdigest()

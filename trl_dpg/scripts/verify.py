@@ -247,6 +247,15 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     tokenizer = load_target_tokenizer(args.target)
     if args.untie_lm_head:
         untie_lm_head(target)  # type: ignore[arg-type]
+    positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    for name, (path, _, argument) in data.items():
+        longest = max(len(ids) for ids in tokenizer(rows[name]["text"][:])["input_ids"]) + 1  # and an EOS
+        longest = min(longest, config.max_length or longest)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"`{argument}` {path!r} has a text of {longest} tokens, but `target` has {positions} positions. Set "
+                f"`max_length` to {positions} or less, to cut it off there."
+            )
 
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
     for name in rows:
