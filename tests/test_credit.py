@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from examples.resources import tiny_tokenizer
 from trl_dpg.credit import aligned_candidates, token_advantages, written_by
 from trl_dpg.credit.alignment import NOT_WRITTEN
+from trl_dpg.credit.candidates import changed_words
 
 
 TEXTS = ["the cat saw the sea and the sky", "le café déjà vu, à la mer", "日本の空と海", "naïve – “quoted” 🙂 end"]
@@ -185,3 +186,13 @@ def test_every_end_is_the_targets_end():
 def test_a_target_without_an_end():
     found = aligned_candidates(torch.tensor([[1, 2], [8, 3]]), [0, 1], [5, 6], [5, 6], eos_token_ids=[8], eos=None)
     assert found.tolist() == [[-1, -1], [-1, 3]]
+
+
+def test_words_that_a_tokenizer_reads_as_others():
+    """A lower-casing one knows "Cat", but never reads it; spaces and parts of characters are no change."""
+    backend = Tokenizer(models.WordLevel({"cat": 0, "Cat": 1, "\u2581dog": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    assert changed_words(PreTrainedTokenizerFast(tokenizer_object=backend)) == set()
+    backend.normalizer = normalizers.Lowercase()
+    assert changed_words(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")) == {1, 3}
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    assert changed_words(PreTrainedTokenizerFast(tokenizer_object=backend)) == set()

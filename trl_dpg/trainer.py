@@ -24,7 +24,7 @@ from .cards import PAPER
 from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig, with_target_names
 from .credit import CandidateHead, changed_logits, credit_text, expected_credit
-from .credit.candidates import ALL_WORDS, CANDIDATES
+from .credit.candidates import ALL_WORDS, CANDIDATES, changed_words
 from .data import completion_text, indices_to_train_on, special_ids
 from .hub import PublishingMixin
 from .metagradients.model import vocab_size
@@ -297,10 +297,12 @@ class DatasetPolicyGradientTrainer(ResumingMixin, PublishingMixin, GRPOTrainer):
         if self.credit_assignment == "expected":
             self._candidate_head = CandidateHead(model, self.temperature)
             rows = model.get_output_embeddings().weight.shape[0]
-            # The target reads text, in which special tokens are not, but for the end.
+            # The target reads text, in which special tokens are not, but for the end, and what its tokenizer makes of other words.
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             known = {i for i in vocabulary.values() if i < vocab_size(self.target_training.target_model)}
-            words = ends | (known - special_ids(self._tokenizer))
+            words = ends | (
+                known - special_ids(self._tokenizer) - changed_words(self.target_training.processing_class)
+            )
             self._is_word = torch.tensor([i in words for i in range(rows)])
             rows = min(len(vocabulary), rows)
             number = args.credit_candidates or (rows if rows <= ALL_WORDS else CANDIDATES)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metagradients.vocabulary import ADJUSTMENTS
 
@@ -41,6 +41,21 @@ def changed_logits(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.get_text_config().to_dict()
     names = (*ADJUSTMENTS, "output_multiplier")
     return {name: config[name] for name in names if config.get(name) not in (None, 1.0)}
+
+
+def changed_words(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Words that a tokenizer reads as other ones, such as "Cat" where it lower-cases all text."""
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None  # type: ignore[attr-defined]
+    if normalizer is None:
+        return set()
+    ids, space = list(tokenizer.get_vocab().values()), " \u2581"
+    texts = [text.strip(space) for text in tokenizer.batch_decode([[i] for i in ids])]
+    # A part of a character is no text yet.
+    return {
+        i
+        for i, t in zip(ids, texts, strict=True)
+        if "\ufffd" not in t and normalizer.normalize_str(t).strip(space) != t
+    }
 
 
 class CandidateLogits(torch.autograd.Function):
