@@ -10,7 +10,7 @@ import torch
 
 from trl_dpg.metagradients.optimizers import Hyperparameters, Optimizer
 from trl_dpg.metagradients.storage import DeviceStorage
-from trl_dpg.metagradients.trajectory import Tape, tape_tensors
+from trl_dpg.metagradients.tape import Tape, tape_tensors
 
 
 STEPS = [2, 8, 9, 10, 16, 20, 28, 29, 30, 32, 64, 96, 200, 1000]

@@ -11,7 +11,7 @@ from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
-from .metagradients.parallel import bound_waiting
+from .metagradients.processes import bound_waiting
 
 
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.

@@ -28,7 +28,7 @@ from .credit.candidates import ALL_WORDS, CANDIDATES, changed_words
 from .data import completion_text, indices_to_train_on, special_ids
 from .hub import PublishingMixin
 from .metagradients.model import vocab_size
-from .metagradients.parallel import failing_together
+from .metagradients.processes import failing_together
 from .rewards import (
     EditDistanceReward,
     EmbeddingSimilarityReward,

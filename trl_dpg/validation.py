@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import release_memory
 
 from .metagradients.arguments import TargetTrainingArguments
+from .metagradients.losses import MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .metagradients.memory import clear_frames, halved, is_out_of_memory, metric_memory
 from .metagradients.metric import as_metric
 from .metagradients.model import (
@@ -23,7 +24,6 @@ from .metagradients.model import (
     trainable_parameters,
     vocab_size,
 )
-from .metagradients.objective import MicroBatch, TokenLosses, micro_batches, prepare_examples
 
 
 logger = logging.getLogger(__name__)

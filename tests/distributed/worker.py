@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.trajectory import Tape
+from trl_dpg.metagradients.tape import Tape
 from trl_dpg.metrics import LMHeadPattern
 
 

@@ -6,11 +6,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature, objective
-from trl_dpg.metagradients.curvature import CentralDifference, Exact
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, derivatives, losses
+from trl_dpg.metagradients.derivatives import CentralDifference, Exact
 from trl_dpg.metagradients.flat import TAIL, FlatParameters
-from trl_dpg.metagradients.objective import MicroBatch
-from trl_dpg.metagradients.parallel import Processes
+from trl_dpg.metagradients.losses import MicroBatch
+from trl_dpg.metagradients.processes import Processes
 
 
 CENTRAL = {"curvature": "central_difference"}
@@ -79,7 +79,7 @@ def test_a_kink_is_noticed():
 def test_first_order_operations_only(monkeypatch):
     """No double backward and no forward mode, and attention by a kernel that has neither."""
     for name in ("_product", "_token_derivatives"):
-        monkeypatch.setattr(curvature.Exact, name, None)
+        monkeypatch.setattr(derivatives.Exact, name, None)
     config = LlamaConfig(
         vocab_size=13, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=16, attn_implementation="sdpa",
@@ -104,9 +104,9 @@ def test_the_step_size_is_found_on_few_examples(spread, monkeypatch):
     model = GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(1)
     examples = [{"input_ids": torch.randint(32, (10,), generator=generator).tolist()} for _ in range(32)]
-    rows, forward = [], objective.TokenLosses.forward
+    rows, forward = [], losses.TokenLosses.forward
     monkeypatch.setattr(
-        objective.TokenLosses,
+        losses.TokenLosses,
         "forward",
         lambda self, batch, **kwargs: rows.append(len(batch.indices)) or forward(self, batch, **kwargs),
     )

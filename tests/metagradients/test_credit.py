@@ -18,7 +18,7 @@ from tests.metagradients.test_finite_differences import (
     relative_error,
     rope_model,
 )
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, objective, vocabulary
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, vocabulary
 
 
 def with_candidates(examples, k=3):
@@ -110,7 +110,7 @@ def head(request, monkeypatch):
     """Logits whole, or of two tokens at once."""
     if request.param == "chunks":
         monkeypatch.setattr(vocabulary, "CHUNK", dict.fromkeys(vocabulary.CHUNK, 2 * VOCAB))
-        monkeypatch.setattr(objective, "WHOLE", 0)
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "micro-batches", "adamw-k9", "linear-warmup"])

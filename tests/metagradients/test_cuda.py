@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tests.metagradients.test_finite_differences import CASES, PROBE, make_examples, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, objective, vocabulary
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, vocabulary
 from trl_dpg.metagradients.check import check_metagradients
 from trl_dpg.metagradients.optimizers import Optimizer
 from trl_dpg.metagradients.storage import HostStorage
@@ -147,7 +147,7 @@ def test_logits_in_chunks(curvature, monkeypatch):
     examples, args = random_examples(16, 24), TargetTrainingArguments(**ADAMW, batch_size=8, curvature=curvature)
     model = llama(torch.float64)
     expected = compute_metagradients(model, examples, metric, args)
-    monkeypatch.setattr(objective, "WHOLE", 0)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
     monkeypatch.setattr(vocabulary, "CHUNK", {"cuda": 5 * 256})
     out = compute_metagradients(model.cuda(), examples, metric, args)
     assert relative_error(out.metagradients, expected.metagradients.double()) < 1e-5

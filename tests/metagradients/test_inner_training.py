@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl import SFTConfig, SFTTrainer
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
+from trl_dpg.metagradients.losses import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.validation import validate
 
 

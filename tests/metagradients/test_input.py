@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.api import train_and_measure
-from trl_dpg.metagradients.objective import prepare_examples
+from trl_dpg.metagradients.losses import prepare_examples
 from trl_dpg.validation import validate
 
 

@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, objective, train_and_measure
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, train_and_measure
 from trl_dpg.validation import validate
 
 
@@ -170,7 +170,7 @@ def test_frozen_half_precision(monkeypatch):
         if not param.requires_grad:
             param.data = param.data.bfloat16()
     whole = compute_metagradients(model, EXAMPLES, metric, ARGS)
-    monkeypatch.setattr(objective, "WHOLE", 0)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
     chunked = compute_metagradients(model, EXAMPLES, metric, ARGS)
     assert whole.losses == pytest.approx(chunked.losses, rel=1e-2)
     assert all(loss != torch.tensor(loss).bfloat16().item() for loss in chunked.losses)

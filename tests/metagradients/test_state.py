@@ -12,11 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.curvature import Exact, gradient
+from trl_dpg.metagradients.derivatives import Exact, gradient
 from trl_dpg.metagradients.flat import FlatParameters
+from trl_dpg.metagradients.losses import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.model import check_model
-from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
-from trl_dpg.metagradients.parallel import Processes
+from trl_dpg.metagradients.processes import Processes
 from trl_dpg.validation import validate
 
 

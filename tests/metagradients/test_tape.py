@@ -20,10 +20,10 @@ from examples.resources import tiny_causal_lm
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, host, memory
 from trl_dpg.metagradients.flat import FlatParameters
-from trl_dpg.metagradients.objective import TokenLosses, micro_batches, prepare_examples
+from trl_dpg.metagradients.losses import TokenLosses, micro_batches, prepare_examples
 from trl_dpg.metagradients.optimizers import Hyperparameters, Moments, Optimizer, clip_factor
 from trl_dpg.metagradients.storage import AHEAD, DeviceStorage, DiskStorage, open_storage
-from trl_dpg.metagradients.trajectory import Tape, tape_tensors
+from trl_dpg.metagradients.tape import Tape, tape_tensors
 
 
 SIZE = 7

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, objective, vocabulary
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, vocabulary
 from trl_dpg.metagradients.vocabulary import has_plain_head, token_losses
 
 
@@ -24,7 +24,7 @@ from trl_dpg.metagradients.vocabulary import has_plain_head, token_losses
 def chunks(request, monkeypatch):
     """Logits of so many tokens at once, and whole ones never."""
     monkeypatch.setattr(vocabulary, "CHUNK", dict.fromkeys(vocabulary.CHUNK, 5 * request.param))
-    monkeypatch.setattr(objective, "WHOLE", 0)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
 
 
 def inputs():
@@ -63,7 +63,7 @@ def test_metagradients(chunks, name, monkeypatch):
     model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(1))
     chunked = compute_metagradients(model, make_examples(), metric, args)
     in_chunks = len(calls)
-    monkeypatch.setattr(objective, "WHOLE", 1 << 30)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 30)
     whole = compute_metagradients(make_model(), make_examples(), metric, args)
     assert relative_error(chunked.metagradients, whole.metagradients.double()) < 1e-6
     assert chunked.losses == pytest.approx(whole.losses, rel=1e-12)
@@ -116,7 +116,7 @@ def test_models_that_change_their_logits_are_left_whole(chunks, model_class, con
     examples = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6, 7]}]
     args = TargetTrainingArguments(batch_size=1, adam_epsilon_root="auto", learning_rate=1e-4)
     actual = compute_metagradients(model, examples, lambda m: -m.get_input_embeddings().weight.norm(), args)
-    monkeypatch.setattr(objective, "WHOLE", 1 << 30)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 30)
     expected = compute_metagradients(model, examples, lambda m: -m.get_input_embeddings().weight.norm(), args)
     assert relative_error(actual.metagradients, expected.metagradients.double()) < 1e-4
 
@@ -140,7 +140,7 @@ def test_one_precision_whatever_the_path(dtype, monkeypatch):
     examples = [{"input_ids": [1 + i, 2, 3 + i, 4, 5]} for i in range(6)]
     results = []
     for whole in (0, 1 << 30):
-        monkeypatch.setattr(objective, "WHOLE", whole)
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", whole)
         for size in (None, 1):
             args = TargetTrainingArguments(
                 batch_size=3, micro_batch_size=size, adam_epsilon_root=1e-6, learning_rate=1e-3

@@ -29,7 +29,7 @@ from tests.reliability.test_processes import command, environment
 from trl_dpg import MetagradientReward
 from trl_dpg.data import completion_text, indices_to_train_on, to_target_examples
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.objective import micro_batches, prepare_examples
+from trl_dpg.metagradients.losses import micro_batches, prepare_examples
 from trl_dpg.validation import validate
 
 

@@ -88,7 +88,7 @@ class TestEveryReward:
 
     @pytest.mark.parametrize("reward", BASELINES)
     def test_baselines_train_no_target(self, make_trainer, reward, monkeypatch):
-        monkeypatch.setattr("trl_dpg.rewards.target.TargetReward.__call__", None)
+        monkeypatch.setattr("trl_dpg.rewards.base.TargetReward.__call__", None)
         trainer = make_trainer(reward=reward, **ARGUMENTS)
         trainer.train()
         assert type(trainer.target_training) is TargetTraining

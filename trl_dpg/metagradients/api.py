@@ -16,10 +16,10 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from .arguments import TargetTrainingArguments
-from .curvature import Derivatives
+from .derivatives import Derivatives
+from .losses import Example
 from .memory import MemoryPlan
 from .model import TargetModel
-from .objective import Example
 from .run import TargetRun
 
 

@@ -92,9 +92,9 @@ class TargetTrainingArguments:
         curvature (`str`, *optional*, defaults to `"exact"`):
             How Hessian-vector products are computed.
 
-            - `"exact"`: double backward, see [`~trl_dpg.metagradients.curvature.Exact`].
+            - `"exact"`: double backward, see [`~trl_dpg.metagradients.derivatives.Exact`].
             - `"central_difference"`: from two gradients on either side, see
-              [`~trl_dpg.metagradients.curvature.CentralDifference`]. Cheaper, in the memory of ordinary training, and to
+              [`~trl_dpg.metagradients.derivatives.CentralDifference`]. Cheaper, in the memory of ordinary training, and to
               about three digits in float32.
         curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
             Largest estimated relative error of a central difference. A step with a larger one is repeated exactly.

@@ -14,11 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .arguments import TargetTrainingArguments
 from .flat import FlatParameters
 from .host import host_memory, is_in_memory, tape_directory
+from .losses import MicroBatch, TokenLosses
 from .model import vocab_size, without_checkpoints
-from .objective import MicroBatch, TokenLosses
 from .optimizers import Optimizer
 from .second_order import cheaper_second_order, num_in_graph, twice_differentiable
-from .trajectory import tape_tensors
+from .tape import tape_tensors
 from .vocabulary import chunk_size
 
 

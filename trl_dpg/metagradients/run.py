@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arguments import TargetTrainingArguments
-from .curvature import CentralDifference, Derivatives, Exact, gradient
+from .derivatives import CentralDifference, Derivatives, Exact, gradient
 from .dora import ThroughDetached, dora_under, has_dora
 from .flat import TAIL, FlatParameters
+from .losses import MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .memory import MemoryPlan, OutOfMemory, halved, metric_memory, plan_memory
 from .metric import Metric, as_metric, evaluate
 from .model import (
@@ -31,11 +32,10 @@ from .model import (
     trainable_parameters,
     vocab_size,
 )
-from .objective import MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .optimizers import Hyperparameters, Optimizer
-from .parallel import Processes
+from .processes import Processes
 from .storage import DeviceStorage, Storage, open_storage
-from .trajectory import Tape
+from .tape import Tape
 
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class TargetRun:
             self.optimizer.measure(grad)
             if keep_tape:
                 state = [t[shard] for t in (flat.values, *(moments or ()))]
-                with self.processes.passing_on():
+                with self.processes.raising_later():
                     self.tape.record(state, grad if taken_over else grad[shard].clone())
             self.optimizer.update_(step, flat.values, moments, grad)
             del grad  # the tape's, if that keeps it on the device: not beside the next one
@@ -265,11 +265,11 @@ class TargetRun:
                 \\( \langle \lambda_g, g_t \rangle \\); and memory for the Hessian-vector product, `None` where it is not wanted.
         """
         grad_cotangent, inner, spare = cotangent, 0.0, None
-        with self.processes.passing_on():
+        with self.processes.raising_later():
             grad_cotangent, inner, spare = self.tape.rewind(self._values, cotangent)
         if self.optimizer.clips(step):
             total = self.processes.sum_float(inner, self.flat.device)
-            with self.processes.passing_on():
+            with self.processes.raising_later():
                 inner = self.tape.rewind_clipping(grad_cotangent, total)
         if self.processes.count > 1:
             values, grad_cotangent = self.processes.gather(self._values, grad_cotangent)

@@ -16,7 +16,7 @@ from .model import TargetModel, is_compiled
 from .second_order import zeros
 
 
-WHOLE = 1 << 21  # logits up to this many are computed at once, by ordinary autograd
+LOGITS_AT_ONCE = 1 << 21  # logits up to this many are computed at once, by ordinary autograd
 # Logits of one chunk. Every one reads the head's weight: a GPU would do little else with small ones.
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 ADJUSTMENTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")

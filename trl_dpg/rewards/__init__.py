@@ -1,9 +1,9 @@
 """Rewards that TRL's trainers can call."""
 
+from .base import TargetReward, TargetTraining, check_metric, measuring_nothing
 from .baselines import EditDistanceReward, EmbeddingSimilarityReward, LanguageIdentificationReward
 from .metagradient import MetagradientReward
 from .naive import NaiveReward
-from .target import TargetReward, TargetTraining, check_metric, measuring_nothing
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages
 from ..metagradients import TargetTrainingArguments, compute_metagradients
-from .target import STD_FLOOR, TargetReward, mean_figures
+from .base import STD_FLOOR, TargetReward, mean_figures
 
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..metagradients import TargetTrainingArguments, train_and_measure
-from .target import TargetReward, mean_figures
+from .base import TargetReward, mean_figures
 
 
 class NaiveReward(TargetReward):

@@ -17,9 +17,9 @@ from torch.func import functional_call
 
 from .dora import DetachedOnce, dora_under
 from .flat import TAIL, FlatParameters
+from .losses import MicroBatch, TokenLosses
 from .memory import OutOfMemory
-from .objective import MicroBatch, TokenLosses
-from .parallel import Processes
+from .processes import Processes
 from .second_order import cheaper_second_order, twice_differentiable
 
 

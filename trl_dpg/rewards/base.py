@@ -29,7 +29,7 @@ from ..data import (
 from ..metagradients import TargetTrainingArguments, TrainingOutput
 from ..metagradients.metric import Metric, as_metric
 from ..metagradients.model import check_model, trainable_parameters, vocab_size
-from ..metagradients.parallel import failing_together
+from ..metagradients.processes import failing_together
 from ..target import load_target_model, load_target_tokenizer
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .arguments import TargetTrainingArguments
 from .columns import apply_columns
 from .model import TargetModel, vocab_size
-from .vocabulary import WHOLE, decoder_and_head, has_plain_head, token_losses
+from .vocabulary import LOGITS_AT_ONCE, decoder_and_head, has_plain_head, token_losses
 
 
 class Example(NamedTuple):
@@ -287,7 +287,7 @@ class TokenLosses(nn.Module):
         if self.bf16:
             return False
         in_half = self.model.get_output_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
-        if not in_half and num_tokens * vocab_size(self.model) <= WHOLE:
+        if not in_half and num_tokens * vocab_size(self.model) <= LOGITS_AT_ONCE:
             return False
         if self._plain_head is None:
             self._plain_head = has_plain_head(self.model)

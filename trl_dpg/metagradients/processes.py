@@ -47,7 +47,7 @@ class Processes:
         self._raise_any(error)
 
     @contextmanager
-    def passing_on(self) -> Iterator[None]:
+    def raising_later(self) -> Iterator[None]:
         """
         Runs a block without collectives; if it raises, so does the next sum, gather or block that fails together, on every
         process. What is computed until then is of no use.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, curvature
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, derivatives
 
 
 EXAMPLES = [{"input_ids": [1, 2, 3, 4, 5][: 2 + i % 4]} for i in range(6)]
@@ -60,7 +60,7 @@ def test_first_step_by_forward_mode_equals_double_backward(tied, monkeypatch):
     def unavailable(*args):
         raise NotImplementedError
 
-    monkeypatch.setattr(curvature.Exact, "_forward_mode", unavailable)
+    monkeypatch.setattr(derivatives.Exact, "_forward_mode", unavailable)
     double_backward = compute_metagradients(make_model(tied), EXAMPLES, metric, args).metagradients
     torch.testing.assert_close(forward_mode, double_backward, rtol=1e-6, atol=0)
     assert forward_mode.abs().min() > 0
@@ -76,5 +76,5 @@ def test_model_without_forward_mode_derivative():
 
 def test_first_step_builds_no_graph(monkeypatch):
     """At K = 1 no second-order graph is built, so the memory is that of ordinary training."""
-    monkeypatch.setattr(curvature.Exact, "_product", None)
+    monkeypatch.setattr(derivatives.Exact, "_product", None)
     compute_metagradients(make_model(), EXAMPLES, metric, TargetTrainingArguments(batch_size=6))
