@@ -39,8 +39,10 @@ EFFECTS = {
 
 
 def write_card(name: str) -> Path:
-    """The card of the metagradient run with seed 0 of an experiment."""
-    results = EXAMPLES / "results" / name / "metagradient" / "seed_0"
+    """The card of the metagradient run with seed 0 of an experiment, by expected credit where there is such a run."""
+    results = EXAMPLES / "results" / name / "metagradient_expected_credit" / "seed_0"
+    if not results.exists():
+        results = EXAMPLES / "results" / name / "metagradient" / "seed_0"
     run = json.loads((results / "results.json").read_text())
     log = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
     folder = CARDS / name
