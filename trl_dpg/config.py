@@ -294,11 +294,6 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
                 "itself. Leave it at 'raise'."
             )
-        if self.reward_language is not None and self.reward != "language_identification":
-            raise ValueError(
-                f"`reward_language` {self.reward_language!r} is for `reward='language_identification'`, but `reward` is "
-                f"{self.reward!r}. Leave out one of the two."
-            )
         if self.reward == "language_identification" and self.reward_language is None:
             raise ValueError(
                 "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."

@@ -357,10 +357,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="`reward` must be 'metagradient'.*got 'nonsense'"):
             make_config(reward="nonsense")
 
-    def test_a_language_for_another_reward(self, make_config):
-        with pytest.raises(ValueError, match="`reward_language` 'es' is for `reward='language_identification'`"):
-            make_config(reward_language="es")
-
     def test_language_identification_without_a_language(self, make_config):
         with pytest.raises(ValueError, match="`reward='language_identification'` needs `reward_language`"):
             make_config(reward="language_identification")
