@@ -333,10 +333,11 @@ def outcome(facts: dict[str, Any]) -> str:
 
 def _is_reached(deciding: list[str], validation: dict[str, Any]) -> bool:
     before, after = validation["before"], validation["after"]
-    value = after["mean"].get(deciding[-1])
+    name = deciding[-1] if deciding[-1] in _SHARES else "metric_gain"
+    value = after["mean"].get(name)
     if value is None:
         return False
-    if deciding[-1] != "metric_gain":
+    if name in _SHARES:
         return value == 1
     errors = [after["standard_error"].get("metric_gain") or 0.0]
     reached = value > 2 * errors[0]

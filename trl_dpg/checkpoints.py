@@ -23,6 +23,7 @@ from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
 from .facts import describe_model
+from .metagradients.metric import description
 
 
 if TYPE_CHECKING:
@@ -387,7 +388,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
             name: sorted(v) if isinstance(v, set) else v for name, v in known.items() if v is not None
         }
     run["target_model"] = describe_model(trainer.target_training.target_model)["name"]
-    metric = trainer.metric.describe()
+    metric = description(trainer.metric)
     run["metric"] = f"{metric['name']} ({_digest(metric)})"
     if isinstance(trainer.train_dataset, Dataset):
         count = len(trainer.train_dataset)

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .metagradients.host import host_memory
+from .metagradients.metric import description
 
 
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
@@ -197,7 +198,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         "base_model": describe_model(model),
         "adapter": isinstance(model, PeftModel),
         "target": {**describe_model(training.target_model), "adapter": isinstance(training.target_model, PeftModel)},
-        "metric": trainer.metric.describe(),
+        "metric": description(trainer.metric),
         "reward": args.reward,
         "further_rewards": trainer.reward_func_names[1:],
         "recipe": recipe,

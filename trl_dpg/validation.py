@@ -12,7 +12,7 @@ from accelerate.utils import release_memory
 from .metagradients.arguments import TargetTrainingArguments
 from .metagradients.losses import MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .metagradients.memory import clear_frames, halved, is_out_of_memory, metric_memory
-from .metagradients.metric import as_metric
+from .metagradients.metric import as_metric, read_out
 from .metagradients.model import (
     TargetModel,
     check_model,
@@ -111,7 +111,7 @@ def validate(
                     f"Not finite: a validation's metric ({after}) or losses ({losses[-1]} at last). Lower the target's "
                     "learning rate, or look for a broken text."
                 )
-            readouts = dict(metric.readouts(model))
+            readouts = read_out(metric, model)
     return {
         "metric": after,
         "metric_before": before,

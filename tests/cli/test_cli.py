@@ -577,7 +577,7 @@ def test_verify_is_stock_sft(here, capsys):
 
     swapped = {"data.jsonl": "control.jsonl", "control.jsonl": "data.jsonl"}
     assert main([swapped.get(item, item) for item in argv]) == 1  # the control is what raises it
-    assert "Not verified: Φ is above that after the control" in capsys.readouterr().out
+    assert "Not verified, as this does not hold: Φ is above that after the control" in capsys.readouterr().out
 
 
 def test_recipe_and_metric_of_a_generator(here):

@@ -104,7 +104,7 @@ def compute_metagradients(
 
     $$ \lambda_g = (\partial U / \partial g)^\top (\lambda_\phi, \lambda_s), \quad
        \lambda_\phi \leftarrow (\partial U / \partial \phi)^\top \lambda_\phi + H_t \lambda_g, \quad
-       \lambda_s \leftarrow (\partial U / \partial s)^\top \lambda_s, \quad
+       \lambda_s \leftarrow (\partial U / \partial s)^\top (\lambda_\phi, \lambda_s), \quad
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
     Parameters, buffers, train/eval mode, random state and attention implementation of the model are as before when the

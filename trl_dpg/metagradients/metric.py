@@ -1,6 +1,7 @@
 r"""Metrics \\( \Phi \\): what a target is fine-tuned for."""
 
 from functools import partial
+from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -64,12 +65,14 @@ class Metric:
         return data["metric"] > other["metric"], "Φ is above that of the comparison"
 
     def describe(self) -> dict[str, Any]:
-        """
+        r"""
         What the metric wants, for cards and reports.
 
         Returns:
-            `dict[str, Any]`: `name`; `effect`, what is to become true of a target, as a clause; `description`; and `readouts`,
-                the read-outs that say whether it became true. All of it must be JSON, and may be published.
+            `dict[str, Any]`: `name`; `effect`, what is to become true of a target, as a clause; `description`; and `readouts`, the
+                read-outs to show beside the verdict. It is that of the last one if that is `pixel_accuracy`, `qr_decoded` or
+                `exact_match`, which are to be 1; else the gain of \\( \\Phi \\) decides. All of it must be JSON, and may be published.
+                What is left out has a default.
         """
         return description_of(self)
 
@@ -116,6 +119,54 @@ def description_of(metric: Any) -> dict[str, Any]:
     lines = (metric.__doc__ or "").strip().splitlines() or [f"The metric `{name}`."]
     effect = f"its `{name}` rises"
     return {"name": name, "effect": effect, "description": lines[0], "readouts": ["metric_gain"]}
+
+
+def description(metric: Metric) -> dict[str, Any]:
+    """What [`~Metric.describe`] says, with defaults for what it leaves out."""
+    return {**description_of(metric), **metric.describe()}
+
+
+# What is logged beside read-outs, under the same prefix
+RESERVED = {
+    "metric",
+    "metric_before",
+    "metric_after",
+    "metric_gain",
+    "target_loss",
+    "target_steps",
+    "adam_epsilon_root",
+}
+RESERVED |= {
+    "mean",
+    "std",
+    "min",
+    "max",
+    "nonfinite",
+    "empty",
+    "truncated",
+    "cut",
+    "seconds",
+    "skipped",
+    "distinct",
+    "completion_length",
+}
+
+
+def read_out(metric: Metric, model: Any) -> dict[str, float]:
+    """
+    Read-outs of a model, checked.
+
+    Raises:
+        [`ValueError`]: If they are not numbers with names, or a name is that of something else in the logs.
+    """
+    values = metric.readouts(model)
+    if not isinstance(values, dict) or not all(isinstance(value, Real) for value in values.values()):
+        raise ValueError(
+            f"`readouts` of `metric` must return a dict of numbers, got {values!r:.120}. Return names and floats."
+        )
+    if taken := sorted(RESERVED & values.keys()):
+        raise ValueError(f"`readouts` of `metric` returned {taken}, which the logs have already. Choose other names.")
+    return dict(values)
 
 
 def evaluate(metric: Metric, model: Any) -> Tensor:

@@ -19,7 +19,7 @@ from .dora import ThroughDetached, dora_under, has_dora
 from .flat import TAIL, FlatParameters
 from .losses import MicroBatch, TokenLosses, micro_batches, prepare_examples
 from .memory import MemoryPlan, OutOfMemory, halved, metric_memory, plan_memory
-from .metric import Metric, as_metric, evaluate
+from .metric import Metric, as_metric, evaluate, read_out
 from .model import (
     TargetModel,
     check_full_precision,
@@ -228,14 +228,14 @@ class TargetRun:
     def measure(self) -> tuple[float, dict[str, float]]:
         r"""\\( \Phi \\) of the fine-tuned model, and its read-outs."""
         with self.processes.failing_together(), metric_memory(), torch.no_grad():
-            return evaluate(self.metric, self.model).item(), dict(self.metric.readouts(self.model))
+            return evaluate(self.metric, self.model).item(), read_out(self.metric, self.model)
 
     def metric_gradient(self) -> tuple[float, Tensor, dict[str, float]]:
         r"""\\( \Phi \\) of the fine-tuned model, its gradient (this process's part of it), and read-outs."""
         with self.processes.failing_together():
             with metric_memory():
                 value, cotangent = _metric_gradient(self.metric, self.model, self.flat)
-                readouts = dict(self.metric.readouts(self.model))
+                readouts = read_out(self.metric, self.model)
         if self.processes.count > 1:
             cotangent = cotangent[slice(*self.shard)].clone()
         return value, cotangent, readouts

@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result))
     else:
         print(table(result))
-        print(f"{'Verified' if passed else 'Not verified'}: {result['criterion']}. Written: {output_dir}")
+        verdict = "Verified" if passed else "Not verified, as this does not hold"
+        print(f"{verdict}: {result['criterion']}. Written: {output_dir}")
     return 0 if passed else 1
 
 
