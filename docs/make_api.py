@@ -54,7 +54,7 @@ def link(name: str) -> str:
 
 def of_class(value: type, name: str) -> list[str]:
     """A class: how it is made, what it is, and the public methods that this package gives it."""
-    bases = [base.__name__ for base in value.__bases__ if base is not object]
+    bases = [base.__name__ for base in value.__bases__ if base.__name__ not in ("object", "ABC")]
     lines = [f"*class* `{name}{signature(value)}`{', a ' + ' and '.join(f'`{b}`' for b in bases) if bases else ''}"]
     lines.append(markdown(inspect.getdoc(value) or ""))
     methods = {}

@@ -1,5 +1,6 @@
 r"""Metrics \\( \Phi \\): what a target is fine-tuned for."""
 
+from abc import ABC, abstractmethod
 from functools import partial
 from numbers import Real
 from os import PathLike
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Metric:
+class Metric(ABC):
     r"""
     Base of metrics \\( \Phi \\): differentiable functions of the fine-tuned target, higher is better.
 
@@ -35,11 +36,11 @@ class Metric:
     ```
     """
 
+    @abstractmethod
     def __call__(self, model: nn.Module) -> Tensor:
-        """\\( \\Phi \\) of a model, shape `()`."""
-        raise NotImplementedError(f"`{type(self).__name__}` has no `__call__(model)`, which gives the metric's value.")
+        r"""\\( \Phi \\) of a model, shape `()`."""
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: nn.Module) -> None:  # noqa: B027 (a hook)
         """Called on the original model before each fine-tuning run."""
 
     def readouts(self, model: nn.Module) -> dict[str, float]:
@@ -80,7 +81,7 @@ class Metric:
         """What was measured and should survive a checkpoint."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (a hook)
         """Takes up what [`~Metric.state`] gave."""
 
 
