@@ -54,8 +54,7 @@ def main() -> None:
         f"GPT-2, {trained / 1e6:.0f}M parameters, all trained (tied head), float32, {options.steps} AdamW steps of "
         f"{options.batch_size} x {options.length} tokens, curvature {options.curvature}: {seconds:.0f} s, tape of "
         f"{out.plan.tape_bytes / 1e9:.1f} GB on {out.plan.tape} ({out.plan.tape_bytes / 4 / trained / options.steps:.3f} times "
-        f"the trained parameters a step), peak {peak / 1e9:.1f} GB of memory beyond the model (predicted: "
-        f"{out.plan.peak_bytes / 1e9:.1f} GB). Metric {out.metric_before:.6f} before, {out.metric_after:.6f} "
+        f"the trained parameters a step), peak {peak / 1e9:.1f} GB of memory beyond the model. Metric {out.metric_before:.6f} before, {out.metric_after:.6f} "
         f"after; {int((out.metagradients != 0).sum())} of {count} metagradients are not zero."
     )
 

@@ -1,7 +1,7 @@
 """
-Prints, as Markdown tables, peak memory beside plain training and beside what was predicted, and the size of the tape. Each
-figure of a CPU comes from a process of its own, in which memory that was freed goes back to the operating system: with its default
-settings, the C library keeps up to as much again as is in use, of which predictions allow for some.
+Prints, as Markdown tables, peak memory beside plain training, and the size of the tape. Each figure of a CPU comes from a process
+of its own, in which memory that was freed goes back to the operating system: with its default settings, the C library keeps up to
+as much again as is in use.
 
     python -m benchmarks.memory > benchmarks/results/memory.md
 """
@@ -35,7 +35,7 @@ SETTINGS = {
 def measure(
     name: str, method: str, num_steps: int, batch_size: int, length: int, tape: str, lora: bool, device: str
 ) -> dict:
-    """Peak bytes of one run, the model's own included, and what was predicted."""
+    """Peak bytes of one run, the model's own included, and where its tape was."""
     examples = make_examples(name, num_steps * batch_size, length)
     model = load(name, device)
     if lora:
@@ -56,7 +56,7 @@ def measure(
         out, _, peak = measured(lambda: function(model, examples, metric, args))
     result = {"peak": peak + weights, "trained": trained}
     if method != "plain" and out.plan is not None:
-        result |= {"predicted": out.plan.peak_bytes + weights, "tape": out.plan.tape_bytes, "place": out.plan.tape}
+        result |= {"tape": out.plan.tape_bytes, "place": out.plan.tape}
     return result
 
 
@@ -82,9 +82,9 @@ def main() -> None:
     print(f"{describe_machine(torch.device(options.device))}\n")
     print("Peak of the memory in use, the model included, in MB; over that of plain training of as many steps.\n")
     print(
-        "| model | tokens a step | method | tape | K | peak | over plain training | predicted | tape, trained parameters a step |"
+        "| model | tokens a step | method | tape | K | peak | over plain training | tape, trained parameters a step |"
     )
-    print("|---" * 9 + "|")
+    print("|---" * 8 + "|")
     off_device = "disk" if on_cpu else "host"
     for name in options.models or settings:
         for batch_size, length, many in settings[name]:
@@ -94,13 +94,13 @@ def main() -> None:
                     common |= {"lora": lora, "device": options.device}
                     label = f"| {name}{', LoRA' if lora else ''} | {batch_size * length} |"
                     plain = run(method="plain", tape="device", **common)
-                    print(f"{label} plain | | {num_steps} | {plain['peak'] / 1e6:.0f} | | | |", flush=True)
+                    print(f"{label} plain | | {num_steps} | {plain['peak'] / 1e6:.0f} | | |", flush=True)
                     tapes = ["device", off_device] if name != "smollm2" and num_steps == many[-1] else [off_device]
                     for method, tape in itertools.product(("exact", "central_difference"), tapes):
                         out = run(method=method, tape=tape, **common)
                         print(
                             f"{label} {method} | {out['place']} | {num_steps} | {out['peak'] / 1e6:.0f} | "
-                            f"{out['peak'] / plain['peak']:.2f} | {out['predicted'] / 1e6:.0f} | "
+                            f"{out['peak'] / plain['peak']:.2f} | "
                             f"{out['tape'] / out['trained'] / num_steps:.2f} |",
                             flush=True,
                         )

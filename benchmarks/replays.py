@@ -4,33 +4,38 @@ Prints, as a Markdown table, how many updates a tape replays on the way back, an
     python -m benchmarks.replays > benchmarks/results/replays.md
 """
 
-from unittest import mock
-
 import torch
 
-from trl_dpg.metagradients.optimizers import Hyperparameters, Optimizer
-from trl_dpg.metagradients.storage import DeviceStorage
-from trl_dpg.metagradients.tape import Tape, tape_tensors
+from trl_dpg.metagradients import TargetTrainingArguments
+from trl_dpg.metagradients.method.tape import Cotangent, Step, Tape, tape_tensors
+from trl_dpg.metagradients.method.updates import SGD, AdamW, Update
+from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
+from trl_dpg.metagradients.runtime.storage import DeviceStorage
 
 
 STEPS = [2, 8, 9, 10, 16, 20, 28, 29, 30, 32, 64, 96, 200, 1000]
 
 
-def replays(optim: str, num_steps: int) -> int:
+def replays(rule: type[Update], num_steps: int) -> int:
     """Updates that are replayed in all, on a run of a single parameter."""
-    table = [Hyperparameters(k + 1, 0.1, 0.0, 0.9, 0.999, 1e-8, 1e-9) for k in range(num_steps)]
-    optimizer = Optimizer(optim, table, num_decayed=0, max_grad_norm=0.0)
-    tape = Tape(optimizer, num_steps, torch.Tensor.zero_, DeviceStorage())
-    values = torch.zeros(1)
-    state = [values, *(optimizer.initial_moments(values) or ())]
+    count = 0
+
+    class Counting(rule):  # type: ignore[misc, valid-type]
+        def update_(self, *args) -> None:
+            nonlocal count
+            count += 1
+
+    block = Block(slice(0, 1), Counting(TargetTrainingArguments(), 0.0, 1e-9, torch.Size((1,))))
+    optimizer = Optimizer([block], [0.1] * num_steps, max_grad_norm=0.0)
+    tape = Tape(optimizer, [block], num_steps, torch.Tensor.zero_, DeviceStorage())
+    state = tuple(torch.zeros(1) for _ in range(rule.num_states))
     for _ in range(num_steps):
-        gradient = torch.ones(1)
-        optimizer.measure(gradient)
-        tape.record(state, gradient)
-    with mock.patch.object(Optimizer, "update_", autospec=True) as update:
-        for _ in range(num_steps):
-            tape.rewind(values, torch.zeros(1))
-    return update.call_count
+        optimizer.clipping.measure(torch.ones(1))
+        tape.push(Step(torch.zeros(1), state, torch.ones(1)))
+    cotangent = Cotangent(torch.zeros(1), tape)
+    for _ in range(num_steps):
+        optimizer.adjoint_(tape, torch.zeros(1), cotangent, torch.zeros(1), float)
+    return count
 
 
 def main() -> None:
@@ -41,9 +46,9 @@ def main() -> None:
     print("|---" * 5 + "|")
     for num_steps in STEPS:
         cells = []
-        for optim in ("adamw", "sgd"):
-            cells.append(f"{replays(optim, num_steps) / num_steps:.1f}")
-            cells.append(f"{tape_tensors(num_steps, optim) / num_steps:.2f}")
+        for rule in (AdamW, SGD):
+            cells.append(f"{replays(rule, num_steps) / num_steps:.1f}")
+            cells.append(f"{tape_tensors(num_steps, rule.num_states) / num_steps:.2f}")
         print(f"| {num_steps} | {' | '.join(cells)} |")
 
 

@@ -11,7 +11,7 @@ from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
-from .metagradients.processes import bound_waiting
+from .metagradients.runtime.processes import bound_waiting
 
 
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
@@ -91,13 +91,17 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         target_untie_lm_head (`bool`, *optional*, defaults to `False`):
             Whether to give the target's LM head a weight of its own where it shares the input embedding's.
         target_optim (`str`, *optional*, defaults to `"adamw"`):
-            Optimizer of the target, `"adamw"` or `"sgd"`.
+            Update rule of the target, `"adamw"`, `"sgd"` or `"muon"` (matrices in hidden layers by Muon, all else by AdamW).
         target_learning_rate (`float`, *optional*, defaults to `1e-5`):
             Peak learning rate of the target.
         target_weight_decay (`float`, *optional*, defaults to `0.0`):
-            Decoupled weight decay.
+            Weight decay: decoupled with AdamW and Muon, added to the gradient with SGD.
         target_weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
             Whether weight decay also applies to normalization weights and biases.
+        target_momentum (`float`, *optional*):
+            Momentum of SGD and Muon. `None` is 0 for SGD and 0.95 for Muon.
+        target_nesterov (`bool`, *optional*):
+            Whether it is Nesterov's. `None` is no for SGD and yes for Muon.
         target_adam_beta1 (`float`, *optional*, defaults to `0.9`):
             Decay of AdamW's first moment.
         target_adam_beta2 (`float`, *optional*, defaults to `0.95`):
@@ -203,11 +207,19 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         default=False,
         metadata={"help": "Whether to give the target's LM head a weight of its own where it is tied."},
     )
-    target_optim: str = field(default="adamw", metadata={"help": "Optimizer of the target: `'adamw'` or `'sgd'`."})
+    target_optim: str = field(
+        default="adamw", metadata={"help": "Update rule of the target: `'adamw'`, `'sgd'` or `'muon'`."}
+    )
     target_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the target."})
-    target_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of the target."})
+    target_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the target."})
     target_weight_decay_on_norm_and_bias: bool = field(
         default=True, metadata={"help": "Whether it also applies to normalization weights and biases."}
+    )
+    target_momentum: float | None = field(
+        default=None, metadata={"help": "Momentum of SGD (default 0) and Muon (default 0.95), for the target."}
+    )
+    target_nesterov: bool | None = field(
+        default=None, metadata={"help": "Whether the momentum is Nesterov's (default: with Muon only)."}
     )
     target_adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the target's first Adam moment."})
     target_adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the target's second Adam moment."})

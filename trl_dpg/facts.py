@@ -18,8 +18,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from .metagradients.host import host_memory
 from .metagradients.metric import description
+from .metagradients.runtime.host import host_memory
 
 
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}

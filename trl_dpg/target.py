@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 
-from .metagradients.model import TargetModel, check_whole
+from .metagradients.runtime.model import TargetModel, check_whole
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -27,8 +27,8 @@ from .credit import CandidateHead, changed_logits, credit_text, expected_credit
 from .credit.candidates import ALL_WORDS, CANDIDATES, changed_words
 from .data import completion_text, indices_to_train_on, special_ids
 from .hub import PublishingMixin
-from .metagradients.model import vocab_size
-from .metagradients.processes import failing_together
+from .metagradients.runtime.model import vocab_size
+from .metagradients.runtime.processes import failing_together
 from .rewards import (
     EditDistanceReward,
     EmbeddingSimilarityReward,

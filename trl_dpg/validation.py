@@ -3,17 +3,18 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import release_memory
 
-from .metagradients.arguments import TargetTrainingArguments
-from .metagradients.losses import MicroBatch, TokenLosses, micro_batches, prepare_examples
-from .metagradients.memory import clear_frames, halved, is_out_of_memory, metric_memory
+from .metagradients.method.loss import TokenLosses
+from .metagradients.method.recipe import TargetTrainingArguments
+from .metagradients.method.updates import AdamW, parameter_groups
 from .metagradients.metric import as_metric, read_out
-from .metagradients.model import (
+from .metagradients.runtime.examples import MicroBatch, micro_batches, prepare_examples
+from .metagradients.runtime.memory import clear_frames, halved, is_out_of_memory, metric_memory
+from .metagradients.runtime.model import (
     TargetModel,
     check_model,
     check_positions,
@@ -24,6 +25,7 @@ from .metagradients.model import (
     trainable_parameters,
     vocab_size,
 )
+from .metagradients.runtime.processes import Processes
 
 
 logger = logging.getLogger(__name__)
@@ -61,14 +63,8 @@ def validate(
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     decayed = decayed_parameters(model, params, args)
-    rest = [p for p in params if not any(p is q for q in decayed)]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer: torch.optim.Optimizer
-    if args.optim == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=args.learning_rate)
-    else:
-        betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    groups = parameter_groups(args.rule, model, params, decayed, rest=AdamW)
+    optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
 
     metric = as_metric(metric)
     with restored(model), restored_parameters(params), torch.enable_grad():
@@ -79,14 +75,14 @@ def validate(
                 before = float(metric(model))
         for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
             param.grad = torch.zeros_like(param)
-        token_losses = TokenLosses(model, args.bf16)
+        token_losses, size, alone = TokenLosses(model, args.bf16), args.micro_batch_size, Processes(None)
         losses = []
         schedule = args.learning_rates(len(prepared))
         for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
             while True:
                 try:
-                    place = params[0].device, params[0].dtype
-                    losses.append(_backward(token_losses, micro_batches(prepared, batch, args, *place)))
+                    batches = micro_batches(prepared, batch, args, size, params[0], alone)
+                    losses.append(_backward(token_losses, batches))
                     break
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -94,15 +90,16 @@ def validate(
                     clear_frames(error)
                     release_memory()
                     supervised = sum(prepared[i].num_supervised > 0 for i in batch)
-                    args = replace(args, micro_batch_size=halved(args, supervised, str(error)))
-                    logger.warning("Memory ran out: now %d examples at a time. %s", args.micro_batch_size, error)
-                    optimizer.zero_grad(set_to_none=False)
+                    size = halved(args, size, supervised, str(error))
+                    logger.warning("Memory ran out: now %d examples at a time. %s", size, error)
+                    _zero_gradients(params)
             if args.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
+            _zero_gradients(params)
         with metric_memory():
             with torch.no_grad():
                 after = float(metric(model))
@@ -120,6 +117,11 @@ def validate(
         "target_steps": len(losses),
         **readouts,
     }
+
+
+def _zero_gradients(params: list[torch.nn.Parameter]) -> None:
+    for param in params:
+        param.grad.zero_()  # type: ignore[union-attr]
 
 
 def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:

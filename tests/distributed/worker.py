@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.tape import Tape
+from trl_dpg.metagradients.method.tape import Tape
 from trl_dpg.metrics import LMHeadPattern
 
 
@@ -149,7 +149,7 @@ def failure(state, directory):
 def failing_tape(state, directory):
     """A tape that fails on the last process only: when something is put on it, and when something is taken off it."""
     reasons = []
-    for method in ("record", "rewind"):
+    for method in ("push", "replay"):
         original = getattr(Tape, method)
 
         def failing(self, *args, method=method):

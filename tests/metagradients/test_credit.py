@@ -18,7 +18,8 @@ from tests.metagradients.test_finite_differences import (
     relative_error,
     rope_model,
 )
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, vocabulary
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.kernels import switched
 
 
 def with_candidates(examples, k=3):
@@ -106,11 +107,10 @@ def unrolled(model, examples, args):
 
 
 @pytest.fixture(params=["whole", "chunks"])
-def head(request, monkeypatch):
+def head(request):
     """Logits whole, or of two tokens at once."""
-    if request.param == "chunks":
-        monkeypatch.setattr(vocabulary, "CHUNK", dict.fromkeys(vocabulary.CHUNK, 2 * VOCAB))
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
+    with switched(**{"logits_at_once": 0, "chunk": 2 * VOCAB} if request.param == "chunks" else {}):
+        yield
 
 
 @pytest.mark.parametrize("name", [*NAMES, "micro-batches", "adamw-k9", "linear-warmup"])

@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from tests.metagradients.test_finite_differences import CASES, PROBE, make_examples, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, vocabulary
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.check import check_metagradients
-from trl_dpg.metagradients.optimizers import Optimizer
-from trl_dpg.metagradients.storage import HostStorage
+from trl_dpg.metagradients.kernels import switched
+from trl_dpg.metagradients.method.updates import optimizer
+from trl_dpg.metagradients.runtime.storage import HostStorage
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
 
@@ -143,13 +144,12 @@ def test_adapters_on_a_quantized_model(name, curvature, tmp_path):
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_logits_in_chunks(curvature, monkeypatch):
+def test_logits_in_chunks(curvature):
     examples, args = random_examples(16, 24), TargetTrainingArguments(**ADAMW, batch_size=8, curvature=curvature)
     model = llama(torch.float64)
     expected = compute_metagradients(model, examples, metric, args)
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
-    monkeypatch.setattr(vocabulary, "CHUNK", {"cuda": 5 * 256})
-    out = compute_metagradients(model.cuda(), examples, metric, args)
+    with switched(logits_at_once=0, chunk=5 * 256):
+        out = compute_metagradients(model.cuda(), examples, metric, args)
     assert relative_error(out.metagradients, expected.metagradients.double()) < 1e-5
 
 
@@ -183,42 +183,25 @@ def wide_model(vocab_size=4096, width=512, num_layers=4):
     return GPT2LMHeadModel(config).cuda()
 
 
-def peak_and_plan(model, num_steps, **fields):
-    """Bytes of the device beyond the model, measured and predicted; nothing is left there."""
+def peak_memory(model, num_steps, **fields):
+    """Bytes of the device beyond the model; nothing is left there."""
     args = TargetTrainingArguments(**ADAMW, batch_size=4, **fields)
     examples = random_examples(4 * num_steps, 128, 4096)
     compute_metagradients(model, examples[:8], LMHeadNorm(), args)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = compute_metagradients(model, examples, LMHeadNorm(), args)
+    compute_metagradients(model, examples, LMHeadNorm(), args)
     assert torch.cuda.memory_allocated() == before
-    return torch.cuda.max_memory_allocated() - before, out.plan.peak_bytes
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("tape", PLACES)
-def test_memory_is_as_planned(tape, curvature):
-    """No more than planned, and not much less."""
-    model = wide_model()
-    for num_steps in (8, 24):
-        peak, planned = peak_and_plan(model, num_steps, curvature=curvature, tape=tape)
-        assert 0.4 * planned < peak <= planned
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
-def test_memory_of_many_logits_is_as_planned(curvature):
-    """Three chunks of them a step."""
-    peak, planned = peak_and_plan(wide_model(150_000, 64, 1), 8, curvature=curvature, tape="host")
-    assert 0.4 * planned < peak <= planned
+    return torch.cuda.max_memory_allocated() - before
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("tape", PLACES[1:])
 def test_memory_does_not_grow_with_steps(tape, curvature, monkeypatch):
     """Beside a few blocks, which are small here: with more steps, more of them are on their way at a time."""
-    monkeypatch.setattr(Optimizer, "BLOCK", {"cuda": 1 << 18})
+    monkeypatch.setitem(optimizer.BLOCK, "cuda", 1 << 18)
     model = wide_model()
-    (few, _), (many, _) = (peak_and_plan(model, n, curvature=curvature, tape=tape) for n in (8, 24))
+    few, many = (peak_memory(model, n, curvature=curvature, tape=tape) for n in (8, 24))
     assert many <= 1.02 * few
 
 
@@ -228,9 +211,7 @@ def test_the_tape_that_no_memory_is_left_for_goes_to_the_host():
     expected = compute_metagradients(model, examples, LMHeadNorm(), args)
     assert expected.plan.tape == "device"
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    filling = torch.empty(
-        room - expected.plan.peak_bytes + expected.plan.tape_bytes // 2, dtype=torch.uint8, device="cuda"
-    )
+    filling = torch.empty(room - 3 * expected.plan.tape_bytes // 2, dtype=torch.uint8, device="cuda")
     out = compute_metagradients(model, examples, LMHeadNorm(), args)
     del filling
     assert out.plan.tape == "host"

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.api import train_and_measure
-from trl_dpg.metagradients.losses import prepare_examples
+from trl_dpg.metagradients.compute import train_and_measure
+from trl_dpg.metagradients.runtime.examples import prepare_examples
 from trl_dpg.validation import validate
 
 
@@ -53,6 +53,8 @@ BAD_ARGUMENTS += [(name, 0) for name in WHOLE_NUMBERS if name != "seed"]
 BAD_ARGUMENTS += [("max_length", 1), ("seed", 2**64)]
 BAD_ARGUMENTS += [(name, value) for name in CHOICES for value in ("nonsense", "", None, 1, math.nan, True, ["adamw"])]
 BAD_ARGUMENTS += [(name, value) for name in SWITCHES for value in ("false", 0, 1, None, math.nan)]
+BAD_ARGUMENTS += [("momentum", value) for value in (1, -0.1, "0.9", math.nan, True)]
+BAD_ARGUMENTS += [("nesterov", value) for value in ("true", 2, math.nan)]
 BAD_ARGUMENTS += [("tape_dir", value) for value in ("no/such/directory", "", 1, ["/tmp"], __file__)]
 
 

@@ -15,7 +15,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, train_and_measure
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
+from trl_dpg.metagradients.kernels import switched
 from trl_dpg.validation import validate
 
 
@@ -100,19 +101,19 @@ def test_8_bits(load, args):
 
 
 ADAPTERS = {
-    "dora": {"use_dora": True},
+    "plain": {},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "rslora-bias": {"use_rslora": True, "bias": "lora_only"},
 }
 
 
-def with_gpt2_adapters(name):
+def with_gpt2_adapters(name, **fields):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=17, n_embd=16, n_layer=2, n_head=2, n_positions=8, initializer_range=0.3, tie_word_embeddings=False,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    lora = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **ADAPTERS[name])
+    lora = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **ADAPTERS[name], **fields)
     model = get_peft_model(GPT2LMHeadModel(config), lora)
     for param in model.parameters():
         if param.requires_grad:
@@ -135,43 +136,36 @@ def test_adapters_against_finite_differences(name, num_steps, optim):
             moved.append(train_and_measure(model, examples, metric, args).metric_after)
         assert value == pytest.approx((moved[1] - moved[0]) / 2e-4, rel=1e-5, abs=1e-7)
 
-    assert all("forward" not in vars(module) for module in model.modules())
-    args = replace(args, curvature="central_difference")
-    if name == "dora":  # its gradient is not the derivative of its loss
-        with pytest.raises(ValueError, match="does not go with DoRA"):
-            compute_metagradients(model, EXAMPLES, metric, args)
-    else:
-        central = compute_metagradients(model, EXAMPLES, metric, args)
-        assert cosine(central.metagradients, out.metagradients) > 0.999999
-        assert central.num_exact_fallbacks == 0
+    central = compute_metagradients(model, EXAMPLES, metric, replace(args, curvature="central_difference"))
+    assert cosine(central.metagradients, out.metagradients) > 0.999999
+    assert central.num_exact_fallbacks == 0
 
 
-def test_dora_with_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="`gradient_checkpointing` does not go with DoRA"):
-        compute_metagradients(with_gpt2_adapters("dora"), EXAMPLES, metric, replace(ARGS, gradient_checkpointing=True))
+def test_dora_is_refused():
+    """Its gradient is not the derivative of its loss."""
+    with pytest.raises(ValueError, match="`use_dora=False`"):
+        compute_metagradients(with_gpt2_adapters("plain", use_dora=True), EXAMPLES, metric, ARGS)
 
 
 def test_a_forward_of_the_instance_stays():
-    """Accelerate's hooks replace it there."""
-    model = with_gpt2_adapters("dora")
-    layers = [m for m in model.modules() if type(m).__name__ == "DoraLinearLayer"]
-    hooks = [layer.forward for layer in layers]
-    for layer, hook in zip(layers, hooks, strict=True):
-        layer.forward = hook
-    compute_metagradients(model, EXAMPLES, metric, ARGS)
-    assert all(vars(layer).get("forward") is hook for layer, hook in zip(layers, hooks, strict=True))
+    """Accelerate's hooks replace it there; checkpoints do so for a while."""
+    model = with_gpt2_adapters("plain")
+    layers = model.base_model.model.transformer.h
+    layers[0].forward = hook = layers[0].forward
+    args = replace(ARGS, gradient_checkpointing=True, curvature="central_difference")
+    compute_metagradients(model, EXAMPLES, metric, args)
+    assert vars(layers[0])["forward"] is hook and "forward" not in vars(layers[1])
 
 
-def test_frozen_half_precision(monkeypatch):
+def test_frozen_half_precision():
     """The loss is computed in float32, chunked or not; central differences are refused."""
-    monkeypatch.setitem(ADAPTERS, "plain", {})
     model = with_gpt2_adapters("plain").float()
     for param in model.parameters():
         if not param.requires_grad:
             param.data = param.data.bfloat16()
     whole = compute_metagradients(model, EXAMPLES, metric, ARGS)
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
-    chunked = compute_metagradients(model, EXAMPLES, metric, ARGS)
+    with switched(logits_at_once=0):
+        chunked = compute_metagradients(model, EXAMPLES, metric, ARGS)
     assert whole.losses == pytest.approx(chunked.losses, rel=1e-2)
     assert all(loss != torch.tensor(loss).bfloat16().item() for loss in chunked.losses)
     with pytest.raises(ValueError, match="needs float32, but `.*` of `model` is in torch.bfloat16"):

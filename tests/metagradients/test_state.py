@@ -12,11 +12,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.derivatives import Exact, gradient
-from trl_dpg.metagradients.flat import FlatParameters
-from trl_dpg.metagradients.losses import TokenLosses, micro_batches, prepare_examples
-from trl_dpg.metagradients.model import check_model
-from trl_dpg.metagradients.processes import Processes
+from trl_dpg.metagradients.method.derivatives import Direction, gradient
+from trl_dpg.metagradients.method.exact import Exact
+from trl_dpg.metagradients.method.loss import TokenLosses
+from trl_dpg.metagradients.runtime.examples import micro_batches, prepare_examples
+from trl_dpg.metagradients.runtime.model import check_model
+from trl_dpg.metagradients.runtime.processes import Processes
+from trl_dpg.metagradients.runtime.workspace import Workspace
 from trl_dpg.validation import validate
 
 
@@ -182,11 +184,11 @@ def test_state_after_a_failing_metric(function, phase):
 
 @pytest.mark.parametrize(
     ("function", "fail_at"),
-    [(compute_metagradients, n) for n in range(1, 10)] + [(validate, n) for n in range(1, 5)],
+    [(compute_metagradients, n) for n in range(1, 9)] + [(validate, n) for n in range(1, 5)],
     ids=lambda value: value if isinstance(value, int) else value.__name__,
 )
 def test_state_after_a_failing_forward_pass(function, fail_at):
-    """Any of the forward passes: one that measures memory, K = 4 of training, 4 of the adjoint, the first step's last."""
+    """Any of the forward passes: K = 4 of training, 4 of the adjoint, the first step's last."""
     model = prepared_model()
     calls = train_forwards(model, fail_at)
     before = snapshot(model)
@@ -253,13 +255,12 @@ def test_attention_implementations_agree(fields, custom_attention):
     }
     assert relative_error(results["sdpa"], results["eager"]) < 1e-6
     assert relative_error(results["custom"], results["eager"]) < 1e-6
-    # one layer: once when it is checked, once in each training step and twice to measure the memory of one; never in the adjoint,
-    # and not to measure the memory of that
+    # one layer: once when it is checked, and once in each training step; never in the adjoint
     steps = fields.get("num_train_epochs", 1) * 6 // fields["batch_size"]
-    assert len(custom_attention) == steps + 2 * (steps > 1) + 1
+    assert len(custom_attention) == steps + 1
 
 
-@pytest.mark.parametrize("fail_at", [None, 3, 6, 9])
+@pytest.mark.parametrize("fail_at", [None, 3, 6, 8])
 def test_attention_implementation_is_put_back(fail_at, custom_attention):
     model = prepared_model()
     model.set_attn_implementation("custom")
@@ -298,26 +299,20 @@ def test_micro_batches(fields, loss_normalization):
 def test_derivatives_over_micro_batches(size):
     """Gradient, Hessian-vector product and metagradients of a batch, before any rounding to float32."""
     model = gpt2().eval()
-    losses, processes, examples = (
-        TokenLosses(model, False),
-        Processes(None),
-        prepare_examples(make_examples(), 16, VOCAB),
-    )
+    losses, alone, examples = TokenLosses(model, False), Processes(None), prepare_examples(make_examples(), 16, VOCAB)
     results = []
-    with FlatParameters(list(model.parameters()), []) as flat:
-        vector = torch.ones_like(flat.values)
+    with Workspace([list(model.parameters())], alone, sharded=False) as space:
         for micro_batch_size in (None, size):
-            args = TargetTrainingArguments(micro_batch_size=micro_batch_size)
-            batches = micro_batches(examples, list(range(6)), args, torch.device("cpu"), torch.float64)
-            values = torch.zeros(6, dtype=torch.float64)
-            double_backward, forward_mode = torch.zeros(2, 36, 1, dtype=torch.float64)
-            grad = flat.accumulate_into()
-            gradient(losses, flat, batches, values, lambda: None)
-            exact = Exact(losses, flat, processes)
-            product = exact(batches, vector, 0.0, values, double_backward, torch.empty_like(vector))
-            assert exact(batches, vector, 0.0, values, forward_mode, None) is None
+            args = TargetTrainingArguments()
+            batches = micro_batches(examples, list(range(6)), args, micro_batch_size, space.phi, alone)
+            values, grad, product = torch.zeros(6, dtype=torch.float64), space.buffer(), space.buffer()
+            gradient(losses, space, batches, values, lambda grad=grad: space.accumulate_into(grad))
+            vector = torch.ones_like(space.buffer())[: space.size]
+            exact, direction = Exact(losses, space), Direction(vector, 0.0, values)
+            double_backward = torch.cat(exact(batches, direction, product))
+            forward_mode = torch.cat(exact(batches, direction, None))
             assert relative_error(forward_mode, double_backward) < 1e-12
-            results.append(torch.cat([grad[: flat.size], product, double_backward[:, 0], values]))
+            results.append(torch.cat([grad, product, double_backward[:, 0], values]))
     assert relative_error(results[1], results[0]) < 1e-12
 
 

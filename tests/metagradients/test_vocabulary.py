@@ -1,5 +1,8 @@
 """Cross-entropy in chunks against ordinary autograd: values, gradients, second derivatives and forward mode."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,15 +19,16 @@ from transformers import (
 )
 
 from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, losses, vocabulary
-from trl_dpg.metagradients.vocabulary import has_plain_head, token_losses
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients.kernels import switched
+from trl_dpg.metagradients.kernels.chunked_head import has_plain_head, token_losses
 
 
 @pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows} rows")
-def chunks(request, monkeypatch):
+def chunks(request):
     """Logits of so many tokens at once, and whole ones never."""
-    monkeypatch.setattr(vocabulary, "CHUNK", dict.fromkeys(vocabulary.CHUNK, 5 * request.param))
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 0)
+    with switched(logits_at_once=0, chunk=5 * request.param):
+        yield
 
 
 def inputs():
@@ -55,7 +59,7 @@ def test_derivatives(chunks, trained):
 
 
 @pytest.mark.parametrize("name", ["adamw-k1", "adamw-k4", "tied-adamw-k4", "sgd-k4", "lora-adamw", "example"])
-def test_metagradients(chunks, name, monkeypatch):
+def test_metagradients(chunks, name):
     """The same with chunks and without, and the LM head is left out of the forward pass."""
     make_model, fields = CASES[name]
     model, args = make_model(), TargetTrainingArguments(**fields)
@@ -63,8 +67,8 @@ def test_metagradients(chunks, name, monkeypatch):
     model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(1))
     chunked = compute_metagradients(model, make_examples(), metric, args)
     in_chunks = len(calls)
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 30)
-    whole = compute_metagradients(make_model(), make_examples(), metric, args)
+    with switched(logits_at_once=math.inf):
+        whole = compute_metagradients(make_model(), make_examples(), metric, args)
     assert relative_error(chunked.metagradients, whole.metagradients.double()) < 1e-6
     assert chunked.losses == pytest.approx(whole.losses, rel=1e-12)
     assert in_chunks <= 6  # causality, the try-out (2), the metric before and after (2), no training step
@@ -109,15 +113,15 @@ SIZES = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 16, "num_hidd
     ],
     ids=["llama", "llama-tied", "gpt2", "softcapping", "scaling"],
 )
-def test_models_that_change_their_logits_are_left_whole(chunks, model_class, config, plain, monkeypatch):
+def test_models_that_change_their_logits_are_left_whole(chunks, model_class, config, plain):
     torch.manual_seed(0)
     model = model_class(config).eval()
     assert has_plain_head(model) == plain
     examples = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6, 7]}]
     args = TargetTrainingArguments(batch_size=1, adam_epsilon_root="auto", learning_rate=1e-4)
     actual = compute_metagradients(model, examples, lambda m: -m.get_input_embeddings().weight.norm(), args)
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 30)
-    expected = compute_metagradients(model, examples, lambda m: -m.get_input_embeddings().weight.norm(), args)
+    with switched(logits_at_once=math.inf):
+        expected = compute_metagradients(model, examples, lambda m: -m.get_input_embeddings().weight.norm(), args)
     assert relative_error(actual.metagradients, expected.metagradients.double()) < 1e-4
 
 
@@ -129,7 +133,7 @@ def test_compiled_models_are_left_whole():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_one_precision_whatever_the_path(dtype, monkeypatch):
+def test_one_precision_whatever_the_path(dtype):
     """Adapters on a frozen base in half precision: few logits and many are rounded alike, so micro-batches change nothing."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype)
@@ -139,13 +143,10 @@ def test_one_precision_whatever_the_path(dtype, monkeypatch):
             p.data = torch.randn(p.shape) * 0.2
     examples = [{"input_ids": [1 + i, 2, 3 + i, 4, 5]} for i in range(6)]
     results = []
-    for whole in (0, 1 << 30):
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", whole)
-        for size in (None, 1):
-            args = TargetTrainingArguments(
-                batch_size=3, micro_batch_size=size, adam_epsilon_root=1e-6, learning_rate=1e-3
-            )
+    for whole, size in itertools.product((0, math.inf), (None, 1)):
+        args = TargetTrainingArguments(batch_size=3, micro_batch_size=size, adam_epsilon_root=1e-6, learning_rate=1e-3)
+        with switched(logits_at_once=whole):
             out = compute_metagradients(model, examples, lambda m: -m.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.norm(), args)  # fmt: skip
-            results.append(out.metagradients.double())
+        results.append(out.metagradients.double())
     for result in results[1:]:
         assert relative_error(result, results[0]) < 1e-4

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerState
 import trl_dpg.trainer
 from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.metagradients.storage import DiskStorage
+from trl_dpg.metagradients.runtime.storage import DiskStorage
 from trl_dpg.metrics import LMHeadPattern
 
 

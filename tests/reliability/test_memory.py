@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, check_metagradients, compute_metagradients
-from trl_dpg.metagradients.model import check_model
+from trl_dpg.metagradients.runtime.model import check_model
 from trl_dpg.validation import validate
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +30,14 @@ from tests.reliability.test_processes import command, environment
 from trl_dpg import MetagradientReward
 from trl_dpg.data import completion_text, indices_to_train_on, to_target_examples
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.losses import micro_batches, prepare_examples
+from trl_dpg.metagradients.runtime.examples import micro_batches, prepare_examples
+from trl_dpg.metagradients.runtime.processes import Processes
 from trl_dpg.validation import validate
+
+
+def process(index, count):
+    """One of several."""
+    return Processes(SimpleNamespace(process_index=index, num_processes=count))
 
 
 def drawn(max_examples):
@@ -116,7 +123,7 @@ def test_every_example_is_in_one_micro_batch(rows, recipe, processes):
     examples = prepare_examples(rows, args.max_length, VOCAB)
     for batch in args.batches(len(examples)):
         shares = [
-            micro_batches(examples, batch, args, torch.device("cpu"), torch.float64, index, processes)
+            micro_batches(examples, batch, args, args.micro_batch_size, torch.zeros(1), process(index, processes))
             for index in range(processes)
         ]
         supervised = [i for i in batch if examples[i].num_supervised > 0]

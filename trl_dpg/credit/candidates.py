@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..metagradients.vocabulary import ADJUSTMENTS
+from ..metagradients.kernels.chunked_head import ADJUSTMENTS
 
 
 ALL_WORDS = 4096  # vocabularies up to this size are candidates as a whole, unless told otherwise

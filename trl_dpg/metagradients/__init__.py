@@ -1,8 +1,8 @@
 """Exact metagradients of fine-tuning runs. Usable without TRL."""
 
-from .api import MetagradientOutput, TrainingOutput, compute_metagradients, train_and_measure
-from .arguments import TargetTrainingArguments
 from .check import MetagradientCheck, check_metagradients
+from .compute import MetagradientOutput, TrainingOutput, compute_metagradients, train_and_measure
+from .method.recipe import TargetTrainingArguments
 
 
 __all__ = [

@@ -11,9 +11,9 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .api import compute_metagradients, train_and_measure
-from .arguments import TargetTrainingArguments
-from .model import TargetModel
+from .compute import compute_metagradients, train_and_measure
+from .method.recipe import TargetTrainingArguments
+from .runtime.model import TargetModel
 
 
 SHIFTS = torch.tensor([1.0, 0.5, -0.5, -1.0], dtype=torch.float64)  # of the weights, in radii

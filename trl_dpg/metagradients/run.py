@@ -1,9 +1,9 @@
-"""A fine-tuning run of the target, forwards and backwards, with what the paper does not speak of: processes, memory, progress."""
+"""One fine-tuning run of the target: what the sweeps of the method go over, and all that the paper does not speak of."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,14 +13,26 @@ from accelerate.utils import release_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import TargetTrainingArguments
-from .derivatives import CentralDifference, Derivatives, Exact, gradient
-from .dora import ThroughDetached, dora_under, has_dora
-from .flat import TAIL, FlatParameters
-from .losses import MicroBatch, TokenLosses, micro_batches, prepare_examples
-from .memory import MemoryPlan, OutOfMemory, halved, metric_memory, plan_memory
+from .method.central_difference import CentralDifference
+from .method.derivatives import Derivatives, Direction, gradient
+from .method.exact import Exact
+from .method.loss import TokenLosses
+from .method.recipe import TargetTrainingArguments
+from .method.tape import Cotangent, Step, Tape, tape_tensors
+from .method.updates import AdamW, parameter_groups
+from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
-from .model import (
+from .runtime.examples import MicroBatch, micro_batches, prepare_examples
+from .runtime.memory import (
+    MemoryPlan,
+    OutOfMemory,
+    free_room,
+    halved,
+    metric_memory,
+    place_tape,
+    processes_here,
+)
+from .runtime.model import (
     TargetModel,
     check_full_precision,
     check_model,
@@ -32,10 +44,9 @@ from .model import (
     trainable_parameters,
     vocab_size,
 )
-from .optimizers import Hyperparameters, Optimizer
-from .processes import Processes
-from .storage import DeviceStorage, Storage, open_storage
-from .tape import Tape
+from .runtime.processes import Processes
+from .runtime.storage import DeviceStorage, Storage, open_storage
+from .runtime.workspace import Workspace
 
 
 logger = logging.getLogger(__name__)
@@ -46,9 +57,29 @@ AUTO_EPSILON_ROOT = 4.0
 Result = TypeVar("Result")
 
 
+@dataclass
+class Measured:
+    """
+    What a run found out.
+
+    Attributes:
+        metric_before (`float`): The metric of the original model.
+        micro_batch_size (`int`, *optional*): That of the recipe, or what was left of it after memory ran out.
+        epsilon_root (`float`): `adam_epsilon_root`, or what `"auto"` came to.
+        losses (`list[float]`): Training loss of each step.
+        plan ([`MemoryPlan`], *optional*): Where the tape lies, if there is one.
+    """
+
+    metric_before: float
+    micro_batch_size: int | None
+    epsilon_root: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    plan: MemoryPlan | None = None
+
+
 class TargetRun:
     """
-    One fine-tuning run while it is open: its forward sweep, and the steps that walk it back.
+    A run while it is open: its forward sweep, and the steps that walk it back.
 
     Takes what [`~trl_dpg.metagradients.compute_metagradients`] takes.
     """
@@ -58,35 +89,23 @@ class TargetRun:
         model: TargetModel,
         examples: Sequence[Mapping[str, Any]],
         metric: Callable[[Any], Tensor],
-        args: TargetTrainingArguments,
+        recipe: TargetTrainingArguments,
         accelerator: Accelerator | PartialState | None,
     ):
-        self.model, self.metric, self.args = model, as_metric(metric), args
+        self.model, self.metric, self.recipe = model, as_metric(metric), recipe
         self.processes = Processes(accelerator)
         with self.processes.failing_together():
             self.params = trainable_parameters(model)
             check_model(model)
-            if args.curvature == "central_difference" and has_dora(model):
-                raise ValueError(
-                    "`curvature='central_difference'` does not go with DoRA, whose gradient is not the derivative of its loss: "
-                    'differences of losses are not its metagradients. Set `curvature="exact"`.'
-                )
-            if args.gradient_checkpointing and has_dora(model):
-                raise ValueError(
-                    "`gradient_checkpointing` does not go with DoRA, whose second derivative is taken through norms that a "
-                    "recomputation would not find again. Turn it off, and lower `micro_batch_size` to save memory."
-                )
-            if args.curvature == "central_difference":
+            if recipe.curvature == "central_difference":
                 check_full_precision(model)
-            self.examples = prepare_examples(examples, args.max_length, vocab_size(model))
+            self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
         self.num_tokens = sum(len(e.input_ids) for e in self.examples)
-        self.num_columns = 1 + self.examples[0].candidates.shape[1]
-        self.epsilon_root: float
-        self.optimizer: Optimizer
-        self.num_steps = args.num_steps(len(self.examples))
-        self.batches = list(args.batches(len(self.examples)))
-        self._collated: tuple[int, int | None, list[MicroBatch]] = (-1, None, [])
+        self.num_columns = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
+        self.num_steps = recipe.num_steps(len(self.examples))
+        self.batches = list(recipe.batches(len(self.examples)))
+        self._collated: dict[int, list[MicroBatch]] = {}
 
     def __enter__(self) -> "TargetRun":
         with ExitStack() as stack:
@@ -96,32 +115,157 @@ class TargetRun:
             stack.enter_context(torch.autocast(device, enabled=False))
             make_deterministic(self.model)
             with self.processes.failing_together():
-                stack.enter_context(checkpointed(self.model, self.args.gradient_checkpointing))
+                stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
                 with metric_memory():
                     self.metric.setup(self.model)
                     with torch.no_grad():
-                        self.metric_before = evaluate(self.metric, self.model).item()
-                decayed = decayed_parameters(self.model, self.params, self.args)
-                self.losses = TokenLosses(self.model, self.args.bf16)
-                self.flat = stack.enter_context(FlatParameters(self.params, decayed, self.processes.count))
-            first = self.processes.index * self.flat.shard_size
-            self.shard = (first, first + self.flat.shard_size)
-            self.progress = stack.enter_context(progress_bar(self.args, self.processes, 2 * self.num_steps))
+                        before = evaluate(self.metric, self.model).item()
+                self.measured = Measured(before, self.recipe.micro_batch_size)
+                decayed = decayed_parameters(self.model, self.params, self.recipe)
+                self.groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
+                sharded = all(group.rule.elementwise for group in self.groups)
+                space = Workspace([group.params for group in self.groups], self.processes, sharded)
+                self.losses = TokenLosses(self.model, self.recipe.bf16)
+                self.space = stack.enter_context(space)
+            self.progress = stack.enter_context(progress_bar(self.recipe, self.processes, 2 * self.num_steps))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
         self._stack.__exit__(*exception)
 
-    def local_batches(self, step: int) -> list[MicroBatch]:
-        """This process's micro-batches of a step."""
-        size = self.args.micro_batch_size
-        if self._collated[:2] != (step, size):  # the adjoint sweep starts where the forward sweep ended
-            place = self.flat.device, self.flat.dtype, self.processes.index, self.processes.count
-            self._collated = step, size, micro_batches(self.examples, self.batches[step], self.args, *place)
-        return self._collated[2]
+    def train(self, keep_tape: bool) -> None:
+        """The forward sweep. With `keep_tape`, what the adjoint sweep needs is kept."""
+        space, processes = self.space, self.processes
+        shape = self.recipe.num_train_epochs, len(self.examples)
+        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=space.device)
+        self.storage: Storage = DeviceStorage()
+        with processes.failing_together():
+            buffer = space.buffer()
+        for step in range(self.num_steps):
+            total = self.retrying_smaller(step, partial(self._sum_gradient, buffer, self.losses_of_epoch(step)))
+            grad = buffer[: space.size]
+            check_finite(f"the loss of step {step + 1}", torch.tensor(total))
+            check_finite(f"the gradient of step {step + 1}", grad)
+            if step == 0:
+                self._start(grad, keep_tape)
+            self.optimizer.clipping.measure(grad)
+            if keep_tape:
+                with processes.raising_later():
+                    kept = grad[space.shard].clone() if space.sharded else grad
+                    self.tape.push(Step(space.phi[space.shard], tuple(s[space.shard] for s in self._state), kept))
+            for part, rule in self._blocks:
+                state = tuple(tensor[part] for tensor in self._state)
+                self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
+            if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
+                del grad, buffer  # the tape has it
+                space.release_gradients()
+                buffer = space.buffer()
+            self.measured.losses.append(total)
+            self.progress.update()
+        del self._state
+        space.release_gradients()  # a metric may call `backward()`
 
-    def in_memory(self, step: int, work: Callable[[list[MicroBatch]], Result]) -> Result:
+    def _start(self, grad: Tensor, keep_tape: bool) -> None:
+        """What needs the first gradient, or the size of a state: the optimizer and its state, and the tape."""
+        space, recipe, processes = self.space, self.recipe, self.processes
+        with processes.failing_together():
+            self.measured.epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params))
+            parts = []
+            for group, part in zip(self.groups, space.parts, strict=True):
+                weight_decay = recipe.weight_decay if group.decayed else 0.0
+                rule = group.rule(recipe, weight_decay, self.measured.epsilon_root, group.params[0].shape)
+                parts.append(Block(part, rule))
+            self.optimizer = Optimizer(parts, recipe.learning_rates(len(self.examples)), recipe.max_grad_norm)
+            self._blocks = self.optimizer.blocks(0, space.size, space.device)
+            num_states = self.optimizer.num_states
+            self._state = [torch.zeros_like(space.phi) for _ in range(num_states if self.num_steps > 1 else 0)]
+            if not keep_tape:
+                return
+            if self.num_steps > 1:  # one step leaves nothing but its gradient
+                size = space.shard_size * space.phi.element_size()
+                free = free_room(space.device, recipe.tape_dir, processes_here(processes.count))
+                tape = tape_tensors(self.num_steps, num_states) * size
+                self.measured.plan = place_tape(recipe, tape, num_states * size, free)
+                logger.info(str(self.measured.plan))
+                self.storage = open_storage(self.measured.plan.tape, recipe.tape_dir, space.device)
+                self._stack.callback(self.storage.close)
+            blocks = self.optimizer.blocks(space.shard.start, space.shard.stop, space.device)
+            self.tape = Tape(self.optimizer, blocks, self.num_steps, space.load_originals, self.storage)
+
+    def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
+        total = [0.0]
+
+        def before_backward() -> None:
+            self.storage.settle()  # what the buffer holds may be on its way to the tape
+            self.space.accumulate_into(buffer)
+
+        with self.processes.summing(buffer, total):
+            total[0] = gradient(self.losses, self.space, batches, losses, before_backward)
+        return total[0]
+
+    def measure(self) -> tuple[float, dict[str, float]]:
+        r"""\\( \Phi \\) of the fine-tuned model, and its read-outs."""
+        with self.processes.failing_together(), metric_memory(), torch.no_grad():
+            return evaluate(self.metric, self.model).item(), read_out(self.metric, self.model)
+
+    def metric_gradient(self) -> tuple[float, Cotangent, dict[str, float]]:
+        r"""\\( \Phi \\) of the fine-tuned model; \\( \lambda_\phi, \lambda_s \\), its gradient; and read-outs."""
+        space = self.space
+        with self.processes.failing_together():
+            with metric_memory():
+                value, grad = _metric_gradient(self.metric, self.model, space)
+                readouts = read_out(self.metric, self.model)
+            space.start_adjoint(self.num_steps)
+            shape = self.num_tokens, self.num_columns
+            self.token_metagradients = space.zeros(self.num_tokens * self.num_columns).view(shape)
+        return value, Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape), readouts
+
+    def derivatives(self) -> Derivatives:
+        """What differentiates the loss a second time."""
+        exact = Exact(self.losses, self.space)
+        if self.recipe.curvature == "exact":
+            return exact
+        return CentralDifference(exact, self.recipe.curvature_tolerance)
+
+    def walk_back_update(self, step: int, cotangent: Cotangent) -> Direction:
+        r"""
+        Walks the update of a step back: \\( \lambda_\phi, \lambda_s \\) become those before it, and the model gets \\( \phi_t \\).
+
+        Returns:
+            [`Direction`]: \\( \lambda_g \\).
+        """
+        space = self.space
+        along, inner = cotangent.phi if step == 0 else space.along, 0.0
+        with self.processes.raising_later():
+            inner = self.optimizer.adjoint_(self.tape, space.phi_shard, cotangent, along, space.total)
+        vector = space.whole(along)
+        check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
+        return Direction(vector, inner, self.losses_of_epoch(step))
+
+    def differentiate(self, step: int, derivatives: Derivatives, direction: Direction) -> Tensor | None:
+        r"""
+        Adds a step's \\( r_{ij} \\) to `token_metagradients`, and returns \\( H_t \lambda_g \\), this process's shard; `None` at the first.
+        """
+        product = self.space.product if step > 0 else None
+
+        def work(batches: list[MicroBatch]) -> tuple[list[MicroBatch], list[Tensor]]:
+            return batches, derivatives(batches, direction, product)
+
+        for batch, result in zip(*self.retrying_smaller(step, work), strict=True):
+            self.token_metagradients[batch.places()] += result
+        self.progress.update()
+        if product is None:
+            return None
+        check_finite(f"the Hessian-vector product of step {step + 1}", product[: self.space.size])
+        self.space.release_gradients()
+        return product[self.space.shard]
+
+    def losses_of_epoch(self, step: int) -> Tensor:
+        r"""\\( \ell_i / Z_t \\) of all examples in the epoch that a step belongs to, shape `(n,)`."""
+        return self.example_losses[step * self.recipe.num_train_epochs // self.num_steps]
+
+    def retrying_smaller(self, step: int, work: Callable[[list[MicroBatch]], Result]) -> Result:
         """
         Runs `work` on this process's micro-batches of a step, all over again with smaller ones where memory runs out.
 
@@ -129,184 +273,40 @@ class TargetRun:
         """
         while True:
             try:
-                return work(self.local_batches(step))
+                return work(self._local_batches(step))
             except OutOfMemory as error:
                 reason = str(error)
+            self._collated.clear()
             release_memory()
-            batch = self.batches[step]
-            supervised = sum(self.examples[i].num_supervised > 0 for i in batch)
-            size = halved(self.args, -(-supervised // self.processes.count), reason)
-            self.args = replace(self.args, micro_batch_size=size)
+            supervised = sum(self.examples[i].num_supervised > 0 for i in self.batches[step])
+            share = -(-supervised // self.processes.count)
+            size = halved(self.recipe, self.measured.micro_batch_size, share, reason)
+            self.measured.micro_batch_size = size
             if self.processes.index == 0:
                 logger.warning(
                     "Memory ran out: from here on, %d examples at a time (`micro_batch_size`). %s", size, reason
                 )
 
-    def train(self, keep_tape: bool) -> None:
-        """Fine-tunes the model; with `keep_tape`, keeps what the adjoint sweep needs."""
-        flat = self.flat
-        self.plan: MemoryPlan | None = None
-        self.storage: Storage = DeviceStorage()
-        self.training_losses: list[float] = []
-        shape = self.args.num_train_epochs, len(self.examples)
-        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=flat.device)
-        if keep_tape:
-            self._open_tape_storage()
-        shard = slice(*self.shard)
-        taken_over = keep_tape and self.processes.count == 1
-        with self.processes.failing_together():
-            buffer = flat.zeros(flat.size + TAIL)
-        for step in range(self.num_steps):
-            losses = self.losses_of_epoch(step)
-            if taken_over and step > 0 and not self.storage.copies:  # the tape has the last one
-                del buffer
-                flat.release_gradients()
-                buffer = flat.zeros(flat.size + TAIL)
-            total = self.in_memory(step, partial(self._sum_gradient, buffer, losses))
-            grad = buffer[: flat.size]
-            check_finite(f"the loss of step {step + 1}", torch.tensor(total))
-            check_finite(f"the gradient of step {step + 1}", grad)
-            if step == 0:
-                self.epsilon_root = _epsilon_root(self.args, grad, sum(p.numel() for p in self.params))
-                self.optimizer = _optimizer(self.args, self.epsilon_root, len(self.examples), flat.num_decayed)
-                with self.processes.failing_together():
-                    moments = None if self.num_steps == 1 else self.optimizer.initial_moments(flat.values)
-                if keep_tape:
-                    self.tape = Tape(
-                        self.optimizer.shard(*self.shard),
-                        self.num_steps,
-                        partial(flat.load_originals, self.shard[0]),
-                        self.storage,
-                    )
-            self.optimizer.measure(grad)
-            if keep_tape:
-                state = [t[shard] for t in (flat.values, *(moments or ()))]
-                with self.processes.raising_later():
-                    self.tape.record(state, grad if taken_over else grad[shard].clone())
-            self.optimizer.update_(step, flat.values, moments, grad)
-            del grad  # the tape's, if that keeps it on the device: not beside the next one
-            self.training_losses.append(total)
-            self.progress.update()
-        flat.release_gradients()  # a metric may call `backward()`
-
-    def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
-        total = [0.0]
-
-        def prepare() -> None:
-            if self.processes.count == 1:  # with several, the tape was given a copy
-                self.storage.settle()  # what the buffer holds is on its way to the tape
-            self.flat.accumulate_into(buffer)
-
-        with self.processes.summing(buffer, total):
-            total[0] = gradient(self.losses, self.flat, batches, losses, prepare)
-        return total[0]
-
-    def _open_tape_storage(self) -> None:
-        location = "device"
-        if self.num_steps > 1:  # one step leaves nothing but its gradient
-            largest = max(range(self.num_steps), key=self._tokens)
-            self.plan = self.in_memory(largest, self._plan)
-            location = self.plan.tape
-            logger.info(str(self.plan))
-        with self.processes.failing_together():
-            self.storage = open_storage(location, self.args.tape_dir, self.flat.device)
-        self._stack.callback(self.storage.close)
-
-    def _plan(self, batches: list[MicroBatch]) -> MemoryPlan:
-        with self.processes.failing_together():
-            plan = plan_memory(self.losses, self.flat, self.args, self.num_steps, batches, self.processes.count)
-        return plan
-
-    def _tokens(self, step: int) -> int:
-        batch = self.batches[step]
-        return len(batch) * max(len(self.examples[i].input_ids) for i in batch)
-
-    def losses_of_epoch(self, step: int) -> Tensor:
-        r"""\\( \ell_i / Z_t \\) of all examples in the epoch that a step belongs to, shape `(n,)`."""
-        return self.example_losses[step * self.args.num_train_epochs // self.num_steps]
-
-    def measure(self) -> tuple[float, dict[str, float]]:
-        r"""\\( \Phi \\) of the fine-tuned model, and its read-outs."""
-        with self.processes.failing_together(), metric_memory(), torch.no_grad():
-            return evaluate(self.metric, self.model).item(), read_out(self.metric, self.model)
-
-    def metric_gradient(self) -> tuple[float, Tensor, dict[str, float]]:
-        r"""\\( \Phi \\) of the fine-tuned model, its gradient (this process's part of it), and read-outs."""
-        with self.processes.failing_together():
-            with metric_memory():
-                value, cotangent = _metric_gradient(self.metric, self.model, self.flat)
-                readouts = read_out(self.metric, self.model)
-        if self.processes.count > 1:
-            cotangent = cotangent[slice(*self.shard)].clone()
-        return value, cotangent, readouts
-
-    def derivatives(self) -> Derivatives:
-        """What differentiates the loss a second time, and memory for the adjoint sweep."""
-        flat, alone = self.flat, self.processes.count == 1
-        self.token_metagradients = flat.zeros(self.num_tokens * self.num_columns).view(-1, self.num_columns)
-        with self.processes.failing_together():
-            self._values = flat.values if alone else flat.zeros(flat.shard_size)
-            # The product goes where AdamW's moments were. At the first step, nothing comes of it.
-            reused = self.num_steps == 1 or (alone and self.args.optim == "adamw")
-            self._product = None if reused else flat.zeros(flat.size + TAIL)
-        exact = Exact(self.losses, flat, self.processes)
-        return exact if self.args.curvature == "exact" else CentralDifference(exact, self.args.curvature_tolerance)
-
-    def walk_back(self, step: int, cotangent: Tensor) -> tuple[Tensor, float, Tensor | None]:
-        r"""
-        Walks the update of a step back: the model gets the parameters \\( \phi_t \\) before it.
-
-        Args:
-            step (`int`): Step, from 0: the last one that was not walked back.
-            cotangent (`Tensor`): \\( \lambda_\phi \\) after the update, this process's part; becomes that before it.
-
-        Returns:
-            `tuple[Tensor, float, Tensor | None]`: \\( \lambda_g \\), shape `(size,)`; this process's part of
-                \\( \langle \lambda_g, g_t \rangle \\); and memory for the Hessian-vector product, `None` where it is not wanted.
-        """
-        grad_cotangent, inner, spare = cotangent, 0.0, None
-        with self.processes.raising_later():
-            grad_cotangent, inner, spare = self.tape.rewind(self._values, cotangent)
-        if self.optimizer.clips(step):
-            total = self.processes.sum_float(inner, self.flat.device)
-            with self.processes.raising_later():
-                inner = self.tape.rewind_clipping(grad_cotangent, total)
-        if self.processes.count > 1:
-            values, grad_cotangent = self.processes.gather(self._values, grad_cotangent)
-            self.flat.values.copy_(values)
-        check_finite(f"the cotangent of the gradient of step {step + 1}", grad_cotangent)
-        memory = spare if self._product is None else self._product
-        return grad_cotangent, inner, None if step == 0 else memory
-
-    def differentiate(
-        self, step: int, derivatives: Derivatives, vector: Tensor, inner: float, memory: Tensor | None
-    ) -> Tensor | None:
-        r"""
-        Adds a step's \\( r_{ij} \\) to `token_metagradients`, and returns this process's part of \\( H_t \lambda_g \\), in `memory`.
-        """
-        work = partial(
-            derivatives,
-            vector=vector,
-            inner=inner,
-            example_losses=self.losses_of_epoch(step),
-            token_metagradients=self.token_metagradients,
-            buffer=memory,
-        )
-        product = self.in_memory(step, work)
-        self.progress.update()
-        if product is None:
-            return None
-        check_finite(f"the Hessian-vector product of step {step + 1}", product)
-        self.flat.release_gradients()
-        return product[slice(*self.shard)]
+    def _local_batches(self, step: int) -> list[MicroBatch]:
+        """This process's micro-batches of a step."""
+        if step not in self._collated:
+            self._collated[step] = micro_batches(
+                self.examples,
+                self.batches[step],
+                self.recipe,
+                self.measured.micro_batch_size,
+                self.space.phi,
+                self.processes,
+            )
+        return self._collated[step]
 
 
-def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: int) -> float:
+def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters: int) -> float:
     """`"auto"`: four times the mean square of the first gradient: \\( \\sqrt{r} \\) is twice its root mean square."""
-    if args.adam_epsilon_root != "auto":
-        return float(args.adam_epsilon_root)
+    if recipe.adam_epsilon_root != "auto":
+        return float(recipe.adam_epsilon_root)
     square = grad.norm(dtype=torch.float64).item() ** 2
-    if square == 0 and args.optim == "adamw":
+    if square == 0 and recipe.optim != "sgd":
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
             "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "
@@ -315,24 +315,8 @@ def _epsilon_root(args: TargetTrainingArguments, grad: Tensor, num_parameters: i
     return AUTO_EPSILON_ROOT * square / num_parameters
 
 
-def _optimizer(args: TargetTrainingArguments, epsilon_root: float, num_examples: int, num_decayed: int) -> Optimizer:
-    hyperparameters = [
-        Hyperparameters(
-            step + 1,
-            learning_rate,
-            args.weight_decay,
-            args.adam_beta1,
-            args.adam_beta2,
-            args.adam_epsilon,
-            epsilon_root,
-        )
-        for step, learning_rate in enumerate(args.learning_rates(num_examples))
-    ]
-    return Optimizer(args.optim, hyperparameters, num_decayed, args.max_grad_norm)
-
-
-def _metric_gradient(metric: Metric, model: TargetModel, flat: FlatParameters) -> tuple[float, Tensor]:
-    with torch.enable_grad(), dora_under(model, ThroughDetached()):
+def _metric_gradient(metric: Metric, model: TargetModel, space: Workspace) -> tuple[float, Tensor]:
+    with torch.enable_grad():
         value = evaluate(metric, model)
     if not value.requires_grad:
         raise ValueError(
@@ -340,10 +324,10 @@ def _metric_gradient(metric: Metric, model: TargetModel, flat: FlatParameters) -
             "model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
             "`torch.no_grad()` or NumPy."
         )
-    buffer = flat.accumulate_into()
-    value.backward(inputs=flat.params)
-    flat.release_gradients()
-    grad = buffer[: flat.size]
+    grad = space.buffer()[: space.size]
+    space.accumulate_into(grad)
+    value.backward(inputs=space.params)
+    space.release_gradients()
     if grad.norm() == 0 and not grad.any():  # the second is slow
         raise ValueError(
             "`metric` does not depend on what is trained: its gradient is zero for every trainable parameter, so all "
@@ -362,7 +346,7 @@ def check_finite(what: str, tensor: Tensor) -> None:
         )
 
 
-def progress_bar(args: TargetTrainingArguments, processes: Processes, total: int) -> tqdm:
+def progress_bar(recipe: TargetTrainingArguments, processes: Processes, total: int) -> tqdm:
     # one step is not worth a bar
-    hidden = True if total == 2 or processes.index != 0 else args.disable_tqdm
+    hidden = True if total == 2 or processes.index != 0 else recipe.disable_tqdm
     return tqdm(total=total, desc="Target", leave=False, disable=hidden)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..metagradients.columns import apply_columns
 from ..metagradients.metric import Metric
+from ..metagradients.runtime.examples import apply_columns
 from .heads import input_embedding_weight
 from .texts import common_share
 

@@ -28,8 +28,8 @@ from ..data import (
 )
 from ..metagradients import TargetTrainingArguments, TrainingOutput
 from ..metagradients.metric import Metric, as_metric
-from ..metagradients.model import check_model, trainable_parameters, vocab_size
-from ..metagradients.processes import failing_together
+from ..metagradients.runtime.model import check_model, trainable_parameters, vocab_size
+from ..metagradients.runtime.processes import failing_together
 from ..target import load_target_model, load_target_tokenizer
 
 

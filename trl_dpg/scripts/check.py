@@ -74,16 +74,17 @@ class CheckArguments(MetricArguments):
             raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RecipeArguments(TargetTrainingArguments):
-    """The recipe. The parser knows no type that is a number or `"auto"`."""
+    """The recipe. The parser knows no type that is a number or `"auto"`, or a name or a class."""
 
+    optim: str = TargetTrainingArguments.optim  # type: ignore[assignment]
     adam_epsilon_root: str = TargetTrainingArguments.adam_epsilon_root  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.adam_epsilon_root != "auto":
             try:
-                self.adam_epsilon_root = float(self.adam_epsilon_root)
+                object.__setattr__(self, "adam_epsilon_root", float(self.adam_epsilon_root))
             except ValueError:
                 pass  # said below
         super().__post_init__()

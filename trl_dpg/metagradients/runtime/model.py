@@ -1,25 +1,28 @@
 """The target model as the engine sees it: what is trained, what is checked, and what is put back."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from accelerate.utils import is_compiled_module
 from peft import PeftModel, PromptLearningConfig
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from .arguments import TargetTrainingArguments
-from .forwards import replaced_forwards
+
+if TYPE_CHECKING:
+    from ..method.recipe import TargetTrainingArguments
 
 
 TargetModel = PreTrainedModel | PeftModel
@@ -110,12 +113,17 @@ def check_model(model: TargetModel) -> None:
     Raises a [`ValueError`] for models whose metagradients would be silently wrong, once per model.
 
     - Encoder-decoders, and models whose logits at a token depend on later ones: these see what they are to predict.
-    - Models that write to their own weights in the forward pass, or cut their own gradient.
+    - Models that write to their own weights in the forward pass, or cut their own gradient, as DoRA does.
     """
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
             f"`model` is a {type(model).__name__}, which has no language-modeling head to compute a loss with. Load the "
             "target with `AutoModelForCausalLM.from_pretrained`."
+        )
+    if any(isinstance(module, DoraLinearLayer) for module in model.modules()):
+        raise ValueError(
+            "The target has DoRA adapters (`use_dora=True`), whose gradient is not the derivative of their loss: PEFT detaches the "
+            "norms of the adapted weights. Metagradients of it would be wrong. Use plain LoRA (`use_dora=False`)."
         )
     if model in _CHECKED:
         return
@@ -183,7 +191,7 @@ def check_positions(model: TargetModel, longest: int) -> None:
 
 
 def decayed_parameters(
-    model: TargetModel, params: list[nn.Parameter], args: TargetTrainingArguments
+    model: TargetModel, params: list[nn.Parameter], args: "TargetTrainingArguments"
 ) -> list[nn.Parameter]:
     """Which of `params` weight decay applies to."""
     if args.weight_decay_on_norm_and_bias:
@@ -263,24 +271,41 @@ def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
             f"`gradient_checkpointing` is on, but `model` ({type(model).__name__}) has no layers that Transformers can "
             "checkpoint. Turn it off, and lower `micro_batch_size` to save memory."
         )
-    with replaced_forwards(layers, lambda forward: partial(checkpoint, forward, use_reentrant=False)):
-        yield
-
-
-def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
-    """What [`checkpointed`] acts on now."""
-    return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "func", None) is checkpoint]
-
-
-@contextmanager
-def without_checkpoints(model: TargetModel) -> Iterator[None]:
-    """Undoes [`checkpointed`] within it."""
-    layers = checkpointed_layers(model)
-    forwards: list[Any] = [layer.forward for layer in layers]
-    for layer, forward in zip(layers, forwards, strict=True):
-        layer.forward = forward.args[0]
+    hooked = [layer.__dict__.get("forward") for layer in layers]  # Accelerate's hooks replace it on the instance
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.forward = forward
+        for layer, forward in zip(layers, hooked, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward  # type: ignore[method-assign]
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether [`checkpointed`] acts on the model now."""
+    return any(getattr(m.__dict__.get("forward"), "func", None) is checkpoint for m in model.modules())
+
+
+@contextmanager
+def twice_differentiable(model: TargetModel) -> Iterator[None]:
+    """
+    Runs a model by kernels that have a second derivative, and restores it on leaving.
+
+    SDPA keeps its interface but takes the math kernel; any attention other than SDPA and eager becomes eager. A compiled model
+    is run as it was before.
+    """
+    implementation = model.config._attn_implementation
+    replaced = implementation not in (None, "eager", "sdpa")
+    if replaced:
+        model.set_attn_implementation("eager")
+    try:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
+        ):
+            yield
+    finally:
+        if replaced:
+            model.set_attn_implementation(implementation)

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from .arguments import TargetTrainingArguments
-from .derivatives import Derivatives
-from .losses import Example
-from .memory import MemoryPlan
-from .model import TargetModel
+from .method.recipe import TargetTrainingArguments
 from .run import TargetRun
+from .runtime.examples import Example
+from .runtime.memory import MemoryPlan
+from .runtime.model import TargetModel
 
 
 @dataclass(kw_only=True)
@@ -68,8 +67,8 @@ class MetagradientOutput(TrainingOutput):
             What the metric would gain if other tokens stood there: the derivative, at 0, in the weight of an added loss term
             \\( -\log p(v \mid x_{<j}) / Z_t \\) for each of the example's `"candidates"`, shape `(tokens, k)`; 0 where there is
             none. `None` where no example has candidates.
-        plan ([`~trl_dpg.metagradients.memory.MemoryPlan`]):
-            Predicted memory, and where the tape was; `None` for a run of one step, which needs no tape.
+        plan ([`~trl_dpg.metagradients.runtime.memory.MemoryPlan`]):
+            Where the tape was, and how large; `None` for a run of one step, which needs no tape.
         curvature_errors (`list[float]`):
             Estimated relative error of each step's central difference; empty with `curvature="exact"`.
         num_exact_fallbacks (`int`):
@@ -155,7 +154,7 @@ def compute_metagradients(
     ```
     """
     args = args or TargetTrainingArguments()
-    if args.optim == "adamw" and args.adam_epsilon_root == 0:
+    if args.optim != "sgd" and args.adam_epsilon_root == 0:
         warnings.warn(
             "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`: its update has no derivative where a gradient is zero and "
             'a huge one close by, so metagradients are ill-conditioned. Set `adam_epsilon_root` to `"auto"`, or to 1e-9.',
@@ -166,7 +165,10 @@ def compute_metagradients(
         value, cotangent, readouts = run.metric_gradient()
         derivatives = run.derivatives()
         for step in reversed(range(run.num_steps)):
-            _step_back(run, step, cotangent, derivatives)
+            direction = run.walk_back_update(step, cotangent)
+            product = run.differentiate(step, derivatives, direction)
+            if product is not None:
+                cotangent.phi += product
         token_metagradients = run.processes.sum_(run.token_metagradients)
 
     lengths = [len(example.input_ids) for example in run.examples]
@@ -178,24 +180,16 @@ def compute_metagradients(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
         token_metagradients=[part[:, 0].float() for part in whole],
         candidate_metagradients=candidates if run.num_columns > 1 else None,
-        metric_before=run.metric_before,
+        metric_before=run.measured.metric_before,
         metric_after=value,
-        adam_epsilon_root=run.epsilon_root,
-        micro_batch_size=run.args.micro_batch_size,
-        losses=run.training_losses,
+        adam_epsilon_root=run.measured.epsilon_root,
+        micro_batch_size=run.measured.micro_batch_size,
+        losses=run.measured.losses,
         readouts=readouts,
-        plan=run.plan,
+        plan=run.measured.plan,
         curvature_errors=derivatives.errors[::-1],
         num_exact_fallbacks=derivatives.num_fallbacks,
     )
-
-
-def _step_back(run: TargetRun, step: int, cotangent: Tensor, derivatives: Derivatives) -> None:
-    r"""One step of the adjoint sweep: \\( \lambda_\phi \\) after step t becomes that before it, in place."""
-    grad_cotangent, inner, memory = run.walk_back(step, cotangent)
-    product = run.differentiate(step, derivatives, grad_cotangent, inner, memory)
-    if product is not None:
-        cotangent += product
 
 
 def train_and_measure(
@@ -214,11 +208,11 @@ def train_and_measure(
         run.train(keep_tape=False)
         value, readouts = run.measure()
     return TrainingOutput(
-        metric_before=run.metric_before,
+        metric_before=run.measured.metric_before,
         metric_after=value,
-        adam_epsilon_root=run.epsilon_root,
-        micro_batch_size=run.args.micro_batch_size,
-        losses=run.training_losses,
+        adam_epsilon_root=run.measured.epsilon_root,
+        micro_batch_size=run.measured.micro_batch_size,
+        losses=run.measured.losses,
         readouts=readouts,
     )
 

@@ -12,19 +12,54 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from .model import TargetModel, is_compiled
-from .second_order import zeros
+from ..runtime.model import TargetModel, is_compiled
+from .linear import zeros
+from .switches import SWITCHES
 
 
-LOGITS_AT_ONCE = 1 << 21  # logits up to this many are computed at once, by ordinary autograd
 # Logits of one chunk. Every one reads the head's weight: a GPU would do little else with small ones.
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 ADJUSTMENTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
-def chunk_size(device: torch.device) -> int:
-    """Logits that are computed at once, of a row at least."""
-    return CHUNK.get(device.type, CHUNK["cuda"])
+class ChunkedHead:
+    """
+    Losses of a model's tokens whose logits are computed chunk by chunk.
+
+    Behind a base in half precision, a plain head always computes in the precision of what is trained, so that the size of
+    micro-batches does not change the rounding.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+    """
+
+    def __init__(self, model: TargetModel):
+        self.model = model
+        self._is_plain: bool | None = None  # not known yet
+
+    def suits(self, num_tokens: int) -> bool:
+        """Whether to take it for that many tokens: they have many logits, and the model allows it."""
+        head = self.model.get_output_embeddings().weight
+        in_half = head.dtype in (torch.float16, torch.bfloat16)
+        if not in_half and num_tokens * len(head) <= SWITCHES.logits_at_once:
+            return False
+        if self._is_plain is None:
+            self._is_plain = has_plain_head(self.model)
+        return self._is_plain
+
+    def losses(self, inputs: dict[str, Any], places: tuple[Tensor, Tensor], targets: Tensor, like: Tensor) -> Tensor:
+        """
+        Cross-entropies, shape `(t, m)`.
+
+        Args:
+            inputs (`dict`): Of the model.
+            places (`tuple[Tensor, Tensor]`): Rows and columns of `t` tokens: those whose next tokens are predicted.
+            targets (`Tensor`): Shape `(t, m)`: what the losses are of.
+            like (`Tensor`): Its dtype is computed in.
+        """
+        decoder, head = decoder_and_head(self.model)
+        hidden = decoder(**inputs).last_hidden_state[places]
+        return token_losses(hidden.to(like), head.weight.to(like), targets.clamp(min=0))
 
 
 def decoder_and_head(model: TargetModel) -> tuple[nn.Module, Any]:
@@ -81,7 +116,8 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunks(hidden: Tensor, weight: Tensor):
-    size = max(1, chunk_size(weight.device) // len(weight))
+    chunk = SWITCHES.chunk or CHUNK.get(weight.device.type, CHUNK["cuda"])
+    size = max(1, chunk // len(weight))
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 

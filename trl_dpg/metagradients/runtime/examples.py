@@ -1,18 +1,19 @@
-"""The training loss of one batch: examples in, losses of tokens out."""
+"""Examples on their way into a run: what their columns mean is applied or refused by name, never ignored."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import TargetTrainingArguments
-from .columns import apply_columns
-from .model import TargetModel, vocab_size
-from .vocabulary import LOGITS_AT_ONCE, decoder_and_head, has_plain_head, token_losses
+from .processes import Processes
+
+
+if TYPE_CHECKING:
+    from ..method.recipe import TargetTrainingArguments
 
 
 class Example(NamedTuple):
@@ -70,6 +71,20 @@ class MicroBatch(NamedTuple):
         return sums.index_add(0, rows, values.double())
 
 
+# Models read these beside tokens. The target is given tokens alone.
+OTHER_INPUTS = (
+    "inputs_embeds",
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "input_features",
+    "image",
+    "images",
+)
+SEGMENTS = ("token_type_ids", "mm_token_type_ids")
+
+
 def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, vocab_size: int) -> list[Example]:
     """
     Checks examples and cuts them to `max_length` tokens.
@@ -77,7 +92,7 @@ def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, voc
     Args:
         examples (`Sequence[Mapping]`):
             Dicts with `input_ids`, optionally `labels` (-100 where not supervised), `weight` and `candidates`. What other columns
-            mean is said in [`~trl_dpg.metagradients.columns.apply_columns`].
+            mean is said in `apply_columns`.
         max_length (`int`):
             Tokens kept of each example.
         vocab_size (`int`):
@@ -185,35 +200,43 @@ def _weight(value: Any, i: int) -> float:
 def micro_batches(
     examples: list[Example],
     batch: list[int],
-    args: TargetTrainingArguments,
-    device: torch.device,
-    dtype: torch.dtype,
-    process_index: int = 0,
-    num_processes: int = 1,
+    recipe: "TargetTrainingArguments",
+    size: int | None,
+    phi: Tensor,
+    processes: Processes,
 ) -> list[MicroBatch]:
     """
     This process's share of a batch, cut into micro-batches; the normalization is that of the whole batch.
 
-    The list is empty where a process has no example with a supervised token.
+    Args:
+        examples (`list[Example]`): All examples.
+        batch (`list[int]`): Which of them are in the batch.
+        recipe ([`TargetTrainingArguments`]): Its normalization.
+        size (`int`, *optional*): Examples in a micro-batch; `None` for all.
+        phi (`Tensor`): The trained parameters, whose device and dtype are taken.
+        processes ([`Processes`]): Who shares the batch.
+
+    Returns:
+        `list[MicroBatch]`: Empty where a process has no example with a supervised token.
     """
     supervised = [i for i in batch if examples[i].num_supervised > 0]
-    if args.loss_normalization == "batch_tokens":
+    if recipe.loss_normalization == "batch_tokens":
         tokens = sum(examples[i].num_supervised for i in supervised)
         scales = dict.fromkeys(supervised, 1 / tokens if supervised else 0.0)
-    elif args.loss_normalization == "example":
+    elif recipe.loss_normalization == "example":
         scales = {i: 1 / (examples[i].num_supervised * len(supervised)) for i in supervised}
     else:
-        scales = {i: 1 / (args.max_length * len(supervised)) for i in supervised}
+        scales = {i: 1 / (recipe.max_length * len(supervised)) for i in supervised}
 
-    start = process_index * len(supervised) // num_processes
-    stop = (process_index + 1) * len(supervised) // num_processes
+    start = processes.index * len(supervised) // processes.count
+    stop = (processes.index + 1) * len(supervised) // processes.count
     share = supervised[start:stop]
-    size = args.micro_batch_size or max(len(share), 1)
-    return [_collate(examples, share[j : j + size], scales, device, dtype) for j in range(0, len(share), size)]
+    size = size or max(len(share), 1)
+    return [_collate(examples, share[j : j + size], scales, phi) for j in range(0, len(share), size)]
 
 
-def _collate(examples, indices, scales, device, dtype) -> MicroBatch:
-    rows = [examples[i] for i in indices]
+def _collate(examples: list[Example], indices: list[int], scales: dict[int, float], phi: Tensor) -> MicroBatch:
+    rows, device, dtype = [examples[i] for i in indices], phi.device, phi.dtype
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     length = int(lengths.max())
 
@@ -233,62 +256,82 @@ def _collate(examples, indices, scales, device, dtype) -> MicroBatch:
     )
 
 
-class TokenLosses(nn.Module):
-    r"""
-    Losses of a micro-batch's supervised tokens, \\( \ell_{ij}(\phi) / Z_t \\), as a function of it: shape `(t, 1)`.
+def apply_columns(
+    row: Mapping[str, Any], where: str, input_ids: list[int], labels: list[int] | None
+) -> tuple[slice, list[int]]:
+    """
+    Which tokens of a row are no padding, and the labels of all of its tokens.
 
-    Weighted by \\( w_i \\) and summed over a batch, they are \\( L_t(\phi; w) \\). With `candidates`, the shape is `(t, 1 + k)`: behind
-    a token's own loss stand those of its candidates, \\( -\log p(v \mid x_{<j}) / Z_t \\), 0 where there is none.
-
-    Logits are computed chunk by chunk where the model allows it (see [`~trl_dpg.metagradients.vocabulary.has_plain_head`]) and
-    there are many. `num_tokens` decides as that many tokens would. Behind a base in half precision a plain head always
-    computes in the precision of what is trained, so that the size of micro-batches does not change the rounding.
+    As in [`~trl.SFTTrainer`], `completion_mask` and `assistant_masks` say what is supervised where there are no `labels`.
+    Tokens with an `attention_mask` of 0 are padding, and must be at the ends.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model, in the state (evaluation mode, attention implementation) in which it will be run.
-        bf16 (`bool`):
-            Whether it runs under bfloat16 autocast.
+        row (`Mapping`):
+            Columns of the row.
+        where (`str`):
+            Name of the row in messages.
+        input_ids (`list[int]`):
+            Its tokens.
+        labels (`list[int]`, *optional*):
+            Its labels.
+
+    Returns:
+        `tuple[slice, list[int]]`: The tokens to keep, and the labels.
+
+    Raises:
+        [`ValueError`]: If a column is malformed, or asks for what a run over tokens and labels cannot do.
     """
+    if labels is None:
+        labels = list(input_ids)
+        for key in ("completion_mask", "assistant_masks"):
+            if row.get(key) is not None:
+                mask = _mask(row[key], where, key, len(input_ids))
+                labels = [label if bit else -100 for label, bit in zip(labels, mask, strict=True)]
+    kept = slice(0, len(input_ids))
+    if row.get("attention_mask") is not None:
+        mask = _mask(row["attention_mask"], where, "attention_mask", len(input_ids))
+        start = mask.index(1) if 1 in mask else len(mask)
+        kept = slice(start, start + sum(mask))
+        if 0 in mask[kept]:
+            raise ValueError(
+                f"{where} has an `attention_mask` with a 0 between ones, at position {start + mask[kept].index(0)}. Padding "
+                "is left out at the ends only. Remove the tokens that are not to be seen."
+            )
+    _check_inputs(row, where, kept)
+    return kept, labels
 
-    def __init__(self, model: TargetModel, bf16: bool):
-        super().__init__()
-        self.model = model
-        self.bf16 = bf16
-        self._plain_head: bool | None = None  # not known yet
 
-    def forward(self, batch: MicroBatch, candidates: bool = False, num_tokens: int | None = None) -> Tensor:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        targets = batch.labels[:, 1:, None]
-        if candidates and batch.candidates.shape[2] > 0:
-            targets = torch.cat([targets, batch.candidates[:, 1:]], dim=2)
-        rows, columns = batch.supervised()
-        if self._by_chunks(num_tokens or targets[..., 0].numel()):
-            decoder, head = decoder_and_head(self.model)
-            hidden = decoder(**inputs).last_hidden_state[:, :-1]
-            targets = targets[rows, columns]
-            # In the precision of what is trained, also behind a frozen part in half precision.
-            hidden, weight = hidden[rows, columns].to(batch.scale), head.weight.to(batch.scale)
-            losses = token_losses(hidden, weight, targets.clamp(min=0))
-        else:
-            with torch.autocast(targets.device.type, torch.bfloat16, enabled=self.bf16):
-                logits = self.model(**inputs).logits[:, :-1]
-            if logits.dtype in (torch.float16, torch.bfloat16):
-                logits = logits.float()
-            losses = -F.log_softmax(logits, dim=-1).gather(2, targets.clamp(min=0)).flatten(0, 1)
-            targets = targets.flatten(0, 1)
-            if len(rows) < len(losses):  # padding, or tokens that are not supervised
-                supervised = rows * logits.shape[1] + columns
-                losses, targets = losses.index_select(0, supervised), targets.index_select(0, supervised)
-        losses = losses * batch.scale[rows, None]
-        return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)
+def _mask(values: Any, where: str, key: str, num_tokens: int) -> list[int]:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(0, 0)
+    if tensor.shape != (num_tokens,) or not ((tensor == 0) | (tensor == 1)).all():
+        raise ValueError(
+            f"{where} needs `{key}` to be {num_tokens} zeros and ones, one for each of its `input_ids`, got {values!r:.80}. "
+            "Make it with the tokens, or leave it out."
+        )
+    return tensor.long().tolist()
 
-    def _by_chunks(self, num_tokens: int) -> bool:
-        if self.bf16:
-            return False
-        in_half = self.model.get_output_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
-        if not in_half and num_tokens * vocab_size(self.model) <= LOGITS_AT_ONCE:
-            return False
-        if self._plain_head is None:
-            self._plain_head = has_plain_head(self.model)
-        return self._plain_head
+
+def _check_inputs(row: Mapping[str, Any], where: str, kept: slice) -> None:
+    if row.get("seq_lengths") is not None and len(row["seq_lengths"]) > 1:
+        raise ValueError(
+            f"{where} has `seq_lengths` {row['seq_lengths']!r:.80}: several texts, packed into one row. Here each would see "
+            "those before it. Give one example per text (`packing=False`)."
+        )
+    for key in OTHER_INPUTS:
+        if row.get(key) is not None:
+            raise ValueError(
+                f"{where} has `{key}`, which the target is not given: it is trained on `input_ids` alone. Remove the column, "
+                "or use examples of text."
+            )
+    length = kept.stop - kept.start
+    for key in ("position_ids", *SEGMENTS):
+        neutral = range(length) if key == "position_ids" else [0] * length
+        if row.get(key) is not None and list(row[key])[kept] != list(neutral):
+            what = "counts from 0 without a gap" if key == "position_ids" else "is 0 at every token"
+            raise ValueError(
+                f"{where} has `{key}` {row[key]!r:.80}, which the target is not given. That changes nothing only where it "
+                f"{what}. Remove the column, or give one example per text."
+            )

@@ -13,8 +13,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
-from .flat import TAIL
 from .memory import OutOfMemory, clear_frames, is_out_of_memory
+
+
+TAIL = 64  # elements after the parameters in a gradient buffer: scalars that are summed over processes along with it
 
 
 class Processes:

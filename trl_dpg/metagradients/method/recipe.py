@@ -3,12 +3,15 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import SchedulerType, get_scheduler
+from transformers import get_scheduler
+
+from ..runtime.sft import recipe_of_sft
+from .updates import UPDATES, Update
 
 
 if TYPE_CHECKING:
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "optim": ("adamw", "sgd"),
     "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
     "loss_normalization": ("batch_tokens", "example", "max_length"),
     "curvature": ("exact", "central_difference"),
@@ -24,7 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class TargetTrainingArguments:
     r"""
     Recipe of the supervised fine-tuning (SFT) run that metagradients are taken through.
@@ -33,16 +35,21 @@ class TargetTrainingArguments:
     a deterministic program.
 
     Args:
-        optim (`str`, *optional*, defaults to `"adamw"`):
-            Optimizer, `"adamw"` or `"sgd"` (plain, without momentum).
+        optim (`str` or `type`, *optional*, defaults to `"adamw"`):
+            Update rule: `"adamw"`, `"sgd"`, `"muon"` (matrices in hidden layers by Muon, all else by AdamW), or a subclass of
+            [`~trl_dpg.metagradients.method.updates.Update`].
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Peak learning rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            Decoupled weight decay. A parameter that a step's loss does not reach counts as one whose gradient is zero, so that
+            Weight decay: as in PyTorch, decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter that a step's loss does not reach counts as one whose gradient is zero, so that
             it decays too, and its moments do; [`torch.optim.AdamW`] leaves it alone.
         weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
             Whether weight decay also applies to normalization weights and biases, as in a bare
             [`~torch.optim.AdamW`]. [`~transformers.Trainer`] leaves them out: `False` reproduces that.
+        momentum (`float`, *optional*):
+            Momentum of SGD and Muon. `None` is that of PyTorch: 0 for SGD, 0.95 for Muon.
+        nesterov (`bool`, *optional*):
+            Whether momentum is Nesterov's. `None` is PyTorch's default: not for SGD, but for Muon.
         adam_beta1 (`float`, *optional*, defaults to `0.9`):
             Decay of AdamW's first moment.
         adam_beta2 (`float`, *optional*, defaults to `0.95`):
@@ -92,16 +99,16 @@ class TargetTrainingArguments:
         curvature (`str`, *optional*, defaults to `"exact"`):
             How Hessian-vector products are computed.
 
-            - `"exact"`: double backward, see [`~trl_dpg.metagradients.derivatives.Exact`].
+            - `"exact"`: double backward, see [`~trl_dpg.metagradients.method.exact.Exact`].
             - `"central_difference"`: from two gradients on either side, see
-              [`~trl_dpg.metagradients.derivatives.CentralDifference`]. Cheaper, in the memory of ordinary training, and to
+              [`~trl_dpg.metagradients.method.central_difference.CentralDifference`]. Cheaper, in the memory of ordinary training, and to
               about three digits in float32.
         curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
             Largest estimated relative error of a central difference. A step with a larger one is repeated exactly.
         tape (`str`, *optional*, defaults to `"auto"`):
             Where the gradients of all steps are kept for the way back: in the `"device"`'s memory, the `"host"`'s, or on
             `"disk"`, 1.1 times the trained parameters per step at most, and on host and disk twice the trained parameters
-            for a while. `"auto"` takes the first that has room.
+            for a while. `"auto"` takes the first where half of the free memory is enough.
         tape_dir (`str`, *optional*):
             Directory of the tape on disk. If `None`, the system's directory for temporary files, or `/var/tmp` where that is
             in memory (tmpfs); where both are, there is no tape on disk.
@@ -125,10 +132,12 @@ class TargetTrainingArguments:
     ```
     """
 
-    optim: Literal["adamw", "sgd"] = "adamw"
+    optim: str | type[Update] = "adamw"
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
     weight_decay_on_norm_and_bias: bool = True
+    momentum: float | None = None
+    nesterov: bool | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -152,6 +161,11 @@ class TargetTrainingArguments:
     disable_tqdm: bool | None = None
 
     def __post_init__(self):
+        known = isinstance(self.optim, str) and self.optim in UPDATES
+        if not known and not (isinstance(self.optim, type) and issubclass(self.optim, Update)):
+            raise ValueError(
+                f"`optim` must be one of {', '.join(map(repr, UPDATES))} or an `Update`, got {self.optim!r}."
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -164,16 +178,10 @@ class TargetTrainingArguments:
             self._require(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
         if self.adam_epsilon_root != "auto":
             self._require("adam_epsilon_root", '"auto" or a finite number of at least 0', lambda x: 0 <= x < math.inf)
-            if self.optim == "adamw" and self.adam_epsilon == 0 and self.adam_epsilon_root == 0:
-                raise ValueError(
-                    "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is "
-                    "zero. Set `adam_epsilon_root`, for example to 1e-9."
-                )
-        if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
-            raise ValueError(
-                f"`warmup_steps` {self.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set "
-                "that to 'constant_with_warmup', or leave the warm-up out."
-            )
+        if self.momentum is not None:
+            self._require("momentum", "None or a number in [0, 1)", lambda x: 0 <= x < 1)
+        if self.nesterov not in (None, True, False):
+            raise ValueError(f"`nesterov` must be None, True or False, got {self.nesterov!r}.")
         for name in ("batch_size", "num_train_epochs"):
             self._require_whole(name, "a whole number of at least 1", 1)
         self._require_whole("max_length", "a whole number of at least 2", 2)
@@ -182,16 +190,36 @@ class TargetTrainingArguments:
             self._require_whole("micro_batch_size", "None or a whole number of at least 1", 1)
         if self.tape_dir is not None and not (isinstance(self.tape_dir, str) and os.path.isdir(self.tape_dir)):
             raise ValueError(f"`tape_dir` must be None or an existing directory, got {self.tape_dir!r}. Create it.")
+        for name in ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.optim != "sgd" and self.adam_epsilon == 0 and self.adam_epsilon_root == 0:
+            raise ValueError(
+                "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is zero. Set "
+                "`adam_epsilon_root`, for example to 1e-9."
+            )
+        if self.nesterov and self.optim == "sgd" and not self.momentum:
+            raise ValueError("`nesterov=True` needs a `momentum` above 0 with SGD. Set it, for example to 0.9.")
+        if self.optim == "adamw" and (self.momentum is not None or self.nesterov is not None):
+            raise ValueError(
+                f'`momentum` {self.momentum} and `nesterov` {self.nesterov} are settings of "sgd" and "muon". With "adamw", set '
+                "`adam_beta1`."
+            )
+        if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
+            raise ValueError(
+                f"`warmup_steps` {self.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set "
+                "that to 'constant_with_warmup', or leave the warm-up out."
+            )
         if self.bf16 and self.curvature == "central_difference":
             raise ValueError(
                 "`bf16=True` and `curvature='central_difference'` do not go together: differences of losses vanish in "
                 'bfloat16\'s rounding. Set one of `bf16=False` and `curvature="exact"`.'
             )
-        for name in ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
-    def _require(self, name, requirement, holds):
+    def _require(self, name: str, requirement: str, holds: Callable[[float], bool]) -> None:
         value = getattr(self, name)
         # A YAML `1e-6` arrives as a string, which is the usual cause of the type error.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -202,9 +230,9 @@ class TargetTrainingArguments:
         if not holds(value):
             raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
 
-    def _require_whole(self, name, requirement, minimum):
+    def _require_whole(self, name: str, requirement: str, minimum: int) -> None:
         self._require(name, requirement, lambda x: minimum <= x < 2**64 and float(x).is_integer())
-        setattr(self, name, int(getattr(self, name)))  # 8.0 is as good as 8
+        object.__setattr__(self, name, int(getattr(self, name)))  # 8.0 is as good as 8, and the class is frozen
 
     @classmethod
     def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":
@@ -214,10 +242,13 @@ class TargetTrainingArguments:
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
 
-        Of [`~trl.SFTTrainer`], four things are not reproduced: dropout and mixed precision; which order its seeds shuffle the
-        examples into (with `train_sampling_strategy="sequential"` batches are the same); that it drops examples without any label before it forms batches; and that, for models whose class is
-        not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the loss's denominator,
-        although nothing predicts it. Set that label to -100 to have the two agree.
+        Four things of [`~trl.SFTTrainer`] are not reproduced:
+
+        - dropout and mixed precision;
+        - the order into which its seeds shuffle examples (with `train_sampling_strategy="sequential"` batches are the same);
+        - it drops examples without any label before it forms batches;
+        - for models whose class is not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the
+          loss's denominator, although nothing predicts it. Set that label to -100 to have the two agree.
 
         Args:
             config ([`~trl.SFTConfig`]):
@@ -228,55 +259,12 @@ class TargetTrainingArguments:
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.
         """
-        unsupported = {
-            "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),
-            "max_steps": config.max_steps > 0,
-            "num_train_epochs": config.num_train_epochs != int(config.num_train_epochs),
-            "packing": config.packing,
-            "padding_free": config.padding_free,
-            "assistant_only_loss": config.assistant_only_loss,
-            "loss_type": config.loss_type not in ("nll", "chunked_nll"),
-            "truncation_mode": config.truncation_mode != "keep_start",
-            "max_length": config.max_length is None,
-            "label_smoothing_factor": config.label_smoothing_factor != 0,
-            "neftune_noise_alpha": config.neftune_noise_alpha is not None,
-            "dataloader_drop_last": config.dataloader_drop_last,
-            "lr_scheduler_kwargs": bool(config.lr_scheduler_kwargs),
-            "optim_args": bool(config.optim_args),  # SGD's momentum
-            "router_aux_loss_coef": bool(config.router_aux_loss_coef),
-            "accelerator_config": config.accelerator_config.split_batches,  # type: ignore[union-attr]
-            "train_sampling_strategy": config.train_sampling_strategy not in ("random", "sequential")
-            and "shuffle" not in overrides,
-        }
-        for name, is_unsupported in unsupported.items():
-            if is_unsupported and name not in overrides:
-                raise ValueError(
-                    f"`{name}={getattr(config, name)!r}` of the SFT configuration cannot be expressed as a "
-                    f"`TargetTrainingArguments`. Change it in the SFT configuration, or pass `{name}=...` here if it is "
-                    "one of this class's fields."
-                )
-        scheduler = overrides.get("lr_scheduler_type", SchedulerType(config.lr_scheduler_type).value)
-        fields = {
-            "optim": "sgd" if config.optim == "sgd" else "adamw",
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "weight_decay_on_norm_and_bias": False,
-            "adam_beta1": config.adam_beta1,
-            "adam_beta2": config.adam_beta2,
-            "adam_epsilon": config.adam_epsilon,
-            "adam_epsilon_root": 0.0,
-            "lr_scheduler_type": scheduler,
-            "warmup_steps": 0 if scheduler == "constant" else config.warmup_steps,  # which ignores it
-            "max_grad_norm": config.max_grad_norm or 0.0,
-            "num_train_epochs": int(config.num_train_epochs),
-            "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
-            "micro_batch_size": config.train_batch_size,
-            "max_length": config.max_length,
-            "shuffle": config.shuffle_dataset or config.train_sampling_strategy == "random",
-            "seed": config.seed,
-            "loss_normalization": "batch_tokens",
-        }
-        return cls(**{**fields, **overrides})
+        return cls(**recipe_of_sft(config, overrides))
+
+    @property
+    def rule(self) -> type[Update]:
+        """The update rule that `optim` names."""
+        return UPDATES[self.optim] if isinstance(self.optim, str) else self.optim
 
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps K over `num_examples` examples."""

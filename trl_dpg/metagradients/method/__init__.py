@@ -1,0 +1,1 @@
+"""The method: recipe, loss, updates and their adjoints, tape, derivatives."""

@@ -1,0 +1,191 @@
+r"""Derivatives along \\( \lambda_g \\) by central differences."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..runtime.examples import MicroBatch
+from .derivatives import Derivatives, Direction
+from .exact import Exact
+
+
+FIRST_DISTANCE = 1e-4  # relative to the parameters; where the search for a step size begins
+FIRST_CHANGE = 0.1  # nats per token over the cube root of the precision; the change of loss that it looks for
+PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at least two
+
+
+class CentralDifference(Derivatives):
+    r"""
+    Two gradients at \\( \phi_t \pm \epsilon \lambda_g \\). All operations are of first order, so any kernel will do (fused attention,
+    compiled models, quantized base layers), with the memory of a training step.
+
+    $$ H_t \lambda_g \approx \frac{\nabla L_t(\phi_t + \epsilon \lambda_g) - \nabla L_t(\phi_t - \epsilon \lambda_g)}{2 \epsilon},
+       \quad \langle \nabla \ell_{ij}, \lambda_g \rangle \approx
+       \frac{\ell_{ij}(\phi_t + \epsilon \lambda_g) - \ell_{ij}(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
+
+    Costs 6 forward passes a step (plain training: 3), 2 at the first step.
+
+    The error is estimated from losses. With \\( \Delta = \tfrac{1}{2} \mathrm{mean}_i |\ell_i^+ - \ell_i^-| \\) in nats per token
+    and \\( \ell_i \\) from the forward sweep, it is the largest of
+
+    - truncation, \\( 2 \rho^2 \\) with \\( \rho = \sum_i |\ell_i^+ - 2 \ell_i + \ell_i^-| / \sum_i |\ell_i^+ - \ell_i^-| \\);
+    - rounding, \\( \nu / \Delta \\), where \\( \nu \\) is the mean loss in nats per token times the floating-point precision;
+    - what the weighted sum of the examples' derivatives misses of \\( \langle g_t, \lambda_g \rangle \\), which the optimizer's
+      adjoint knows.
+
+    That \\( \epsilon^2 \lambda_g^\top H_t \lambda_g \\) should be \\( \sum_i w_i (\ell_i^+ - 2 \ell_i + \ell_i^-) / Z_t \\) is no test of the
+    product in float32: at this \\( \epsilon \\) the second is a hundredth of the first difference, and rounding a tenth of it.
+
+    The next \\( \epsilon \\) is where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
+    smallest sum. What is missed beyond rounding counts as truncation, if it is more. The first one changes the losses of a few
+    examples by 5e-4 nats per token (in float32; 6e-7 in float64), or less where that is better for them. A step whose error is
+    above the tolerance is repeated with a better \\( \epsilon \\) if there is one, or else by [`Exact`].
+
+    Args:
+        exact ([`Exact`]): What to fall back to.
+        tolerance (`float`): Largest accepted estimate.
+    """
+
+    def __init__(self, exact: Exact, tolerance: float):
+        super().__init__(exact.losses, exact.space)
+        self.exact = exact
+        self.tolerance = tolerance
+        self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
+        self._position = 0.0  # the epsilon at which the parameters are
+
+    def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
+        """As of [`Derivatives`]."""
+        # The second is slow, but cannot underflow.
+        norm = direction.vector.norm().item() or direction.vector.norm(dtype=torch.float64).item()
+        if norm == 0:
+            self.errors.append(0.0)
+            if product is not None:
+                product.zero_()
+            return [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
+        self._position = 0.0
+        before = self._distance, len(self.errors), self.num_fallbacks
+        try:
+            return self._differentiate(batches, direction, norm, product)
+        except BaseException:  # as it was, for whoever tries again
+            self._distance, count, self.num_fallbacks = before
+            del self.errors[count:]
+            self._move_to(0.0, direction.vector)
+            raise
+
+    def _differentiate(self, batches, direction, norm, product) -> list[Tensor]:
+        if self._distance == 0:
+            self._find_distance(batches, direction, norm, refine=product is not None)
+        for _ in range(2):
+            distance = self._distance
+            results, error = self._difference(batches, direction, norm, product)
+            if error <= self.tolerance or distance / 1.5 < self._distance < 1.5 * distance:
+                break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
+        self.errors.append(error)
+        if error <= self.tolerance:  # not where it is not a number
+            return results
+        self.num_fallbacks += 1
+        self._distance = 0.0  # nothing was learned about it
+        if product is None:  # the first step, which may start from what is exact
+            self.space.load_originals(self.space.phi)
+        else:
+            self._move_to(0.0, direction.vector)
+        return self.exact(batches, direction, product)
+
+    def _find_distance(self, batches, direction, norm, refine: bool) -> None:
+        """
+        The distance at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them.
+
+        With `refine`, two more try a shorter one, where these examples are few beside the batch: that is cheaper than two gradients
+        of the batch at a wrong distance.
+        """
+        size = self.space.phi.norm().item() or 1.0
+        self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
+        wanted = FIRST_CHANGE * torch.finfo(self.space.dtype).eps ** (1 / 3)
+        # as many examples whatever the size of micro-batches, on which the step should not depend
+        num = sum(len(batch.indices) for batch in batches)
+        rows = min(PROBED, max(2, num // PROBED))
+        few = []
+        for batch in batches:
+            few += [batch.first(rows)] if rows > 0 else []
+            rows -= len(batch.indices)
+        for _ in range(4):
+            count, change, total = self._change(few, direction, norm, num)
+            if count == 0:
+                return
+            # Of a change that is little more than rounding, or no longer linear, less follows.
+            factor = min(max(wanted * count / change, 0.01), 100.0) if change > 0 else 100.0
+            distance = self._distance
+            self._distance = min(distance * (factor if math.isfinite(change) else 0.01), self._farthest)
+            if 0.1 < factor < 10 or self._distance == distance:
+                break
+        if refine and 4 * count <= total:
+            distance = self._distance
+            self._difference(few, direction._replace(inner=math.nan), norm, None)
+            self._distance = min(self._distance, distance)  # a few say little about how far one may go with all
+
+    def _change(self, few, direction, norm, num: int) -> list[float]:
+        """Of few examples: how many, their change of loss in nats per token; and how many there are in all."""
+        self._move_to(self._distance / norm, direction.vector)
+        sums = [0.0, 0.0, float(num)]
+        with self.space.accumulating(None, sums), torch.no_grad():
+            for batch in few:
+                values = batch.example_sums(self.losses(batch)[:, 0])
+                change = (values - direction.example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
+                sums[0] += len(batch.indices)
+                sums[1] += change.abs().sum().item()
+        return sums
+
+    def _move_to(self, epsilon: float, vector: Tensor) -> None:
+        self.space.phi.add_(vector, alpha=epsilon - self._position)
+        self._position = epsilon
+
+    def _difference(self, batches, direction, norm, product) -> tuple[list[Tensor], float]:
+        """
+        The two gradients, or only their losses without `product`: derivatives and their estimated error. Chooses the next distance.
+        """
+        epsilon = self._distance / norm
+        results = [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
+        changes = [torch.zeros(2, len(b.indices), dtype=torch.float64, device=self.space.device) for b in batches]
+        sums = [0.0] * 6
+        with self.space.accumulating(product, sums):
+            for sign in (1, -1):
+                self._move_to(sign * epsilon, direction.vector)
+                for batch, result, (odd, even) in zip(batches, results, changes, strict=True):
+                    with torch.set_grad_enabled(product is not None):
+                        values = self.losses(batch, candidates=True)
+                    if product is not None:
+                        weights = batch.token_weights(candidates=True) * (sign / (2 * epsilon))
+                        values.backward(weights, inputs=self.space.params)
+                    values = values.detach()
+                    result += sign * values
+                    change = batch.example_sums(values[:, 0]) - direction.example_losses[batch.indices]
+                    odd += sign * change
+                    even += change
+            for batch, (odd, even) in zip(batches, changes, strict=True):
+                nats = 1 / (batch.scale * batch.num_supervised).double()
+                weighted = odd * batch.weights.double() / (2 * epsilon)
+                rows = (direction.example_losses[batch.indices] * nats, (odd * nats).abs(), (even * nats).abs())
+                parts = (*(row.sum().item() for row in rows), weighted.sum().item(), weighted.abs().sum().item())
+                sums[:] = [total + part for total, part in zip(sums, (len(batch.indices), *parts), strict=True)]
+        return [result / (2 * epsilon) for result in results], self._judge(sums, direction.inner)
+
+    def _judge(self, sums: list[float], inner: float) -> float:
+        """Estimated error of a difference, and the next distance. `inner` is not a number where the sums are not over all examples."""
+        count, loss, first, second, found, size = sums
+        if count == 0:  # no example with a supervised token on any process: all derivatives are 0
+            return 0.0
+        if not math.isfinite(first + second + loss + found):
+            self._distance /= 10
+            return math.inf
+        if first == 0:  # nothing moved beyond rounding
+            self._distance = min(100 * self._distance, self._farthest)
+            return math.inf
+        rounding = torch.finfo(self.space.dtype).eps * 2 * loss / first
+        missed = abs(found - inner) / size if size > 0 and not math.isnan(inner) else 0.0
+        # One example that is far less linear than the others hardly shows in means, but in what is missed.
+        truncation = max(2 * max((second / first) ** 2 - rounding**2, 0.0), missed - rounding)
+        factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
+        # Of a change that is little more than rounding, the second difference says nothing.
+        self._distance = min(self._distance * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
+        return max(truncation, rounding, missed)

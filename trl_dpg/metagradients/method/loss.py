@@ -1,0 +1,54 @@
+"""The training loss of one batch: examples in, losses of tokens out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import ChunkedHead
+from ..runtime.examples import MicroBatch
+from ..runtime.model import TargetModel
+
+
+class TokenLosses(nn.Module):
+    r"""
+    Losses of a micro-batch's supervised tokens, \\( \ell_{ij}(\phi) / Z_t \\), as a function of it: shape `(t, 1)`.
+
+    Weighted by \\( w_i \\) and summed over a batch, they are \\( L_t(\phi; w) \\). With `candidates`, the shape is `(t, 1 + k)`: behind
+    a token's own loss stand those of its candidates, \\( -\log p(v \mid x_{<j}) / Z_t \\), 0 where there is none.
+
+    Logits are computed chunk by chunk where the model allows it and there are many, see [`~trl_dpg.metagradients.kernels`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model, in the state (evaluation mode, attention implementation) in which it will be run.
+        bf16 (`bool`):
+            Whether it runs under bfloat16 autocast.
+    """
+
+    def __init__(self, model: TargetModel, bf16: bool):
+        super().__init__()
+        self.model = model
+        self.bf16 = bf16
+        self.head = ChunkedHead(model)
+
+    def forward(self, batch: MicroBatch, candidates: bool = False) -> Tensor:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        targets = batch.labels[:, 1:, None]
+        if candidates and batch.candidates.shape[2] > 0:
+            targets = torch.cat([targets, batch.candidates[:, 1:]], dim=2)
+        rows, columns = batch.supervised()
+        if not self.bf16 and self.head.suits(targets[..., 0].numel()):
+            targets = targets[rows, columns]
+            losses = self.head.losses(inputs, (rows, columns), targets, batch.scale)
+        else:
+            with torch.autocast(targets.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(**inputs).logits[:, :-1]
+            if logits.dtype in (torch.float16, torch.bfloat16):
+                logits = logits.float()
+            losses = -F.log_softmax(logits, dim=-1).gather(2, targets.clamp(min=0)).flatten(0, 1)
+            targets = targets.flatten(0, 1)
+            if len(rows) < len(losses):  # padding, or tokens that are not supervised
+                supervised = rows * logits.shape[1] + columns
+                losses, targets = losses.index_select(0, supervised), targets.index_select(0, supervised)
+        losses = losses * batch.scale[rows, None]
+        return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)

@@ -1,0 +1,12 @@
+"""Update rules, each beside its adjoint."""
+
+from .adamw import AdamW
+from .clipping import Clipping
+from .muon import Muon
+from .sgd import SGD
+from .update import Group, Update, parameter_groups
+
+
+UPDATES: dict[str, type[Update]] = {"adamw": AdamW, "sgd": SGD, "muon": Muon}
+
+__all__ = ["UPDATES", "AdamW", "Clipping", "Group", "Muon", "SGD", "Update", "parameter_groups"]

@@ -1,0 +1,54 @@
+r"""
+Clipping by global norm, [`~torch.nn.utils.clip_grad_norm_`], before any update: \\( g' = c\, g \\) with
+\\( c = \min(1, M / (\lVert g \rVert + 10^{-6})) \\).
+"""
+
+import torch
+from torch import Tensor
+
+
+class Clipping:
+    r"""
+    Clipping in every step of a run.
+
+    Args:
+        max_norm (`float`): \\( M \\). 0 means no clipping.
+    """
+
+    def __init__(self, max_norm: float):
+        self.max_norm = max_norm
+        self.norms: list[float] = []  # of the gradient of each step
+
+    def measure(self, grad: Tensor) -> None:
+        """Notes the norm of the next step's gradient."""
+        self.norms.append(grad.norm().item() if self.max_norm > 0 else 0.0)
+
+    def factor(self, step: int) -> float:
+        r"""\\( c \\) of a step."""
+        return min(1.0, self.max_norm / (self.norms[step] + 1e-6)) if self.max_norm > 0 else 1.0
+
+    def clipped(self, step: int, grad: Tensor) -> Tensor:
+        """The gradient, or a part of it, as the update gets it."""
+        return grad if self.factor(step) == 1.0 else grad * self.factor(step)
+
+    def adjoint_(self, step: int, cotangent: Tensor, grad: Tensor, inner: float) -> float:
+        r"""
+        Adjoint on a part of the gradient, in place:
+
+        $$ \lambda_g = c\, \lambda_{g'} - \frac{c\, \langle \lambda_{g'}, g \rangle}{(\lVert g \rVert + 10^{-6}) \lVert g \rVert} g
+           \quad \text{where } c < 1 $$
+
+        Args:
+            step (`int`): Step, from 0.
+            cotangent (`Tensor`): \\( \lambda_{g'} \\); becomes \\( \lambda_g \\).
+            grad (`Tensor`): \\( g \\).
+            inner (`float`): \\( \langle \lambda_{g'}, g \rangle \\) over all parts.
+
+        Returns:
+            `float`: This part of \\( \langle \lambda_g, g \rangle \\).
+        """
+        norm, factor = self.norms[step], self.factor(step)
+        if factor < 1.0:
+            radial = factor * inner / ((norm + 1e-6) * norm) if norm > 0 else 0.0
+            cotangent.mul_(factor).sub_(grad, alpha=radial)
+        return torch.dot(cotangent, grad).item()

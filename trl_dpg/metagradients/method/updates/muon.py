@@ -1,0 +1,92 @@
+r"""
+Muon, [`~torch.optim.Muon`] with `adjust_lr_fn="match_rms_adamw"`, in the precision of the parameters instead of bfloat16.
+
+For a matrix of \\( p \times q \\), with momentum \\( \mu \\) and \\( N \\) the orthogonalization by five Newton-Schulz iterations:
+
+$$ b' = \mu b + (1 - \mu) g, \quad u = (1 - \mu) g + \mu b' \text{ with Nesterov's momentum, else } b', \quad
+   \phi' = (1 - \eta w) \phi - 0.2 \sqrt{\max(p, q)}\, \eta N(u) $$
+
+With this factor a step is as long as AdamW's, so that one learning rate does for both.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .update import Update
+
+
+A, B, C = 3.4445, -4.7750, 2.0315
+NUM_ITERATIONS = 5
+EPSILON = 1e-7
+
+
+class Muon(Update):
+    """See the module. For matrices in hidden layers, adapters among them: neither embeddings nor the LM head."""
+
+    num_states = 1
+    elementwise = False
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.momentum, self.nesterov = _momentum(self.recipe)
+        self.size = 0.2 * math.sqrt(max(self.shape))
+
+    @classmethod
+    def suits(cls, param: nn.Parameter, model: nn.Module) -> bool:
+        """Matrices, unless they belong to an embedding or to the LM head."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        outer = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
+        return param.ndim == 2 and not any(param is other for module in outer for other in module.parameters())
+
+    @classmethod
+    def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
+        """As of [`Update`]."""
+        momentum, nesterov = _momentum(recipe)
+        rate, adjust = recipe.learning_rate, "match_rms_adamw"
+        return torch.optim.Muon(params, rate, weight_decay, momentum, nesterov, adjust_lr_fn=adjust)
+
+    def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
+        """As of [`Update`]."""
+        direction = orthogonalized(self._direction(grad, *state).view(self.shape))
+        phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.size)
+
+    def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
+        r"""
+        As of [`Update`]. With \\( \lambda_u = -0.2 \sqrt{\max(p, q)}\, \eta\, (\partial N / \partial u)^\top \lambda_{\phi'} \\), by autograd:
+
+        $$ \nu = \lambda_{b'} + \mu \lambda_u, \quad \lambda_g = (1 - \mu) (\lambda_u + \nu) \text{ with Nesterov's momentum, else }
+           \nu = \lambda_{b'} + \lambda_u, \quad \lambda_g = (1 - \mu) \nu; \quad \lambda_b = \mu \nu $$
+        """
+        direction = self._direction(grad, *state).view(self.shape)
+        _, pull_back = torch.func.vjp(orthogonalized, direction)
+        of_direction = pull_back(of_phi.view(self.shape) * (-rate * self.size))[0].reshape(-1)
+        (of_buffer,) = of_state
+        of_buffer.add_(of_direction, alpha=self.momentum if self.nesterov else 1.0)
+        of_grad = (of_direction + of_buffer if self.nesterov else of_buffer.clone()).mul_(1 - self.momentum)
+        of_buffer.mul_(self.momentum)
+        of_phi.mul_(1 - rate * self.weight_decay)
+        return of_grad
+
+    def _direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
+        buffer.lerp_(grad, 1 - self.momentum)
+        return grad.lerp(buffer, self.momentum) if self.nesterov else buffer
+
+
+def _momentum(recipe) -> tuple[float, bool]:
+    return 0.95 if recipe.momentum is None else recipe.momentum, recipe.nesterov is not False
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    r"""
+    Roughly \\( U V^\top \\) of a matrix \\( U S V^\top \\): singular values between 0.7 and 1.2 in place of \\( S \\).
+
+    From \\( X = M / \lVert M \rVert_F \\), five times \\( X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X \\).
+    """
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=EPSILON)
+    for _ in range(NUM_ITERATIONS):
+        gram = wide @ wide.T
+        wide = A * wide + (B * gram + C * gram @ gram) @ wide
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide

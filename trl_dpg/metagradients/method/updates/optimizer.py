@@ -1,0 +1,93 @@
+r"""The update \\( U \\) of a whole run: clipping, then each part of the flat parameters by its rule."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .clipping import Clipping
+from .update import Update
+
+
+if TYPE_CHECKING:
+    from ..tape import Cotangent, Tape
+
+
+# Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them; on smaller blocks, threads of
+# a processor would mostly wait for each other. Pinned memory is rounded up to a power of two.
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
+
+
+class Block(NamedTuple):
+    """A part of the flat parameters that is updated at once."""
+
+    part: slice
+    rule: Update
+
+
+class Optimizer:
+    r"""
+    The update of a run and its adjoint. Work goes through flat tensors in blocks.
+
+    Args:
+        parts (`list[Block]`): Rules, and what of the flat parameters each updates: everything, in order.
+        rates (`list[float]`): Learning rate of every step.
+        max_grad_norm (`float`): Global norm that gradients are clipped to; 0 means no clipping.
+    """
+
+    def __init__(self, parts: list[Block], rates: list[float], max_grad_norm: float):
+        self.parts = parts
+        self.rates = rates
+        self.clipping = Clipping(max_grad_norm)
+        self.num_states = max(rule.num_states for _, rule in parts)
+
+    def blocks(self, start: int, stop: int, device: torch.device) -> list[Block]:
+        """What to update at once of the elements from `start` to `stop`, counted from `start`."""
+        blocks = []
+        for part, rule in self.parts:
+            first, last = max(part.start, start), min(part.stop, stop)
+            size = BLOCK.get(device.type, last) if rule.elementwise else last
+            blocks += [
+                Block(slice(i - start, min(i + size, last) - start), rule) for i in range(first, last, max(size, 1))
+            ]
+        return blocks
+
+    @torch.no_grad()
+    def update_(self, step: int, rule: Update, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
+        """Updates a block in place. `grad` is as before clipping; no `state` is zeros that nobody wants afterwards."""
+        own = state[: rule.num_states] or tuple(torch.zeros_like(phi) for _ in range(rule.num_states))
+        rule.update_(step, self.rates[step], phi, own, self.clipping.clipped(step, grad))
+
+    @torch.no_grad()
+    def adjoint_(
+        self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor, total: Callable[[float], float]
+    ) -> float:
+        r"""
+        Walks the last step on the tape back: \\( \lambda_\phi, \lambda_s \\) after its update become those before it.
+
+        Args:
+            tape ([`Tape`]): Steps; the last one is taken off.
+            phi (`Tensor`): Becomes \\( \phi_t \\), shape `(n,)`.
+            cotangent ([`Cotangent`]): \\( \lambda_\phi, \lambda_s \\), in place.
+            out (`Tensor`): For \\( \lambda_g \\), shape `(n,)`. At the first step it may be `cotangent.phi`.
+            total (`Callable`): Sum of a number over all who hold a part of the parameters.
+
+        Returns:
+            `float`: \\( \langle \lambda_g, g_t \rangle \\), over all parts.
+        """
+        step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=phi.device)
+        for (part, rule), before, of_state in zip(tape.blocks, tape.replay(phi), cotangent.states(), strict=True):
+            clipped = self.clipping.clipped(step, before.grad)
+            of_phi = cotangent.phi[part]
+            of_grad = rule.adjoint_(step, self.rates[step], before.phi, before.state, clipped, of_phi, of_state)
+            inner += torch.dot(of_grad, before.grad)
+            out[part].copy_(of_grad)
+            if step > 0:
+                cotangent.keep(of_state)
+        product = total(inner.item())
+        if self.clipping.factor(step) < 1.0:
+            grads = zip(tape.blocks, tape.last_gradient(), strict=True)
+            product = total(sum(self.clipping.adjoint_(step, out[part], grad, product) for (part, _), grad in grads))
+        tape.pop()
+        return product

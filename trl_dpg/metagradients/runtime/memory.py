@@ -1,0 +1,170 @@
+"""Where the tape goes, and what happens where memory runs out."""
+
+import os
+import shutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from .host import host_memory, is_in_memory, tape_directory
+
+
+if TYPE_CHECKING:
+    from ..method.recipe import TargetTrainingArguments
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out where fewer examples at a time need less of it."""
+
+
+@dataclass
+class MemoryPlan:
+    """
+    Where the tape of a run lies.
+
+    Attributes:
+        tape (`str`):
+            `"device"`, `"host"` or `"disk"`.
+        tape_bytes (`int`):
+            The most that it takes up there, of one process.
+    """
+
+    tape: str
+    tape_bytes: int
+
+    def __str__(self) -> str:
+        return f"tape of {_gigabytes(self.tape_bytes)} on {self.tape}"
+
+
+def free_room(device: torch.device, tape_dir: str | None, num_processes: int) -> dict[str, int]:
+    """
+    Bytes that each of several processes on this machine has for a tape.
+
+    Args:
+        device (`torch.device`): The model's.
+        tape_dir (`str`, *optional*): As of [`TargetTrainingArguments`].
+        num_processes (`int`): How many share this machine.
+    """
+    directory = tape_directory(tape_dir)
+    host = host_memory()[1] // num_processes
+    disk = 0 if directory is None else shutil.disk_usage(directory).free // num_processes
+    if directory is not None and is_in_memory(directory):
+        disk = min(disk, host)
+    return {"device": free_memory(device) if device.type == "cuda" else host, "host": host, "disk": disk}
+
+
+def place_tape(
+    recipe: "TargetTrainingArguments", tape_bytes: int, state_bytes: int, free: dict[str, int]
+) -> MemoryPlan:
+    """
+    Decides where the tape goes.
+
+    `tape="auto"` takes the first place where the tape needs at most half of the free memory, as the run itself needs some too; of
+    a disk it may take all.
+
+    Args:
+        recipe ([`TargetTrainingArguments`]): Its `tape` and `tape_dir`.
+        tape_bytes (`int`): The most that gradients and states of one process take up.
+        state_bytes (`int`): What the cotangents of a state take up beside them.
+        free (`dict[str, int]`): Bytes of [`free_room`].
+
+    Raises:
+        [`MemoryError`]: If there is not enough room; the message names settings that need less.
+        [`ValueError`]: If the tape is to be on disk, but no directory on a disk is known.
+    """
+    directory = tape_directory(recipe.tape_dir)
+    if recipe.tape == "disk" and directory is None:
+        raise ValueError(
+            '`tape="disk"` needs a directory on a disk, but those for temporary files are in memory (tmpfs) or cannot be written '
+            "to. Set `tape_dir` (`target_tape_dir` in the trainer) to one on a disk."
+        )
+    needed, share = tape_bytes + state_bytes, 2 if recipe.tape == "auto" else 1
+    places = [place for place in free if needed * (1 if place == "disk" else share) <= free[place]]
+    for place in free if recipe.tape == "auto" else [recipe.tape]:
+        if place in places:
+            return MemoryPlan(place, tape_bytes)
+    advice = [f'set `tape="{place}"`' for place in places[:1]]
+    if needed > free["disk"]:
+        advice.append(f"point `tape_dir` to a disk with {_gigabytes(needed)} free")
+    room = ", ".join(f"{_gigabytes(free[place])} on {place}" for place in free)
+    raise MemoryError(
+        f"The tape of this run needs {_gigabytes(needed)} (`tape={recipe.tape!r}`), but free are {room} "
+        f"({directory or 'none known: directories for temporary files are in memory'}). To make it fit: "
+        f"{'; '.join([*advice, 'raise `batch_size` for fewer steps', 'train adapters instead of all parameters'])}."
+    )
+
+
+def processes_here(count: int) -> int:
+    """How many of the run's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count)) if count > 1 else 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device that nothing uses."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return host_memory()[1]
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of the device or of the host."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
+    return known or "bad_alloc" in str(error)  # what C++ calls it, on the host
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Frees what the functions that an error ended still hold, such as a graph, while the error itself is being handled."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_examples: int, reason: str) -> int:
+    """
+    Half of the micro-batch size.
+
+    Args:
+        recipe ([`TargetTrainingArguments`]): What ran out of memory.
+        micro_batch_size (`int`, *optional*): The size at which it did.
+        num_examples (`int`): The most that one process had of the batch.
+        reason (`str`): The error.
+
+    Raises:
+        [`MemoryError`]: If it was 1; the message names what else to lower.
+    """
+    size = min(micro_batch_size or num_examples, num_examples)
+    if size <= 1:
+        advice = ["lower `max_length`"]
+        if recipe.curvature == "exact":
+            advice.append('set `curvature="central_difference"`')
+        if not recipe.gradient_checkpointing:
+            advice.append("set `gradient_checkpointing`")
+        raise MemoryError(
+            f"Memory ran out with one example at a time (`micro_batch_size` 1, `max_length` {recipe.max_length}). To make it "
+            f"fit: {'; '.join(advice)}; train adapters instead of all parameters. {reason}"
+        )
+    return size // 2
+
+
+@contextmanager
+def metric_memory() -> Iterator[None]:
+    """Has a metric that runs out of memory say that it did: smaller micro-batches would not help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or "
+            f"fewer of the model's outputs. {error}"
+        ) from error

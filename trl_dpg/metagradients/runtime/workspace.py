@@ -1,0 +1,135 @@
+r"""The trained parameters as one contiguous tensor, and all other memory of that size."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .processes import TAIL, Processes
+
+
+# Elements. Where parameters and shards start, so that kernels see aligned addresses, and whole vectors: what is left over of one
+# is rounded differently, and parts would not equal the whole to the last bit.
+ALIGNMENT = 64
+
+
+class Workspace:
+    r"""
+    Trained parameters \\( \phi \\) as views of one tensor, `phi`; gradients and products lie in tensors of the same layout.
+
+    While the context is open, each `param.data` is a view of `phi`. The caller's own tensors are never written to: on leaving,
+    they are put back.
+
+    With several processes, each keeps an equal part of what is recorded and walked back, its *shard*; `phi`, gradients and
+    products are whole on all of them.
+
+    Args:
+        groups (`Sequence[Sequence[nn.Parameter]]`):
+            Distinct parameters, on one device and of one dtype. Groups stay together, in order.
+        processes ([`Processes`]):
+            Who shares the run.
+        sharded (`bool`):
+            Whether a process keeps a shard only.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], processes: Processes, sharded: bool):
+        self.processes = processes
+        self.params = [param for group in groups for param in group]
+        self.offsets: list[int] = []
+        self.parts: list[slice] = []  # of the groups
+        end = 0
+        for group in groups:
+            start = end
+            for param in group:
+                self.offsets.append(end)
+                end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+            self.parts.append(slice(start, end))
+        num_shards = processes.count if sharded else 1
+        self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
+        self.parts[-1] = slice(
+            self.parts[-1].start, self.size
+        )  # what pads the shards is updated too, from zero to zero
+        self.sharded = num_shards > 1
+        self.shard_size = self.size // num_shards
+        first = processes.index * self.shard_size if self.sharded else 0
+        self.shard = slice(first, first + self.shard_size)
+        self.device, self.dtype = self.params[0].device, self.params[0].dtype
+
+    def __enter__(self) -> "Workspace":
+        self._originals = [(p, p.data) for p in self.params]
+        self.phi = self.buffer()[: self.size]  # tangents must have its storage's size
+        for param, view in zip(self.params, self.views(self.phi), strict=True):
+            view.copy_(param.data)
+            param.data = view
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release_gradients()
+        for param, data in self._originals:
+            param.data = data
+        del self.phi
+
+    def zeros(self, size: int) -> Tensor:
+        """Zeros on the parameters' device, of their dtype."""
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+    def buffer(self) -> Tensor:
+        """Zeros of shape `(size + TAIL,)`, in which something can be summed over processes."""
+        return self.zeros(self.size + TAIL)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor in the parameters' shapes."""
+        return [flat[o : o + p.numel()].view(p.shape) for o, p in zip(self.offsets, self.params, strict=True)]
+
+    def accumulate_into(self, buffer: Tensor) -> None:
+        """Zeroes a buffer and has backward passes accumulate gradients into it. This needs no second copy of all gradients."""
+        buffer.zero_()
+        for param, view in zip(self.params, self.views(buffer), strict=True):
+            param.grad = view
+
+    def release_gradients(self) -> None:
+        """Has backward passes no longer write to the last buffer."""
+        for param in self.params:
+            param.grad = None
+
+    @contextmanager
+    def accumulating(self, buffer: Tensor | None, sums: list[float]) -> Iterator[None]:
+        """
+        Runs a block whose backward passes accumulate into a buffer, if there is one, and which fills `sums`; then both hold
+        their sums over all processes, see [`Processes.summing`].
+        """
+        if buffer is None:
+            buffer = self.zeros(TAIL)
+        else:
+            self.accumulate_into(buffer)
+        with self.processes.summing(buffer, sums):
+            yield
+
+    def start_adjoint(self, num_steps: int) -> None:
+        """Makes the memory of the adjoint sweep. A single step needs none."""
+        if num_steps > 1:
+            self.product = self.buffer()
+            self.along = self.buffer()[: self.size] if not self.sharded else self.zeros(self.shard_size)
+        self.phi_shard = self.zeros(self.shard_size) if self.sharded else self.phi
+
+    def load_originals(self, out: Tensor) -> None:
+        """Writes the parameters as they were before the context was entered: all of them, or this process's shard."""
+        first = 0 if len(out) == self.size else self.shard.start
+        last = first + len(out)
+        for offset, (_, data) in zip(self.offsets, self._originals, strict=True):
+            start, stop = max(offset, first), min(offset + data.numel(), last)
+            if start < stop:
+                out[start - first : stop - first] = data.reshape(-1)[start - offset : stop - offset]
+
+    def total(self, number: float) -> float:
+        """Sum over all processes that hold a part of the parameters."""
+        return self.processes.sum_float(number, self.device) if self.sharded else number
+
+    def whole(self, shard: Tensor) -> Tensor:
+        r"""Sets the parameters to \\( \phi_t \\), of which each process has its shard, and puts another tensor's shards together."""
+        if not self.sharded:
+            return shard
+        values, other = self.processes.gather(self.phi_shard, shard)
+        self.phi.copy_(values)
+        return self.buffer()[: self.size].copy_(other)  # in a storage like that of `phi`
