@@ -32,18 +32,18 @@ SETTINGS = {"gpt2-shaped": [(16, 64, (1, 8, 32), 32)], "smollm2": [(8, 64, (1, 4
 
 
 @contextmanager
-def training_gradients(kept: list[Tensor], given: bool) -> Iterator[None]:
+def training_gradients(kept: list[list[Tensor]], given: bool) -> Iterator[None]:
     """Keeps the gradients of all training steps, or has them replaced by those `given`."""
     steps = iter(list(kept))
     gradient = run.gradient
 
-    def kept_or_given(losses, flat, batches, example_losses, prepare):
-        loss = gradient(losses, flat, batches, example_losses, prepare)
+    def kept_or_given(losses, space, *rest):
+        loss = gradient(losses, space, *rest)
         if given:
-            for param, value in zip(flat.params, flat.views(next(steps)), strict=True):
+            for param, value in zip(space.params, next(steps), strict=True):
                 param.grad.copy_(value)
         else:
-            kept.append(flat.flatten([param.grad for param in flat.params]))
+            kept.append([param.grad.clone() for param in space.params])
         return loss
 
     run.gradient = kept_or_given
@@ -104,7 +104,7 @@ def rows(name: str, device: str, batch_size: int, length: int, num_steps: int, d
     for epsilon_root in (1e-9, "auto"):
         args = make_args(name, num_steps, adam_epsilon_root=epsilon_root, batch_size=batch_size, max_length=length)
         model = load(name, device, torch.float64 if double else torch.float32)
-        gradients: list[Tensor] = []
+        gradients: list[list[Tensor]] = []
         with training_gradients(gradients, given=False) if double else nullcontext():
             expected = compute_metagradients(model, examples, metric, args).metagradients.double()
         model = load(name, device)

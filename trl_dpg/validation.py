@@ -10,7 +10,7 @@ from accelerate.utils import release_memory
 
 from .metagradients.method.loss import TokenLosses
 from .metagradients.method.recipe import TargetTrainingArguments
-from .metagradients.method.updates import AdamW, parameter_groups
+from .metagradients.method.updates import AdamW
 from .metagradients.metric import as_metric, read_out
 from .metagradients.runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .metagradients.runtime.memory import clear_frames, halved, is_out_of_memory, metric_memory
@@ -26,6 +26,7 @@ from .metagradients.runtime.model import (
     vocab_size,
 )
 from .metagradients.runtime.processes import Processes
+from .metagradients.runtime.workspace import parameter_groups
 
 
 logger = logging.getLogger(__name__)

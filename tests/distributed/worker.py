@@ -45,6 +45,8 @@ def engine(state, directory):
         "adamw": {"adam_epsilon_root": 1e-6, "learning_rate": 1e-3},
         "auto": {"adam_epsilon_root": "auto", "learning_rate": 1e-3, "max_grad_norm": 0.1, "micro_batch_size": 1},
         "sgd": {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2, "loss_normalization": "example"},
+        "nesterov": {"optim": "sgd", "learning_rate": 0.1, "momentum": 0.9, "nesterov": True, "max_grad_norm": 0.1},
+        "muon": {"optim": "muon", "adam_epsilon_root": 1e-6, "learning_rate": 1e-3, "max_grad_norm": 0.1},
     }.items():
         args = TargetTrainingArguments(batch_size=5, **fields)
         rows = examples(11)

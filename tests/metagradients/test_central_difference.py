@@ -5,14 +5,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
+from tests.metagradients.cases import CASES, make_examples, metric, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.central_difference import CentralDifference
 from trl_dpg.metagradients.method.derivatives import Direction
 from trl_dpg.metagradients.method.exact import Exact
+from trl_dpg.metagradients.method.updates import SGD
 from trl_dpg.metagradients.runtime.examples import MicroBatch
 from trl_dpg.metagradients.runtime.processes import Processes
-from trl_dpg.metagradients.runtime.workspace import Workspace
+from trl_dpg.metagradients.runtime.workspace import Group, Workspace
 
 
 CENTRAL = {"curvature": "central_difference"}
@@ -242,7 +243,7 @@ def differentiate(losses, num, distance=None):
         list(range(num)), ids, ids, ids, ids[..., None][..., :0], ones, ones.long(), ones, 2 * torch.arange(num)
     )
     before = torch.full((num,), 3.0, dtype=torch.float64)
-    with Workspace([[losses.at]], Processes(None), sharded=False) as space:
+    with Workspace([Group(SGD, True, [losses.at])], Processes(None), sharded=False) as space:
         central, product = CentralDifference(Exact(losses, space), tolerance=0.01), space.buffer()
         if distance is not None:
             central._distance, central._farthest = distance, 1.0

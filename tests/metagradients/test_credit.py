@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.peers.unrolled import unrolled_metric
-from tests.metagradients.test_finite_differences import (
+from tests.metagradients.cases import (
     CASES,
     VOCAB,
     gpt2,

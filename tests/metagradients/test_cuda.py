@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.metagradients.test_finite_differences import CASES, PROBE, make_examples, relative_error
+from tests.metagradients.cases import CASES, PROBE, make_examples, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.check import check_metagradients
 from trl_dpg.metagradients.kernels import switched

@@ -15,10 +15,11 @@ from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.derivatives import Direction, gradient
 from trl_dpg.metagradients.method.exact import Exact
 from trl_dpg.metagradients.method.loss import TokenLosses
+from trl_dpg.metagradients.method.updates import AdamW
 from trl_dpg.metagradients.runtime.examples import micro_batches, prepare_examples
 from trl_dpg.metagradients.runtime.model import check_model
 from trl_dpg.metagradients.runtime.processes import Processes
-from trl_dpg.metagradients.runtime.workspace import Workspace
+from trl_dpg.metagradients.runtime.workspace import Group, Workspace
 from trl_dpg.validation import validate
 
 
@@ -301,7 +302,7 @@ def test_derivatives_over_micro_batches(size):
     model = gpt2().eval()
     losses, alone, examples = TokenLosses(model, False), Processes(None), prepare_examples(make_examples(), 16, VOCAB)
     results = []
-    with Workspace([list(model.parameters())], alone, sharded=False) as space:
+    with Workspace([Group(AdamW, True, list(model.parameters()))], alone, sharded=False) as space:
         for micro_batch_size in (None, size):
             args = TargetTrainingArguments()
             batches = micro_batches(examples, list(range(6)), args, micro_batch_size, space.phi, alone)

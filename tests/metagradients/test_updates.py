@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import Cotangent, Step, Tape
+from trl_dpg.metagradients.method.tape import Step, Tape
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Clipping, Muon
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
+from trl_dpg.metagradients.runtime.cotangent import Cotangent
 from trl_dpg.metagradients.runtime.storage import DeviceStorage
 from trl_dpg.metagradients.runtime.workspace import ALIGNMENT
 
@@ -259,7 +260,10 @@ def walk_back(optimizer, part, num_steps, total=float):
     cotangent, found = Cotangent(tensor(1)[part].clone(), tape), []
     for _ in range(num_steps):
         along = torch.empty_like(phi)
-        inner = optimizer.adjoint_(tape, phi, cotangent, along, total)
+        inner = total(optimizer.adjoint_(tape, phi, cotangent, along))
+        if optimizer.clipping.clips(tape.last):
+            inner = total(optimizer.clipping_adjoint_(tape, along, inner))
+        tape.pop()
         found.append((along.clone(), cotangent.phi.clone(), phi.clone(), inner))
     return found
 

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.metagradients.test_finite_differences import CASES, make_examples, metric, relative_error
+from tests.metagradients.cases import CASES, make_examples, metric, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.kernels import switched
 from trl_dpg.metagradients.kernels.chunked_head import has_plain_head, token_losses

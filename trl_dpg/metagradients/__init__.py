@@ -1,8 +1,9 @@
 """Exact metagradients of fine-tuning runs. Usable without TRL."""
 
 from .check import MetagradientCheck, check_metagradients
-from .compute import MetagradientOutput, TrainingOutput, compute_metagradients, train_and_measure
+from .compute import compute_metagradients, train_and_measure
 from .method.recipe import TargetTrainingArguments
+from .output import MetagradientOutput, TrainingOutput
 
 
 __all__ = [

@@ -18,10 +18,11 @@ from .method.derivatives import Derivatives, Direction, gradient
 from .method.exact import Exact
 from .method.loss import TokenLosses
 from .method.recipe import TargetTrainingArguments
-from .method.tape import Cotangent, Step, Tape, tape_tensors
-from .method.updates import AdamW, parameter_groups
+from .method.tape import Step, Tape, tape_tensors
+from .method.updates import AdamW
 from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
+from .runtime.cotangent import Cotangent
 from .runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .runtime.memory import (
     MemoryPlan,
@@ -46,7 +47,7 @@ from .runtime.model import (
 )
 from .runtime.processes import Processes
 from .runtime.storage import DeviceStorage, Storage, open_storage
-from .runtime.workspace import Workspace
+from .runtime.workspace import Workspace, parameter_groups
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class TargetRun:
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
                 self.groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
                 sharded = all(group.rule.elementwise for group in self.groups)
-                space = Workspace([group.params for group in self.groups], self.processes, sharded)
+                space = Workspace(self.groups, self.processes, sharded)
                 self.losses = TokenLosses(self.model, self.recipe.bf16)
                 self.space = stack.enter_context(space)
             self.progress = stack.enter_context(progress_bar(self.recipe, self.processes, 2 * self.num_steps))
@@ -238,7 +239,14 @@ class TargetRun:
         space = self.space
         along, inner = cotangent.phi if step == 0 else space.along, 0.0
         with self.processes.raising_later():
-            inner = self.optimizer.adjoint_(self.tape, space.phi_shard, cotangent, along, space.total)
+            inner = self.optimizer.adjoint_(self.tape, space.phi_shard, cotangent, along)
+        inner = space.total(inner)
+        if self.optimizer.clipping.clips(step):
+            with self.processes.raising_later():
+                inner = self.optimizer.clipping_adjoint_(self.tape, along, inner)
+            inner = space.total(inner)
+        with self.processes.raising_later():
+            self.tape.pop()
         vector = space.whole(along)
         check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
         return Direction(vector, inner, self.losses_of_epoch(step))

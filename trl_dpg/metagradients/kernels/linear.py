@@ -6,30 +6,20 @@ A product by double backward differentiates \\( \langle g, \lambda \rangle \\), 
 tensor of the graph.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.model import is_checkpointed
-from .switches import SWITCHES
 
-
-def without_weight_gradients(model: nn.Module, bf16: bool) -> AbstractContextManager:
+class WithoutWeightGradients(TorchFunctionMode):
     """
-    Has forward passes of a model build graphs with zeros in place of the gradients of linear layers' weights, and the right
-    derivatives.
+    Has linear layers build graphs with zeros in place of the gradients of their weights, and the right derivatives.
 
-    Only of weights that are parameters: the gradient of any other is a factor of what comes next. Not under autocast, where a
-    layer's own kernel does the rounding, nor with checkpoints: what is recomputed must be as it was computed.
+    Only of weights that are parameters: the gradient of any other is a factor of what comes next.
     """
-    return _Replacements() if SWITCHES.linear and not (bf16 or is_checkpointed(model)) else nullcontext()
 
-
-class _Replacements(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not kwargs and func is F.linear and isinstance(args[1], nn.Parameter) and args[1].requires_grad:
             product = _Product.apply(args[0], args[1], True)

@@ -1,8 +1,13 @@
 """The seam of all shortcuts: each can be switched off, and nothing but the cost of a run changes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..runtime.model import is_checkpointed
+from .linear import WithoutWeightGradients
 
 
 @dataclass
@@ -11,17 +16,18 @@ class Switches:
     Which shortcuts a run takes.
 
     Attributes:
-        logits_at_once (`int` or `float`):
-            More logits than this are computed in chunks (`chunked_head`). `math.inf` switches chunks off.
+        logits_at_once (`float`):
+            More logits than this are computed in chunks, see [`~trl_dpg.metagradients.kernels.chunked_head`]. `math.inf` switches
+            that off.
         chunk (`int`, *optional*):
             Logits of one chunk. `None` is what suits the device.
-        linear (`bool`):
-            Whether second-order graphs leave out the gradients of linear layers' weights (`linear`).
+        in_graphs (`tuple`):
+            Contexts that forward passes run in where a second-order graph is built.
     """
 
     logits_at_once: float = 1 << 21
     chunk: int | None = None
-    linear: bool = True
+    in_graphs: tuple[Callable[[], AbstractContextManager], ...] = (WithoutWeightGradients,)
 
 
 SWITCHES = Switches()
@@ -30,9 +36,23 @@ SWITCHES = Switches()
 @contextmanager
 def switched(**changes) -> Iterator[None]:
     """Changes [`Switches`] for a while."""
-    before = {field.name: getattr(SWITCHES, field.name) for field in fields(SWITCHES)}
+    before = dict(vars(SWITCHES))
     vars(SWITCHES).update(changes)
     try:
         yield
     finally:
         vars(SWITCHES).update(before)
+
+
+@contextmanager
+def building_graph(model: nn.Module, bf16: bool) -> Iterator[None]:
+    """
+    Has forward passes of a model build second-order graphs that cost less.
+
+    Not under autocast, where a layer's own kernel does the rounding, nor with checkpoints: what is recomputed must be as it was
+    computed.
+    """
+    with ExitStack() as stack:
+        for context in () if bf16 or is_checkpointed(model) else SWITCHES.in_graphs:
+            stack.enter_context(context())
+        yield

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from ..kernels import without_weight_gradients
+from ..kernels import building_graph
 from ..runtime.examples import MicroBatch
 from ..runtime.model import twice_differentiable
 from .derivatives import Derivatives, Direction
@@ -49,7 +49,7 @@ class Exact(Derivatives):
         """The product accumulates in the parameters' `.grad`, if it is wanted."""
         weights = batch.token_weights(candidates=True).requires_grad_()
         params = self.space.params
-        with without_weight_gradients(self.losses.model, self.losses.bf16):
+        with building_graph(self.losses.model, self.losses.bf16):
             loss = torch.sum(self.losses(batch, candidates=True) * weights)
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         # <g, lambda_g> is differentiated without being computed.

@@ -1,29 +1,20 @@
 """How the target model is fine-tuned: the recipe that metagradients are taken through."""
 
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import get_scheduler
 
-from ..runtime.sft import recipe_of_sft
+from ..runtime.recipes import checked, recipe_of_sft
 from .updates import UPDATES, Update
 
 
 if TYPE_CHECKING:
     from trl import SFTConfig
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
-    "loss_normalization": ("batch_tokens", "example", "max_length"),
-    "curvature": ("exact", "central_difference"),
-    "tape": ("auto", "device", "host", "disk"),
-}
 
 
 @dataclass(frozen=True)
@@ -166,73 +157,8 @@ class TargetTrainingArguments:
             raise ValueError(
                 f"`optim` must be one of {', '.join(map(repr, UPDATES))} or an `Update`, got {self.optim!r}."
             )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
-                )
-        self._require("learning_rate", "a finite number above 0", lambda x: 0 < x < math.inf)
-        for name in ("weight_decay", "adam_epsilon", "warmup_steps", "max_grad_norm", "curvature_tolerance"):
-            self._require(name, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-        for name in ("adam_beta1", "adam_beta2"):
-            self._require(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        if self.adam_epsilon_root != "auto":
-            self._require("adam_epsilon_root", '"auto" or a finite number of at least 0', lambda x: 0 <= x < math.inf)
-        if self.momentum is not None:
-            self._require("momentum", "None or a number in [0, 1)", lambda x: 0 <= x < 1)
-        if self.nesterov not in (None, True, False):
-            raise ValueError(f"`nesterov` must be None, True or False, got {self.nesterov!r}.")
-        for name in ("batch_size", "num_train_epochs"):
-            self._require_whole(name, "a whole number of at least 1", 1)
-        self._require_whole("max_length", "a whole number of at least 2", 2)
-        self._require_whole("seed", "a whole number from 0 to 2**64 - 1", 0)
-        if self.micro_batch_size is not None:
-            self._require_whole("micro_batch_size", "None or a whole number of at least 1", 1)
-        if self.tape_dir is not None and not (isinstance(self.tape_dir, str) and os.path.isdir(self.tape_dir)):
-            raise ValueError(f"`tape_dir` must be None or an existing directory, got {self.tape_dir!r}. Create it.")
-        for name in ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.optim != "sgd" and self.adam_epsilon == 0 and self.adam_epsilon_root == 0:
-            raise ValueError(
-                "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is zero. Set "
-                "`adam_epsilon_root`, for example to 1e-9."
-            )
-        if self.nesterov and self.optim == "sgd" and not self.momentum:
-            raise ValueError("`nesterov=True` needs a `momentum` above 0 with SGD. Set it, for example to 0.9.")
-        if self.optim == "adamw" and (self.momentum is not None or self.nesterov is not None):
-            raise ValueError(
-                f'`momentum` {self.momentum} and `nesterov` {self.nesterov} are settings of "sgd" and "muon". With "adamw", set '
-                "`adam_beta1`."
-            )
-        if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
-            raise ValueError(
-                f"`warmup_steps` {self.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set "
-                "that to 'constant_with_warmup', or leave the warm-up out."
-            )
-        if self.bf16 and self.curvature == "central_difference":
-            raise ValueError(
-                "`bf16=True` and `curvature='central_difference'` do not go together: differences of losses vanish in "
-                'bfloat16\'s rounding. Set one of `bf16=False` and `curvature="exact"`.'
-            )
-
-    def _require(self, name: str, requirement: str, holds: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        # A YAML `1e-6` arrives as a string, which is the usual cause of the type error.
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(
-                f"`{name}` must be {requirement}, got {value!r} of type {type(value).__name__}. Give a number; in YAML, "
-                "write 1.0e-6, as some readers take 1e-6 for text."
-            )
-        if not holds(value):
-            raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
-
-    def _require_whole(self, name: str, requirement: str, minimum: int) -> None:
-        self._require(name, requirement, lambda x: minimum <= x < 2**64 and float(x).is_integer())
-        object.__setattr__(self, name, int(getattr(self, name)))  # 8.0 is as good as 8, and the class is frozen
+        for name, value in checked(self).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":

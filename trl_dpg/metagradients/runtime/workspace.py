@@ -2,6 +2,7 @@ r"""The trained parameters as one contiguous tensor, and all other memory of tha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,49 @@ from torch import Tensor, nn
 from .processes import TAIL, Processes
 
 
+if TYPE_CHECKING:
+    from ..method.updates import Update
+
+
 # Elements. Where parameters and shards start, so that kernels see aligned addresses, and whole vectors: what is left over of one
 # is rounded differently, and parts would not equal the whole to the last bit.
 ALIGNMENT = 64
+
+
+class Group(NamedTuple):
+    """Parameters that one rule updates, with or without weight decay: a single one if the rule is not elementwise."""
+
+    rule: "type[Update]"
+    decayed: bool
+    params: list[nn.Parameter]
+
+
+def parameter_groups(
+    rule: "type[Update]",
+    model: nn.Module,
+    params: list[nn.Parameter],
+    decayed: list[nn.Parameter],
+    rest: "type[Update]",
+) -> list[Group]:
+    """
+    Shares parameters out among rules.
+
+    Args:
+        rule (`"type[Update]"`): Updates what suits it.
+        model (`nn.Module`): The model.
+        params (`list[nn.Parameter]`): Its distinct trained parameters.
+        decayed (`list[nn.Parameter]`): What weight decay applies to.
+        rest (`"type[Update]"`): Elementwise rule for all others.
+    """
+    ids = {id(param) for param in decayed}
+    suited = [param for param in params if rule.suits(param, model)]
+    groups = [] if rule.elementwise else [Group(rule, id(param) in ids, [param]) for param in suited]
+    taken = {id(param) for group in groups for param in group.params}
+    for is_decayed in (True, False):
+        others = [p for p in params if id(p) not in taken and (id(p) in ids) == is_decayed]
+        if others:
+            groups.append(Group(rule if rule.elementwise else rest, is_decayed, others))
+    return groups
 
 
 class Workspace:
@@ -25,7 +66,7 @@ class Workspace:
     products are whole on all of them.
 
     Args:
-        groups (`Sequence[Sequence[nn.Parameter]]`):
+        groups (`Sequence[Group]`):
             Distinct parameters, on one device and of one dtype. Groups stay together, in order.
         processes ([`Processes`]):
             Who shares the run.
@@ -33,23 +74,22 @@ class Workspace:
             Whether a process keeps a shard only.
     """
 
-    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], processes: Processes, sharded: bool):
+    def __init__(self, groups: Sequence[Group], processes: Processes, sharded: bool):
         self.processes = processes
-        self.params = [param for group in groups for param in group]
+        self.params = [param for group in groups for param in group.params]
         self.offsets: list[int] = []
         self.parts: list[slice] = []  # of the groups
         end = 0
         for group in groups:
             start = end
-            for param in group:
+            for param in group.params:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-            self.parts.append(slice(start, end))
+            self.parts.append(slice(start, end if group.rule.elementwise else start + group.params[0].numel()))
         num_shards = processes.count if sharded else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
-        self.parts[-1] = slice(
-            self.parts[-1].start, self.size
-        )  # what pads the shards is updated too, from zero to zero
+        if groups[-1].rule.elementwise:  # what pads the shards is updated too, from zero to zero
+            self.parts[-1] = slice(self.parts[-1].start, self.size)
         self.sharded = num_shards > 1
         self.shard_size = self.size // num_shards
         first = processes.index * self.shard_size if self.sharded else 0

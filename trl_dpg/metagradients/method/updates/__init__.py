@@ -4,9 +4,9 @@ from .adamw import AdamW
 from .clipping import Clipping
 from .muon import Muon
 from .sgd import SGD
-from .update import Group, Update, parameter_groups
+from .update import Update
 
 
 UPDATES: dict[str, type[Update]] = {"adamw": AdamW, "sgd": SGD, "muon": Muon}
 
-__all__ = ["UPDATES", "AdamW", "Clipping", "Group", "Muon", "SGD", "Update", "parameter_groups"]
+__all__ = ["UPDATES", "AdamW", "Clipping", "Muon", "SGD", "Update"]

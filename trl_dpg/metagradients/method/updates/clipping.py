@@ -27,9 +27,13 @@ class Clipping:
         r"""\\( c \\) of a step."""
         return min(1.0, self.max_norm / (self.norms[step] + 1e-6)) if self.max_norm > 0 else 1.0
 
+    def clips(self, step: int) -> bool:
+        """Whether a step's gradient was clipped."""
+        return self.factor(step) < 1.0
+
     def clipped(self, step: int, grad: Tensor) -> Tensor:
         """The gradient, or a part of it, as the update gets it."""
-        return grad if self.factor(step) == 1.0 else grad * self.factor(step)
+        return grad * self.factor(step) if self.clips(step) else grad
 
     def adjoint_(self, step: int, cotangent: Tensor, grad: Tensor, inner: float) -> float:
         r"""

@@ -59,9 +59,11 @@ class Muon(Update):
         $$ \nu = \lambda_{b'} + \mu \lambda_u, \quad \lambda_g = (1 - \mu) (\lambda_u + \nu) \text{ with Nesterov's momentum, else }
            \nu = \lambda_{b'} + \lambda_u, \quad \lambda_g = (1 - \mu) \nu; \quad \lambda_b = \mu \nu $$
         """
-        direction = self._direction(grad, *state).view(self.shape)
-        _, pull_back = torch.func.vjp(orthogonalized, direction)
-        of_direction = pull_back(of_phi.view(self.shape) * (-rate * self.size))[0].reshape(-1)
+        direction = self._direction(grad, *state).detach().view(self.shape)
+        with torch.enable_grad():
+            update = orthogonalized(direction.requires_grad_())
+        (of_direction,) = torch.autograd.grad(update, direction, of_phi.view(self.shape) * (-rate * self.size))
+        of_direction = of_direction.reshape(-1)
         (of_buffer,) = of_state
         of_buffer.add_(of_direction, alpha=self.momentum if self.nesterov else 1.0)
         of_grad = (of_direction + of_buffer if self.nesterov else of_buffer.clone()).mul_(1 - self.momentum)

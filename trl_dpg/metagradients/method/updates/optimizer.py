@@ -1,6 +1,5 @@
 r"""The update \\( U \\) of a whole run: clipping, then each part of the flat parameters by its rule."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +10,8 @@ from .update import Update
 
 
 if TYPE_CHECKING:
-    from ..tape import Cotangent, Tape
+    from ...runtime.cotangent import Cotangent
+    from ..tape import Tape
 
 
 # Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them; on smaller blocks, threads of
@@ -60,21 +60,18 @@ class Optimizer:
         rule.update_(step, self.rates[step], phi, own, self.clipping.clipped(step, grad))
 
     @torch.no_grad()
-    def adjoint_(
-        self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor, total: Callable[[float], float]
-    ) -> float:
+    def adjoint_(self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor) -> float:
         r"""
-        Walks the last step on the tape back: \\( \lambda_\phi, \lambda_s \\) after its update become those before it.
+        Walks the last step on the tape back, up to clipping: \\( \lambda_\phi, \lambda_s \\) after its update become those before it.
 
         Args:
-            tape ([`Tape`]): Steps; the last one is taken off.
+            tape ([`Tape`]): Steps.
             phi (`Tensor`): Becomes \\( \phi_t \\), shape `(n,)`.
             cotangent ([`Cotangent`]): \\( \lambda_\phi, \lambda_s \\), in place.
-            out (`Tensor`): For \\( \lambda_g \\), shape `(n,)`. At the first step it may be `cotangent.phi`.
-            total (`Callable`): Sum of a number over all who hold a part of the parameters.
+            out (`Tensor`): For the cotangent of the clipped gradient, shape `(n,)`. At the first step it may be `cotangent.phi`.
 
         Returns:
-            `float`: \\( \langle \lambda_g, g_t \rangle \\), over all parts.
+            `float`: Its inner product with \\( g_t \\), over these elements.
         """
         step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=phi.device)
         for (part, rule), before, of_state in zip(tape.blocks, tape.replay(phi), cotangent.states(), strict=True):
@@ -85,9 +82,20 @@ class Optimizer:
             out[part].copy_(of_grad)
             if step > 0:
                 cotangent.keep(of_state)
-        product = total(inner.item())
-        if self.clipping.factor(step) < 1.0:
-            grads = zip(tape.blocks, tape.last_gradient(), strict=True)
-            product = total(sum(self.clipping.adjoint_(step, out[part], grad, product) for (part, _), grad in grads))
-        tape.pop()
-        return product
+        return inner.item()
+
+    @torch.no_grad()
+    def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
+        r"""
+        Walks the clipping of the same step back: `out` becomes \\( \lambda_g \\).
+
+        Args:
+            tape ([`Tape`]): Steps.
+            out (`Tensor`): What [`~Optimizer.adjoint_`] gave.
+            inner (`float`): What it returned, over all elements.
+
+        Returns:
+            `float`: \\( \langle \lambda_g, g_t \rangle \\), over these elements.
+        """
+        grads = zip(tape.blocks, tape.last_gradient(), strict=True)
+        return sum(self.clipping.adjoint_(tape.last, out[part], grad, inner) for (part, _), grad in grads)

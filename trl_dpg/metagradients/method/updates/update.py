@@ -1,7 +1,7 @@
-"""What an update rule is, and which rule updates which parameters."""
+"""What an update rule is."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -90,35 +90,3 @@ class Update(ABC):
         Returns:
             `Tensor`: \\( \lambda_g \\), shape `(n,)`. Its memory may be that of `state`.
         """
-
-
-class Group(NamedTuple):
-    """Parameters that one rule updates, with or without weight decay: a single one if the rule is not elementwise."""
-
-    rule: type[Update]
-    decayed: bool
-    params: list[nn.Parameter]
-
-
-def parameter_groups(
-    rule: type[Update], model: nn.Module, params: list[nn.Parameter], decayed: list[nn.Parameter], rest: type[Update]
-) -> list[Group]:
-    """
-    Shares parameters out among rules.
-
-    Args:
-        rule (`type[Update]`): Updates what suits it.
-        model (`nn.Module`): The model.
-        params (`list[nn.Parameter]`): Its distinct trained parameters.
-        decayed (`list[nn.Parameter]`): What weight decay applies to.
-        rest (`type[Update]`): Elementwise rule for all others.
-    """
-    ids = {id(param) for param in decayed}
-    suited = [param for param in params if rule.suits(param, model)]
-    groups = [] if rule.elementwise else [Group(rule, id(param) in ids, [param]) for param in suited]
-    taken = {id(param) for group in groups for param in group.params}
-    for is_decayed in (True, False):
-        others = [p for p in params if id(p) not in taken and (id(p) in ids) == is_decayed]
-        if others:
-            groups.append(Group(rule if rule.elementwise else rest, is_decayed, others))
-    return groups
