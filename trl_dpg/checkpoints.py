@@ -22,8 +22,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
-from .facts import describe_model
 from .metagradients.metric import description
+from .publishing.facts import describe_model
+from .publishing.push import NOT_NEEDED, UNFINISHED
 
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ else:
 
 logger = logging.get_logger(__name__)
 
-UNFINISHED = "dpg_unfinished"  # an empty file in a checkpoint that is being written or deleted
-NOT_NEEDED = {"training_args.bin", "README.md", UNFINISHED}  # to resume, and not on the Hub
 STATE_FILE = "dpg_state.json"  # what `"auto"` settings were measured to be, and what else the reward carries on
 BATCH_FILE = (
     "generation_batch_{}.safetensors"  # of each process: what is left to train on of the last generation batch

@@ -6,8 +6,10 @@ import logging
 import math
 import re
 import traceback
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import huggingface_hub
 import pytest
@@ -18,20 +20,20 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-import trl_dpg.hub
 from tests.hub.server import Failure, check_card, serve, validate
-from trl_dpg.cards import dataset_card, generator_card
 from trl_dpg.checkpoints import is_whole
-from trl_dpg.facts import (
+from trl_dpg.metagradients.metric import as_metric
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from trl_dpg.publishing import push_dataset, push_generator
+from trl_dpg.publishing.cards import dataset_card, generator_card
+from trl_dpg.publishing.client import API
+from trl_dpg.publishing.facts import (
     describe_model,
     public_name,
     summarize_validation,
     training_facts,
 )
-from trl_dpg.hub import push_dataset, push_generator
-from trl_dpg.metagradients.metric import as_metric
-from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
-from trl_dpg.report import write_report
+from trl_dpg.reporting import write_report
 
 
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
@@ -41,16 +43,18 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that this process's client talks to."""
-    with serve(tokens={TOKEN: "write", READ_TOKEN: "read"}, part_size=16_384) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    with serve(tokens={TOKEN: "write", READ_TOKEN: "read"}, part_size=16_384) as server, ExitStack() as patches:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(trl_dpg.hub.API, "endpoint", server.url)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url))
+        here = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }
+        here |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        patches.enter_context(patch.multiple(huggingface_hub.constants, **here))
+        patches.enter_context(patch.object(huggingface_hub.utils._http.time, "sleep"))
+        patches.enter_context(patch.object(API, "endpoint", server.url))
+        patches.enter_context(patch.object(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url)))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

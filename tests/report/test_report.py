@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from examples.resources import tiny_prompts
-from trl_dpg.callbacks import ReportCallback, read_rows
 from trl_dpg.credit import WordCredit, credit_text
 from trl_dpg.metrics import LMHeadNorm
-from trl_dpg.report import write_report
+from trl_dpg.reporting import write_report
+from trl_dpg.reporting.callback import ReportCallback, read_rows
 
 
 VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}

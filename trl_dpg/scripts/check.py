@@ -19,35 +19,7 @@ from .common import MetricArguments, Parser, check_column, check_texts, load_row
 
 @dataclass
 class CheckArguments(MetricArguments):
-    """
-    Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`].
-
-    Parameters:
-        model (`str`):
-            The target: a directory or an id on the Hub, with its tokenizer.
-        dataset (`str`):
-            What to fine-tune on: a file or a data set's id.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
-            Its split.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Its column to train on.
-        num_examples (`int`, *optional*, defaults to `64`):
-            Its rows to train on, from the first.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision, `"float32"` or `"float64"`.
-        num_probes (`int`, *optional*, defaults to `4`):
-            As of [`~trl_dpg.metagradients.check_metagradients`], like the next two.
-        num_reweightings (`int`, *optional*, defaults to `8`):
-            Random directions to move all weights along.
-        radius (`float`, *optional*, defaults to `0.1`):
-            How far weights are moved.
-        check_seed (`int`, *optional*, defaults to `0`):
-            Seed of probes and directions.
-        plot (`str`, *optional*):
-            PNG file to write.
-        json (`bool`, *optional*, defaults to `False`):
-            Whether to print JSON.
-    """
+    """Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`]."""
 
     metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
     model: str = field(default="", metadata={"help": "The target: a directory or an id on the Hub, with tokenizer."})

@@ -9,7 +9,7 @@ import json
 import sys
 
 from ..metrics import decode_pattern
-from ..plotting import plot_patterns
+from ..reporting.plotting import plot_patterns
 from .common import make_folder_for, run_script
 
 

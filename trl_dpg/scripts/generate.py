@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
-from ..hub import FACTS_FILE, local_facts, push_dataset
-from .common import Parser, check_column, load_rows, read_json, run_script, running
+from ..publishing import push_dataset
+from ..publishing.facts import FACTS_FILE, read_json
+from .common import Parser, check_column, facts_of, load_rows, run_script, running
 
 
 # Which files of a generator's directory its texts depend on
@@ -49,58 +49,50 @@ VLLM_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 @dataclass
 class GenerateArguments:
-    """
-    Arguments of `trl-dpg generate`.
+    """Arguments of `trl-dpg generate`."""
 
-    Parameters:
-        model (`str`):
-            Generator: a directory or an id on the Hub, of a full model or an adapter.
-        prompts (`str`):
-            Prompts, plain or conversational: a file or a data set's id with a column `prompt`. Use those of training, or such
-            as are like them.
-        output (`str`):
-            File of JSON lines to write, with the columns `text` (what to fine-tune on) and `source_prompt`. If it is there
-            already from a call with the same arguments, weights and prompts, it is continued.
-        num_examples (`int`, *optional*):
-            Examples to write. One for each prompt if `None`; more than there are prompts takes them again from the first.
-        prompts_split (`str`, *optional*, defaults to `"train"`):
-            Split of the prompts.
-        max_new_tokens (`int`, *optional*), temperature (`float`, *optional*), top_p (`float`, *optional*), top_k (`int`, *optional*):
-            Sampling. What is `None` is as in the generator's training, which its `dpg.json` has; without that file 256 tokens are
-            sampled at temperature 1.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Prompts in a batch.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed. Every batch has its own, so that a file that was continued is the same as one that was not.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the generator; that of its checkpoint if `"auto"`.
-        device (`str`, *optional*):
-            Device. A GPU if there is one.
-        use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether to generate with vLLM, which then must be installed.
-        push (`str`, *optional*):
-            Repository on the Hub to push the data set to, with a card that links the generator.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether to make that repository private.
-        json (`bool`, *optional*, defaults to `False`):
-            Whether to print JSON.
-    """
-
-    model: str = field(metadata={"help": "Generator: a directory or an id on the Hub."})
-    prompts: str = field(metadata={"help": "Prompts: a file or a data set's id, with a column `prompt`."})
-    output: str = field(metadata={"help": "File of JSON lines to write, or to continue."})
-    num_examples: int | None = field(default=None, metadata={"help": "Examples to write. One a prompt by default."})
+    model: str = field(metadata={"help": "Generator: a directory or an id on the Hub, of a full model or an adapter."})
+    prompts: str = field(
+        metadata={
+            "help": "Prompts, plain or conversational: a file or a data set's id with a column `prompt`. Use those of training, "
+            "or such as are like them."
+        }
+    )
+    output: str = field(
+        metadata={
+            "help": "File of JSON lines to write, with the columns `text` (what to fine-tune on) and `source_prompt`. If it is "
+            "there already from a call with the same arguments, weights and prompts, it is continued."
+        }
+    )
+    num_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples to write. One for each prompt by default; more than there are prompts takes them again from the "
+            "first."
+        },
+    )
     prompts_split: str = field(default="train", metadata={"help": "Split of the prompts."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest text. As in training by default."})
-    temperature: float | None = field(default=None, metadata={"help": "As in training by default."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest text. As in training by default, which `dpg.json` says, or 256 without that file."},
+    )
+    temperature: float | None = field(default=None, metadata={"help": "As in training by default, or 1."})
     top_p: float | None = field(default=None, metadata={"help": "As in training by default."})
     top_k: int | None = field(default=None, metadata={"help": "As in training by default; 0 is none."})
     batch_size: int = field(default=64, metadata={"help": "Prompts in a batch."})
-    seed: int = field(default=0, metadata={"help": "Seed."})
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "Every batch has its own, so that a file that was continued is the same as one that was not."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "Precision, 'auto' is that of the checkpoint."})
     device: str | None = field(default=None, metadata={"help": "Device. A GPU if there is one."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
-    push: str | None = field(default=None, metadata={"help": "Repository on the Hub to push the data set to."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, which then must be installed."})
+    push: str | None = field(
+        default=None,
+        metadata={"help": "Repository on the Hub to push the data set to, with a card that links the generator."},
+    )
     private: bool = field(default=False, metadata={"help": "Make that repository private."})
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
@@ -132,45 +124,11 @@ class GenerateArguments:
             raise ValueError('`use_vllm` needs vLLM. Install it with `pip install "trl-dpg[vllm]"`, or leave it out.')
 
 
-def read_facts(model: str) -> dict[str, Any]:
-    """
-    The `dpg.json` of a generator: what it was trained for and how its texts were sampled.
-
-    Args:
-        model (`str`):
-            Directory or id on the Hub.
-
-    Returns:
-        `dict[str, Any]`: Its content, empty if there is none.
-
-    Raises:
-        [`ValueError`]: If there is no such model.
-    """
-    if os.path.isdir(model):
-        path = local_facts(model)
-        return read_json(path) if path is not None else {}
-    try:
-        return read_json(Path(hf_hub_download(model, FACTS_FILE)))
-    except LocalEntryNotFoundError:  # offline, and not in the cache
-        return {}
-    except EntryNotFoundError:
-        return {}
-    except (HFValidationError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"{model!r} is neither a directory nor a model on the Hub that can be read ({error})."
-        ) from error
-
-
 def fingerprint(model: str) -> str:
     """
     Says by a short text which weights, settings and tokenizer a generator has.
 
-    Args:
-        model (`str`):
-            Directory or id on the Hub, of a full model or an adapter.
-
-    Returns:
-        `str`: A hash of the directory's files, or the commit on the Hub; of an adapter, that of its base model, too.
+    It is a hash of the directory's files, or the commit on the Hub; of an adapter, that of its base model, too.
 
     Raises:
         [`ValueError`]: If there is no such model.
@@ -350,30 +308,32 @@ def written(path: Path, settings: dict[str, Any]) -> int:
             f"`output` {str(path)!r} was written with other settings ({', '.join(differing)}), so it cannot be continued."
             f"{f' Since then {changed} changed.' if changed else ''} Write to another place, or remove it."
         )
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    number = path.read_bytes().count(b"\n")
+    keep_lines(path, number)
+    return number
+
+
+def keep_lines(path: Path, number: int) -> None:
+    """Keeps the first lines of a file, where there is one."""
+    if path.exists():
         with open(path, "r+b") as file:
-            file.truncate(whole)
-    return content.count(b"\n")
+            for _ in range(number):
+                file.readline()
+            file.truncate(file.tell())
 
 
 def write(args: GenerateArguments) -> dict[str, Any]:
     """
     Writes the data set, or what is missing from it.
 
-    Args:
-        args ([`GenerateArguments`]):
-            Arguments.
-
     Returns:
-        `dict[str, Any]`: `output`, `examples` (in the file), `written` (by this call), `generation` (how texts were sampled)
-        and, where the data set was pushed, `pushed`.
+        `dict[str, Any]`: `output`, `examples` (in the file), `num_examples` (asked for), `written` (by this call), `generation`
+        (how texts were sampled) and, where the data set was pushed, `pushed`.
 
     Raises:
         [`ValueError`]: If an argument is no good, or if the file is of another call.
     """
-    facts = read_facts(args.model)
+    facts = facts_of(args.model, "model")
     settings = sampling(args, facts)
     if "generation" not in facts:
         print(
@@ -389,40 +349,48 @@ def write(args: GenerateArguments) -> dict[str, Any]:
     call |= {"batch_size": args.batch_size, "dtype": args.dtype, "use_vllm": args.use_vllm, **settings}
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = done = written(path, call)
-    done -= done % args.batch_size if done < number else 0  # whole batches, as each has a seed
-    if done < number:
-        sample = (VLLMSampler if args.use_vllm else TransformersSampler)(
-            args, settings, not isinstance(rows[0]["prompt"], str)
-        )
-        _cut(path, done)
-        with (
-            running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
-            open(path, "a", encoding="utf-8") as file,
-            tqdm(total=number, initial=done, unit="example") as bar,
-        ):
-            for start in range(done, number, args.batch_size):
-                prompts = [rows[i % len(rows)]["prompt"] for i in range(start, min(start + args.batch_size, number))]
-                texts = sample(prompts, (args.seed * 1_000_003 + start) % 2**32)
-                for prompt, text in zip(prompts, texts, strict=True):
-                    file.write(json.dumps({"text": text, "source_prompt": prompt}, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update(len(texts))
-    result: dict[str, Any] = {"output": str(path), "examples": max(there, number)}
+    there = written(path, call)
+    if there < number:
+        append(path, rows, range(there - there % args.batch_size, number), args, settings)
+    result: dict[str, Any] = {"output": str(path), "examples": max(there, number), "num_examples": number}
     result |= {"written": max(number - there, 0), "generation": settings}
     if args.push is not None:
-        commit = push_dataset(
-            path, args.push, generator=args.model, private=args.private, prompts=args.prompts, generation=settings
-        )
-        result["pushed"] = commit.repo_url.repo_id
+        about: dict[str, Any] = {"private": args.private, "prompts": args.prompts, "generation": settings}
+        result["pushed"] = push_dataset(path, args.push, generator=args.model, **about).repo_url.repo_id
     return result
+
+
+def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, settings: dict[str, Any]) -> None:
+    """Writes examples to a file, from a whole batch on, as each batch has a seed."""
+    sampler = VLLMSampler if args.use_vllm else TransformersSampler
+    sample = sampler(args, settings, not isinstance(rows[0]["prompt"], str))
+    keep_lines(path, examples.start)
+    with (
+        running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(total=examples.stop, initial=examples.start, unit="example") as bar,
+    ):
+        for start in examples[:: args.batch_size]:
+            stop = min(start + args.batch_size, examples.stop)
+            prompts = [rows[i % len(rows)]["prompt"] for i in range(start, stop)]
+            texts = sample(prompts, (args.seed * 1_000_003 + start) % 2**32)
+            for prompt, text in zip(prompts, texts, strict=True):
+                file.write(json.dumps({"text": text, "source_prompt": prompt}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(texts))
 
 
 def describe(result: dict[str, Any]) -> str:
     """What [`write`] did, in a line."""
-    done = "" if result["written"] else "already complete, nothing written: "
+    number, asked = result["examples"], result["num_examples"]
     pushed = f", pushed to {result['pushed']}" if "pushed" in result else ""
-    return f"{done}{result['examples']:,} examples in {result['output']}{pushed}."
+    text = f"{number:,} examples in {result['output']}{pushed}."
+    if number > asked:
+        return (
+            f"nothing written: {text} These are more than `num_examples` {asked:,}, and none is removed. The first {asked:,} are "
+            "what a smaller file would hold."
+        )
+    return text if result["written"] else f"already complete, nothing written: {text}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -433,16 +401,6 @@ def main(argv: list[str] | None = None) -> int:
     result = write(args)
     print(json.dumps(result) if args.json else describe(result))
     return 0
-
-
-def _cut(path: Path, lines: int) -> None:
-    """Keeps the first lines of a file."""
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        for _ in range(lines):
-            file.readline()
-        file.truncate(file.tell())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Writes one self-contained HTML page about a run.
 import argparse
 import sys
 
-from ..report import write_report
+from ..reporting import write_report
 from .common import make_folder_for, run_script
 
 

@@ -1,6 +1,7 @@
 """What is known of a run and may be published: no path, no token, nothing of the machine's environment."""
 
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -14,14 +15,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from .metagradients.host import host_memory
-from .metagradients.metric import description
+from ..metagradients.host import host_memory
+from ..metagradients.metric import description
+from .client import API
 
 
+FACTS_FILE = "dpg.json"  # beside a generator: what its cards, and those of data sets it writes, are made of
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
 
 
@@ -107,7 +111,7 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
     Returns:
         `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before` and `after`, each
         with `step`, `draws`, `mean` (`None` where a draw was not finite) and `standard_error` (of the mean; empty for one
-        draw) of every read-out. `before` is the first step that was validated; it is `None` if that is the last one, too.
+        draw) of every read-out. `before` is the first step that was validated; it is `None` if `after` is of that step, too.
 
     Example:
 
@@ -138,7 +142,7 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
             after = after or [row for row in rows if row["step"] == best_step]
         before = [row for row in rows if row["step"] == first]
         summary[prefix] = {
-            "before": _means(before, prefix) if before[0] is not after[0] else None,
+            "before": _means(before, prefix) if first != after[0]["step"] else None,
             "after": _means(after, prefix),
         }
     return summary
@@ -172,9 +176,9 @@ def training_facts(trainer: Any) -> dict[str, Any]:
             Trainer, before, in or after training.
 
     Returns:
-        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.cards.generator_card`].
+        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.publishing.generator_card`].
     """
-    from . import __version__  # which is not there yet while the package is imported
+    from .. import __version__  # which is not there yet while the package is imported
 
     args, training = trainer.args, trainer.target_training
     recipe = dataclasses.asdict(training.args)
@@ -219,6 +223,49 @@ def training_facts(trainer: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def read_facts(generator: str, argument: str, token: str | None = None) -> dict[str, Any] | None:
+    """
+    The `dpg.json` of a generator: what it was trained for, and how its texts were sampled.
+
+    Args:
+        generator (`str`):
+            Directory (of a checkpoint without the file, that of its run is read) or id on the Hub.
+        argument (`str`):
+            Argument that the generator was given as, for error messages.
+        token (`str`, *optional*):
+            Token with read permission.
+
+    Returns:
+        `dict[str, Any]` or `None`: Its content, `None` if there is no such file.
+
+    Raises:
+        [`ValueError`]: If there is no such generator.
+    """
+    if os.path.isdir(generator):
+        paths = [Path(generator) / FACTS_FILE, Path(generator).absolute().parent / FACTS_FILE]
+        return next((read_json(path) for path in paths if path.exists()), None)
+    try:
+        return read_json(Path(API.hf_hub_download(generator, FACTS_FILE, token=token)))
+    except RemoteEntryNotFoundError:
+        return None
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"`{argument}` {generator!r} is neither a directory nor a model on {API.endpoint} that this token may see. Push the "
+            "generator first (`trainer.push_to_hub()`), or pass its directory."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, or an error that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}). Write or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object. Write or download it again.")
+    return value
 
 
 def describe_machine(device: torch.device) -> str:

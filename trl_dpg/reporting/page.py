@@ -9,8 +9,9 @@ from typing import Any
 
 import jinja2
 
-from .callbacks import read_rows
-from .cards import PAPER, outcome, recipe_text, validation_rows
+from ..publishing.cards import PAPER
+from ..publishing.outcome import outcome, recipe_text, validation_rows
+from .callback import read_rows
 
 
 def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
@@ -33,7 +34,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     Example:
 
     ```python
-    from trl_dpg.report import write_report
+    from trl_dpg.reporting import write_report
 
     write_report("runs/qr")
     ```
@@ -53,7 +54,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["colored"] = _colored
-    template = environment.from_string(files("trl_dpg").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     page = template.render(
         name=Path(run_dir).absolute().name,
         run=run,
