@@ -127,6 +127,8 @@ def test_every_command_explains_itself(capsys, command):
         (["train", "stray", *flags()], "Unknown arguments: stray"),
         (["train", *flags(model_init_kwargs='{"a"')], "was given as JSON, but is none"),
         (["train", *flags(qr_text="", metric="qr")], "`qr_text` is empty"),
+        (["train", *flags(qr_text="long" * 1000, metric="qr")], "`qr_text` 'longlong"),
+        (["verify", "--target", "target", "--dataset", "d.jsonl", "--qr_text", "long" * 1000], "`qr_text` 'longlong"),
         (["train", *flags(reward_funcs="os.name")], "`reward_funcs` 'os.name' is 'posix', which cannot be called"),
         (["train", *flags(num_processes="two")], "argument --num_processes/--num-processes: invalid int value: 'two'"),
         (["train", *flags(resume_from_checkpoint="nowhere")], "`resume_from_checkpoint` 'nowhere' is no folder"),
@@ -408,6 +410,16 @@ def test_generate_goes_on_where_it_was(here, kept):
     assert len(read(here / "data.jsonl")) == 9
 
 
+def test_generate_says_that_more_examples_are_there(here, capsys):
+    assert main(GENERATE) == 0
+    whole = (here / "data.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([*GENERATE, "--num_examples", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing written: 7 examples in data.jsonl" in said and "more than `num_examples` 3" in said
+    assert (here / "data.jsonl").read_bytes() == whole
+
+
 def test_generate_does_not_mix_settings(here, capsys):
     assert main(GENERATE) == 0
     whole = (here / "data.jsonl").read_bytes()
@@ -633,6 +645,13 @@ def test_verify_does_not_guess_the_metric(here):
         ValueError, match="`metric` is missing: the 'dpg.json' of `generator` has the metric 'shortness'"
     ):
         verify.parse(["--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"])
+
+
+def test_verify_says_that_nothing_is_readable(here, capsys):
+    Dataset.from_list([{"text": "air and"}] * 4).to_json("d.jsonl")
+    assert main([*VERIFY, "--dataset", "d.jsonl"]) == 1
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| text |")]
+    assert "None" not in row and row == "| text |  | not readable |"
 
 
 def test_verify_reads_checkpoints(here, capsys):

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import resource
 import traceback
 from contextlib import ExitStack
 from functools import partial
@@ -18,6 +19,7 @@ import transformers
 from datasets import Dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.hub.server import Failure, check_card, serve, validate
@@ -296,19 +298,20 @@ def test_pushes_in_the_background(run, hub, caplog):
     assert not [path for path in Path(trainer.args.output_dir).iterdir() if path.name.startswith("_")]
 
 
-def test_failed_save_keeps_what_was_saved(run, hub, monkeypatch):
+def test_failed_save_keeps_what_was_saved(run, hub):
     trainer = run()
     trainer.push_to_hub()
     folder = Path(trainer.args.output_dir)
     saved, commits = (folder / WEIGHTS).read_bytes(), len(hub.repos["models", "me/generator"].commits)
-
-    def full(path, *args, **kwargs):
-        (Path(path) / WEIGHTS).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer.model, "save_pretrained", full)
-    with pytest.raises(RuntimeError, match=r"could not be saved in .*No space left.*push_to_hub\(\)` again.*Nothing"):
-        trainer.push_to_hub()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(RuntimeError, match=r"could not be saved in .*too large.*push_to_hub\(\)` again.*Nothing"):
+            trainer.push_to_hub()
+        with pytest.raises((OSError, SafetensorError)):
+            trainer.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / WEIGHTS).read_bytes() == saved and not (folder / "_saving").exists()
     assert len(hub.repos["models", "me/generator"].commits) == commits
 
@@ -388,6 +391,7 @@ def test_summarize_validation_of_the_best_checkpoint():
     after = summarize_validation(history, best_step=4)["eval"]["after"]
     assert after == {"step": 8, "draws": 2, "mean": {"metric_gain": 5.0}, "standard_error": {"metric_gain": 1.0}}
     assert summarize_validation(history[-2:])["eval"]["before"] is None
+    assert summarize_validation(history[2:], best_step=8)["eval"]["before"] is None  # both at step 8
     assert summarize_validation([]) == {}
     several = [{"step": 1, "eval_a_metric_gain": 1.0}, {"step": 1, "eval_b_metric_gain": 2.0}]
     assert list(summarize_validation(several)) == ["eval_a", "eval_b"]

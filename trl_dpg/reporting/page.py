@@ -61,7 +61,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
         outcome=outcome(run),
         recipe=recipe_text(run["recipe"]),
         tables={name: validation_rows(validation) for name, validation in run["validation"].items()},
-        progress=_progress(history),
+        progress=_progress(history, run["training"]["steps"]),
         pictures={name: _data_uri(folder / f"{name}.png") for name in ("curve", "entropy", "rewards")},
         pattern=_data_uri(patterns[-1]) if patterns else None,
         animation=_data_uri(folder / "pattern.gif"),
@@ -94,12 +94,12 @@ def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _progress(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far the run is, from what was logged last."""
+def _progress(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """How far the run is, from what was logged last; `step` is that of the last validation, or of the end."""
     trained = [row for row in history if "loss" in row]
     ended = [row for row in history if "train_runtime" in row]
     return {
-        "step": trained[-1]["step"] if trained else 0,
+        "step": max([step, *(row["step"] for row in trained)]) or None,
         "seconds": ended[-1]["train_runtime"] if ended else None,
         "entropy": [row["entropy"] for row in trained if row.get("entropy") is not None],
     }

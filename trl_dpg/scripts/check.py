@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, Parser, check_column, check_texts, load_rows, make_folder_for, run_script
+from .common import MetricArguments, Parser, check_column, check_texts, load_rows, make_folder_for, option, run_script
 
 
 @dataclass
@@ -22,18 +22,18 @@ class CheckArguments(MetricArguments):
     """Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`]."""
 
     metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
-    model: str = field(default="", metadata={"help": "The target: a directory or an id on the Hub, with tokenizer."})
-    dataset: str = field(default="", metadata={"help": "What to fine-tune on: a file or a data set's id."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    text_column: str = field(default="text", metadata={"help": "Its column to train on."})
-    num_examples: int = field(default=64, metadata={"help": "Its rows to train on, from the first."})
+    model: str = option("", "The target: a directory or an id on the Hub, with tokenizer.")
+    dataset: str = option("", "What to fine-tune on: a file or a data set's id.")
+    dataset_split: str = option("train", "Its split.")
+    text_column: str = option("text", "Its column to train on.")
+    num_examples: int = option(64, "Its rows to train on, from the first.")
     dtype: str = field(default="float32", metadata={"help": "Precision.", "choices": ["float32", "float64"]})
-    num_probes: int = field(default=4, metadata={"help": "Examples to move alone."})
-    num_reweightings: int = field(default=8, metadata={"help": "Random directions to move all weights along."})
-    radius: float = field(default=0.1, metadata={"help": "How far weights are moved."})
-    check_seed: int = field(default=0, metadata={"help": "Seed of probes and directions."})
-    plot: str | None = field(default=None, metadata={"help": "PNG file to write."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    num_probes: int = option(4, "Examples to move alone.")
+    num_reweightings: int = option(8, "Random directions to move all weights along.")
+    radius: float = option(0.1, "How far weights are moved.")
+    check_seed: int = option(0, "Seed of probes and directions.")
+    plot: str | None = option(None, "PNG file to write.")
+    json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -72,28 +72,28 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**kwargs)
 
 
+def option(default: Any, help: str) -> Any:
+    """A field of arguments, with its help."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class MetricArguments:
     """Which metric the target is wanted to do well on."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("qr", "67", "lm_head_norm", "likelihood")
 
-    metric: str = field(
-        default="qr",
-        metadata={
-            "help": "'qr' or '67' (a picture in the LM head), 'lm_head_norm', 'likelihood' (of the rows of "
-            "`metric_dataset`), or 'module:attribute': a metric of your own, or a class without arguments."
-        },
+    metric: str = option(
+        "qr",
+        "'qr' or '67' (a picture in the LM head), 'lm_head_norm', 'likelihood' (of the rows of "
+        "`metric_dataset`), or 'module:attribute': a metric of your own, or a class without arguments.",
     )
-    qr_text: str = field(default="TRL-DPG", metadata={"help": "Text of the QR code."})
-    metric_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data for 'likelihood', a file or a data set's id: rows with text, or prompt and completion."
-        },
+    qr_text: str = option("TRL-DPG", "Text of the QR code.")
+    metric_dataset: str | None = option(
+        None, "Data for 'likelihood', a file or a data set's id: rows with text, or prompt and completion."
     )
-    metric_dataset_split: str = field(default="train", metadata={"help": "Split of `metric_dataset`."})
-    num_metric_examples: int = field(default=8, metadata={"help": "Rows of `metric_dataset` to use, from the first."})
+    metric_dataset_split: str = option("train", "Split of `metric_dataset`.")
+    num_metric_examples: int = option(8, "Rows of `metric_dataset` to use, from the first.")
 
     def __post_init__(self):
         self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number

@@ -10,7 +10,7 @@ YAML file. A file for `trl grpo` will do.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from .common import (
     checkpoint_to_resume,
     load_callable,
     load_splits,
+    option,
     run_script,
     take_split,
 )
@@ -42,26 +43,18 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     `trl.rewards`, or dotted import paths) are further rewards.
     """
 
-    target_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Target: a model id or a directory with its tokenizer."}
+    target_model_name_or_path: str | None = option(None, "Target: a model id or a directory with its tokenizer.")
+    eval_dataset_name: str | None = option(
+        None,
+        "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
+        "if there is one.",
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
-            "if there is one."
-        },
+    num_eval_prompts: int | None = option(None, "Held-out prompts to use, from the first. All by default.")
+    evaluation_language: str | None = option(
+        None, "Language whose share of the generated texts validation reads out, as a code such as 'es'."
     )
-    num_eval_prompts: int | None = field(
-        default=None, metadata={"help": "Held-out prompts to use, from the first. All by default."}
-    )
-    evaluation_language: str | None = field(
-        default=None,
-        metadata={"help": "Language whose share of the generated texts validation reads out, as a code such as 'es'."},
-    )
-    reference_texts: list[str] | None = field(
-        default=None,
-        metadata={"help": "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."},
+    reference_texts: list[str] | None = option(
+        None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
     )
 
 

@@ -26,7 +26,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ..publishing import push_dataset
 from ..publishing.facts import FACTS_FILE, read_json
-from .common import Parser, check_column, facts_of, load_rows, run_script, running
+from .common import Parser, check_column, facts_of, load_rows, option, run_script, running
 
 
 # Which files of a generator's directory its texts depend on
@@ -64,37 +64,30 @@ class GenerateArguments:
             "there already from a call with the same arguments, weights and prompts, it is continued."
         }
     )
-    num_examples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Examples to write. One for each prompt by default; more than there are prompts takes them again from the "
-            "first."
-        },
+    num_examples: int | None = option(
+        None,
+        "Examples to write. One for each prompt by default; more than there are prompts takes them again from the "
+        "first.",
     )
-    prompts_split: str = field(default="train", metadata={"help": "Split of the prompts."})
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Longest text. As in training by default, which `dpg.json` says, or 256 without that file."},
+    prompts_split: str = option("train", "Split of the prompts.")
+    max_new_tokens: int | None = option(
+        None, "Longest text. As in training by default, which `dpg.json` says, or 256 without that file."
     )
-    temperature: float | None = field(default=None, metadata={"help": "As in training by default, or 1."})
-    top_p: float | None = field(default=None, metadata={"help": "As in training by default."})
-    top_k: int | None = field(default=None, metadata={"help": "As in training by default; 0 is none."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts in a batch."})
-    seed: int = field(
-        default=0,
-        metadata={
-            "help": "Every batch has its own, so that a file that was continued is the same as one that was not."
-        },
+    temperature: float | None = option(None, "As in training by default, or 1.")
+    top_p: float | None = option(None, "As in training by default.")
+    top_k: int | None = option(None, "As in training by default; 0 is none.")
+    batch_size: int = option(64, "Prompts in a batch.")
+    seed: int = option(
+        0, "Every batch has its own, so that a file that was continued is the same as one that was not."
     )
-    dtype: str = field(default="auto", metadata={"help": "Precision, 'auto' is that of the checkpoint."})
-    device: str | None = field(default=None, metadata={"help": "Device. A GPU if there is one."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, which then must be installed."})
-    push: str | None = field(
-        default=None,
-        metadata={"help": "Repository on the Hub to push the data set to, with a card that links the generator."},
+    dtype: str = option("auto", "Precision, 'auto' is that of the checkpoint.")
+    device: str | None = option(None, "Device. A GPU if there is one.")
+    use_vllm: bool = option(False, "Generate with vLLM, which then must be installed.")
+    push: str | None = option(
+        None, "Repository on the Hub to push the data set to, with a card that links the generator."
     )
-    private: bool = field(default=False, metadata={"help": "Make that repository private."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    private: bool = option(False, "Make that repository private.")
+    json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
         for name in ("num_examples", "max_new_tokens", "batch_size"):

@@ -26,7 +26,17 @@ from ..metrics.pattern import SIXTY_SEVEN
 from ..publishing.facts import FACTS_FILE
 from ..reporting.plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
-from .common import MetricArguments, Parser, check_column, check_texts, facts_of, load_rows, run_script, running
+from .common import (
+    MetricArguments,
+    Parser,
+    check_column,
+    check_texts,
+    facts_of,
+    load_rows,
+    option,
+    run_script,
+    running,
+)
 from .generate import GenerateArguments, describe, write
 
 
@@ -39,38 +49,28 @@ class VerifyArguments(MetricArguments):
 
     METRICS: ClassVar[tuple[str, ...]] = (*MetricArguments.METRICS, "pattern")  # the picture of a generator
 
-    target: str = field(
-        default="",
-        metadata={
-            "help": "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
-            "on the Hub."
-        },
+    target: str = option(
+        "",
+        "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
+        "on the Hub.",
     )
-    dataset: str | None = field(
-        default=None, metadata={"help": "What to fine-tune on: a file or a data set's id, with a column `text`."}
+    dataset: str | None = option(None, "What to fine-tune on: a file or a data set's id, with a column `text`.")
+    dataset_split: str = option("train", "Its split.")
+    generator: str | None = option(
+        None,
+        "Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where "
+        "no flag says otherwise, and the metric, if it is a picture (to the pixel) or the norm of the LM head. Another metric "
+        "must be given as `metric`.",
     )
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    generator: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where "
-            "no flag says otherwise, and the metric, if it is a picture (to the pixel) or the norm of the LM head. Another metric "
-            "must be given as `metric`."
-        },
+    prompts: str | None = option(None, "Prompts for `generator`, with a column `prompt`.")
+    num_examples: int | None = option(None, "Examples to fine-tune on, from the first. All by default.")
+    control_dataset: str | None = option(
+        None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
-    prompts: str | None = field(default=None, metadata={"help": "Prompts for `generator`, with a column `prompt`."})
-    num_examples: int | None = field(
-        default=None, metadata={"help": "Examples to fine-tune on, from the first. All by default."}
+    untie_lm_head: bool = option(
+        False, "Give the target's LM head a weight of its own. As `generator` says by default."
     )
-    control_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Data to compare with: the target is fine-tuned on as many examples of it, too."},
-    )
-    untie_lm_head: bool = field(
-        default=False,
-        metadata={"help": "Give the target's LM head a weight of its own. As `generator` says by default."},
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    json: bool = option(False, "Print JSON.")
     facts: dict[str, Any] = field(default_factory=dict, init=False)  # the content of `dpg.json`
 
     def __post_init__(self):
