@@ -110,7 +110,7 @@ def test_every_command_explains_itself(capsys, command):
             ["train", "--use_cpu", "--bf16", "False", "--model_name_or_path", "generator"],
             "`target_model_name_or_path` is missing",
         ),
-        (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' is no model"),
+        (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' cannot be loaded"),
         (["train", *flags(), "--reward_funcs", "no_such_module.f"], "`reward_funcs` 'no_such_module.f' cannot be"),
         (["train", "--config", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (["train", "--config=nowhere.yaml"], "'nowhere.yaml' does not exist"),
@@ -324,13 +324,12 @@ def test_a_run_that_fails_shows_where(here, capsys):
 
 def test_flags_of_accelerate_are_told_apart(here):
     (here / "run.yaml").write_text(json.dumps({**TRAIN, "num_processes": 2, "accelerate_config": "single_gpu"}))
-    (script_args, training_args, *_), launch_args, in_argv = dpg.parse(
+    (script_args, training_args, *_), launch_args = dpg.parse(
         ["--config", "run.yaml", "--main_process_port", "29501", "--max_steps", "3"]
     )
     assert (script_args.metric, training_args.max_steps) == ("67", 3)
     assert launch_args[0] == "--config_file" and launch_args[1].endswith("single_gpu.yaml")
     assert launch_args[2:] == ["--num_processes", "2", "--main_process_port", "29501"]
-    assert in_argv == ["--main_process_port", "29501"]
 
 
 def test_train(here, capsys):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -21,7 +20,7 @@ from ..data import message_text
 from ..publishing.facts import describe_machine, training_facts
 from ..publishing.outcome import main_readout
 from ..rewards import MetagradientReward
-from .plotting import draw_pattern_frame, plot_distribution, plot_learning_curve, plot_pattern, plot_series
+from .plotting import animate, plot_distribution, plot_learning_curve, plot_pattern, plot_series
 
 
 if TYPE_CHECKING:
@@ -87,8 +86,9 @@ class ReportCallback(TrainerCallback):
             rows = [row for row in read_rows(self.folder / name) if row["step"] <= state.global_step]
             rows = rows if state.global_step > 0 else []  # of another run
             (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if state.global_step == 0:
-            shutil.rmtree(self.folder / "patterns", ignore_errors=True)
+        for path in self.folder.glob("patterns/step-*.png"):
+            if state.global_step == 0 or int(path.stem.removeprefix("step-")) > state.global_step:
+                path.unlink()
         self._write_run(state)
 
     @_whatever_happens
@@ -130,7 +130,7 @@ class ReportCallback(TrainerCallback):
             rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in picture[0].tolist()]
             self._append("patterns.jsonl", [{"step": step, "decoded": rows}])
             (self.folder / "patterns").mkdir(exist_ok=True)
-            plot_pattern(*picture, self.folder / "patterns" / f"step-{step:06d}.png")
+            plot_pattern(*picture, self.folder / "patterns" / f"step-{step:06d}.png", title=f"step {step}")
         self._write_run(state)
         self._draw(state)
         self._track_pictures(step)
@@ -178,14 +178,9 @@ class ReportCallback(TrainerCallback):
         if rewards:
             label = f"raw {rewards[-1]['reward']}"
             plot_distribution({row["step"]: row["quantiles"] for row in rewards}, self.folder / "rewards.png", label)
-        patterns = {row["step"]: row["decoded"] for row in read_rows(self.folder / "patterns.jsonl")}
+        patterns = sorted(self.folder.glob("patterns/step-*.png"))
         if len(patterns) > 1:
-            _, wanted = self.trainer.metric.picture()  # type: ignore[misc]
-            frames = [draw_pattern_frame(rows, wanted, f"step {step}") for step, rows in sorted(patterns.items())]
-            durations = [400] * (len(frames) - 1) + [2_000]
-            frames[0].save(
-                self.folder / "pattern.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0
-            )
+            animate(patterns, self.folder / "pattern.gif")
 
     def _pictures(self, step: int) -> dict[str, Path]:
         paths = {name: self.folder / f"{name}.png" for name in ("curve", "entropy", "rewards")}

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 
 DARK, LIGHT, WRONG_DARK, WRONG_LIGHT, UNMOVED = "black", "white", "#a50f15", "#fcae91", "#969696"
@@ -91,7 +91,9 @@ def plot_learning_curves(
     return figure
 
 
-def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None) -> Figure:
+def plot_pattern(
+    decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None, title: str = "read"
+) -> Figure:
     """
     Draws the picture read from a fine-tuned model beside the one asked for; wrong pixels are red.
 
@@ -104,11 +106,13 @@ def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str], text: st
             PNG file to write.
         text (`str`, *optional*):
             What a QR reader gets from the signs read, for the title.
+        title (`str`, *optional*, defaults to `"read"`):
+            Title of what was read; the share of right pixels is added.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
     """
-    read = f"read: {_percent_right(decoded, pattern)}"
+    read = f"{title}: {_percent_right(decoded, pattern)}"
     if text is not None:
         read += f", “{text}”".replace("$", r"\$")
     return _draw_patterns([("asked for", pattern), (read, decoded)], pattern, path, width=3.5)
@@ -174,35 +178,11 @@ def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | Path
     return figure
 
 
-def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str) -> Image.Image:
-    """
-    Draws one frame of an animation: what was decoded, wrong pixels red, and a line below.
-
-    Args:
-        rows (`Sequence[str]`):
-            Rows of the pattern decoded, `"1"` for dark.
-        pattern (array-like of shape `(rows, columns)`):
-            Signs asked for.
-        caption (`str`):
-            The line; the share of right pixels is added.
-
-    Returns:
-        `PIL.Image.Image`: The frame, about 420 pixels wide. All frames of a pattern have the same size.
-    """
-    decoded = np.array([[1 if pixel == "1" else -1 for pixel in row] for row in rows])
-    wanted = np.asarray(pattern)
-    colors = np.array([ImageColor.getrgb(name) for name in (LIGHT, DARK, WRONG_LIGHT, WRONG_DARK)], dtype=np.uint8)
-    picture = colors[(decoded > 0) + 2 * (decoded != wanted)]
-    border = 4 if min(wanted.shape) >= 21 else 1
-    picture = np.pad(picture, ((border, border), (border, border), (0, 0)), constant_values=255)
-    size = max(1, 420 // picture.shape[1])
-    frame = Image.fromarray(picture.repeat(size, axis=0).repeat(size, axis=1))
-    canvas = Image.new("RGB", (frame.width, frame.height + 32), "white")
-    canvas.paste(frame)
-    text = f"{caption}: {_percent_right(decoded, wanted)}"
-    draw = ImageDraw.Draw(canvas)
-    draw.text((frame.width / 2, frame.height + 10), text, "black", ImageFont.load_default(18), anchor="mm")
-    return canvas
+def animate(paths: Sequence[PathLike[str]], path: str | PathLike[str]) -> None:
+    """Puts pictures of one size, but for their titles, one after the other into a GIF, at half their size."""
+    first, *rest = [Image.open(picture).convert("RGB").reduce(2) for picture in paths]
+    frames = [ImageOps.pad(frame, first.size, color="white") for frame in rest]
+    first.save(path, save_all=True, append_images=frames, duration=[400] * len(frames) + [2_000], loop=0)
 
 
 def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | PathLike[str], width: float) -> Figure:

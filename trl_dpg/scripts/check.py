@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, Parser, check_column, check_texts, load_rows, make_folder_for, option, run_script
+from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option, run_script
 
 
 @dataclass
@@ -42,8 +42,7 @@ class CheckArguments(MetricArguments):
                 raise ValueError(f"`{name}` is missing. Pass it with `--{name}`: a path or an id on the Hub.")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"`dtype` must be 'float32' or 'float64', got {self.dtype!r}.")
-        if self.num_examples < 1:
-            raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
+        at_least_one(self, "num_examples")
 
 
 @dataclass
@@ -66,32 +65,18 @@ def main(argv: list[str] | None = None) -> int:
     dataclasses: Any = (CheckArguments, RecipeArguments)
     args, recipe = Parser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
     metric = args.load_metric()
-    rows = load_rows(args.dataset, args.dataset_split, "dataset")
-    check_column(rows, args.text_column, args.dataset, "dataset", "Name one with `--text_column`.")
-    rows = rows.select(range(min(args.num_examples, len(rows))))
-    check_texts(rows, args.text_column, args.dataset, "dataset")
+    rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column)
+    texts = rows[args.text_column][:]
     make_folder_for(args.plot, "plot")
     state = PartialState()
-    try:
+    with loading(args.model, "model"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` {args.model!r} cannot be loaded, or has no tokenizer: {error}") from error
     model.to(state.device)
-    texts = list(rows[args.text_column])
     examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     try:
-        result = check_metagradients(
-            model,
-            examples,
-            metric,
-            recipe,
-            args.num_probes,
-            args.num_reweightings,
-            args.radius,
-            args.check_seed,
-            state,
-        )
+        probes = args.num_probes, args.num_reweightings, args.radius, args.check_seed
+        result = check_metagradients(model, examples, metric, recipe, *probes, state)
     except FloatingPointError as error:  # the recipe, rather than the input
         print(f"Metagradients: failed\n- {error}", file=sys.stderr)
         return 1

@@ -118,8 +118,7 @@ class MetricArguments:
             raise ValueError(
                 f"`qr_text` {self.qr_text!r:.40} fits in no QR code: {error}. Give a shorter one."
             ) from error
-        if self.num_metric_examples < 1:
-            raise ValueError(f"`num_metric_examples` must be at least 1, got {self.num_metric_examples}.")
+        at_least_one(self, "num_metric_examples")
 
     def load_metric(self) -> Any:
         """The metric. A picture is scaled to the target when it is first looked at."""
@@ -189,19 +188,42 @@ def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any
     return rows
 
 
-def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: str = "Rename one.") -> None:
+def check_column(rows: Dataset, column: str, name: str, argument: str) -> None:
     """Refuses data without a column."""
     if column not in rows.column_names:
-        raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
+        raise ValueError(
+            f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. Name or rename one."
+        )
 
 
-def check_texts(rows: Dataset, column: str, name: str, argument: str) -> None:
-    """Refuses a column that is not all text."""
+def load_texts(name: str, split: str, argument: str, number: int | None = None, column: str = "text") -> Dataset:
+    """One column of data to fine-tune on, of all rows or of the first, or an error that says which of them is no text."""
+    rows = load_rows(name, split, argument)
+    check_column(rows, column, name, argument)
+    rows = rows.select_columns(column).take(min(number or len(rows), len(rows)))
     for index, text in enumerate(rows[column]):
         if not isinstance(text, str):
             raise ValueError(
                 f"`{argument}` {name!r} has {text!r} as the {column!r} of row {index}. Make it a text, or leave the row out."
             )
+    return rows
+
+
+@contextmanager
+def loading(name: str, argument: str) -> Iterator[None]:
+    """Names the argument where its model or tokenizer cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` {name!r} cannot be loaded: {error}") from error
+
+
+def at_least_one(args: Any, *names: str) -> None:
+    """Refuses numbers below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def make_folder_for(path: str | None, argument: str) -> None:

@@ -30,6 +30,7 @@ from .common import (
     checkpoint_to_resume,
     load_callable,
     load_splits,
+    loading,
     option,
     run_script,
     take_split,
@@ -58,27 +59,21 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     )
 
 
-def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
+def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
     """
     Parses the command line and its YAML file.
 
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process if `None`.
-
     Returns:
-        `tuple`: The four sets of arguments; what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
-        `--accelerate_config`, as with the `trl` command), as its flags; and which of these were on the command line.
+        `tuple`: The four sets of arguments; and what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
+        `--accelerate_config`, as with the `trl` command), as its flags.
 
     Raises:
         [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
     """
     dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
     parser = Parser(dataclasses, prog="trl-dpg train")
-    *parsed, in_config, in_argv = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    launch_args = resolve_accelerate_config_argument([*in_config, *in_argv])
+    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    launch_args = resolve_accelerate_config_argument(rest)
     launcher = launch_command_parser()
     launcher.error = parser.error  # type: ignore[method-assign]
     known, unknown = launcher.parse_known_args([*launch_args, "script"])
@@ -90,7 +85,7 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
             "what concerns processes and devices."
         )
     check_arguments(*parsed)
-    return parsed, launch_args, in_argv
+    return parsed, launch_args
 
 
 def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> None:
@@ -103,10 +98,8 @@ def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixtu
         if value is None:
             raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
     for name, value in names.items():
-        try:
+        with loading(value, name):
             AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`{name}` {value!r} is no model that can be loaded: {error}") from error
     for name in script_args.reward_funcs or []:
         load_reward(name)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint)
@@ -203,7 +196,7 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    (script_args, training_args, model_args, mixture), *_ = parse(argv)
+    (script_args, training_args, model_args, mixture), _ = parse(argv)  # the rest was for the launcher
     dataset_name, *datasets = load_datasets(script_args, training_args, mixture)
     trainer = make_trainer(script_args, training_args, model_args, datasets)
     beginning = Beginning()

@@ -26,19 +26,12 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ..publishing import push_dataset
 from ..publishing.facts import FACTS_FILE, read_json
-from .common import Parser, check_column, facts_of, load_rows, option, run_script, running
+from .common import Parser, at_least_one, check_column, facts_of, load_rows, loading, option, run_script, running
 
 
 # Which files of a generator's directory its texts depend on
-FILES_OF_A_MODEL: tuple[str, ...] = (
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "adapter_model.bin",
-    "*config.json",
-    "*.jinja",
-    "*.model",
-)
-FILES_OF_A_MODEL += ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+FILES_OF_A_MODEL = ["*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*config.json", "*.jinja", "*.model"]
+FILES_OF_A_MODEL += ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 
 # Which settings are hashes, and of what
 FINGERPRINTS = {"weights": "the files of `model`", "prompt_rows": "the rows of `prompts`"}
@@ -90,10 +83,7 @@ class GenerateArguments:
     json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
-        for name in ("num_examples", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        at_least_one(self, "num_examples", "max_new_tokens", "batch_size")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}: texts are sampled.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -126,11 +116,9 @@ def fingerprint(model: str) -> str:
     Raises:
         [`ValueError`]: If there is no such model.
     """
-    try:
+    with loading(model, "model"):
         adapter = find_adapter_config_file(model)
         config = adapter or cached_file(model, CONFIG_NAME)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` {model!r} cannot be loaded: {error}") from error
     if config is None:
         raise ValueError(f"`model` {model!r} has no {CONFIG_NAME!r}, so it is no model. Correct the folder.")
     folder = Path(config).parent
@@ -160,17 +148,14 @@ class TransformersSampler:
         self.settings = {"top_k": 0, "do_sample": True, **settings}
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.is_chat = is_chat
-        try:
+        with loading(args.model, "model"):
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
             is_adapter = find_adapter_config_file(args.model) is not None
             load = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
             model: Any = load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`model` {args.model!r} cannot be loaded: {error}") from error
         check_template(self.tokenizer, args, is_chat)
-        self.positions = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )  # some models have no limit
+        # some models have no limit
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if self.positions is not None and settings["max_new_tokens"] >= self.positions:
             raise ValueError(
                 f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {self.positions} positions of `model` "

@@ -29,10 +29,11 @@ from ..target import load_target_model, load_target_tokenizer, untie_lm_head
 from .common import (
     MetricArguments,
     Parser,
-    check_column,
-    check_texts,
+    at_least_one,
     facts_of,
     load_rows,
+    load_texts,
+    loading,
     option,
     run_script,
     running,
@@ -83,8 +84,7 @@ class VerifyArguments(MetricArguments):
             raise ValueError("`generator` needs something to answer. Pass `--prompts`, a file or a data set's id.")
         if self.generator is None and self.prompts is not None:
             raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
+        at_least_one(self, "num_examples")
 
     def load_metric(self) -> Any:
         """The metric. A picture of `dpg.json` is taken as it is there."""
@@ -247,16 +247,13 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         path = getattr(args, argument)
         if path is None:
             continue
-        data = load_rows(path, args.dataset_split, argument)
-        check_column(data, "text", path, argument)
+        rows[name] = data = load_texts(path, args.dataset_split, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
                 f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
             )
-        rows[name] = data.select_columns("text").take(args.num_examples or len(data))
-        check_texts(rows[name], "text", path, argument)
-    number = min(len(r) for r in rows.values())
-    if number < max(len(r) for r in rows.values()):
+    number = min(map(len, rows.values()))
+    if number < max(map(len, rows.values())):
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
         print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     return {name: r.take(number) for name, r in rows.items()}
@@ -264,12 +261,10 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
     """The target and its tokenizer."""
-    try:
-        target = load_target_model(args.target)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`target` {args.target!r} cannot be loaded: {error}") from error
+    with loading(args.target, "target"):
+        target: Any = load_target_model(args.target)
     if args.untie_lm_head:
-        untie_lm_head(target)  # type: ignore[arg-type]
+        untie_lm_head(target)
     return target, load_target_tokenizer(args.target)
 
 
