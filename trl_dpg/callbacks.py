@@ -20,10 +20,6 @@ class FiniteStepsCallback(TrainerCallback):
 
     An optimizer step any batch of which was skipped is not made: without gradients, weights and moments stay as they are.
     With DeepSpeed, whose engine has the gradients, nothing is looked at.
-
-    Args:
-        trainer ([`DatasetPolicyGradientTrainer`]):
-            Trainer whose steps they are.
     """
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):

@@ -286,7 +286,9 @@ def test_trackers_get_one_table_of_samples(make_trainer, monkeypatch):
     trainer = make_trainer()
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReportCallback))
     tables = []
-    tracker = SimpleNamespace(Table=lambda **kwargs: tables.append(kwargs), log=lambda values: None)
+    tracker = SimpleNamespace(
+        __name__="trackio", Table=lambda **kwargs: tables.append(kwargs), log=lambda values: None
+    )
     monkeypatch.setitem(sys.modules, "trackio", tracker)
     trainer.args.report_to = ["trackio"]
     sample = {"step": 1, "kind": "highest", "reward": 1.0, "prompt": "a", "completion": "b c"}

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers.utils import logging
 
 from .facts import FACTS_FILE, public_name, training_facts
-from .outcome import heading, outcome, recipe_text, shown, split_of, validation_rows
+from .outcome import heading, markdown_table, outcome, recipe_text, shown, split_of, validation_rows
 
 
 logger = logging.get_logger(__name__)
@@ -245,7 +245,7 @@ def _template_values(facts: dict[str, Any] | None, repo_id: str, license: str | 
     sets, prompt = facts["validation"].values(), _shortened(facts["example_prompt"])
     sampling = {"do_sample": True, **facts["generation"]}
     return values | {
-        "tables": {name: _table(validation) for name, validation in facts["validation"].items()},
+        "tables": {name: markdown_table(validation_rows(rows)) for name, rows in facts["validation"].items()},
         "outcome": outcome(facts),
         "metric_before": next((validation["after"]["mean"].get("metric_before") for validation in sets), None),
         "recipe": recipe_text(facts["recipe"]),
@@ -285,13 +285,6 @@ def _model_text(model: dict[str, Any]) -> str:
     if model["on_hub"]:
         return f"[{name}](https://huggingface.co/{name}) ({described})"
     return f"a local model ({described})" if name is None else f"`{name}`, a local model ({described})"
-
-
-def _table(validation: dict[str, Any]) -> str:
-    """Before and after, as a Markdown table."""
-    rows = validation_rows(validation)
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def _eval_results(facts: dict[str, Any], datasets: list[str]) -> list[EvalResult]:

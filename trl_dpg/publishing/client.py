@@ -19,12 +19,9 @@ API = HfApi(library_name="trl_dpg")
 @contextmanager
 def explained(repo_id: str, token: str | None, advice: str) -> Iterator[None]:
     """
-    Raises whatever goes wrong as an error that says which repository, what the Hub said, and what to do.
+    Raises whatever goes wrong as an error that says which repository, what the Hub said, and `advice`: what is left, what to do.
 
-    Args:
-        repo_id (`str`): Repository.
-        token (`str`, *optional*): Token in use, which no message repeats.
-        advice (`str`): What is left, and what to do.
+    No message repeats the token.
     """
     try:
         yield

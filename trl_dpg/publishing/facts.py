@@ -31,15 +31,8 @@ _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens
 
 def describe_model(model: Any) -> dict[str, Any]:
     """
-    Says which model this is, without its place on this machine.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model.
-
-    Returns:
-        `dict[str, Any]`: `name` (the id on the Hub, or the last part of a local path), `on_hub`, `architecture` and
-        `parameters`, their number, adapters not counted.
+    Says which model this is, without its place on this machine: `name` (the id on the Hub, or the last part of a local path),
+    `on_hub`, `architecture` and `parameters`, their number, adapters not counted.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name, on_hub = public_name(base.config._name_or_path)
@@ -72,14 +65,8 @@ def _size(parameter: Any) -> int:
 
 def public_name(name: str) -> tuple[str | None, bool]:
     """
-    What of a model's or data set's name may be published.
-
-    Args:
-        name (`str`):
-            Hub id, or path of a directory or file.
-
-    Returns:
-        `tuple[str | None, bool]`: The id and `True`, or the last part of the path (`None` of an empty name) and `False`.
+    What of the name or path of a model or data set may be published: the id and `True`, or the last part of the path (`None` of an
+    empty name) and `False`.
 
     Example:
 
@@ -109,9 +96,9 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
             the last step before that was another model.
 
     Returns:
-        `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before` and `after`, each
-        with `step`, `draws`, `mean` (`None` where a draw was not finite) and `standard_error` (of the mean; empty for one
-        draw) of every read-out. `before` is the first step that was validated; it is `None` if `after` is of that step, too.
+        `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before`, of the first step that was
+        validated (`None` if `after` is of that step, too), and `after`, each with `step`, `draws`, `mean` (`None` where a draw was
+        not finite) and `standard_error` (of the mean; empty for one draw) of every read-out.
 
     Example:
 
@@ -227,7 +214,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
 
 def read_facts(generator: str, argument: str, token: str | None = None) -> dict[str, Any] | None:
     """
-    The `dpg.json` of a generator: what it was trained for, and how its texts were sampled.
+    The `dpg.json` of a generator, which says what it was trained for, and how its texts were sampled; `None` if it has none.
 
     Args:
         generator (`str`):
@@ -236,9 +223,6 @@ def read_facts(generator: str, argument: str, token: str | None = None) -> dict[
             Argument that the generator was given as, for error messages.
         token (`str`, *optional*):
             Token with read permission.
-
-    Returns:
-        `dict[str, Any]` or `None`: Its content, `None` if there is no such file.
 
     Raises:
         [`ValueError`]: If there is no such generator.
@@ -269,16 +253,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def describe_machine(device: torch.device) -> str:
-    """
-    Says in one line what a run ran on.
-
-    Args:
-        device (`torch.device`):
-            Device of this process.
-
-    Returns:
-        `str`: Processor, cores and memory, or the GPU; versions of torch and Python; the system.
-    """
+    """Says in one line what a run ran on: processor, cores and memory, or the GPU; versions of torch and Python; the system."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:

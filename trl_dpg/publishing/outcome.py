@@ -46,14 +46,8 @@ def split_of(prefix: str) -> str:
 
 def main_readout(facts: dict[str, Any]) -> str:
     """
-    The read-out that a run's curve shows and its card begins with: one that says most, or else the metric's first.
-
-    Args:
-        facts (`dict[str, Any]`):
-            What [`~trl_dpg.publishing.training_facts`] gives.
-
-    Returns:
-        `str`: Its name, `"metric_gain"` if nothing was validated yet.
+    The read-out that a run's curve shows and its card begins with: one that says most, or else the metric's first; `"metric_gain"` if
+    nothing was validated yet. `facts` are what [`~trl_dpg.publishing.training_facts`] gives.
     """
     for validation in facts["validation"].values():
         names = [name for name in shown(validation["after"]["mean"]) if name not in _LAST]
@@ -68,12 +62,7 @@ def outcome(facts: dict[str, Any]) -> str:
     A picture is reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and above that
     before training, by more than two standard errors where there are several draws.
 
-    Args:
-        facts (`dict[str, Any]`):
-            What [`~trl_dpg.publishing.training_facts`] gives.
-
-    Returns:
-        `str`: One sentence for each validation set.
+    `facts` are what [`~trl_dpg.publishing.training_facts`] gives. Each validation set gets one sentence.
     """
     sentences = []
     for prefix, validation in facts["validation"].items():
@@ -123,16 +112,7 @@ def _value(name: str, value: float | None) -> str:
 
 
 def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
-    """
-    Before and after, as the cells of a table, its head first.
-
-    Args:
-        validation (`dict[str, Any]`):
-            Of one validation set, what [`~trl_dpg.publishing.facts.summarize_validation`] gives.
-
-    Returns:
-        `list[list[str]]`: Rows of cells.
-    """
+    """The cells of a table, its head first, of one validation set in [`~trl_dpg.publishing.facts.summarize_validation`]."""
     sides = [side for side in (validation["before"], validation["after"]) if side is not None]
     heads = []
     for side in sides:
@@ -147,6 +127,12 @@ def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
             cells.append(f"{text} ± {error:.1g}" if error else text)
         rows.append([heading(name), *cells])
     return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table whose head is the first row."""
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from collections.abc import Iterable
 from fnmatch import fnmatch
 from functools import partial
 from os import PathLike
@@ -90,11 +89,8 @@ def push_dataset(
     generator: str,
     private: bool | None = None,
     token: str | None = None,
-    prompts: str | None = None,
-    generation: dict[str, Any] | None = None,
-    license: str | None = None,
-    tags: Iterable[str] = (),
     commit_message: str = "Upload data set",
+    **card: Any,
 ) -> CommitInfo:
     """
     Pushes a data set that a generator wrote, in one commit with a card that says what it does to which model.
@@ -110,16 +106,11 @@ def push_dataset(
             Whether to make the repository private when it is made.
         token (`str`, *optional*):
             Token with write permission. That of `hf auth login` or `HF_TOKEN` if `None`.
-        prompts (`str`, *optional*):
-            Where the prompts come from, see [`~trl_dpg.publishing.dataset_card`].
-        generation (`dict[str, Any]`, *optional*):
-            Generation settings, for the card.
-        license (`str`, *optional*):
-            License, as the Hub abbreviates it.
-        tags (`Iterable[str]`, *optional*):
-            Further tags.
         commit_message (`str`, *optional*, defaults to `"Upload data set"`):
             Message of the commit.
+        **card:
+            What else the card is to say: `prompts` (where they come from), `generation` (settings), `license` and `tags`, as of
+            [`~trl_dpg.publishing.dataset_card`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit.
@@ -145,9 +136,8 @@ def push_dataset(
         facts = read_facts(generator, "generator", token)
         if facts is None:
             logger.warning(f"{generator!r} has no {FACTS_FILE!r}: the data set's card does not say what it is for.")
-        about = {"num_examples": len(dataset), "columns": dataset.column_names, "prompts": prompts}
-        about |= {"generation": generation, "license": license, "tags": list(tags)}
-        make_card = partial(dataset_card, facts, generator=generator, **about)
+        card |= {"generator": generator, "num_examples": len(dataset), "columns": dataset.column_names}
+        make_card = partial(dataset_card, facts, **card)
         make_card(repo_id=repo_id)  # what cannot be said fails before there is a repository
         parquet = io.BytesIO()
         dataset.to_parquet(parquet)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -67,10 +68,6 @@ class ReportCallback(TrainerCallback):
     written after that is dropped. Where a report cannot be written, training goes on with a warning.
 
     [`~trl_dpg.reporting.write_report`] makes a page of it.
-
-    Args:
-        trainer ([`DatasetPolicyGradientTrainer`]):
-            Trainer whose run it is.
     """
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
@@ -89,7 +86,7 @@ class ReportCallback(TrainerCallback):
         for path in self.folder.glob("patterns/step-*.png"):
             if state.global_step == 0 or int(path.stem.removeprefix("step-")) > state.global_step:
                 path.unlink()
-        self._write_run(state)
+        self._write_run()
 
     @_whatever_happens
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -131,15 +128,11 @@ class ReportCallback(TrainerCallback):
             self._append("patterns.jsonl", [{"step": step, "decoded": rows}])
             (self.folder / "patterns").mkdir(exist_ok=True)
             plot_pattern(*picture, self.folder / "patterns" / f"step-{step:06d}.png", title=f"step {step}")
-        self._write_run(state)
         self._draw(state)
-        self._track_pictures(step)
 
     @_whatever_happens
     def on_train_end(self, args, state, control, **kwargs):
-        self._write_run(state)
         self._draw(state)
-        self._track_pictures(state.global_step)
 
     def _words(self, index: int) -> dict[str, Any]:
         """Credit of each token of a completion of the last batch, where tokens have credit of their own."""
@@ -158,20 +151,18 @@ class ReportCallback(TrainerCallback):
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def _write_run(self, state) -> None:
-        trainer = self.trainer
-        facts = training_facts(trainer)
-        facts["settings"] = changed_settings(trainer.args)
-        processes = trainer.accelerator.num_processes
-        machine = describe_machine(trainer.args.device)
+    def _write_run(self) -> dict[str, Any]:
+        facts = training_facts(self.trainer)
+        facts["settings"] = changed_settings(self.trainer.args)
+        processes, machine = self.trainer.accelerator.num_processes, describe_machine(self.trainer.args.device)
         facts["hardware"] = f"{processes} processes, {machine}" if processes > 1 else machine
         (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return facts
 
     def _draw(self, state) -> None:
-        history = state.log_history
+        history, facts = state.log_history, self._write_run()
         if any("loss" in row or "eval_metric" in row for row in history):
-            readout = main_readout(training_facts(self.trainer))
-            plot_learning_curve(history, self.folder / "curve.png", readout)
+            plot_learning_curve(history, self.folder / "curve.png", main_readout(facts))
         if any(row.get("entropy") is not None for row in history):
             plot_series(history, "entropy", self.folder / "entropy.png", "entropy, nats per token")
         rewards = read_rows(self.folder / "rewards.jsonl")
@@ -181,14 +172,12 @@ class ReportCallback(TrainerCallback):
         patterns = sorted(self.folder.glob("patterns/step-*.png"))
         if len(patterns) > 1:
             animate(patterns, self.folder / "pattern.gif")
-
-    def _pictures(self, step: int) -> dict[str, Path]:
-        paths = {name: self.folder / f"{name}.png" for name in ("curve", "entropy", "rewards")}
-        paths["pattern"] = self.folder / "patterns" / f"step-{step:06d}.png"
-        return {name: path for name, path in paths.items() if path.exists()}
+        self._track_pictures(state.global_step)
 
     def _track_pictures(self, step: int) -> None:
-        pictures = self._pictures(step)
+        paths = {name: self.folder / f"{name}.png" for name in ("curve", "entropy", "rewards")}
+        paths["pattern"] = self.folder / "patterns" / f"step-{step:06d}.png"
+        pictures = {name: path for name, path in paths.items() if path.exists()}
         writer = self._tensorboard()
         if writer is not None:
             for name, path in pictures.items():
@@ -224,13 +213,9 @@ class ReportCallback(TrainerCallback):
 
     def _trackers(self) -> list[Any]:
         """Weights & Biases and Trackio, which take the same calls, where they run."""
-        trackers = []
-        for name in ("wandb", "trackio"):
-            if name in (self.trainer.args.report_to or ()):
-                module = import_module(name)
-                if name == "trackio" or module.run is not None:
-                    trackers.append(module)
-        return trackers
+        names = [name for name in ("wandb", "trackio") if name in (self.trainer.args.report_to or ())]
+        modules = map(import_module, names)
+        return [module for module in modules if module.__name__ == "trackio" or module.run is not None]
 
 
 def _shown(sample: dict[str, Any]) -> str:
@@ -240,14 +225,10 @@ def _shown(sample: dict[str, Any]) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines, without one that was cut off; none if there is no file."""
-    if not path.exists():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):  # killed while it was written
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # killed while it was written
-            continue
     return rows
 
 

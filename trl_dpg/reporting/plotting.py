@@ -33,9 +33,6 @@ def plot_learning_curve(
         readout (`str`, *optional*, defaults to `"metric_gain"`):
             What to draw: `"metric_gain"` or the name of a read-out of the metric. Its values in the reward's own inner
             runs are a line, those of validation are dots.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure.
     """
     figure = Figure(figsize=(7, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.5])
@@ -68,9 +65,6 @@ def plot_learning_curves(
             PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
             What to draw: `"metric_gain"` or the name of a read-out of the metric, without `eval_`.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure.
 
     Raises:
         [`ValueError`]: If runs of one kind have no validated step in common.
@@ -108,9 +102,6 @@ def plot_pattern(
             What a QR reader gets from the signs read, for the title.
         title (`str`, *optional*, defaults to `"read"`):
             Title of what was read; the share of right pixels is added.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure.
     """
     read = f"{title}: {_percent_right(decoded, pattern)}"
     if text is not None:
@@ -130,9 +121,6 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
             PNG file to write.
         pattern (array-like of shape `(rows, columns)`, *optional*):
             Signs asked for. Wrong pixels are red, and the share of right ones is put under the title.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure.
     """
     titled = [
         (title if pattern is None else f"{title}\n{_percent_right(signs, pattern)}", signs)

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option, run_script
+from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option
 
 
 @dataclass
@@ -85,7 +85,3 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot is not None:
             result.plot(args.plot)
     return 0 if result.passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg check"))

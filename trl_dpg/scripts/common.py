@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -216,6 +217,11 @@ def loading(name: str, argument: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(f"`{argument}` {name!r} cannot be loaded: {error}") from error
+
+
+def positions_of(model: Any) -> float:
+    """How many tokens a model has positions for; some have no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def at_least_one(args: Any, *names: str) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
@@ -118,15 +118,6 @@ def load_reward(name: str) -> Callable:
     return reward
 
 
-class Beginning(TrainerCallback):
-    """Whether training has begun: from then on, nothing is wrong with the arguments alone."""
-
-    is_over = False
-
-    def on_train_begin(self, *args, **kwargs):
-        self.is_over = True
-
-
 def how_to_go_on(output_dir: str) -> str:
     """What to say below the traceback of a run that failed."""
     checkpoint = last_whole_checkpoint(output_dir)
@@ -199,8 +190,6 @@ def main(argv: list[str] | None = None) -> int:
     (script_args, training_args, model_args, mixture), _ = parse(argv)  # the rest was for the launcher
     dataset_name, *datasets = load_datasets(script_args, training_args, mixture)
     trainer = make_trainer(script_args, training_args, model_args, datasets)
-    beginning = Beginning()
-    trainer.add_callback(beginning)
     try:
         trainer.train(training_args.resume_from_checkpoint)
         if trainer.eval_dataset is not None:
@@ -212,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.push_to_hub(dataset_name=dataset_name)
             trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
     except Exception as error:
-        if beginning.is_over:
+        if trainer.state.max_steps > 0:  # training had begun: from then on, nothing is wrong with the arguments alone
             error.add_note(
                 f"The run failed at step {trainer.state.global_step}. {how_to_go_on(training_args.output_dir)}"
             )

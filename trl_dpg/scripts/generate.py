@@ -26,7 +26,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ..publishing import push_dataset
 from ..publishing.facts import FACTS_FILE, read_json
-from .common import Parser, at_least_one, check_column, facts_of, load_rows, loading, option, run_script, running
+from .common import Parser, at_least_one, check_column, facts_of, load_rows, loading, option, positions_of, running
 
 
 # Which files of a generator's directory its texts depend on
@@ -144,19 +144,16 @@ def sampling(args: GenerateArguments, facts: dict[str, Any]) -> dict[str, Any]:
 class TransformersSampler:
     """Samples with Transformers, one completion of each prompt of a batch."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any], is_chat: bool):
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any]):
         self.settings = {"top_k": 0, "do_sample": True, **settings}
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.is_chat = is_chat
         with loading(args.model, "model"):
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
             is_adapter = find_adapter_config_file(args.model) is not None
             load = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
             model: Any = load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
-        check_template(self.tokenizer, args, is_chat)
-        # some models have no limit
-        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if self.positions is not None and settings["max_new_tokens"] >= self.positions:
+        self.positions = positions_of(model)
+        if settings["max_new_tokens"] >= self.positions:
             raise ValueError(
                 f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {self.positions} positions of `model` "
                 f"{args.model!r}. Give the length of its training."
@@ -171,31 +168,22 @@ class TransformersSampler:
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         set_seed(seed)
-        texts: Any = prompts
-        if self.is_chat:  # whose template has the special tokens
-            texts = self.tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
-        ids = [i or [start_token(self.tokenizer)] for i in ids]  # something to go on from
+        ids = encode(self.tokenizer, prompts)
         length = max(map(len, ids))
-        if self.positions is not None and length + self.settings["max_new_tokens"] > self.positions:
+        if length + self.settings["max_new_tokens"] > self.positions:
             raise ValueError(
                 f"A prompt of {length} tokens and `max_new_tokens` {self.settings['max_new_tokens']} do not fit into the "
                 f"{self.positions} positions of `model`. Shorten the prompt, or lower `max_new_tokens`."
             )
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        tokens = self.model.generate(
-            input_ids=inputs["input_ids"].to(self.device),
-            attention_mask=inputs["attention_mask"].to(self.device),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **self.settings,
-        )
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        tokens = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.settings)
+        return self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
 
 
 class VLLMSampler:
     """Samples with vLLM."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any], is_chat: bool):
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any]):
         from vllm import LLM, SamplingParams
 
         if find_adapter_config_file(args.model) is not None:
@@ -214,28 +202,23 @@ class VLLMSampler:
                 f"The generator was trained with sampling that vLLM does not know: {error}. Leave `use_vllm` out."
             ) from error
         self.model = LLM(args.model, dtype=args.dtype, seed=args.seed)
-        self.tokenizer, self.is_chat = self.model.get_tokenizer(), is_chat
-        check_template(self.tokenizer, args, is_chat)
+        self.tokenizer = self.model.get_tokenizer()
 
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         # one seed a request, or equal prompts of a batch get equal texts
         parameters = [self.parameters(seed=seed + index) for index in range(len(prompts))]
-        if self.is_chat:
-            outputs = self.model.chat(prompts, parameters, use_tqdm=False)
-        else:
-            ids = self.tokenizer(prompts)["input_ids"]
-            requests = [{"prompt_token_ids": i or [start_token(self.tokenizer)]} for i in ids]
-            outputs = self.model.generate(requests, parameters, use_tqdm=False)
+        requests = [{"prompt_token_ids": ids} for ids in encode(self.tokenizer, prompts)]
+        outputs = self.model.generate(requests, parameters, use_tqdm=False)
         return [output.outputs[0].text for output in outputs]
 
 
-def check_template(tokenizer: Any, args: GenerateArguments, is_chat: bool) -> None:
-    """Refuses conversations that the tokenizer cannot write out."""
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
-            "Give prompts as plain text, or save the template with the tokenizer."
-        )
+def encode(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
+    """Tokens of prompts, plain or conversational; of an empty one, a token to go on from."""
+    is_chat = not isinstance(prompts[0], str)
+    if is_chat:  # the template has the special tokens
+        prompts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
+    return [i or [start_token(tokenizer)] for i in ids]
 
 
 def start_token(tokenizer: Any) -> int:
@@ -340,8 +323,12 @@ def write(args: GenerateArguments) -> dict[str, Any]:
 
 def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, settings: dict[str, Any]) -> None:
     """Writes examples to a file, from a whole batch on, as each batch has a seed."""
-    sampler = VLLMSampler if args.use_vllm else TransformersSampler
-    sample = sampler(args, settings, not isinstance(rows[0]["prompt"], str))
+    sample: Any = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings)
+    if not isinstance(rows[0]["prompt"], str) and sample.tokenizer.chat_template is None:
+        raise ValueError(
+            f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
+            "Give prompts as plain text, or save the template with the tokenizer."
+        )
     keep_lines(path, examples.start)
     with (
         running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
@@ -379,7 +366,3 @@ def main(argv: list[str] | None = None) -> int:
     result = write(args)
     print(json.dumps(result) if args.json else describe(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg generate"))

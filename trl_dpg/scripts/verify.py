@@ -24,6 +24,7 @@ from ..metagradients.metric import Metric, as_metric
 from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
 from ..publishing.facts import FACTS_FILE
+from ..publishing.outcome import heading, markdown_table
 from ..reporting.plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
 from .common import (
@@ -35,7 +36,7 @@ from .common import (
     load_texts,
     loading,
     option,
-    run_script,
+    positions_of,
     running,
 )
 from .generate import GenerateArguments, describe, write
@@ -272,11 +273,11 @@ def check_lengths(
     args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, max_length: int | None
 ) -> None:
     """Refuses texts that are longer than the target's positions."""
-    positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)  # some have no limit
+    positions = positions_of(target)
     for name, data in rows.items():
         longest = max(len(ids) for ids in tokenizer(data["text"][:])["input_ids"]) + 1  # and an EOS
         longest = min(longest, max_length or longest)
-        if positions is not None and longest > positions:
+        if longest > positions:
             raise ValueError(
                 f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r} has a text of {longest} tokens, but `target` has {positions} "
                 f"positions. Set `max_length` to {positions} or less, to cut it off there."
@@ -286,21 +287,13 @@ def check_lengths(
 def table(result: dict[str, Any]) -> str:
     """The read-outs side by side."""
     columns = [name for name in ("before", "data", "control") if name in result]
-    names = list(dict.fromkeys(name for column in columns for name in result[column]))
-    lines = ["| | before fine-tuning | " + " | ".join(f"after the {name}" for name in columns[1:]) + " |"]
-    lines.append("|" + "---|" * (len(columns) + 1))
-    for name in names:
-        values = [result[column].get(name, "") for column in columns]
-        cells = [cell(value) for value in values]
-        label = {"metric": "Φ", "pixel_accuracy": "pixel accuracy (chance: 0.5)"}.get(name, name.replace("_", " "))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [["", "before fine-tuning", *(f"after the {name}" for name in columns[1:])]]
+    for name in dict.fromkeys(name for column in columns for name in result[column]):
+        label = "pixel accuracy (chance: 0.5)" if name == "pixel_accuracy" else heading(name)
+        rows.append([label, *(cell(result[column].get(name, "")) for column in columns)])
+    return markdown_table(rows)
 
 
 def cell(value: Any) -> str:
     """A read-out as text; nothing can be decoded from some checkpoints."""
     return "not readable" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg verify"))
