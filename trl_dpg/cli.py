@@ -30,16 +30,7 @@ The exit code is 0 for success, 1 where a check or verification did not pass or 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Runs the command line.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process if `None`.
-
-    Returns:
-        `int`: Exit code.
-    """
+    """Runs the command line and returns its exit code. `argv` are the arguments of the process if `None`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

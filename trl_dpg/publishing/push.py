@@ -76,8 +76,8 @@ def push_generator(
     ```
     """
     folder = Path(folder)
+    _check_weights(folder, repo_id)
     with explained(repo_id, token, how_to_push_again(folder, repo_id)):
-        _check_weights(folder, repo_id)
         repo_id = API.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     return push_folder(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
 
@@ -134,14 +134,15 @@ def push_dataset(
     advice = f"The data set is unchanged {where}. Then call `push_dataset` again, with the same arguments."
     with explained(repo_id, token, advice):
         facts = read_facts(generator, "generator", token)
-        if facts is None:
-            logger.warning(f"{generator!r} has no {FACTS_FILE!r}: the data set's card does not say what it is for.")
-        card |= {"generator": generator, "num_examples": len(dataset), "columns": dataset.column_names}
-        make_card = partial(dataset_card, facts, **card)
-        make_card(repo_id=repo_id)  # what cannot be said fails before there is a repository
-        parquet = io.BytesIO()
-        dataset.to_parquet(parquet)
-        kind: dict[str, Any] = {"repo_type": "dataset", "token": token}
+    if facts is None:
+        logger.warning(f"{generator!r} has no {FACTS_FILE!r}: the data set's card does not say what it is for.")
+    card |= {"generator": generator, "num_examples": len(dataset), "columns": dataset.column_names}
+    make_card = partial(dataset_card, facts, **card)
+    make_card(repo_id=repo_id)  # what cannot be said fails before there is a repository
+    parquet = io.BytesIO()
+    dataset.to_parquet(parquet)
+    kind: dict[str, Any] = {"repo_type": "dataset", "token": token}
+    with explained(repo_id, token, advice):
         repo_id = API.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
         operations = [
             CommitOperationAdd("data/train-00000-of-00001.parquet", parquet.getvalue()),
@@ -196,19 +197,17 @@ def _without_paths(path: Path) -> bytes | Path:
 def push_folder(folder: Path, repo_id: str, **commit: Any) -> CommitInfo:
     """Pushes a generator; `commit` is `token`, `revision` and `commit_message`."""
     _check_weights(folder, repo_id)
+    operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in published_files(folder)]
     with explained(repo_id, commit["token"], how_to_push_again(folder, repo_id)):
-        operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in published_files(folder)]
         return API.create_commit(repo_id, operations, **commit)
 
 
 def push_checkpoint(checkpoint: Path, path_in_repo: str, repo_id: str, **commit: Any) -> CommitInfo:
-    """Pushes what training resumes from."""
+    """Pushes what training resumes from; `commit` is as of [`push_folder`]."""
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
+    names = [f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}" for path in paths]
+    operations = [CommitOperationAdd(name, _without_paths(path)) for name, path in zip(names, paths, strict=True)]
     with explained(repo_id, commit["token"], f"{what_is_kept(checkpoint)} Training goes on."):
-        paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
-        operations = [
-            CommitOperationAdd(f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}", _without_paths(path))
-            for path in paths
-        ]
         return API.create_commit(repo_id, operations, **commit)
 
 

@@ -118,14 +118,6 @@ def load_reward(name: str) -> Callable:
     return reward
 
 
-def how_to_go_on(output_dir: str) -> str:
-    """What to say below the traceback of a run that failed."""
-    checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is None:
-        return f"There is no whole checkpoint in {output_dir!r}."
-    return f"The last whole checkpoint is {str(checkpoint)!r}: go on from it with `--resume_from_checkpoint True`."
-
-
 def load_datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[str, Any, Any]:
     """Name of the prompts, prompts to train on, and held-out ones or `None`."""
     if mixture.datasets:  # as in TRL, this comes first
@@ -202,9 +194,11 @@ def main(argv: list[str] | None = None) -> int:
             trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
     except Exception as error:
         if trainer.state.max_steps > 0:  # training had begun: from then on, nothing is wrong with the arguments alone
-            error.add_note(
-                f"The run failed at step {trainer.state.global_step}. {how_to_go_on(training_args.output_dir)}"
-            )
+            last = last_whole_checkpoint(training_args.output_dir)
+            note = f"The last whole checkpoint is {str(last)!r}: go on from it with `--resume_from_checkpoint True`."
+            if last is None:
+                note = f"There is no whole checkpoint in {training_args.output_dir!r}."
+            error.add_note(f"The run failed at step {trainer.state.global_step}. {note}")
         raise
     trainer.accelerator.end_training()
     return 0

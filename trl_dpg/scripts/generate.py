@@ -144,11 +144,10 @@ def sampling(args: GenerateArguments, facts: dict[str, Any]) -> dict[str, Any]:
 class TransformersSampler:
     """Samples with Transformers, one completion of each prompt of a batch."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any]):
-        self.settings = {"top_k": 0, "do_sample": True, **settings}
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
+        self.tokenizer, self.settings = tokenizer, {"top_k": 0, "do_sample": True, **settings}
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with loading(args.model, "model"):
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
             is_adapter = find_adapter_config_file(args.model) is not None
             load = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
             model: Any = load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
@@ -162,8 +161,8 @@ class TransformersSampler:
             self.model = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:  # the latter without CUDA
             raise ValueError(f"`device` {self.device!r} cannot be used: {error}") from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
@@ -183,7 +182,7 @@ class TransformersSampler:
 class VLLMSampler:
     """Samples with vLLM."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any]):
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
         from vllm import LLM, SamplingParams
 
         if find_adapter_config_file(args.model) is not None:
@@ -201,8 +200,7 @@ class VLLMSampler:
             raise ValueError(
                 f"The generator was trained with sampling that vLLM does not know: {error}. Leave `use_vllm` out."
             ) from error
-        self.model = LLM(args.model, dtype=args.dtype, seed=args.seed)
-        self.tokenizer = self.model.get_tokenizer()
+        self.model, self.tokenizer = LLM(args.model, dtype=args.dtype, seed=args.seed), tokenizer
 
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         # one seed a request, or equal prompts of a batch get equal texts
@@ -323,12 +321,14 @@ def write(args: GenerateArguments) -> dict[str, Any]:
 
 def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, settings: dict[str, Any]) -> None:
     """Writes examples to a file, from a whole batch on, as each batch has a seed."""
-    sample: Any = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings)
-    if not isinstance(rows[0]["prompt"], str) and sample.tokenizer.chat_template is None:
+    with loading(args.model, "model"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
+    if not isinstance(rows[0]["prompt"], str) and tokenizer.chat_template is None:
         raise ValueError(
             f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
             "Give prompts as plain text, or save the template with the tokenizer."
         )
+    sample = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings, tokenizer)
     keep_lines(path, examples.start)
     with (
         running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
