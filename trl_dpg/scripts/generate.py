@@ -351,10 +351,7 @@ def describe(result: dict[str, Any]) -> str:
     pushed = f", pushed to {result['pushed']}" if "pushed" in result else ""
     text = f"{number:,} examples in {result['output']}{pushed}."
     if number > asked:
-        return (
-            f"nothing written: {text} These are more than `num_examples` {asked:,}, and none is removed. The first {asked:,} are "
-            "what a smaller file would hold."
-        )
+        return f"nothing written: {text} These are more than `num_examples` {asked:,}, and none was removed."
     return text if result["written"] else f"already complete, nothing written: {text}"
 
 
