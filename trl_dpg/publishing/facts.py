@@ -173,15 +173,9 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         del recipe[name]  # where and how it was computed, not what
     recipe["steps"] = training.args.num_steps(args.num_target_examples())
     recipe["untie_lm_head"] = args.target_untie_lm_head
-    generation = {
-        "max_new_tokens": args.max_completion_length,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-        **(args.generation_kwargs or {}),
-    }
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    generation = {"max_new_tokens": args.max_completion_length, **{name: getattr(args, name) for name in names}}
+    generation |= args.generation_kwargs or {}
     state = trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
     loaded_step = state.best_global_step if args.load_best_model_at_end else None

@@ -247,6 +247,8 @@ def facts_of(generator: str, argument: str) -> dict[str, Any]:
         return read_facts(generator, argument) or {}
     except LocalEntryNotFoundError:
         return {}
+    except HfHubHTTPError as error:
+        raise ValueError(f"`{argument}` {generator!r} cannot be read from the Hub: {error}") from error
 
 
 def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:

@@ -133,9 +133,8 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     facts = facts_of(given.generator, "generator") if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
     parser = Parser(dataclasses, prog="trl-dpg verify")
-    parser.set_defaults_with_config(output_dir="verification")
     values = defaults(facts, given.metric)
-    parser.set_defaults_with_config(**values)
+    parser.set_defaults_with_config(output_dir="verification", **values)
     args, config = parser.parse_args_and_config(argv)
     args.facts = facts
     if not config.learning_rate > 0:
