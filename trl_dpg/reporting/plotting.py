@@ -5,14 +5,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DARK, LIGHT, WRONG_DARK, WRONG_LIGHT, UNMOVED = "black", "white", "#a50f15", "#fcae91", "#969696"
 DOTS: dict[str, Any] = {"color": "tab:orange", "linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
@@ -21,7 +22,7 @@ DPI = 150
 
 def plot_learning_curve(
     log_history: Sequence[dict[str, Any]], path: str | PathLike[str], readout: str = "metric_gain"
-) -> Figure:
+) -> "Figure":
     """
     Draws a read-out over training, and the spread of the raw metagradients below it.
 
@@ -34,7 +35,7 @@ def plot_learning_curve(
             What to draw: `"metric_gain"` or the name of a read-out of the metric. Its values in the reward's own inner
             runs are a line, those of validation are dots.
     """
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = _figure(7, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.5])
     _plot(top, log_history, f"metagradient/{readout}", label="training batches", color="tab:blue")
     _plot(top, log_history, f"eval_{readout}", label="validation (held-out prompts, torch AdamW)", **DOTS)
@@ -52,7 +53,7 @@ def plot_learning_curves(
     runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]],
     path: str | PathLike[str],
     readout: str = "metric_gain",
-) -> Figure:
+) -> "Figure":
     """
     Draws the validation of several kinds of runs on one axes, to compare rewards or settings.
 
@@ -69,7 +70,7 @@ def plot_learning_curves(
     Raises:
         [`ValueError`]: If runs of one kind have no validated step in common.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = _figure(7, 4)
     axes = figure.subplots()
     for label, histories in runs.items():
         by_seed = [_validations(history, f"eval_{readout}") for history in histories]
@@ -87,7 +88,7 @@ def plot_learning_curves(
 
 def plot_pattern(
     decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None, title: str = "read"
-) -> Figure:
+) -> "Figure":
     """
     Draws the picture read from a fine-tuned model beside the one asked for; wrong pixels are red.
 
@@ -109,7 +110,7 @@ def plot_pattern(
     return _draw_patterns([("asked for", pattern), (read, decoded)], pattern, path, width=3.5)
 
 
-def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], pattern: Any = None) -> Figure:
+def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], pattern: Any = None) -> "Figure":
     """
     Draws several patterns side by side, to compare treatments of a marked model, rewards or seeds.
 
@@ -129,9 +130,9 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
     return _draw_patterns(titled, pattern, path, width=1.9)
 
 
-def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | PathLike[str], label: str) -> Figure:
+def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | PathLike[str], label: str) -> "Figure":
     """Draws one logged figure over training. `label` says what it is, with its unit."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    figure = _figure(7, 2.6)
     axes = figure.subplots()
     values = _plot(axes, log_history, key, color="tab:blue")
     axes.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=0) or 1)
@@ -140,7 +141,7 @@ def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | Pat
     return figure
 
 
-def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | PathLike[str], label: str) -> Figure:
+def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | PathLike[str], label: str) -> "Figure":
     """
     Draws how a distribution changes over training: its median, and bands around it.
 
@@ -153,7 +154,7 @@ def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | Path
     if -2 <= exponent <= 2:
         exponent = 0
     values = values / 10.0**exponent
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = _figure(7, 3)
     axes = figure.subplots()
     bands = (("all", 0, 6, 0.12), ("5 % to 95 %", 1, 5, 0.22), ("25 % to 75 %", 2, 4, 0.4))
     for name, low, high, alpha in bands:
@@ -173,14 +174,16 @@ def animate(paths: Sequence[PathLike[str]], path: str | PathLike[str]) -> None:
     first.save(path, save_all=True, append_images=frames, duration=[400] * len(frames) + [2_000], loop=0)
 
 
-def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | PathLike[str], width: float) -> Figure:
+def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | PathLike[str], width: float) -> "Figure":
+    from matplotlib.colors import to_rgb
+
     rows = math.ceil(len(titled) / 5)
     columns = math.ceil(len(titled) / rows)
     shape = np.asarray(titled[0][1]).shape
     border = 4 if min(shape) >= 21 else 0  # with its quiet zone, a phone reads a QR code off the picture
     height = width * (shape[0] + 2 * border) / (shape[1] + 2 * border)
     height += 0.2 * max(title.count("\n") + 1 for title, _ in titled)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = _figure(width * columns, height * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(titled) :]:
         axes.axis("off")
@@ -200,6 +203,12 @@ def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | Path
     return figure
 
 
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # whose import takes half a second, and most processes draw nothing
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _percent_right(signs: Any, pattern: Any) -> str:
     share = (np.asarray(signs) == np.asarray(pattern)).mean()
     return "100%" if share == 1 else f"{math.floor(share * 1000) / 10:.1f}%"  # 2000 of 2001 pixels are 99.9%
@@ -213,7 +222,7 @@ def _validations(log_history: Sequence[dict[str, Any]], key: str) -> dict[int, f
     return {step: fmean(values) for step, values in by_step.items()}
 
 
-def _plot(axes: Axes, log_history: Sequence[dict[str, Any]], key: str, **style: Any) -> list[float]:
+def _plot(axes: "Axes", log_history: Sequence[dict[str, Any]], key: str, **style: Any) -> list[float]:
     """Draws a logged figure, where it was logged, and returns its values."""
     points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
     if points:
@@ -221,7 +230,7 @@ def _plot(axes: Axes, log_history: Sequence[dict[str, Any]], key: str, **style: 
     return [value for _, value in points]
 
 
-def _finish(axes: Axes, y_label: str, x_label: str = "GRPO step", columns: int = 2) -> None:
+def _finish(axes: "Axes", y_label: str, x_label: str = "GRPO step", columns: int = 2) -> None:
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
