@@ -25,9 +25,9 @@ import torch
 from benchmarks.common import load, make_args, make_examples, with_lora
 from benchmarks.peers.environment import bergson_metagradients
 from benchmarks.peers.unrolled import unrolled_metagradients
-from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
+from trl_dpg.publishing.facts import describe_machine
 
 
 BERGSON = "bergson 2.5.1, MAGIC"

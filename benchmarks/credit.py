@@ -32,9 +32,9 @@ from examples.resources import (
     wikipedia_leads,
 )
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
+from trl_dpg.publishing.facts import describe_machine
 
 
 ROOT = Path(__file__).parent.parent

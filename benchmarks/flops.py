@@ -16,9 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import load, make_args, make_examples, with_lora
-from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
+from trl_dpg.publishing.facts import describe_machine
 
 
 FORMULAS = {

@@ -11,9 +11,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.peers.measure import measured
-from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm
+from trl_dpg.publishing.facts import describe_machine
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import load, make_args, make_examples
-from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import compute_metagradients, run
 from trl_dpg.metrics import LanguageModelingLikelihood
+from trl_dpg.publishing.facts import describe_machine
 
 
 METHODS = {

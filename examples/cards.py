@@ -19,9 +19,10 @@ from transformers import TrainerState
 from trl import ModelConfig
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.cards import generator_card, main_readout
-from trl_dpg.facts import training_facts
-from trl_dpg.hub import FACTS_FILE, add_pictures
+from trl_dpg.publishing.cards import generator_card
+from trl_dpg.publishing.facts import FACTS_FILE, training_facts
+from trl_dpg.publishing.outcome import main_readout
+from trl_dpg.reporting.plotting import plot_learning_curve, plot_pattern
 from trl_dpg.scripts.common import Parser
 
 
@@ -91,12 +92,15 @@ def write_card(name: str) -> Path:
     if verification.exists():
         facts["verification"] = json.loads(verification.read_text())
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    plot_learning_curve(log, folder / "curve.png", main_readout(facts))
+    if metric.picture() is not None:
+        plot_pattern(*metric.picture(), folder / "pattern.png")
     command = f"accelerate launch examples/dpg.py --config examples/configs/{name}.yaml"
     card = generator_card(
         facts,
         repo_id=f"runs/{name}",
         license="apache-2.0",
-        pictures=add_pictures(folder, folder / "report", log, metric, main_readout(facts)),
+        pictures=[path.name for path in sorted(folder.glob("*.png"))],
         how_to_get=f"In this repository, `{command}` trains it and writes it to `runs/{name}`.",
     )
     card.save(folder / "README.md")

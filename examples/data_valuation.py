@@ -26,9 +26,9 @@ from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from trl_dpg.facts import describe_machine
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood
+from trl_dpg.publishing.facts import describe_machine
 from trl_dpg.validation import validate
 
 

@@ -24,9 +24,9 @@ from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.facts import describe_machine
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern, evaluate_texts
-from trl_dpg.plotting import plot_learning_curve, plot_pattern
+from trl_dpg.publishing.facts import describe_machine
+from trl_dpg.reporting.plotting import plot_learning_curve, plot_pattern
 from trl_dpg.scripts.common import Parser, checkpoint_to_resume
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_dpg.metrics import LMHeadPattern
-from trl_dpg.plotting import plot_learning_curves, plot_patterns
+from trl_dpg.reporting.plotting import plot_learning_curves, plot_patterns
 
 
 EXAMPLES = Path(__file__).parent

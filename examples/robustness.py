@@ -46,7 +46,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HfArgumentPar
 from trl import SFTConfig, SFTTrainer
 
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern, decode_pattern
-from trl_dpg.plotting import plot_patterns
+from trl_dpg.reporting.plotting import plot_patterns
 from trl_dpg.target import load_target_model, load_target_tokenizer
 
 

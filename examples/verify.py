@@ -25,8 +25,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_dpg import untie_lm_head
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
-from trl_dpg.plotting import plot_pattern
-from trl_dpg.scripts.generate import read_facts
+from trl_dpg.publishing import read_facts
+from trl_dpg.reporting.plotting import plot_pattern
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, help="As in the generator's training, or 24.")
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()
-    facts = read_facts(options.generator)
+    facts = read_facts(options.generator, "generator") or {}
     wanted = wanted_pattern(options.pattern, options.qr_text, facts.get("metric", {}))
     max_new_tokens = options.max_new_tokens or facts.get("generation", {}).get("max_new_tokens", 24)
     output_dir = Path(options.output_dir or Path(options.generator) / "verification")

@@ -22,8 +22,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
-from .facts import describe_model
 from .metagradients.metric import description
+from .publishing.facts import describe_model
+from .publishing.push import NOT_NEEDED, UNFINISHED
 
 
 if TYPE_CHECKING:
@@ -33,12 +34,9 @@ else:
 
 logger = logging.get_logger(__name__)
 
-UNFINISHED = "dpg_unfinished"  # an empty file in a checkpoint that is being written or deleted
-NOT_NEEDED = {"training_args.bin", "README.md", UNFINISHED}  # to resume, and not on the Hub
 STATE_FILE = "dpg_state.json"  # what `"auto"` settings were measured to be, and what else the reward carries on
-BATCH_FILE = (
-    "generation_batch_{}.safetensors"  # of each process: what is left to train on of the last generation batch
-)
+# Of each process: what is left to train on of the last generation batch
+BATCH_FILE = "generation_batch_{}.safetensors"
 
 # Fields that Transformers takes from the checkpoint's optimizer, whatever the configuration says
 KEPT_BY_THE_OPTIMIZER = {"optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -78,25 +76,22 @@ class ResumingMixin(_Trainer):
             [`ValueError`]: If there is no whole checkpoint to resume from, or if a checkpoint would be written over a folder
                 that is none.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._checkpoint_to_resume()
-        elif isinstance(resume_from_checkpoint, (str, Path)):
-            resume_from_checkpoint = str(resume_from_checkpoint)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = self._checkpoint_to_resume()
         folder = Path(self.args.output_dir)  # type: ignore[arg-type]
-        there = sorted(
-            path.name
-            for pattern in (f"{PREFIX_CHECKPOINT_DIR}-*", "report", "*.safetensors")
-            for path in folder.glob(pattern)
-        )
-        if there and not resume_from_checkpoint:
+        patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", "report", "*.safetensors")
+        there = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        if there and checkpoint is None:
             logger.warning(
                 f"`output_dir` {str(folder)!r} holds {', '.join(there[:4])} of another run. What has the same name is written over. "
                 "Pass `resume_from_checkpoint=True` to go on with that run, or take another directory."
             )
-        self._check_folders(_step_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else None)
-        if resume_from_checkpoint:
-            self._check_checkpoint(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._check_folders(checkpoint and _step_of(Path(checkpoint)))
+        if checkpoint is not None:
+            checkpoint = str(checkpoint)
+            self._check_checkpoint(Path(checkpoint))
+        return super().train(checkpoint, *args, **kwargs)
 
     def _check_checkpoint(self, path: Path) -> None:
         """Refuses, or warns of, a checkpoint that the run cannot go on from as if it had not stopped."""
@@ -175,12 +170,8 @@ class ResumingMixin(_Trainer):
             step = _step_of(path)
             if step is None or step <= (first or 0) or step > args.max_steps > 0 or args.save_strategy == "no":
                 continue
-            if (
-                args.save_strategy == "steps"
-                and args.save_steps >= 1
-                and step % args.save_steps
-                and step != args.max_steps
-            ):
+            by_steps = args.save_strategy == "steps" and args.save_steps >= 1
+            if by_steps and step % args.save_steps and step != args.max_steps:
                 continue
             if not _is_checkpoint(path) and (path.is_file() or any(path.iterdir())):
                 raise ValueError(
@@ -304,10 +295,8 @@ class ResumingMixin(_Trainer):
         if not any(name in MEASURED_WITH or name.startswith("target") for name in changed):
             trainer.target_training.load_state(state)
         if trainer.use_adaptive_entropy and "entropy" in state:  # TRL's own file comes after `trainer_state.json`
-            trainer.entropy_coef, trainer._last_world_entropy = (
-                state["entropy"]["coef"],
-                state["entropy"]["last_world"],
-            )
+            trainer.entropy_coef = state["entropy"]["coef"]
+            trainer._last_world_entropy = state["entropy"]["last_world"]
         path = Path(checkpoint) / BATCH_FILE.format(self.accelerator.process_index)
         self._load_generation_batch(path, keep_parts=changed <= KEPT_BY_THE_OPTIMIZER)
 
@@ -381,12 +370,8 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     run["model"], run["peft_config"] = describe_model(model)["name"], None
     if isinstance(model, PeftModel):
         config = model.peft_config[model.active_adapters[0]].to_dict()
-        known = {
-            name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save")
-        }
-        run["peft_config"] = {
-            name: sorted(v) if isinstance(v, set) else v for name, v in known.items() if v is not None
-        }
+        parts = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save")
+        run["peft_config"] = {name: config[name] for name in parts if config.get(name) is not None}
     run["target_model"] = describe_model(trainer.target_training.target_model)["name"]
     metric = description(trainer.metric)
     run["metric"] = f"{metric['name']} ({_digest(metric)})"
@@ -394,7 +379,10 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         count = len(trainer.train_dataset)
         prompts = trainer.train_dataset.select(range(0, count, max(1, count // 100)))["prompt"]
         run["train_dataset"] = f"{count} prompts ({_digest(list(prompts))})"
-    return json.loads(json.dumps(run, default=str, sort_keys=True))
+    plain = json.dumps(
+        run, default=lambda value: sorted(value) if isinstance(value, set) else str(value), sort_keys=True
+    )
+    return json.loads(plain)
 
 
 def _digest(value: Any) -> str:

@@ -30,16 +30,7 @@ The exit code is 0 for success, 1 where a check or verification did not pass or 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Runs the command line.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process if `None`.
-
-    Returns:
-        `int`: Exit code.
-    """
+    """Runs the command line and returns its exit code. `argv` are the arguments of the process if `None`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -64,17 +55,9 @@ def _train(argv: list[str] | None) -> int:
     """Starts `trl_dpg.scripts.dpg` by Accelerate, once the arguments are known to be good."""
     from .scripts import dpg
 
-    _, launch_args, in_argv = dpg.parse(argv)
-    remaining = iter(in_argv)
-    skip = next(remaining, None)
-    script_args = []
-    for argument in argv or []:  # those for Accelerate are left out, in their order
-        if argument == skip:
-            skip = next(remaining, None)
-        else:
-            script_args.append(argument)
-    try:
-        launch_command(launch_command_parser().parse_args([*launch_args, "--module", dpg.__name__, *script_args]))
+    _, launch_args = dpg.parse(argv)
+    try:  # the script knows which flags are for Accelerate, and leaves them
+        launch_command(launch_command_parser().parse_args([*launch_args, "--module", dpg.__name__, *(argv or [])]))
     except subprocess.CalledProcessError as error:  # it has said why
         return 2 if error.returncode == 2 else 1
     return 0

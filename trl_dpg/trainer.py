@@ -19,16 +19,17 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import nanstd, pad
 
-from .callbacks import FiniteStepsCallback, ReportCallback
-from .cards import PAPER
+from .callbacks import FiniteStepsCallback
 from .checkpoints import ResumingMixin
 from .config import DatasetPolicyGradientConfig, with_target_names
 from .credit import CandidateHead, changed_logits, credit_text, expected_credit
 from .credit.candidates import ALL_WORDS, CANDIDATES, changed_words
 from .data import completion_text, indices_to_train_on, special_ids
-from .hub import PublishingMixin
 from .metagradients.runtime.model import vocab_size
 from .metagradients.runtime.processes import failing_together
+from .publishing.cards import PAPER
+from .publishing.hub import PublishingMixin
+from .reporting import ReportCallback
 from .rewards import (
     EditDistanceReward,
     EmbeddingSimilarityReward,

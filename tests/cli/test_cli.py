@@ -110,7 +110,7 @@ def test_every_command_explains_itself(capsys, command):
             ["train", "--use_cpu", "--bf16", "False", "--model_name_or_path", "generator"],
             "`target_model_name_or_path` is missing",
         ),
-        (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' is no model"),
+        (["train", *flags(model_name_or_path="no/model")], "`model_name_or_path` 'no/model' cannot be loaded"),
         (["train", *flags(), "--reward_funcs", "no_such_module.f"], "`reward_funcs` 'no_such_module.f' cannot be"),
         (["train", "--config", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (["train", "--config=nowhere.yaml"], "'nowhere.yaml' does not exist"),
@@ -127,6 +127,8 @@ def test_every_command_explains_itself(capsys, command):
         (["train", "stray", *flags()], "Unknown arguments: stray"),
         (["train", *flags(model_init_kwargs='{"a"')], "was given as JSON, but is none"),
         (["train", *flags(qr_text="", metric="qr")], "`qr_text` is empty"),
+        (["train", *flags(qr_text="long" * 1000, metric="qr")], "`qr_text` 'longlong"),
+        (["verify", "--target", "target", "--dataset", "d.jsonl", "--qr_text", "long" * 1000], "`qr_text` 'longlong"),
         (["train", *flags(reward_funcs="os.name")], "`reward_funcs` 'os.name' is 'posix', which cannot be called"),
         (["train", *flags(num_processes="two")], "argument --num_processes/--num-processes: invalid int value: 'two'"),
         (["train", *flags(resume_from_checkpoint="nowhere")], "`resume_from_checkpoint` 'nowhere' is no folder"),
@@ -322,13 +324,12 @@ def test_a_run_that_fails_shows_where(here, capsys):
 
 def test_flags_of_accelerate_are_told_apart(here):
     (here / "run.yaml").write_text(json.dumps({**TRAIN, "num_processes": 2, "accelerate_config": "single_gpu"}))
-    (script_args, training_args, *_), launch_args, in_argv = dpg.parse(
+    (script_args, training_args, *_), launch_args = dpg.parse(
         ["--config", "run.yaml", "--main_process_port", "29501", "--max_steps", "3"]
     )
     assert (script_args.metric, training_args.max_steps) == ("67", 3)
     assert launch_args[0] == "--config_file" and launch_args[1].endswith("single_gpu.yaml")
     assert launch_args[2:] == ["--num_processes", "2", "--main_process_port", "29501"]
-    assert in_argv == ["--main_process_port", "29501"]
 
 
 def test_train(here, capsys):
@@ -406,6 +407,16 @@ def test_generate_goes_on_where_it_was(here, kept):
     assert main([*GENERATE, "--num_examples", "9"]) == 0  # more of the same
     assert read(here / "data.jsonl")[:6] == [json.loads(line) for line in whole.splitlines()[:6]]
     assert len(read(here / "data.jsonl")) == 9
+
+
+def test_generate_says_that_more_examples_are_there(here, capsys):
+    assert main(GENERATE) == 0
+    whole = (here / "data.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([*GENERATE, "--num_examples", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing written: 7 examples in data.jsonl" in said and "more than `num_examples` 3" in said
+    assert (here / "data.jsonl").read_bytes() == whole
 
 
 def test_generate_does_not_mix_settings(here, capsys):
@@ -633,6 +644,13 @@ def test_verify_does_not_guess_the_metric(here):
         ValueError, match="`metric` is missing: the 'dpg.json' of `generator` has the metric 'shortness'"
     ):
         verify.parse(["--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"])
+
+
+def test_verify_says_that_nothing_is_readable(here, capsys):
+    Dataset.from_list([{"text": "air and"}] * 4).to_json("d.jsonl")
+    assert main([*VERIFY, "--dataset", "d.jsonl"]) == 1
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| text |")]
+    assert "None" not in row and row == "| text |  | not readable |"
 
 
 def test_verify_reads_checkpoints(here, capsys):

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from trl import GRPOConfig, SFTConfig
 
-import trl_dpg.hub
+import trl_dpg.publishing
 from examples.resources import save_tiny_models
 from tests.docs.pages import Directory, load_tiny_dataset, on_cpu, shrink
 
@@ -57,4 +57,4 @@ def tiny(change_configs, monkeypatch):
     change_configs(shrink)
     monkeypatch.setattr(datasets, "load_dataset", load_tiny_dataset)
     for name in ("push_generator", "push_dataset"):  # they run against a server on localhost in tests/hub
-        monkeypatch.setattr(trl_dpg.hub, name, create_autospec(getattr(trl_dpg.hub, name)))
+        monkeypatch.setattr(trl_dpg.publishing, name, create_autospec(getattr(trl_dpg.publishing, name)))

@@ -163,7 +163,7 @@ def stop_once_parsed(monkeypatch):
     # `trl-dpg train` and `trl grpo` check what is left over, and launch
     monkeypatch.setattr("trl_dpg.scripts.dpg.AutoConfig.from_pretrained", lambda *args, **kwargs: None)
     monkeypatch.setattr("trl_dpg.scripts.common.load_splits", stop)
-    monkeypatch.setattr("trl_dpg.scripts.verify.read_facts", lambda name: {})
+    monkeypatch.setattr("trl_dpg.scripts.verify.facts_of", lambda *args: {})
 
 
 def launch_arguments(argv):

@@ -5,9 +5,12 @@ import json
 import logging
 import math
 import re
+import resource
 import traceback
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import huggingface_hub
 import pytest
@@ -16,22 +19,23 @@ import transformers
 from datasets import Dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-import trl_dpg.hub
 from tests.hub.server import Failure, check_card, serve, validate
-from trl_dpg.cards import dataset_card, generator_card
 from trl_dpg.checkpoints import is_whole
-from trl_dpg.facts import (
+from trl_dpg.metagradients.metric import as_metric
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from trl_dpg.publishing import push_dataset, push_generator
+from trl_dpg.publishing.cards import dataset_card, generator_card
+from trl_dpg.publishing.client import API
+from trl_dpg.publishing.facts import (
     describe_model,
     public_name,
     summarize_validation,
     training_facts,
 )
-from trl_dpg.hub import push_dataset, push_generator
-from trl_dpg.metagradients.metric import as_metric
-from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
-from trl_dpg.report import write_report
+from trl_dpg.reporting import write_report
 
 
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
@@ -41,16 +45,18 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that this process's client talks to."""
-    with serve(tokens={TOKEN: "write", READ_TOKEN: "read"}, part_size=16_384) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    with serve(tokens={TOKEN: "write", READ_TOKEN: "read"}, part_size=16_384) as server, ExitStack() as patches:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(trl_dpg.hub.API, "endpoint", server.url)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url))
+        here = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }
+        here |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        patches.enter_context(patch.multiple(huggingface_hub.constants, **here))
+        patches.enter_context(patch.object(huggingface_hub.utils._http.time, "sleep"))
+        patches.enter_context(patch.object(API, "endpoint", server.url))
+        patches.enter_context(patch.object(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url)))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
@@ -292,19 +298,20 @@ def test_pushes_in_the_background(run, hub, caplog):
     assert not [path for path in Path(trainer.args.output_dir).iterdir() if path.name.startswith("_")]
 
 
-def test_failed_save_keeps_what_was_saved(run, hub, monkeypatch):
+def test_failed_save_keeps_what_was_saved(run, hub):
     trainer = run()
     trainer.push_to_hub()
     folder = Path(trainer.args.output_dir)
     saved, commits = (folder / WEIGHTS).read_bytes(), len(hub.repos["models", "me/generator"].commits)
-
-    def full(path, *args, **kwargs):
-        (Path(path) / WEIGHTS).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer.model, "save_pretrained", full)
-    with pytest.raises(RuntimeError, match=r"could not be saved in .*No space left.*push_to_hub\(\)` again.*Nothing"):
-        trainer.push_to_hub()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(RuntimeError, match=r"could not be saved in .*too large.*push_to_hub\(\)` again.*Nothing"):
+            trainer.push_to_hub()
+        with pytest.raises((OSError, SafetensorError)):
+            trainer.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / WEIGHTS).read_bytes() == saved and not (folder / "_saving").exists()
     assert len(hub.repos["models", "me/generator"].commits) == commits
 
@@ -384,6 +391,7 @@ def test_summarize_validation_of_the_best_checkpoint():
     after = summarize_validation(history, best_step=4)["eval"]["after"]
     assert after == {"step": 8, "draws": 2, "mean": {"metric_gain": 5.0}, "standard_error": {"metric_gain": 1.0}}
     assert summarize_validation(history[-2:])["eval"]["before"] is None
+    assert summarize_validation(history[2:], best_step=8)["eval"]["before"] is None  # both at step 8
     assert summarize_validation([]) == {}
     several = [{"step": 1, "eval_a_metric_gain": 1.0}, {"step": 1, "eval_b_metric_gain": 2.0}]
     assert list(summarize_validation(several)) == ["eval_a", "eval_b"]

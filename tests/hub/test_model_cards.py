@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from tests.hub.server import check_card
-from trl_dpg.cards import outcome
+from trl_dpg.publishing.outcome import outcome
 
 
 ROOT = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ PUBLISH = (
 from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
-from trl_dpg.hub import push_dataset
+from trl_dpg.publishing import push_dataset
 
 generator, target = save_tiny_models(Path("models"), seed=0, num_words=60)
 prompts = tiny_prompts(16, 2)

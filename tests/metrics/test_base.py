@@ -2,10 +2,10 @@
 
 import pytest
 
-from trl_dpg.cards import outcome
-from trl_dpg.facts import training_facts
 from trl_dpg.metagradients.metric import as_metric, description
 from trl_dpg.metrics import Metric
+from trl_dpg.publishing.facts import training_facts
+from trl_dpg.publishing.outcome import outcome
 
 
 class Level(Metric):

@@ -207,12 +207,14 @@ def resumed_steps(folder):
     return int(last_whole_checkpoint(folder).name.removeprefix("checkpoint-"))
 
 
-def test_the_limit_at_the_end_of_training(make_trainer, monkeypatch):
+def test_the_limit_at_the_end_of_training(make_trainer):
     """Of the best checkpoint and the last one, the best is kept; folders that are no checkpoints are kept as they are."""
-    values = iter([0.9, 0.1, 0.5])
-    monkeypatch.setattr("trl_dpg.trainer.validate", lambda *args: {"metric": next(values)})
+
+    def best_at_step_1(model):
+        return 1e-3 * model.lm_head.weight.norm() + [0.0, 9.0, 1.0, 5.0][trainer.state.global_step]
+
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
-    trainer = make_trainer(**SAVED, **best)
+    trainer = make_trainer(**SAVED, **best, metric=best_at_step_1)
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder / "checkpoint-7"))
     trainer.train()

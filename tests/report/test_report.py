@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from examples.resources import tiny_prompts
-from trl_dpg.callbacks import ReportCallback, read_rows
 from trl_dpg.credit import WordCredit, credit_text
 from trl_dpg.metrics import LMHeadNorm
-from trl_dpg.report import write_report
+from trl_dpg.reporting import write_report
+from trl_dpg.reporting.callback import ReportCallback, read_rows
 
 
 VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
@@ -69,7 +70,7 @@ def test_metric_without_a_picture_and_without_validation(make_trainer):
     names = {path.name for path in report_of(trainer).iterdir()}
     assert "curve.png" in names and not names & {"patterns", "pattern.gif", "patterns.jsonl"} - {"patterns.jsonl"}
     page = write_report(trainer.args.output_dir).read_text()
-    assert "the norm of its LM head becomes smaller" in page and "The picture in the weights" not in page
+    assert "the norm of its LM head becomes smaller" in page and "<h2>The picture" not in page
 
 
 def test_baseline_reward(make_trainer):
@@ -190,6 +191,60 @@ def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path, has_words)
         assert fact in html
 
 
+class Stripes(LMHeadNorm):
+    """A metric with a picture of its own."""
+
+    described: dict = {}
+
+    def picture(self):
+        return torch.tensor([[1, -1]]), torch.tensor([[1, 1]])
+
+    def describe(self):
+        return {**super().describe(), **self.described}
+
+
+@pytest.mark.parametrize("picture", [None, "stripes of the embedding"])
+def test_captions_say_what_the_picture_is(make_trainer, picture):
+    metric = Stripes()
+    metric.described = {} if picture is None else {"picture": picture}
+    trainer = make_trainer(metric=metric, **{**VALIDATED, "max_steps": 1})
+    trainer.train()
+    trainer.save_model()
+    said = "what was read from a target" if picture is None else "the stripes of the embedding of a target"
+    page = write_report(trainer.args.output_dir).read_text()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    for text in (page, card):
+        assert f"What was asked for, beside {said} that was fine-tuned" in text and "change in the LM head" not in text
+    trainer = make_trainer(**{**VALIDATED, "max_steps": 1})
+    trainer.train()
+    assert "the signs of the change in the LM head of a target" in write_report(trainer.args.output_dir).read_text()
+
+
+def test_progress_before_the_first_log(make_trainer):
+    trainer = make_trainer(eval_strategy="steps", eval_steps=2, logging_steps=50)
+    pages = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            pages.append(write_report(args.output_dir).read_text())
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert "Nothing logged in training yet" in pages[0] and "Step 0" not in pages[0]
+    assert ">Step 2" in write_report(trainer.args.output_dir).read_text()
+
+
+def test_two_validations_at_one_step_are_not_compared(make_trainer):
+    """In training, and after it of the best checkpoint."""
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(eval_strategy="steps", eval_steps=1, max_steps=1, **best)
+    trainer.train()
+    trainer.evaluate()
+    validation = json.loads((report_of(trainer) / "run.json").read_text())["validation"]["eval"]
+    assert validation["before"] is None and validation["after"]["step"] == 1
+    assert "generator at step 1" not in write_report(trainer.args.output_dir).read_text()
+
+
 def test_folder_without_a_run(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"`run_dir` {str(tmp_path)!r} holds no report of a run")):
         write_report(tmp_path)
@@ -227,12 +282,15 @@ def test_prompts_of_a_conversation(make_trainer, chat_tokenizer):
 
 
 def test_trackers_get_one_table_of_samples(make_trainer, monkeypatch):
-    """With and without credit of words, as in a run whose batches are skipped now and then."""
+    """With and without credit of words, as in a run whose batches are skipped now and then; by a stand-in for Trackio."""
     trainer = make_trainer()
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReportCallback))
     tables = []
-    tracker = SimpleNamespace(Table=lambda **kwargs: tables.append(kwargs), log=lambda values: None)
-    monkeypatch.setattr(callback, "_trackers", lambda: [tracker])
+    tracker = SimpleNamespace(
+        __name__="trackio", Table=lambda **kwargs: tables.append(kwargs), log=lambda values: None
+    )
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    trainer.args.report_to = ["trackio"]
     sample = {"step": 1, "kind": "highest", "reward": 1.0, "prompt": "a", "completion": "b c"}
     callback._track_text([{**sample, "words": [("b", 1.0, None, None), ("\n", -1.0, None, None)]}, sample], 1)
     (table,) = tables

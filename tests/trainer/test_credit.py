@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 from trl_dpg.credit import candidates, expected_credit, token_advantages
-from trl_dpg.report import write_report
+from trl_dpg.reporting import write_report
 
 
 WORDS, LENGTH = 3, 3

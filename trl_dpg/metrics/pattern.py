@@ -305,6 +305,7 @@ class LMHeadPattern(Metric):
             "effect": f"{picture} ({len(rows)} × {len(rows[0])} pixels) appears in its LM head",
             "description": "Log-likelihood of a pattern of signs in the change of the LM head's upper-left patch, row r and "
             "column c of the picture being hidden unit r and token c.",
+            "picture": "signs of the change in the LM head",
             "readouts": ["pixel_accuracy"] if self.text is None else ["pixel_accuracy", "qr_decoded"],
             "pattern": rows,
             "text": self.text,

@@ -14,54 +14,26 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
-from .common import MetricArguments, Parser, check_column, check_texts, load_rows, make_folder_for, run_script
+from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option
 
 
 @dataclass
 class CheckArguments(MetricArguments):
-    """
-    Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`].
-
-    Parameters:
-        model (`str`):
-            The target: a directory or an id on the Hub, with its tokenizer.
-        dataset (`str`):
-            What to fine-tune on: a file or a data set's id.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
-            Its split.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Its column to train on.
-        num_examples (`int`, *optional*, defaults to `64`):
-            Its rows to train on, from the first.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision, `"float32"` or `"float64"`.
-        num_probes (`int`, *optional*, defaults to `4`):
-            As of [`~trl_dpg.metagradients.check_metagradients`], like the next two.
-        num_reweightings (`int`, *optional*, defaults to `8`):
-            Random directions to move all weights along.
-        radius (`float`, *optional*, defaults to `0.1`):
-            How far weights are moved.
-        check_seed (`int`, *optional*, defaults to `0`):
-            Seed of probes and directions.
-        plot (`str`, *optional*):
-            PNG file to write.
-        json (`bool`, *optional*, defaults to `False`):
-            Whether to print JSON.
-    """
+    """Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`]."""
 
     metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
-    model: str = field(default="", metadata={"help": "The target: a directory or an id on the Hub, with tokenizer."})
-    dataset: str = field(default="", metadata={"help": "What to fine-tune on: a file or a data set's id."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    text_column: str = field(default="text", metadata={"help": "Its column to train on."})
-    num_examples: int = field(default=64, metadata={"help": "Its rows to train on, from the first."})
+    model: str = option("", "The target: a directory or an id on the Hub, with tokenizer.")
+    dataset: str = option("", "What to fine-tune on: a file or a data set's id.")
+    dataset_split: str = option("train", "Its split.")
+    text_column: str = option("text", "Its column to train on.")
+    num_examples: int = option(64, "Its rows to train on, from the first.")
     dtype: str = field(default="float32", metadata={"help": "Precision.", "choices": ["float32", "float64"]})
-    num_probes: int = field(default=4, metadata={"help": "Examples to move alone."})
-    num_reweightings: int = field(default=8, metadata={"help": "Random directions to move all weights along."})
-    radius: float = field(default=0.1, metadata={"help": "How far weights are moved."})
-    check_seed: int = field(default=0, metadata={"help": "Seed of probes and directions."})
-    plot: str | None = field(default=None, metadata={"help": "PNG file to write."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    num_probes: int = option(4, "Examples to move alone.")
+    num_reweightings: int = option(8, "Random directions to move all weights along.")
+    radius: float = option(0.1, "How far weights are moved.")
+    check_seed: int = option(0, "Seed of probes and directions.")
+    plot: str | None = option(None, "PNG file to write.")
+    json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,8 +42,7 @@ class CheckArguments(MetricArguments):
                 raise ValueError(f"`{name}` is missing. Pass it with `--{name}`: a path or an id on the Hub.")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"`dtype` must be 'float32' or 'float64', got {self.dtype!r}.")
-        if self.num_examples < 1:
-            raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
+        at_least_one(self, "num_examples")
 
 
 @dataclass(frozen=True)
@@ -95,32 +66,18 @@ def main(argv: list[str] | None = None) -> int:
     dataclasses: Any = (CheckArguments, RecipeArguments)
     args, recipe = Parser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
     metric = args.load_metric()
-    rows = load_rows(args.dataset, args.dataset_split, "dataset")
-    check_column(rows, args.text_column, args.dataset, "dataset", "Name one with `--text_column`.")
-    rows = rows.select(range(min(args.num_examples, len(rows))))
-    check_texts(rows, args.text_column, args.dataset, "dataset")
+    rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column)
+    texts = rows[args.text_column][:]
     make_folder_for(args.plot, "plot")
     state = PartialState()
-    try:
+    with loading(args.model, "model"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` {args.model!r} cannot be loaded, or has no tokenizer: {error}") from error
     model.to(state.device)
-    texts = list(rows[args.text_column])
     examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     try:
-        result = check_metagradients(
-            model,
-            examples,
-            metric,
-            recipe,
-            args.num_probes,
-            args.num_reweightings,
-            args.radius,
-            args.check_seed,
-            state,
-        )
+        probes = args.num_probes, args.num_reweightings, args.radius, args.check_seed
+        result = check_metagradients(model, examples, metric, recipe, *probes, state)
     except FloatingPointError as error:  # the recipe, rather than the input
         print(f"Metagradients: failed\n- {error}", file=sys.stderr)
         return 1
@@ -129,7 +86,3 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot is not None:
             result.plot(args.plot)
     return 0 if result.passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg check"))

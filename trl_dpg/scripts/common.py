@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -16,10 +17,11 @@ from typing import Any, ClassVar
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from trl import TrlParser
 
 from ..metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from ..publishing import read_facts
 
 
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -71,40 +73,28 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**kwargs)
 
 
+def option(default: Any, help: str) -> Any:
+    """A field of arguments, with its help."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class MetricArguments:
-    """
-    Which metric the target is wanted to do well on.
-
-    Parameters:
-        metric (`str`, *optional*, defaults to `"qr"`):
-            `"qr"` or `"67"` (a picture in the LM head), `"lm_head_norm"`, `"likelihood"` of the rows of `metric_dataset`, or
-            `"module:attribute"`: a metric of your own, or a class without arguments.
-        qr_text (`str`, *optional*, defaults to `"TRL-DPG"`):
-            Text of the QR code.
-        metric_dataset (`str`, *optional*):
-            Data for `"likelihood"`: a file or a data set's id, see [`~trl_dpg.metrics.LanguageModelingLikelihood`].
-        metric_dataset_split (`str`, *optional*, defaults to `"train"`):
-            Its split.
-        num_metric_examples (`int`, *optional*, defaults to `8`):
-            Its rows that are used, from the first.
-    """
+    """Which metric the target is wanted to do well on."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("qr", "67", "lm_head_norm", "likelihood")
 
-    metric: str = field(
-        default="qr",
-        metadata={
-            "help": "'qr' or '67' (a picture in the LM head), 'lm_head_norm', 'likelihood' (of the rows of "
-            "`metric_dataset`), or 'module:attribute', a metric or a class without arguments."
-        },
+    metric: str = option(
+        "qr",
+        "'qr' or '67' (a picture in the LM head), 'lm_head_norm', 'likelihood' (of the rows of "
+        "`metric_dataset`), or 'module:attribute': a metric of your own, or a class without arguments.",
     )
-    qr_text: str = field(default="TRL-DPG", metadata={"help": "Text of the QR code."})
-    metric_dataset: str | None = field(
-        default=None, metadata={"help": "Data for 'likelihood': rows with text, or with prompt and completion."}
+    qr_text: str = option("TRL-DPG", "Text of the QR code.")
+    metric_dataset: str | None = option(
+        None, "Data for 'likelihood', a file or a data set's id: rows with text, or prompt and completion."
     )
-    metric_dataset_split: str = field(default="train", metadata={"help": "Split of `metric_dataset`."})
-    num_metric_examples: int = field(default=8, metadata={"help": "Rows of `metric_dataset` to use, from the first."})
+    metric_dataset_split: str = option("train", "Split of `metric_dataset`.")
+    num_metric_examples: int = option(8, "Rows of `metric_dataset` to use, from the first.")
 
     def __post_init__(self):
         self.metric = str(self.metric)  # YAML reads an unquoted 67 as a number
@@ -123,57 +113,51 @@ class MetricArguments:
                 )
         if not self.qr_text:
             raise ValueError("`qr_text` is empty, and a QR code of nothing cannot be read. Give it a text.")
-        if self.num_metric_examples < 1:
-            raise ValueError(f"`num_metric_examples` must be at least 1, got {self.num_metric_examples}.")
+        try:
+            LMHeadPattern.qr(self.qr_text)
+        except ValueError as error:
+            raise ValueError(
+                f"`qr_text` {self.qr_text!r:.40} fits in no QR code: {error}. Give a shorter one."
+            ) from error
+        at_least_one(self, "num_metric_examples")
 
     def load_metric(self) -> Any:
         """The metric. A picture is scaled to the target when it is first looked at."""
         if self.metric == "qr":
-            return LMHeadPattern.qr(self.qr_text, scale="auto")
+            return LMHeadPattern.qr(self.qr_text)
         if self.metric == "67":
-            return LMHeadPattern.sixty_seven(scale="auto")
+            return LMHeadPattern.sixty_seven()
         if self.metric == "lm_head_norm":
             return LMHeadNorm()
         if self.metric == "likelihood":
             rows = load_rows(self.metric_dataset, self.metric_dataset_split, "metric_dataset")  # type: ignore[arg-type]
             return LanguageModelingLikelihood(rows.select(range(min(self.num_metric_examples, len(rows)))))
-        module, _, attribute = self.metric.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a module beside the data
-        try:
-            metric = getattr(import_module(module), attribute)
-            metric = metric() if inspect.isclass(metric) else metric
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"`metric` {self.metric!r} cannot be imported, or made without arguments: {error}."
-            ) from error
-        if not callable(metric):
-            raise ValueError(
-                f"`metric` {self.metric!r} is {metric!r}, which cannot be called. Name a function of the model."
-            )
-        return metric
+        return load_callable(self.metric, ":", "metric")
+
+
+def load_callable(name: str, separator: str, argument: str) -> Any:
+    """What a path such as `module:attribute` names, looked up in the current directory, too. Of a class, an instance is made."""
+    module, _, attribute = name.rpartition(separator)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(import_module(module), attribute)
+        found = found() if inspect.isclass(found) else found
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` {name!r} cannot be imported, or made without arguments: {error}. Correct its name."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"`{argument}` {name!r} is {found!r}, which cannot be called. Name a function.")
+    return found
 
 
 def load_splits(name: str, argument: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
     """
-    Loads all splits of a data set.
-
-    Args:
-        name (`str`):
-            File (`.jsonl`, `.json`, `.csv`, `.parquet`, or `.txt` with an example a line), directory or id on the Hub. A
-            file has one split, `train`.
-        argument (`str`):
-            Argument that the name was given as, for error messages.
-        config (`str`, *optional*):
-            Configuration of the data set.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to stream it.
-
-    Returns:
-        [`~datasets.DatasetDict`], or [`~datasets.IterableDatasetDict`] where it is streamed.
+    All splits of a data set: a file (with one split, `train`), a directory or an id on the Hub.
 
     Raises:
-        [`ValueError`]: If there is no such data set.
+        [`ValueError`]: If there is no such data set. It names `argument`, that `name` was given as.
     """
     builder = FILES.get(os.path.splitext(name)[1])
     try:
@@ -205,19 +189,47 @@ def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any
     return rows
 
 
-def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: str = "Rename one.") -> None:
+def check_column(rows: Dataset, column: str, name: str, argument: str) -> None:
     """Refuses data without a column."""
     if column not in rows.column_names:
-        raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
+        raise ValueError(
+            f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. Name or rename one."
+        )
 
 
-def check_texts(rows: Dataset, column: str, name: str, argument: str) -> None:
-    """Refuses a column that is not all text."""
+def load_texts(name: str, split: str, argument: str, number: int | None = None, column: str = "text") -> Dataset:
+    """One column of data to fine-tune on, of all rows or of the first, or an error that says which of them is no text."""
+    rows = load_rows(name, split, argument)
+    check_column(rows, column, name, argument)
+    rows = rows.select_columns(column).take(min(number or len(rows), len(rows)))
     for index, text in enumerate(rows[column]):
         if not isinstance(text, str):
             raise ValueError(
                 f"`{argument}` {name!r} has {text!r} as the {column!r} of row {index}. Make it a text, or leave the row out."
             )
+    return rows
+
+
+@contextmanager
+def loading(name: str, argument: str) -> Iterator[None]:
+    """Names the argument where its model or tokenizer cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` {name!r} cannot be loaded: {error}") from error
+
+
+def positions_of(model: Any) -> float:
+    """How many tokens a model has positions for; some have no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def at_least_one(args: Any, *names: str) -> None:
+    """Refuses numbers below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def make_folder_for(path: str | None, argument: str) -> None:
@@ -229,15 +241,14 @@ def make_folder_for(path: str | None, argument: str) -> None:
         raise ValueError(f"`{argument}` {path!r} cannot be written: {error}. Name another place.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, or an error that names the file."""
+def facts_of(generator: str, argument: str) -> dict[str, Any]:
+    """The `dpg.json` of a generator, empty if there is none, or none in the cache where the Hub cannot be asked."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no JSON ({error}). Write or download it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object. Write or download it again.")
-    return value
+        return read_facts(generator, argument) or {}
+    except LocalEntryNotFoundError:
+        return {}
+    except HfHubHTTPError as error:
+        raise ValueError(f"`{argument}` {generator!r} cannot be read from the Hub: {error}") from error
 
 
 def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
@@ -254,13 +265,7 @@ def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
 
 @contextmanager
 def running(note: Callable[[], str]) -> Iterator[None]:
-    """
-    Where a script does its work. What goes wrong there is not for its arguments to mend, so it is shown with its traceback.
-
-    Args:
-        note (`Callable`):
-            Gives what to show below the traceback: what there is, and how to go on.
-    """
+    """Where a script does its work. What fails there keeps its traceback, with this note below: what there is, how to go on."""
     try:
         yield
     except Exception as error:
@@ -270,18 +275,9 @@ def running(note: Callable[[], str]) -> Iterator[None]:
 
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None, prog: str) -> int:
     """
-    Runs a script so that bad input ends in one line and exit code 2. Other errors, and those with a note, keep their traceback.
+    Runs a script and returns its exit code: 2, and one line of error, on bad input.
 
-    Args:
-        main (`Callable`):
-            The script, which takes its arguments and returns its exit code.
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process if `None`.
-        prog (`str`):
-            Name to show.
-
-    Returns:
-        `int`: Exit code.
+    Other errors, and those with a note, keep their traceback. `argv` are those of the process if `None`.
     """
     try:
         return main(argv)

@@ -6,11 +6,10 @@ Reads the picture that fine-tuning wrote into an LM head from two checkpoints al
 
 import argparse
 import json
-import sys
 
 from ..metrics import decode_pattern
-from ..plotting import plot_patterns
-from .common import make_folder_for, run_script
+from ..reporting.plotting import plot_patterns
+from .common import make_folder_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +43,3 @@ def main(argv: list[str] | None = None) -> int:
         print(*(row.replace("#", "██").replace(".", "  ").replace("?", "??") for row in rows), sep="\n")
         print(f"Text: {found.text}" if found.text is not None else "No QR code was read.")
     return 0 if found.text is not None or shape is not None else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg decode"))

@@ -8,16 +8,14 @@ Every field of [`DPGScriptArguments`], [`DatasetPolicyGradientConfig`] and TRL's
 YAML file. A file for `trl grpo` will do.
 """
 
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
@@ -26,65 +24,56 @@ from ..checkpoints import last_whole_checkpoint
 from ..config import DatasetPolicyGradientConfig
 from ..metrics import evaluate_texts
 from ..trainer import DatasetPolicyGradientTrainer
-from .common import MetricArguments, Parser, checkpoint_to_resume, load_splits, run_script, take_split
+from .common import (
+    MetricArguments,
+    Parser,
+    checkpoint_to_resume,
+    load_callable,
+    load_splits,
+    loading,
+    option,
+    run_script,
+    take_split,
+)
 
 
 @dataclass
 class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     """
-    Arguments of the training script, beside those of TRL's GRPO script and [`MetricArguments`]. Its
-    `reward_funcs` (names in `trl.rewards`, or dotted import paths) are further rewards.
-
-    Parameters:
-        target_model_name_or_path (`str`, *optional*):
-            Target: an id on the Hub or a directory.
-        eval_dataset_name (`str`, *optional*):
-            Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, if there is
-            one.
-        num_eval_prompts (`int`, *optional*):
-            Held-out prompts to use, from the first. All if `None`.
-        evaluation_language (`str`, *optional*):
-            Language whose share of the generated texts is read out in validation, as a code such as `"es"`.
-        reference_texts (`list[str]`, *optional*):
-            What completions are compared to with `reward` `"embedding_similarity"` or `"edit_distance"`.
+    Arguments of the training script, beside those of TRL's GRPO script and [`MetricArguments`]. Its `reward_funcs` (names in
+    `trl.rewards`, or dotted import paths) are further rewards.
     """
 
-    target_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Target: a model id or a directory with its tokenizer."}
+    target_model_name_or_path: str | None = option(None, "Target: a model id or a directory with its tokenizer.")
+    eval_dataset_name: str | None = option(
+        None,
+        "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
+        "if there is one.",
     )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out prompts. By default `dataset_test_split` of `dataset_name`."}
+    num_eval_prompts: int | None = option(None, "Held-out prompts to use, from the first. All by default.")
+    evaluation_language: str | None = option(
+        None, "Language whose share of the generated texts validation reads out, as a code such as 'es'."
     )
-    num_eval_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use, from the first."})
-    evaluation_language: str | None = field(
-        default=None, metadata={"help": "Language whose share of the generated texts validation reads out."}
-    )
-    reference_texts: list[str] | None = field(
-        default=None, metadata={"help": "Texts for `reward` 'embedding_similarity' and 'edit_distance'."}
+    reference_texts: list[str] | None = option(
+        None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
     )
 
 
-def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
+def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
     """
     Parses the command line and its YAML file.
 
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process if `None`.
-
     Returns:
-        `tuple`: The four sets of arguments; what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
-        `--accelerate_config`, as with the `trl` command), as its flags; and which of these were on the command line.
+        `tuple`: The four sets of arguments; and what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
+        `--accelerate_config`, as with the `trl` command), as its flags.
 
     Raises:
         [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
     """
     dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
     parser = Parser(dataclasses, prog="trl-dpg train")
-    *parsed, in_config, in_argv = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    launch_args = resolve_accelerate_config_argument([*in_config, *in_argv])
+    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    launch_args = resolve_accelerate_config_argument(rest)
     launcher = launch_command_parser()
     launcher.error = parser.error  # type: ignore[method-assign]
     known, unknown = launcher.parse_known_args([*launch_args, "script"])
@@ -95,19 +84,22 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
             f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
             "what concerns processes and devices."
         )
-    script_args, training_args, model_args, mixture = parsed
-    for name, value in {
+    check_arguments(*parsed)
+    return parsed, launch_args
+
+
+def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> None:
+    """Refuses what is missing or names nothing, before anything is loaded."""
+    names = {
         "model_name_or_path": model_args.model_name_or_path,
         "target_model_name_or_path": script_args.target_model_name_or_path,
-        "dataset_name": script_args.dataset_name or mixture.datasets or None,
-    }.items():
+    }
+    for name, value in {**names, "dataset_name": script_args.dataset_name or mixture.datasets or None}.items():
         if value is None:
             raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
-        if name != "dataset_name":
-            try:
-                AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"`{name}` {value!r} is no model that can be loaded: {error}") from error
+    for name, value in names.items():
+        with loading(value, name):
+            AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
     for name in script_args.reward_funcs or []:
         load_reward(name)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint)
@@ -116,48 +108,18 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str], list[str]]:
             f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {training_args.output_dir!r}. Start "
             "without it, or correct the folder."
         )
-    return parsed, launch_args, in_argv
 
 
 def load_reward(name: str) -> Callable:
-    """A further reward: a name in `trl.rewards`, or a dotted import path, looked up in the current directory, too."""
-    module, _, attribute = name.rpartition(".")
-    if module and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        reward = getattr(import_module(module or "trl.rewards"), attribute)
-        if not callable(reward):
-            raise ValueError(f"`reward_funcs` {name!r} is {reward!r}, which cannot be called. Name a function.")
-        # as `trl grpo` does, which names it as if it were a reward
-        return (
-            reward(max_completion_len=1280, soft_punish_cache=256)
-            if name == "get_soft_overlong_punishment"
-            else reward
-        )
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"`reward_funcs` {name!r} cannot be imported: {error}.") from error
+    """A further reward: a name in `trl.rewards`, or a dotted import path."""
+    reward = load_callable(name if "." in name else f"trl.rewards.{name}", ".", "reward_funcs")
+    if name == "get_soft_overlong_punishment":  # as `trl grpo` does, which names it as if it were a reward
+        return reward(max_completion_len=1280, soft_punish_cache=256)
+    return reward
 
 
-class Beginning(TrainerCallback):
-    """Whether training has begun: from then on, nothing is wrong with the arguments alone."""
-
-    is_over = False
-
-    def on_train_begin(self, *args, **kwargs):
-        self.is_over = True
-
-
-def how_to_go_on(output_dir: str) -> str:
-    """What to say below the traceback of a run that failed."""
-    checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is None:
-        return f"There is no whole checkpoint in {output_dir!r}."
-    return f"The last whole checkpoint is {str(checkpoint)!r}: go on from it with `--resume_from_checkpoint True`."
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
-    (script_args, training_args, model_args, mixture), *_ = parse(argv)
+def load_datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[str, Any, Any]:
+    """Name of the prompts, prompts to train on, and held-out ones or `None`."""
     if mixture.datasets:  # as in TRL, this comes first
         splits: Any = get_dataset(mixture)
         dataset_name = ", ".join(dataset.path for dataset in mixture.datasets)
@@ -165,58 +127,64 @@ def main(argv: list[str] | None = None) -> int:
         dataset_name = script_args.dataset_name
         splits = load_splits(dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_streaming)
     train_dataset = take_split(splits, script_args.dataset_train_split, dataset_name, "dataset_name")
-    eval_dataset = None
+    test_split, number = script_args.dataset_test_split, script_args.num_eval_prompts
+    eval_dataset = splits.get(test_split)
     if script_args.eval_dataset_name is not None:
         held_out = load_splits(script_args.eval_dataset_name, "eval_dataset_name")
-        name = script_args.dataset_test_split if script_args.dataset_test_split in held_out else "train"
+        name = test_split if test_split in held_out else "train"
         eval_dataset = take_split(held_out, name, script_args.eval_dataset_name, "eval_dataset_name")
-    elif script_args.dataset_test_split in splits:
-        eval_dataset = splits[script_args.dataset_test_split]
-    elif training_args.eval_strategy != "no":
+    elif eval_dataset is None and training_args.eval_strategy != "no":
         raise ValueError(
             f"`eval_strategy` is {training_args.eval_strategy.value!r}, but `dataset_name` {dataset_name!r} has no split "
-            f"{script_args.dataset_test_split!r}. Name held-out prompts with `--eval_dataset_name`."
+            f"{test_split!r}. Name held-out prompts with `--eval_dataset_name`."
         )
-    if script_args.num_eval_prompts is not None:
-        if eval_dataset is None or script_args.num_eval_prompts < 1:
-            problem = "there are no held-out prompts" if eval_dataset is None else "it must be at least 1"
-            raise ValueError(
-                f"`num_eval_prompts` is {script_args.num_eval_prompts}, but {problem}. Leave it out, or name held-out prompts with "
-                "`--eval_dataset_name`."
-            )
-        eval_dataset = eval_dataset.take(script_args.num_eval_prompts)
+    if number is None:
+        return dataset_name, train_dataset, eval_dataset
+    if eval_dataset is None or number < 1:
+        problem = "there are no held-out prompts" if eval_dataset is None else "it must be at least 1"
+        raise ValueError(
+            f"`num_eval_prompts` is {number}, but {problem}. Leave it out, or name held-out prompts with `--eval_dataset_name`."
+        )
+    return dataset_name, train_dataset, eval_dataset.take(number)
+
+
+def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets: list[Any]) -> Any:
+    """The trainer; `datasets` are the prompts to train on and the held-out ones."""
     text_evaluation: Callable[[list[str]], dict[str, float]] | None = None
     if script_args.evaluation_language is not None:
         text_evaluation = partial(evaluate_texts, language=script_args.evaluation_language)
-    metric = script_args.load_metric()
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         reward_funcs.insert(0, script_args.reward_model_name_or_path)
-
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype or "float32",
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = DatasetPolicyGradientTrainer(
+    return DatasetPolicyGradientTrainer(
         model=model_args.model_name_or_path,
         target_model=script_args.target_model_name_or_path,
-        metric=metric,
+        metric=script_args.load_metric(),
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
         reward_funcs=reward_funcs,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         reference_texts=script_args.reference_texts,
         text_evaluation=text_evaluation,
     )
-    beginning = Beginning()
-    trainer.add_callback(beginning)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    (script_args, training_args, model_args, mixture), _ = parse(argv)  # the rest was for the launcher
+    dataset_name, *datasets = load_datasets(script_args, training_args, mixture)
+    trainer = make_trainer(script_args, training_args, model_args, datasets)
     try:
         trainer.train(training_args.resume_from_checkpoint)
-        if eval_dataset is not None:
+        if trainer.eval_dataset is not None:
             trainer.evaluate()
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card()
@@ -225,10 +193,12 @@ def main(argv: list[str] | None = None) -> int:
             trainer.push_to_hub(dataset_name=dataset_name)
             trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
     except Exception as error:
-        if beginning.is_over:
-            error.add_note(
-                f"The run failed at step {trainer.state.global_step}. {how_to_go_on(training_args.output_dir)}"
-            )
+        if trainer.state.max_steps > 0:  # training had begun: from then on, nothing is wrong with the arguments alone
+            last = last_whole_checkpoint(training_args.output_dir)
+            note = f"The last whole checkpoint is {str(last)!r}: go on from it with `--resume_from_checkpoint True`."
+            if last is None:
+                note = f"There is no whole checkpoint in {training_args.output_dir!r}."
+            error.add_note(f"The run failed at step {trainer.state.global_step}. {note}")
         raise
     trainer.accelerator.end_training()
     return 0

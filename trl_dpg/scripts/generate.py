@@ -17,28 +17,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
-from ..hub import FACTS_FILE, local_facts, push_dataset
-from .common import Parser, check_column, load_rows, read_json, run_script, running
+from ..publishing import push_dataset
+from ..publishing.facts import FACTS_FILE, read_json
+from .common import Parser, at_least_one, check_column, facts_of, load_rows, loading, option, positions_of, running
 
 
 # Which files of a generator's directory its texts depend on
-FILES_OF_A_MODEL: tuple[str, ...] = (
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "adapter_model.bin",
-    "*config.json",
-    "*.jinja",
-    "*.model",
-)
-FILES_OF_A_MODEL += ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+FILES_OF_A_MODEL = ["*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*config.json", "*.jinja", "*.model"]
+FILES_OF_A_MODEL += ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 
 # Which settings are hashes, and of what
 FINGERPRINTS = {"weights": "the files of `model`", "prompt_rows": "the rows of `prompts`"}
@@ -49,66 +42,48 @@ VLLM_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 @dataclass
 class GenerateArguments:
-    """
-    Arguments of `trl-dpg generate`.
+    """Arguments of `trl-dpg generate`."""
 
-    Parameters:
-        model (`str`):
-            Generator: a directory or an id on the Hub, of a full model or an adapter.
-        prompts (`str`):
-            Prompts, plain or conversational: a file or a data set's id with a column `prompt`. Use those of training, or such
-            as are like them.
-        output (`str`):
-            File of JSON lines to write, with the columns `text` (what to fine-tune on) and `source_prompt`. If it is there
-            already from a call with the same arguments, weights and prompts, it is continued.
-        num_examples (`int`, *optional*):
-            Examples to write. One for each prompt if `None`; more than there are prompts takes them again from the first.
-        prompts_split (`str`, *optional*, defaults to `"train"`):
-            Split of the prompts.
-        max_new_tokens (`int`, *optional*), temperature (`float`, *optional*), top_p (`float`, *optional*), top_k (`int`, *optional*):
-            Sampling. What is `None` is as in the generator's training, which its `dpg.json` has; without that file 256 tokens are
-            sampled at temperature 1.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Prompts in a batch.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed. Every batch has its own, so that a file that was continued is the same as one that was not.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the generator; that of its checkpoint if `"auto"`.
-        device (`str`, *optional*):
-            Device. A GPU if there is one.
-        use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether to generate with vLLM, which then must be installed.
-        push (`str`, *optional*):
-            Repository on the Hub to push the data set to, with a card that links the generator.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether to make that repository private.
-        json (`bool`, *optional*, defaults to `False`):
-            Whether to print JSON.
-    """
-
-    model: str = field(metadata={"help": "Generator: a directory or an id on the Hub."})
-    prompts: str = field(metadata={"help": "Prompts: a file or a data set's id, with a column `prompt`."})
-    output: str = field(metadata={"help": "File of JSON lines to write, or to continue."})
-    num_examples: int | None = field(default=None, metadata={"help": "Examples to write. One a prompt by default."})
-    prompts_split: str = field(default="train", metadata={"help": "Split of the prompts."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest text. As in training by default."})
-    temperature: float | None = field(default=None, metadata={"help": "As in training by default."})
-    top_p: float | None = field(default=None, metadata={"help": "As in training by default."})
-    top_k: int | None = field(default=None, metadata={"help": "As in training by default; 0 is none."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts in a batch."})
-    seed: int = field(default=0, metadata={"help": "Seed."})
-    dtype: str = field(default="auto", metadata={"help": "Precision, 'auto' is that of the checkpoint."})
-    device: str | None = field(default=None, metadata={"help": "Device. A GPU if there is one."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
-    push: str | None = field(default=None, metadata={"help": "Repository on the Hub to push the data set to."})
-    private: bool = field(default=False, metadata={"help": "Make that repository private."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    model: str = field(metadata={"help": "Generator: a directory or an id on the Hub, of a full model or an adapter."})
+    prompts: str = field(
+        metadata={
+            "help": "Prompts, plain or conversational: a file or a data set's id with a column `prompt`. Use those of training, "
+            "or such as are like them."
+        }
+    )
+    output: str = field(
+        metadata={
+            "help": "File of JSON lines to write, with the columns `text` (what to fine-tune on) and `source_prompt`. If it is "
+            "there already from a call with the same arguments, weights and prompts, it is continued."
+        }
+    )
+    num_examples: int | None = option(
+        None,
+        "Examples to write. One for each prompt by default; more than there are prompts takes them again from the "
+        "first.",
+    )
+    prompts_split: str = option("train", "Split of the prompts.")
+    max_new_tokens: int | None = option(
+        None, "Longest text. As in training by default, which `dpg.json` says, or 256 without that file."
+    )
+    temperature: float | None = option(None, "As in training by default, or 1.")
+    top_p: float | None = option(None, "As in training by default.")
+    top_k: int | None = option(None, "As in training by default; 0 is none.")
+    batch_size: int = option(64, "Prompts in a batch.")
+    seed: int = option(
+        0, "Every batch has its own, so that a file that was continued is the same as one that was not."
+    )
+    dtype: str = option("auto", "Precision, 'auto' is that of the checkpoint.")
+    device: str | None = option(None, "Device. A GPU if there is one.")
+    use_vllm: bool = option(False, "Generate with vLLM, which then must be installed.")
+    push: str | None = option(
+        None, "Repository on the Hub to push the data set to, with a card that links the generator."
+    )
+    private: bool = option(False, "Make that repository private.")
+    json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
-        for name in ("num_examples", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        at_least_one(self, "num_examples", "max_new_tokens", "batch_size")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}: texts are sampled.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -132,54 +107,18 @@ class GenerateArguments:
             raise ValueError('`use_vllm` needs vLLM. Install it with `pip install "trl-dpg[vllm]"`, or leave it out.')
 
 
-def read_facts(model: str) -> dict[str, Any]:
-    """
-    The `dpg.json` of a generator: what it was trained for and how its texts were sampled.
-
-    Args:
-        model (`str`):
-            Directory or id on the Hub.
-
-    Returns:
-        `dict[str, Any]`: Its content, empty if there is none.
-
-    Raises:
-        [`ValueError`]: If there is no such model.
-    """
-    if os.path.isdir(model):
-        path = local_facts(model)
-        return read_json(path) if path is not None else {}
-    try:
-        return read_json(Path(hf_hub_download(model, FACTS_FILE)))
-    except LocalEntryNotFoundError:  # offline, and not in the cache
-        return {}
-    except EntryNotFoundError:
-        return {}
-    except (HFValidationError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"{model!r} is neither a directory nor a model on the Hub that can be read ({error})."
-        ) from error
-
-
 def fingerprint(model: str) -> str:
     """
     Says by a short text which weights, settings and tokenizer a generator has.
 
-    Args:
-        model (`str`):
-            Directory or id on the Hub, of a full model or an adapter.
-
-    Returns:
-        `str`: A hash of the directory's files, or the commit on the Hub; of an adapter, that of its base model, too.
+    It is a hash of the directory's files, or the commit on the Hub; of an adapter, that of its base model, too.
 
     Raises:
         [`ValueError`]: If there is no such model.
     """
-    try:
+    with loading(model, "model"):
         adapter = find_adapter_config_file(model)
         config = adapter or cached_file(model, CONFIG_NAME)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` {model!r} cannot be loaded: {error}") from error
     if config is None:
         raise ValueError(f"`model` {model!r} has no {CONFIG_NAME!r}, so it is no model. Correct the folder.")
     folder = Path(config).parent
@@ -205,22 +144,15 @@ def sampling(args: GenerateArguments, facts: dict[str, Any]) -> dict[str, Any]:
 class TransformersSampler:
     """Samples with Transformers, one completion of each prompt of a batch."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any], is_chat: bool):
-        self.settings = {"top_k": 0, "do_sample": True, **settings}
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
+        self.tokenizer, self.settings = tokenizer, {"top_k": 0, "do_sample": True, **settings}
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.is_chat = is_chat
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
+        with loading(args.model, "model"):
             is_adapter = find_adapter_config_file(args.model) is not None
             load = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
             model: Any = load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`model` {args.model!r} cannot be loaded: {error}") from error
-        check_template(self.tokenizer, args, is_chat)
-        self.positions = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )  # some models have no limit
-        if self.positions is not None and settings["max_new_tokens"] >= self.positions:
+        self.positions = positions_of(model)
+        if settings["max_new_tokens"] >= self.positions:
             raise ValueError(
                 f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {self.positions} positions of `model` "
                 f"{args.model!r}. Give the length of its training."
@@ -229,37 +161,28 @@ class TransformersSampler:
             self.model = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:  # the latter without CUDA
             raise ValueError(f"`device` {self.device!r} cannot be used: {error}") from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         set_seed(seed)
-        texts: Any = prompts
-        if self.is_chat:  # whose template has the special tokens
-            texts = self.tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
-        ids = [i or [start_token(self.tokenizer)] for i in ids]  # something to go on from
+        ids = encode(self.tokenizer, prompts)
         length = max(map(len, ids))
-        if self.positions is not None and length + self.settings["max_new_tokens"] > self.positions:
+        if length + self.settings["max_new_tokens"] > self.positions:
             raise ValueError(
                 f"A prompt of {length} tokens and `max_new_tokens` {self.settings['max_new_tokens']} do not fit into the "
                 f"{self.positions} positions of `model`. Shorten the prompt, or lower `max_new_tokens`."
             )
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        tokens = self.model.generate(
-            input_ids=inputs["input_ids"].to(self.device),
-            attention_mask=inputs["attention_mask"].to(self.device),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **self.settings,
-        )
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        tokens = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.settings)
+        return self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
 
 
 class VLLMSampler:
     """Samples with vLLM."""
 
-    def __init__(self, args: GenerateArguments, settings: dict[str, Any], is_chat: bool):
+    def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
         from vllm import LLM, SamplingParams
 
         if find_adapter_config_file(args.model) is not None:
@@ -277,29 +200,23 @@ class VLLMSampler:
             raise ValueError(
                 f"The generator was trained with sampling that vLLM does not know: {error}. Leave `use_vllm` out."
             ) from error
-        self.model = LLM(args.model, dtype=args.dtype, seed=args.seed)
-        self.tokenizer, self.is_chat = self.model.get_tokenizer(), is_chat
-        check_template(self.tokenizer, args, is_chat)
+        self.model, self.tokenizer = LLM(args.model, dtype=args.dtype, seed=args.seed), tokenizer
 
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         # one seed a request, or equal prompts of a batch get equal texts
         parameters = [self.parameters(seed=seed + index) for index in range(len(prompts))]
-        if self.is_chat:
-            outputs = self.model.chat(prompts, parameters, use_tqdm=False)
-        else:
-            ids = self.tokenizer(prompts)["input_ids"]
-            requests = [{"prompt_token_ids": i or [start_token(self.tokenizer)]} for i in ids]
-            outputs = self.model.generate(requests, parameters, use_tqdm=False)
+        requests = [{"prompt_token_ids": ids} for ids in encode(self.tokenizer, prompts)]
+        outputs = self.model.generate(requests, parameters, use_tqdm=False)
         return [output.outputs[0].text for output in outputs]
 
 
-def check_template(tokenizer: Any, args: GenerateArguments, is_chat: bool) -> None:
-    """Refuses conversations that the tokenizer cannot write out."""
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
-            "Give prompts as plain text, or save the template with the tokenizer."
-        )
+def encode(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
+    """Tokens of prompts, plain or conversational; of an empty one, a token to go on from."""
+    is_chat = not isinstance(prompts[0], str)
+    if is_chat:  # the template has the special tokens
+        prompts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
+    return [i or [start_token(tokenizer)] for i in ids]
 
 
 def start_token(tokenizer: Any) -> int:
@@ -350,30 +267,32 @@ def written(path: Path, settings: dict[str, Any]) -> int:
             f"`output` {str(path)!r} was written with other settings ({', '.join(differing)}), so it cannot be continued."
             f"{f' Since then {changed} changed.' if changed else ''} Write to another place, or remove it."
         )
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    number = path.read_bytes().count(b"\n")
+    keep_lines(path, number)
+    return number
+
+
+def keep_lines(path: Path, number: int) -> None:
+    """Keeps the first lines of a file, where there is one."""
+    if path.exists():
         with open(path, "r+b") as file:
-            file.truncate(whole)
-    return content.count(b"\n")
+            for _ in range(number):
+                file.readline()
+            file.truncate(file.tell())
 
 
 def write(args: GenerateArguments) -> dict[str, Any]:
     """
     Writes the data set, or what is missing from it.
 
-    Args:
-        args ([`GenerateArguments`]):
-            Arguments.
-
     Returns:
-        `dict[str, Any]`: `output`, `examples` (in the file), `written` (by this call), `generation` (how texts were sampled)
-        and, where the data set was pushed, `pushed`.
+        `dict[str, Any]`: `output`, `examples` (in the file), `num_examples` (asked for), `written` (by this call), `generation`
+        (how texts were sampled) and, where the data set was pushed, `pushed`.
 
     Raises:
         [`ValueError`]: If an argument is no good, or if the file is of another call.
     """
-    facts = read_facts(args.model)
+    facts = facts_of(args.model, "model")
     settings = sampling(args, facts)
     if "generation" not in facts:
         print(
@@ -389,40 +308,51 @@ def write(args: GenerateArguments) -> dict[str, Any]:
     call |= {"batch_size": args.batch_size, "dtype": args.dtype, "use_vllm": args.use_vllm, **settings}
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = done = written(path, call)
-    done -= done % args.batch_size if done < number else 0  # whole batches, as each has a seed
-    if done < number:
-        sample = (VLLMSampler if args.use_vllm else TransformersSampler)(
-            args, settings, not isinstance(rows[0]["prompt"], str)
-        )
-        _cut(path, done)
-        with (
-            running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
-            open(path, "a", encoding="utf-8") as file,
-            tqdm(total=number, initial=done, unit="example") as bar,
-        ):
-            for start in range(done, number, args.batch_size):
-                prompts = [rows[i % len(rows)]["prompt"] for i in range(start, min(start + args.batch_size, number))]
-                texts = sample(prompts, (args.seed * 1_000_003 + start) % 2**32)
-                for prompt, text in zip(prompts, texts, strict=True):
-                    file.write(json.dumps({"text": text, "source_prompt": prompt}, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update(len(texts))
-    result: dict[str, Any] = {"output": str(path), "examples": max(there, number)}
+    there = written(path, call)
+    if there < number:
+        append(path, rows, range(there - there % args.batch_size, number), args, settings)
+    result: dict[str, Any] = {"output": str(path), "examples": max(there, number), "num_examples": number}
     result |= {"written": max(number - there, 0), "generation": settings}
     if args.push is not None:
-        commit = push_dataset(
-            path, args.push, generator=args.model, private=args.private, prompts=args.prompts, generation=settings
-        )
-        result["pushed"] = commit.repo_url.repo_id
+        about: dict[str, Any] = {"private": args.private, "prompts": args.prompts, "generation": settings}
+        result["pushed"] = push_dataset(path, args.push, generator=args.model, **about).repo_url.repo_id
     return result
+
+
+def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, settings: dict[str, Any]) -> None:
+    """Writes examples to a file, from a whole batch on, as each batch has a seed."""
+    with loading(args.model, "model"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
+    if not isinstance(rows[0]["prompt"], str) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
+            "Give prompts as plain text, or save the template with the tokenizer."
+        )
+    sample = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings, tokenizer)
+    keep_lines(path, examples.start)
+    with (
+        running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(total=examples.stop, initial=examples.start, unit="example") as bar,
+    ):
+        for start in examples[:: args.batch_size]:
+            stop = min(start + args.batch_size, examples.stop)
+            prompts = [rows[i % len(rows)]["prompt"] for i in range(start, stop)]
+            texts = sample(prompts, (args.seed * 1_000_003 + start) % 2**32)
+            for prompt, text in zip(prompts, texts, strict=True):
+                file.write(json.dumps({"text": text, "source_prompt": prompt}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(texts))
 
 
 def describe(result: dict[str, Any]) -> str:
     """What [`write`] did, in a line."""
-    done = "" if result["written"] else "already complete, nothing written: "
+    number, asked = result["examples"], result["num_examples"]
     pushed = f", pushed to {result['pushed']}" if "pushed" in result else ""
-    return f"{done}{result['examples']:,} examples in {result['output']}{pushed}."
+    text = f"{number:,} examples in {result['output']}{pushed}."
+    if number > asked:
+        return f"nothing written: {text} These are more than `num_examples` {asked:,}, and none was removed."
+    return text if result["written"] else f"already complete, nothing written: {text}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -433,17 +363,3 @@ def main(argv: list[str] | None = None) -> int:
     result = write(args)
     print(json.dumps(result) if args.json else describe(result))
     return 0
-
-
-def _cut(path: Path, lines: int) -> None:
-    """Keeps the first lines of a file."""
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        for _ in range(lines):
-            file.readline()
-        file.truncate(file.tell())
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg generate"))

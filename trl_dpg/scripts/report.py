@@ -5,10 +5,9 @@ Writes one self-contained HTML page about a run.
 """
 
 import argparse
-import sys
 
-from ..report import write_report
-from .common import make_folder_for, run_script
+from ..reporting import write_report
+from .common import make_folder_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +21,3 @@ def main(argv: list[str] | None = None) -> int:
     make_folder_for(options.output, "output")
     print(write_report(options.run_dir, options.output))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg report"))

@@ -20,62 +20,59 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..hub import FACTS_FILE
 from ..metagradients.metric import Metric, as_metric
 from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
-from ..plotting import plot_pattern
+from ..publishing.facts import FACTS_FILE
+from ..publishing.outcome import heading, markdown_table
+from ..reporting.plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
-from .common import MetricArguments, Parser, check_column, check_texts, load_rows, run_script, running
-from .generate import GenerateArguments, describe, read_facts, write
+from .common import (
+    MetricArguments,
+    Parser,
+    at_least_one,
+    facts_of,
+    load_rows,
+    load_texts,
+    loading,
+    option,
+    positions_of,
+    running,
+)
+from .generate import GenerateArguments, describe, write
+
+
+ARGUMENTS = {"data": "dataset", "control": "control_dataset"}
 
 
 @dataclass
 class VerifyArguments(MetricArguments):
-    """
-    Arguments of `trl-dpg verify`, beside those of [`MetricArguments`] and [`~trl.SFTConfig`].
-
-    Parameters:
-        target (`str`):
-            The target before fine-tuning: a directory or an id on the Hub. As `generator` says, where that is on the Hub.
-        dataset (`str`, *optional*):
-            What to fine-tune on: a file or a data set's id with a column `text`.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
-            Its split.
-        generator (`str`, *optional*):
-            Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where no
-            flag says otherwise, and the metric, if it is a picture (to the pixel) or the norm of the LM head. Another metric
-            must be given as `metric`.
-        prompts (`str`, *optional*):
-            Prompts for `generator`.
-        num_examples (`int`, *optional*):
-            Examples to fine-tune on, from the first. All if `None`.
-        control_dataset (`str`, *optional*):
-            What to compare with: the target is fine-tuned on as many examples of it, too.
-        untie_lm_head (`bool`, *optional*, defaults to `False`):
-            Whether to give the target's LM head a weight of its own. As `generator` says, where there is one.
-        json (`bool`, *optional*, defaults to `False`):
-            Whether to print JSON.
-    """
+    """Arguments of `trl-dpg verify`, beside those of [`MetricArguments`] and [`~trl.SFTConfig`]."""
 
     METRICS: ClassVar[tuple[str, ...]] = (*MetricArguments.METRICS, "pattern")  # the picture of a generator
 
-    target: str = field(
-        default="", metadata={"help": "The target before fine-tuning: a directory or an id on the Hub."}
+    target: str = option(
+        "",
+        "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
+        "on the Hub.",
     )
-    dataset: str | None = field(default=None, metadata={"help": "What to fine-tune on, with a column `text`."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    generator: str | None = field(
-        default=None, metadata={"help": "A generator that writes `dataset`, from `prompts`."}
+    dataset: str | None = option(None, "What to fine-tune on: a file or a data set's id, with a column `text`.")
+    dataset_split: str = option("train", "Its split.")
+    generator: str | None = option(
+        None,
+        "Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where "
+        "no flag says otherwise, and the metric, if it is a picture (to the pixel) or the norm of the LM head. Another metric "
+        "must be given as `metric`.",
     )
-    prompts: str | None = field(default=None, metadata={"help": "Prompts for `generator`, with a column `prompt`."})
-    num_examples: int | None = field(default=None, metadata={"help": "Examples to fine-tune on. All by default."})
-    control_dataset: str | None = field(default=None, metadata={"help": "Data to compare with, as `dataset`."})
-    untie_lm_head: bool = field(
-        default=False,
-        metadata={"help": "Give the target's LM head a weight of its own. As `generator` says by default."},
+    prompts: str | None = option(None, "Prompts for `generator`, with a column `prompt`.")
+    num_examples: int | None = option(None, "Examples to fine-tune on, from the first. All by default.")
+    control_dataset: str | None = option(
+        None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    untie_lm_head: bool = option(
+        False, "Give the target's LM head a weight of its own. As `generator` says by default."
+    )
+    json: bool = option(False, "Print JSON.")
     facts: dict[str, Any] = field(default_factory=dict, init=False)  # the content of `dpg.json`
 
     def __post_init__(self):
@@ -88,8 +85,7 @@ class VerifyArguments(MetricArguments):
             raise ValueError("`generator` needs something to answer. Pass `--prompts`, a file or a data set's id.")
         if self.generator is None and self.prompts is not None:
             raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(f"`num_examples` must be at least 1, got {self.num_examples}.")
+        at_least_one(self, "num_examples")
 
     def load_metric(self) -> Any:
         """The metric. A picture of `dpg.json` is taken as it is there."""
@@ -103,21 +99,20 @@ class VerifyArguments(MetricArguments):
         return self.metric == "pattern" or (self.metric == "qr" and self.qr_text == described["text"])
 
 
+# What SFTConfig calls as a recipe does
+OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
+OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
+
+
 def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
     values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
-        values |= {
-            name: recipe[name] for name in ("learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps")
-        }
-        values |= {name: recipe[name] for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")}
-        values["num_train_epochs"] = recipe["num_train_epochs"]
+        values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
         values["optim"] = "sgd" if recipe["optim"] == "sgd" else "adamw_torch"
-        values["per_device_train_batch_size"] = (
-            recipe["batch_size"] or facts["training"]["completions_per_generation_batch"]
-        )
-        values["untie_lm_head"] = recipe["untie_lm_head"]
+        batch_size = recipe["batch_size"] or facts["training"]["completions_per_generation_batch"]
+        values["per_device_train_batch_size"] = batch_size
         if facts["target"]["on_hub"]:
             values["target"] = facts["target"]["name"]
     if described.get("text") is not None and metric in (None, "qr"):
@@ -135,12 +130,11 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     given, *_ = Parser(first, prog="trl-dpg verify", add_help=False).parse_args_and_config(
         argv, return_remaining_strings=True
     )
-    facts = read_facts(given.generator) if given.generator is not None else {}
+    facts = facts_of(given.generator, "generator") if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
     parser = Parser(dataclasses, prog="trl-dpg verify")
-    parser.set_defaults_with_config(output_dir="verification")
     values = defaults(facts, given.metric)
-    parser.set_defaults_with_config(**values)
+    parser.set_defaults_with_config(output_dir="verification", **values)
     args, config = parser.parse_args_and_config(argv)
     args.facts = facts
     if not config.learning_rate > 0:
@@ -222,50 +216,19 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
             args.num_examples = len(load_rows(str(args.prompts), "train", "prompts"))
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
-    data = {"data": (args.dataset, args.dataset_split, "dataset")}
-    if args.control_dataset is not None:
-        data["control"] = (args.control_dataset, args.dataset_split, "control_dataset")
-    rows = {}
-    for name, (path, split, argument) in data.items():
-        rows[name] = load_rows(path, split, argument)  # type: ignore[arg-type]
-        check_column(rows[name], "text", path, argument)  # type: ignore[arg-type]
-        rows[name] = rows[name].select_columns("text")
-        if args.num_examples is not None and len(rows[name]) < args.num_examples:
-            raise ValueError(
-                f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(rows[name])}. Lower it, or add data."
-            )
-        rows[name] = rows[name].take(args.num_examples or len(rows[name]))
-        check_texts(rows[name], "text", path, argument)  # type: ignore[arg-type]
-    number = min(len(r) for r in rows.values())
-    if number < max(len(r) for r in rows.values()):
-        sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
-        print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
+    rows = load_data(args)
     metric = as_metric(args.load_metric())
-    try:
-        target = load_target_model(args.target)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`target` {args.target!r} cannot be loaded: {error}") from error
-    tokenizer = load_target_tokenizer(args.target)
-    if args.untie_lm_head:
-        untie_lm_head(target)  # type: ignore[arg-type]
-    positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    for name, (path, _, argument) in data.items():
-        longest = max(len(ids) for ids in tokenizer(rows[name]["text"][:])["input_ids"]) + 1  # and an EOS
-        longest = min(longest, config.max_length or longest)
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"`{argument}` {path!r} has a text of {longest} tokens, but `target` has {positions} positions. Set "
-                f"`max_length` to {positions} or less, to cut it off there."
-            )
-
+    target, tokenizer = load_target(args)
+    check_lengths(args, rows, target, tokenizer, config.max_length)
+    number = len(rows["data"])
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
     for name in rows:
-        model, loss, steps = fine_tune(target, tokenizer, rows[name].select(range(number)), config)
+        model, loss, steps = fine_tune(target, tokenizer, rows[name], config)
         readouts = read(metric, target, model)
-        result[name] = {**readouts, "loss": loss, "steps": steps}
         model.save_pretrained(output_dir / f"after_{name}")
         tokenizer.save_pretrained(output_dir / f"after_{name}")
-        result[name].update(metric.decode(args.target, output_dir / f"after_{name}"))
+        decoded = metric.decode(args.target, output_dir / f"after_{name}")
+        result[name] = {**readouts, "loss": loss, "steps": steps, **decoded}
         picture = metric.picture()
         if picture is not None:
             plot_pattern(*picture, output_dir / f"pattern_{name}.png", result[name].get("text"))
@@ -277,19 +240,59 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     return result, result["passed"]
 
 
+def load_data(args: VerifyArguments) -> dict[str, Dataset]:
+    """Texts of the data, and of the control where there is one: as many of each."""
+    rows = {}
+    for name, argument in ARGUMENTS.items():
+        path = getattr(args, argument)
+        if path is None:
+            continue
+        rows[name] = data = load_texts(path, args.dataset_split, argument, args.num_examples)
+        if args.num_examples is not None and len(data) < args.num_examples:
+            raise ValueError(
+                f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
+            )
+    number = min(map(len, rows.values()))
+    if number < max(map(len, rows.values())):
+        sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
+        print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
+    return {name: r.take(number) for name, r in rows.items()}
+
+
+def load_target(args: VerifyArguments) -> tuple[Any, Any]:
+    """The target and its tokenizer."""
+    with loading(args.target, "target"):
+        target: Any = load_target_model(args.target)
+    if args.untie_lm_head:
+        untie_lm_head(target)
+    return target, load_target_tokenizer(args.target)
+
+
+def check_lengths(
+    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, max_length: int | None
+) -> None:
+    """Refuses texts that are longer than the target's positions."""
+    positions = positions_of(target)
+    for name, data in rows.items():
+        longest = max(len(ids) for ids in tokenizer(data["text"][:])["input_ids"]) + 1  # and an EOS
+        longest = min(longest, max_length or longest)
+        if longest > positions:
+            raise ValueError(
+                f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r} has a text of {longest} tokens, but `target` has {positions} "
+                f"positions. Set `max_length` to {positions} or less, to cut it off there."
+            )
+
+
 def table(result: dict[str, Any]) -> str:
     """The read-outs side by side."""
     columns = [name for name in ("before", "data", "control") if name in result]
-    names = list(dict.fromkeys(name for column in columns for name in result[column]))
-    lines = ["| | before fine-tuning | " + " | ".join(f"after the {name}" for name in columns[1:]) + " |"]
-    lines.append("|" + "---|" * (len(columns) + 1))
-    for name in names:
-        values = [result[column].get(name, "") for column in columns]
-        cells = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in values]
-        label = {"metric": "Φ", "pixel_accuracy": "pixel accuracy (chance: 0.5)"}.get(name, name.replace("_", " "))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [["", "before fine-tuning", *(f"after the {name}" for name in columns[1:])]]
+    for name in dict.fromkeys(name for column in columns for name in result[column]):
+        label = "pixel accuracy (chance: 0.5)" if name == "pixel_accuracy" else heading(name)
+        rows.append([label, *(cell(result[column].get(name, "")) for column in columns)])
+    return markdown_table(rows)
 
 
-if __name__ == "__main__":
-    sys.exit(run_script(main, None, "trl-dpg verify"))
+def cell(value: Any) -> str:
+    """A read-out as text; nothing can be decoded from some checkpoints."""
+    return "not readable" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -8,19 +8,21 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
+    from matplotlib.figure import Figure
 
 DARK, LIGHT, WRONG_DARK, WRONG_LIGHT, UNMOVED = "black", "white", "#a50f15", "#fcae91", "#969696"
+DOTS: dict[str, Any] = {"color": "tab:orange", "linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
+DPI = 150
 
 
 def plot_learning_curve(
     log_history: Sequence[dict[str, Any]], path: str | PathLike[str], readout: str = "metric_gain"
-) -> None:
+) -> "Figure":
     """
     Draws a read-out over training, and the spread of the raw metagradients below it.
 
@@ -33,38 +35,25 @@ def plot_learning_curve(
             What to draw: `"metric_gain"` or the name of a read-out of the metric. Its values in the reward's own inner
             runs are a line, those of validation are dots.
     """
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1.5], layout="constrained"
-    )
-    for key, label, style in (
-        (f"metagradient/{readout}", "training batches", {"color": "tab:blue"}),
-        (f"eval_{readout}", "validation (held-out prompts, torch AdamW)", _DOTS),
-    ):
-        points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
-        if points:
-            top.plot(*zip(*points, strict=True), label=label, **style)
+    figure = _figure(7, 5)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.5])
+    _plot(top, log_history, f"metagradient/{readout}", label="training batches", color="tab:blue")
+    _plot(top, log_history, f"eval_{readout}", label="validation (held-out prompts, torch AdamW)", **DOTS)
     if readout == "pixel_accuracy":
         top.axhline(0.5, color="tab:gray", linestyle=":", label="chance")
-    top.set_ylabel(readout.replace("_", " "))
-    _finish(top)
-    points = [(row["step"], row["metagradient/std"]) for row in log_history if row.get("metagradient/std") is not None]
-    if points:
-        bottom.plot(*zip(*points, strict=True), color="tab:gray")
+    _finish(top, readout.replace("_", " "), x_label="")
+    _plot(bottom, log_history, "metagradient/std", color="tab:gray")
     bottom.set_yscale("log")
-    bottom.set_ylabel("std of raw\nmetagradients")
-    bottom.set_xlabel("GRPO step")
-    _finish(bottom)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _finish(bottom, "std of raw\nmetagradients")
+    figure.savefig(path, dpi=DPI)
+    return figure
 
 
 def plot_learning_curves(
     runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]],
     path: str | PathLike[str],
     readout: str = "metric_gain",
-) -> None:
+) -> "Figure":
     """
     Draws the validation of several kinds of runs on one axes, to compare rewards or settings.
 
@@ -77,10 +66,12 @@ def plot_learning_curves(
             PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
             What to draw: `"metric_gain"` or the name of a read-out of the metric, without `eval_`.
-    """
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    Raises:
+        [`ValueError`]: If runs of one kind have no validated step in common.
+    """
+    figure = _figure(7, 4)
+    axes = figure.subplots()
     for label, histories in runs.items():
         by_seed = [_validations(history, f"eval_{readout}") for history in histories]
         steps = sorted(set.intersection(*(set(values) for values in by_seed)))
@@ -90,16 +81,16 @@ def plot_learning_curves(
         seeds = f" ({len(by_seed)} seeds)" if len(by_seed) > 1 else ""
         (line,) = axes.plot(steps, values.mean(axis=0), marker="o", markersize=3.5, label=label + seeds)
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, lw=0)
-    axes.set_xlabel("GRPO step")
-    axes.set_ylabel(f"{readout.replace('_', ' ')}, validation")
-    _finish(axes)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _finish(axes, f"{readout.replace('_', ' ')}, validation")
+    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None) -> None:
+def plot_pattern(
+    decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None, title: str = "read"
+) -> "Figure":
     """
-    Draws the pattern read from a fine-tuned head beside the one asked for; wrong pixels are red.
+    Draws the picture read from a fine-tuned model beside the one asked for; wrong pixels are red.
 
     Args:
         decoded (array-like of shape `(rows, columns)`):
@@ -110,15 +101,16 @@ def plot_pattern(decoded: Any, pattern: Any, path: str | PathLike[str], text: st
             PNG file to write.
         text (`str`, *optional*):
             What a QR reader gets from the signs read, for the title.
+        title (`str`, *optional*, defaults to `"read"`):
+            Title of what was read; the share of right pixels is added.
     """
-    accuracy = (np.asarray(decoded) == np.asarray(pattern)).mean()
-    read = f"read from the head: {_percent(accuracy)}" + (
-        f", “{text}”".replace("$", r"\$") if text is not None else ""
-    )
-    _draw_patterns([("asked for", pattern), (read, decoded)], pattern, path, width=3.5)
+    read = f"{title}: {_percent_right(decoded, pattern)}"
+    if text is not None:
+        read += f", “{text}”".replace("$", r"\$")
+    return _draw_patterns([("asked for", pattern), (read, decoded)], pattern, path, width=3.5)
 
 
-def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], pattern: Any = None) -> None:
+def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], pattern: Any = None) -> "Figure":
     """
     Draws several patterns side by side, to compare treatments of a marked model, rewards or seeds.
 
@@ -131,55 +123,30 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
         pattern (array-like of shape `(rows, columns)`, *optional*):
             Signs asked for. Wrong pixels are red, and the share of right ones is put under the title.
     """
-    titled = []
-    for title, signs in patterns.items():
-        if pattern is not None:
-            title = f"{title}\n{_percent((np.asarray(signs) == np.asarray(pattern)).mean())}"
-        titled.append((title, signs))
-    _draw_patterns(titled, pattern, path, width=1.9)
+    titled = [
+        (title if pattern is None else f"{title}\n{_percent_right(signs, pattern)}", signs)
+        for title, signs in patterns.items()
+    ]
+    return _draw_patterns(titled, pattern, path, width=1.9)
 
 
-def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | PathLike[str], label: str) -> None:
-    """
-    Draws one logged figure over training.
-
-    Args:
-        log_history (`Sequence[dict]`):
-            `trainer.state.log_history`.
-        key (`str`):
-            Name of the figure.
-        path (`str` or `PathLike`):
-            PNG file to write.
-        label (`str`):
-            What it is, with its unit.
-    """
-    import matplotlib.pyplot as plt
-
-    points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
-    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    axes.plot(*zip(*points, strict=True), color="tab:blue")
-    axes.set_ylim(0, 1.08 * max([value for _, value in points if math.isfinite(value)], default=0) or 1)
-    axes.set_xlabel("GRPO step")
-    axes.set_ylabel(label)
-    _finish(axes)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | PathLike[str], label: str) -> "Figure":
+    """Draws one logged figure over training. `label` says what it is, with its unit."""
+    figure = _figure(7, 2.6)
+    axes = figure.subplots()
+    values = _plot(axes, log_history, key, color="tab:blue")
+    axes.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=0) or 1)
+    _finish(axes, label)
+    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | PathLike[str], label: str) -> None:
+def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | PathLike[str], label: str) -> "Figure":
     """
     Draws how a distribution changes over training: its median, and bands around it.
 
-    Args:
-        quantiles (`Mapping[int, Sequence[float]]`):
-            Step → minimum, 5 %, 25 %, median, 75 %, 95 % and maximum.
-        path (`str` or `PathLike`):
-            PNG file to write.
-        label (`str`):
-            What is distributed.
+    `quantiles` are those of each step: minimum, 5 %, 25 %, median, 75 %, 95 % and maximum. `label` says what is distributed.
     """
-    import matplotlib.pyplot as plt
-
     steps = sorted(quantiles)
     values = np.array([quantiles[step] for step in steps]).T
     largest = np.abs(values).max()
@@ -187,56 +154,27 @@ def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | Path
     if -2 <= exponent <= 2:
         exponent = 0
     values = values / 10.0**exponent
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure = _figure(7, 3)
+    axes = figure.subplots()
     bands = (("all", 0, 6, 0.12), ("5 % to 95 %", 1, 5, 0.22), ("25 % to 75 %", 2, 4, 0.4))
     for name, low, high, alpha in bands:
         axes.fill_between(steps, values[low], values[high], color="tab:blue", alpha=alpha, lw=0, label=name)
     axes.plot(steps, values[3], color="tab:blue", label="median")
     axes.axhline(0, color="gray", lw=0.8)
-    axes.set_xlabel("GRPO step")
     unit = f" / 10$^{{{exponent}}}$" if exponent else ""
-    axes.set_ylabel(label.replace("_", " ") + unit)
-    _finish(axes, columns=4)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _finish(axes, label.replace("_", " ") + unit, columns=4)
+    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def draw_pattern_frame(rows: Sequence[str], pattern: Any, caption: str) -> Image.Image:
-    """
-    Draws one frame of an animation: what was decoded, wrong pixels red, and a line below.
-
-    Args:
-        rows (`Sequence[str]`):
-            Rows of the pattern decoded, `"1"` for dark.
-        pattern (array-like of shape `(rows, columns)`):
-            Signs asked for.
-        caption (`str`):
-            The line; the share of right pixels is added.
-
-    Returns:
-        `PIL.Image.Image`: The frame, about 420 pixels wide. All frames of a pattern have the same size.
-    """
-    decoded = np.array([[1 if pixel == "1" else -1 for pixel in row] for row in rows])
-    wanted = np.asarray(pattern)
-    colors = np.array([ImageColor.getrgb(name) for name in (LIGHT, DARK, WRONG_LIGHT, WRONG_DARK)], dtype=np.uint8)
-    picture = colors[(decoded > 0) + 2 * (decoded != wanted)]
-    border = 4 if min(wanted.shape) >= 21 else 1
-    picture = np.pad(picture, ((border, border), (border, border), (0, 0)), constant_values=255)
-    size = max(1, 420 // picture.shape[1])
-    frame = Image.fromarray(picture.repeat(size, axis=0).repeat(size, axis=1))
-    canvas = Image.new("RGB", (frame.width, frame.height + 32), "white")
-    canvas.paste(frame)
-    text = f"{caption}: {_percent((decoded == wanted).mean())}"
-    draw = ImageDraw.Draw(canvas)
-    draw.text((frame.width / 2, frame.height + 10), text, "black", ImageFont.load_default(18), anchor="mm")
-    return canvas
+def animate(paths: Sequence[PathLike[str]], path: str | PathLike[str]) -> None:
+    """Puts pictures of one size, but for their titles, one after the other into a GIF, at half their size."""
+    first, *rest = [Image.open(picture).convert("RGB").reduce(2) for picture in paths]
+    frames = [ImageOps.pad(frame, first.size, color="white") for frame in rest]
+    first.save(path, save_all=True, append_images=frames, duration=[400] * len(frames) + [2_000], loop=0)
 
 
-_DOTS: dict[str, Any] = {"color": "tab:orange", "linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
-
-
-def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | PathLike[str], width: float) -> None:
-    import matplotlib.pyplot as plt
+def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | PathLike[str], width: float) -> "Figure":
     from matplotlib.colors import to_rgb
 
     rows = math.ceil(len(titled) / 5)
@@ -245,12 +183,11 @@ def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | Path
     border = 4 if min(shape) >= 21 else 0  # with its quiet zone, a phone reads a QR code off the picture
     height = width * (shape[0] + 2 * border) / (shape[1] + 2 * border)
     height += 0.2 * max(title.count("\n") + 1 for title, _ in titled)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat[len(titled) :]:
+    figure = _figure(width * columns, height * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(titled) :]:
         axes.axis("off")
-    for axes, (title, signs) in zip(grid.flat, titled, strict=False):
+    for axes, (title, signs) in zip(grid, titled, strict=False):
         signs = np.asarray(signs)
         wrong = signs != np.asarray(pattern) if pattern is not None else np.zeros(signs.shape, bool)
         picture = np.empty((*signs.shape, 3))
@@ -262,11 +199,18 @@ def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | Path
         axes.set_title(title, fontsize=9)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color("lightgray")
-    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.08)
-    plt.close(figure)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    return figure
 
 
-def _percent(share: float) -> str:
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # whose import takes half a second, and most processes draw nothing
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _percent_right(signs: Any, pattern: Any) -> str:
+    share = (np.asarray(signs) == np.asarray(pattern)).mean()
     return "100%" if share == 1 else f"{math.floor(share * 1000) / 10:.1f}%"  # 2000 of 2001 pixels are 99.9%
 
 
@@ -278,7 +222,16 @@ def _validations(log_history: Sequence[dict[str, Any]], key: str) -> dict[int, f
     return {step: fmean(values) for step, values in by_step.items()}
 
 
-def _finish(axes: "Axes", columns: int = 2) -> None:
+def _plot(axes: "Axes", log_history: Sequence[dict[str, Any]], key: str, **style: Any) -> list[float]:
+    """Draws a logged figure, where it was logged, and returns its values."""
+    points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+    return [value for _, value in points]
+
+
+def _finish(axes: "Axes", y_label: str, x_label: str = "GRPO step", columns: int = 2) -> None:
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()

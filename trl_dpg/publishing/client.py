@@ -17,14 +17,20 @@ API = HfApi(library_name="trl_dpg")
 
 
 @contextmanager
-def explained(repo_id: str, token: str | None, kept: str, again: str) -> Iterator[None]:
-    """Raises whatever goes wrong as an error that says which repository, what the Hub said, what is left and what to do."""
+def explained(repo_id: str, token: str | None, advice: str) -> Iterator[None]:
+    """
+    Raises whatever goes wrong as an error that says which repository, what the Hub said, and `advice`: what is left, what to do.
+
+    No message repeats the token.
+    """
     try:
         yield
     except Exception as error:  # the client's HTTP library has errors of its own
+        if type(error) is ValueError:  # an argument of ours, and no subclass, which the client raises
+            raise
         chain = list(_chain(error))
         reason, remedy = _reason(chain)
-        message = f"The push to {repo_id!r} on {API.endpoint} failed: {reason} {remedy} {kept} {again}"
+        message = f"The push to {repo_id!r} on {API.endpoint} failed: {reason} {remedy} {advice}"
         secrets = [secret for secret in (token, get_token()) if secret]
         for secret in secrets:
             message = message.replace(secret, "<token>")

@@ -9,8 +9,9 @@ from typing import Any
 
 import jinja2
 
-from .callbacks import read_rows
-from .cards import PAPER, outcome, recipe_text, validation_rows
+from ..publishing.cards import PAPER
+from ..publishing.outcome import outcome, recipe_text, validation_rows
+from .callback import read_rows
 
 
 def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
@@ -33,7 +34,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     Example:
 
     ```python
-    from trl_dpg.report import write_report
+    from trl_dpg.reporting import write_report
 
     write_report("runs/qr")
     ```
@@ -53,14 +54,14 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["colored"] = _colored
-    template = environment.from_string(files("trl_dpg").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     page = template.render(
         name=Path(run_dir).absolute().name,
         run=run,
         outcome=outcome(run),
         recipe=recipe_text(run["recipe"]),
         tables={name: validation_rows(validation) for name, validation in run["validation"].items()},
-        progress=_progress(history),
+        progress=_progress(history, run["training"]["steps"]),
         pictures={name: _data_uri(folder / f"{name}.png") for name in ("curve", "entropy", "rewards")},
         pattern=_data_uri(patterns[-1]) if patterns else None,
         animation=_data_uri(folder / "pattern.gif"),
@@ -93,12 +94,12 @@ def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _progress(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far the run is, from what was logged last."""
+def _progress(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """How far the run is, from what was logged last; `step` is that of the last validation, or of the end."""
     trained = [row for row in history if "loss" in row]
     ended = [row for row in history if "train_runtime" in row]
     return {
-        "step": trained[-1]["step"] if trained else 0,
+        "step": max([step, *(row["step"] for row in trained)]) or None,
         "seconds": ended[-1]["train_runtime"] if ended else None,
         "entropy": [row["entropy"] for row in trained if row.get("entropy") is not None],
     }

@@ -1,6 +1,7 @@
 """What is known of a run and may be published: no path, no token, nothing of the machine's environment."""
 
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -14,28 +15,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from .metagradients.metric import description
-from .metagradients.runtime.host import host_memory
+from ..metagradients.runtime.host import host_memory
+from ..metagradients.metric import description
+from .client import API
 
 
+FACTS_FILE = "dpg.json"  # beside a generator: what its cards, and those of data sets it writes, are made of
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
 
 
 def describe_model(model: Any) -> dict[str, Any]:
     """
-    Says which model this is, without its place on this machine.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model.
-
-    Returns:
-        `dict[str, Any]`: `name` (the id on the Hub, or the last part of a local path), `on_hub`, `architecture` and
-        `parameters`, their number, adapters not counted.
+    Says which model this is, without its place on this machine: `name` (the id on the Hub, or the last part of a local path),
+    `on_hub`, `architecture` and `parameters`, their number, adapters not counted.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name, on_hub = public_name(base.config._name_or_path)
@@ -68,14 +65,8 @@ def _size(parameter: Any) -> int:
 
 def public_name(name: str) -> tuple[str | None, bool]:
     """
-    What of a model's or data set's name may be published.
-
-    Args:
-        name (`str`):
-            Hub id, or path of a directory or file.
-
-    Returns:
-        `tuple[str | None, bool]`: The id and `True`, or the last part of the path (`None` of an empty name) and `False`.
+    What of the name or path of a model or data set may be published: the id and `True`, or the last part of the path (`None` of an
+    empty name) and `False`.
 
     Example:
 
@@ -105,9 +96,9 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
             the last step before that was another model.
 
     Returns:
-        `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before` and `after`, each
-        with `step`, `draws`, `mean` (`None` where a draw was not finite) and `standard_error` (of the mean; empty for one
-        draw) of every read-out. `before` is the first step that was validated; it is `None` if that is the last one, too.
+        `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before`, of the first step that was
+        validated (`None` if `after` is of that step, too), and `after`, each with `step`, `draws`, `mean` (`None` where a draw was
+        not finite) and `standard_error` (of the mean; empty for one draw) of every read-out.
 
     Example:
 
@@ -138,7 +129,7 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
             after = after or [row for row in rows if row["step"] == best_step]
         before = [row for row in rows if row["step"] == first]
         summary[prefix] = {
-            "before": _means(before, prefix) if before[0] is not after[0] else None,
+            "before": _means(before, prefix) if first != after[0]["step"] else None,
             "after": _means(after, prefix),
         }
     return summary
@@ -172,9 +163,9 @@ def training_facts(trainer: Any) -> dict[str, Any]:
             Trainer, before, in or after training.
 
     Returns:
-        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.cards.generator_card`].
+        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.publishing.generator_card`].
     """
-    from . import __version__  # which is not there yet while the package is imported
+    from .. import __version__  # which is not there yet while the package is imported
 
     args, training = trainer.args, trainer.target_training
     recipe = dataclasses.asdict(training.args)
@@ -182,15 +173,9 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         del recipe[name]  # where and how it was computed, not what
     recipe["steps"] = training.args.num_steps(args.num_target_examples())
     recipe["untie_lm_head"] = args.target_untie_lm_head
-    generation = {
-        "max_new_tokens": args.max_completion_length,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-        **(args.generation_kwargs or {}),
-    }
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    generation = {"max_new_tokens": args.max_completion_length, **{name: getattr(args, name) for name in names}}
+    generation |= args.generation_kwargs or {}
     state = trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
     loaded_step = state.best_global_step if args.load_best_model_at_end else None
@@ -221,17 +206,48 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     }
 
 
-def describe_machine(device: torch.device) -> str:
+def read_facts(generator: str, argument: str, token: str | None = None) -> dict[str, Any] | None:
     """
-    Says in one line what a run ran on.
+    The `dpg.json` of a generator, which says what it was trained for, and how its texts were sampled; `None` if it has none.
 
     Args:
-        device (`torch.device`):
-            Device of this process.
+        generator (`str`):
+            Directory (of a checkpoint without the file, that of its run is read) or id on the Hub.
+        argument (`str`):
+            Argument that the generator was given as, for error messages.
+        token (`str`, *optional*):
+            Token with read permission.
 
-    Returns:
-        `str`: Processor, cores and memory, or the GPU; versions of torch and Python; the system.
+    Raises:
+        [`ValueError`]: If there is no such generator.
     """
+    if os.path.isdir(generator):
+        paths = [Path(generator) / FACTS_FILE, Path(generator).absolute().parent / FACTS_FILE]
+        return next((read_json(path) for path in paths if path.exists()), None)
+    try:
+        return read_json(Path(API.hf_hub_download(generator, FACTS_FILE, token=token)))
+    except RemoteEntryNotFoundError:
+        return None
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"`{argument}` {generator!r} is neither a directory nor a model on {API.endpoint} that this token may see. Push the "
+            "generator first (`trainer.push_to_hub()`), or pass its directory."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, or an error that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}). Write or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object. Write or download it again.")
+    return value
+
+
+def describe_machine(device: torch.device) -> str:
+    """Says in one line what a run ran on: processor, cores and memory, or the GPU; versions of torch and Python; the system."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:

@@ -1,0 +1,8 @@
+"""What is known of a run, and what is made of it for the Hub: facts, cards, and pushes of generators and data sets."""
+
+from .cards import dataset_card, generator_card
+from .facts import read_facts, training_facts
+from .push import push_dataset, push_generator
+
+
+__all__ = ["dataset_card", "generator_card", "push_dataset", "push_generator", "read_facts", "training_facts"]

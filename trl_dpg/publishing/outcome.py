@@ -1,0 +1,152 @@
+"""What a run came to, in words and figures: for cards, reports and curves."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+# Read-outs that are shown under another name than their own with spaces.
+HEADINGS = {
+    "qr_decoded": "QR code read (share of draws)",
+    "lm_head_norm": "norm of the LM head",
+    "exact_match": "exact recall",
+    "longest_common_substring": "longest common substring (share of the text)",
+    "held_out_perplexity": "perplexity of other texts",
+    "language_share": "share of texts in the language",
+    "language_probability": "probability of the language",
+    "reference_exact": "generated texts that hold the text itself (share)",
+    "reference_soft": "longest common substring of generated texts with the text (share)",
+    "metric": "Φ",
+    "metric_gain": "Φ, gain over the target before fine-tuning",
+    "distinct": "distinct texts (share)",
+    "completion_length": "length of the texts (tokens)",
+    "target_steps": "optimizer steps of the target",
+}
+_LAST = ["metric", "metric_gain", "distinct", "completion_length", "target_steps"]
+_MAIN = ["pixel_accuracy", "exact_match", "held_out_perplexity"]
+_SHARES = {"pixel_accuracy", "qr_decoded", "exact_match"}
+_NOT_SHOWN = {"metric_before", "target_loss", "empty", "distinct_share"}
+
+
+def heading(name: str) -> str:
+    """How a read-out is called where people read it."""
+    return HEADINGS.get(name, name.replace("_", " "))
+
+
+def shown(names: Iterable[str]) -> list[str]:
+    """Read-outs in the order in which they are shown: those of the metric first."""
+    names = [name for name in names if name not in _NOT_SHOWN]
+    return [*(name for name in names if name not in _LAST), *(name for name in _LAST if name in names)]
+
+
+def split_of(prefix: str) -> str:
+    """The name of a validation set among several, empty for the only one."""
+    return prefix.removeprefix("eval").strip("_")
+
+
+def main_readout(facts: dict[str, Any]) -> str:
+    """
+    The read-out that a run's curve shows and its card begins with: one that says most, or else the metric's first; `"metric_gain"` if
+    nothing was validated yet. `facts` are what [`~trl_dpg.publishing.training_facts`] gives.
+    """
+    for validation in facts["validation"].values():
+        names = [name for name in shown(validation["after"]["mean"]) if name not in _LAST]
+        return next((name for name in [*_MAIN, *names] if name in names), "metric_gain")
+    return "metric_gain"
+
+
+def outcome(facts: dict[str, Any]) -> str:
+    """
+    Says whether validation found what a generator was trained towards, and what an untrained one comes to.
+
+    A picture is reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and above that
+    before training, by more than two standard errors where there are several draws.
+
+    `facts` are what [`~trl_dpg.publishing.training_facts`] gives. Each validation set gets one sentence.
+    """
+    sentences = []
+    for prefix, validation in facts["validation"].items():
+        split = split_of(prefix)
+        where = f"step {validation['after']['step']}{f' on {split}' if split else ''}"
+        deciding = facts["metric"]["readouts"]  # of shares, the last is the goal itself
+        names = dict.fromkeys([*deciding, main_readout({"validation": {prefix: validation}})])
+        figures = "; ".join(_figure(name, validation) for name in names)
+        verdict = "reached" if _is_reached(deciding, validation) else "not reached"
+        sentences.append(f"In validation at {where}, this was {verdict}: {figures}.")
+    return " ".join(sentences) or "Whether this was reached is not known: the generator was not validated."
+
+
+def _is_reached(deciding: list[str], validation: dict[str, Any]) -> bool:
+    before, after = validation["before"], validation["after"]
+    name = deciding[-1] if deciding[-1] in _SHARES else "metric_gain"
+    value = after["mean"].get(name)
+    if value is None or name in _SHARES:
+        return value == 1
+    error = after["standard_error"].get("metric_gain") or 0.0
+    untrained = before["mean"].get("metric_gain") if before is not None else None
+    if untrained is None:
+        return value > 2 * error
+    errors = math.hypot(error, before["standard_error"].get("metric_gain") or 0.0)
+    return value > 2 * error and value - untrained > 2 * errors
+
+
+def _figure(name: str, validation: dict[str, Any]) -> str:
+    """What a read-out came to, and beside it what it is before training and by chance."""
+    before, after = validation["before"], validation["after"]
+    beside = []
+    if before is not None:
+        who = "untrained generator" if before["step"] == 0 else f"generator at step {before['step']}"
+        beside.append(f"{who}: {_value(name, before['mean'].get(name))}")
+    if name == "pixel_accuracy":
+        beside.append("chance: 50 %")
+    label = "gain of Φ" if name == "metric_gain" else heading(name).removesuffix(" (share of draws)")
+    return f"{label} {_value(name, after['mean'].get(name))}" + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _value(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    if name in _SHARES:
+        return f"{math.floor(1000 * value + 1e-6) / 10:g} %"  # 2000 of 2001 pixels are 99.9 %
+    return f"{value:.4g}"
+
+
+def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
+    """The cells of a table, its head first, of one validation set in [`~trl_dpg.publishing.facts.summarize_validation`]."""
+    sides = [side for side in (validation["before"], validation["after"]) if side is not None]
+    heads = []
+    for side in sides:
+        who = "before training" if side["step"] == 0 else f"at step {side['step']}"
+        heads.append(f"{who}, {side['draws']} draw{'s' if side['draws'] > 1 else ''}")
+    rows = [["validation", *heads]]
+    for name in shown(validation["after"]["mean"]):
+        cells = []
+        for side in sides:
+            value, error = side["mean"].get(name), side["standard_error"].get(name)
+            text = "not finite" if value is None else f"{value:.4g}"
+            cells.append(f"{text} ± {error:.1g}" if error else text)
+        rows.append([heading(name), *cells])
+    return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table whose head is the first row."""
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
+
+
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """The target's fine-tuning run in a line, of the `recipe` in [`~trl_dpg.publishing.training_facts`]."""
+    steps = "one step" if recipe["steps"] == 1 else f"{recipe['steps']} steps"
+    is_adam = recipe["optim"] == "adamw"
+    parts = [
+        f"{steps} of {'AdamW' if is_adam else 'SGD'}",
+        f"{recipe['batch_size']} examples a step",
+        f"learning rate {recipe['learning_rate']:g} ({recipe['lr_scheduler_type'].replace('_', ' ')})",
+        f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}" if is_adam else "",
+        f"weight decay {recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
+        f"gradients clipped to {recipe['max_grad_norm']:g}" if recipe["max_grad_norm"] else "",
+        f"texts of up to {recipe['max_length']} tokens",
+        "LM head untied from the input embedding" if recipe["untie_lm_head"] else "",
+    ]
+    return ", ".join(filter(None, parts))
