@@ -31,11 +31,18 @@ def byte_level(vocab_size):
 SMALL, LARGE = byte_level(262), byte_level(400)
 
 
+def example_of(parts, ids, text, input_ids, ended=False, mask=None, **fields):
+    """A training example, as far as its alignment goes."""
+    fields |= {"parts": parts, "completion_ids": ids, "text": text, "input_ids": input_ids, "ended": ended}
+    return {**fields, "generated": mask or [1] * len(ids)}
+
+
 def owners(ids, generator=SMALL, target=LARGE, ended=False, formatting=None):
     text = generator.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
     whole = formatting(text) if formatting else text
     input_ids = target(whole)["input_ids"] + [target.eos_token_id] * ended
-    return written_by([text], ids, generator, whole, input_ids, target, ended), text, whole, input_ids
+    example = example_of([text], ids, whole, input_ids, ended)
+    return written_by(example, generator, target), text, whole, input_ids
 
 
 def complete(ids, text, generator=SMALL):
@@ -55,16 +62,18 @@ def test_the_same_tokens_are_themselves():
     tokenizer = tiny_tokenizer()
     ids = tokenizer("the cat the sea")["input_ids"]
     eos = tokenizer.eos_token_id
-    assert written_by(["the cat the sea"], ids, tokenizer, "the cat the sea", ids, tokenizer, False) == [0, 1, 2, 3]
     text = "the cat the sea"
-    assert written_by([text], [*ids, eos], tokenizer, text, [*ids, eos], tokenizer, True) == [0, 1, 2, 3, 4]
+    assert written_by(example_of([text], ids, text, ids), tokenizer, tokenizer) == [0, 1, 2, 3]
+    ids.append(eos)
+    assert written_by(example_of([text], ids, text, ids, ended=True), tokenizer, tokenizer) == [0, 1, 2, 3, 4]
 
 
 def test_bos_was_not_written(bos_tokenizer):
     generator = tiny_tokenizer()
     ids = generator("the cat")["input_ids"] + [generator.eos_token_id]
     input_ids = bos_tokenizer("the cat")["input_ids"] + [bos_tokenizer.eos_token_id]
-    assert written_by(["the cat"], ids, generator, "the cat", input_ids, bos_tokenizer, True) == [NOT_WRITTEN, 0, 1, 2]
+    example = example_of(["the cat"], ids, "the cat", input_ids, ended=True)
+    assert written_by(example, generator, bos_tokenizer) == [NOT_WRITTEN, 0, 1, 2]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -130,7 +139,7 @@ def test_unknown_tokens_were_written():
     ids = SMALL(text)["input_ids"]
     input_ids = words(text)["input_ids"]
     assert input_ids.count(words.unk_token_id) == 2
-    found = written_by([text], ids, SMALL, text, input_ids, words, False)
+    found = written_by(example_of([text], ids, text, input_ids), SMALL, words)
     there = complete(ids, text)
     ends = words(text, return_offsets_mapping=True)["offset_mapping"]
     assert found == [next(j for j, n in enumerate(there) if n >= end) for _, end in ends]
@@ -141,10 +150,10 @@ def test_a_slow_tokenizer_that_changes_the_text_is_refused():
     for text, known in (("the sea", True), ("the <pad> sea", False)):
         ids, input_ids = SMALL(text)["input_ids"], slow(text, add_special_tokens=False)["input_ids"]
         if known:
-            assert written_by([text], ids, SMALL, text, input_ids, slow, False)[-1] == len(ids) - 1
+            assert written_by(example_of([text], ids, text, input_ids), SMALL, slow)[-1] == len(ids) - 1
         else:
             with pytest.raises(ValueError, match="`target_processing_class` .ByT5Tokenizer.*fast tokenizer"):
-                written_by([text], ids, SMALL, text, input_ids, slow, False)
+                written_by(example_of([text], ids, text, input_ids), SMALL, slow)
 
 
 def test_text_that_is_not_there_is_refused():
@@ -160,31 +169,35 @@ def test_messages():
     text = "the cat the sea"
     input_ids = LARGE(text)["input_ids"]
     mask = [1] * first + [0] * tool + [1] * last
-    found = written_by(["the cat", "the sea"], sum(parts, []), SMALL, text, input_ids, LARGE, False, mask)
+    found = written_by(example_of(["the cat", "the sea"], sum(parts, []), text, input_ids, mask=mask), SMALL, LARGE)
     assert not set(found) & set(range(first, first + tool))
     assert set(found) & set(range(first)) and set(found) & set(range(first + tool, len(mask)))
     assert found[-1] == len(mask) - 1
+
+
+def candidates_of(candidates, owners, ids, input_ids, ends, eos):
+    return aligned_candidates(candidates, {**example_of([], ids, "", input_ids), "written_by": owners}, ends, eos)
 
 
 def test_candidates_stand_where_tokenizers_agree():
     eos = SMALL.eos_token_id
     ids = [*SMALL("the sea")["input_ids"], eos]
     candidates = torch.arange(2 * len(ids)).view(len(ids), 2) + 100
-    same = aligned_candidates(candidates, list(range(len(ids))), ids, ids, [eos], eos)
+    same = candidates_of(candidates, list(range(len(ids))), ids, ids, [eos], eos)
     assert same[0].tolist() == [-1, -1] and torch.equal(same[1:], candidates[1:])  # nothing predicts the first
     # The target has one token where the generator wrote its second and third.
-    found = aligned_candidates(candidates, [0, 2, *range(3, len(ids))], ids, [ids[0], 399, *ids[3:]], [eos], eos)
+    found = candidates_of(candidates, [0, 2, *range(3, len(ids))], ids, [ids[0], 399, *ids[3:]], [eos], eos)
     assert found[1].tolist() == [-1, -1] and torch.equal(found[2:], candidates[3:])
 
 
 def test_every_end_is_the_targets_end():
     ids, candidates = [5, 6, 9], torch.tensor([[1, 2], [8, 3], [9, 4]])
-    found = aligned_candidates(candidates, [0, 1, 2], ids, [5, 6, 7], eos_token_ids=[8, 9], eos=7)
+    found = candidates_of(candidates, [0, 1, 2], ids, [5, 6, 7], [8, 9], 7)
     assert found.tolist() == [[-1, -1], [7, 3], [7, 4]]
 
 
 def test_a_target_without_an_end():
-    found = aligned_candidates(torch.tensor([[1, 2], [8, 3]]), [0, 1], [5, 6], [5, 6], eos_token_ids=[8], eos=None)
+    found = candidates_of(torch.tensor([[1, 2], [8, 3]]), [0, 1], [5, 6], [5, 6], [8], None)
     assert found.tolist() == [[-1, -1], [-1, 3]]
 
 

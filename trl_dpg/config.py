@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,6 @@ from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
-from .metagradients.processes import bound_waiting
 
 
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
@@ -25,6 +26,16 @@ _CREDIT_ASSIGNMENTS = ["auto", "sequence", "token", "expected"]
 def with_target_names(text: str) -> str:
     """A text about a recipe, with the names that its fields have here: `learning_rate` is the generator's."""
     return re.sub(rf"`({'|'.join(_TARGET_FIELDS)})`", r"`target_\1`", text)
+
+
+@contextmanager
+def naming_target_fields() -> Iterator[None]:
+    """Errors of the target's run name the fields that its recipe has in this configuration."""
+    try:
+        yield
+    except (FloatingPointError, MemoryError) as error:
+        error.args = (with_target_names(str(error)),)
+        raise
 
 
 @dataclass
@@ -310,7 +321,6 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 self.greater_is_better = True
         if self.disable_tqdm is None:  # bars in a log file are noise
             self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
-        bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
         super().__post_init__()
         for name in ("model_init_kwargs", "target_model_init_kwargs"):
             if not isinstance(getattr(self, name) or {}, dict):

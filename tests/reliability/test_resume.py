@@ -210,7 +210,7 @@ def resumed_steps(folder):
 def test_the_limit_at_the_end_of_training(make_trainer, monkeypatch):
     """Of the best checkpoint and the last one, the best is kept; folders that are no checkpoints are kept as they are."""
     values = iter([0.9, 0.1, 0.5])
-    monkeypatch.setattr("trl_dpg.trainer.validate", lambda *args: {"metric": next(values)})
+    monkeypatch.setattr("trl_dpg.fine_tuning.validate", lambda *args: {"metric": next(values)})
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     trainer = make_trainer(**SAVED, **best)
     folder = Path(trainer.args.output_dir)

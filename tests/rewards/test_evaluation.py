@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from trl import GRPOTrainer
 
-import trl_dpg.trainer
+import trl_dpg.checks
 from trl_dpg import MetagradientReward
 from trl_dpg.data import completion_text
 from trl_dpg.metagradients import TargetTrainingArguments
@@ -152,7 +152,7 @@ def test_evaluation_sets_that_cannot_be_used(make_trainer):
     ],
 )
 def test_warnings_that_help(make_trainer, caplog, fields, said):
-    trl_dpg.trainer.logger.warning_once.cache_clear()  # said once a process
+    trl_dpg.checks.logger.warning_once.cache_clear()  # said once a process
     with caplog.at_level("WARNING", logger="trl_dpg"):
         trainer = make_trainer(**fields)
         if "Validation" in said:

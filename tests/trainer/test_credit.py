@@ -174,7 +174,9 @@ def test_the_expected_term_weighs_as_much_as_sampled_ones(batch, loss_type, peft
     sampled = gradient(trainer, trainer._compute_loss(trainer.model, {**nothing, "advantages": advantages}))
     probs = plain_log_probs(trainer, inputs).detach().gather(2, inputs["completion_ids"][..., None]).exp()
     only = {"candidate_ids": inputs["completion_ids"][..., None], "candidate_credits": advantages[..., None] / probs}
-    monkeypatch.setattr("trl_dpg.trainer.expected_credit", lambda logps, credits: (logps.exp() * credits).sum(dim=2))
+    monkeypatch.setattr(
+        "trl_dpg.credit.policy.expected_credit", lambda logps, credits: (logps.exp() * credits).sum(dim=2)
+    )
     actual = gradient(trainer, trainer._compute_loss(trainer.model, {**nothing, **only}))
     assert (actual - sampled).norm() < 1e-4 * sampled.norm()
 
@@ -224,7 +226,7 @@ def test_other_rewards_are_added(batch, scale_rewards):
     trainer, inputs = batch(
         credit_assignment="token", reward_funcs=length, reward_weights=[3.0, 0.5], scale_rewards=scale_rewards, seed=1
     )
-    rewards = trainer._rewards_per_func[:, 1] * 0.5
+    rewards = torch.tensor(list(trainer._logs["rewards"]["length"])) * 0.5
     groups = rewards.view(2, 4)
     others = groups - groups.mean(dim=1, keepdim=True)
     if scale_rewards == "group":
@@ -316,7 +318,8 @@ def test_settings_without_effect_are_named(make_trainer, monkeypatch, fields, ig
 
 def test_the_log_of_the_reward_is_of_all_rewards(batch):
     trainer, _ = batch(credit_assignment="token", reward_funcs=length, reward_weights=[3.0, 0.5])
-    rewards = trainer._rewards_per_func @ torch.tensor([3.0, 0.5])
+    columns = [list(trainer._logs["rewards"][name]) for name in ("metagradient", "length")]
+    rewards = torch.tensor(columns).T @ torch.tensor([3.0, 0.5])
     metrics = trainer._metrics["train"]
     assert metrics["reward"] == pytest.approx([rewards.mean().item()])
     assert metrics["reward_std"] == pytest.approx([rewards.std().item()])

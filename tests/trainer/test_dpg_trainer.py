@@ -309,7 +309,7 @@ class TestEvaluation:
             calls.append(args)
             return validate(*args)
 
-        monkeypatch.setattr("trl_dpg.trainer.validate", spy)
+        monkeypatch.setattr("trl_dpg.fine_tuning.validate", spy)
         trainer = make_trainer()
         metrics = trainer.evaluate()
         ((target, examples, metric, args),) = calls
@@ -336,7 +336,7 @@ class TestEvaluation:
             texts.extend(tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples)
             return {"metric": 0.0}
 
-        monkeypatch.setattr("trl_dpg.trainer.validate", spy)
+        monkeypatch.setattr("trl_dpg.fine_tuning.validate", spy)
         prompts = tiny_prompts(1, num_prompts)["test"]
         trainer = make_trainer(
             eval_dataset=prompts,
@@ -375,7 +375,7 @@ class TestEvaluation:
 class TestSaving:
     def test_best_model_is_loaded(self, make_trainer, monkeypatch, tmp_path, weights):
         values = iter([0.1, 0.9, 0.5])
-        monkeypatch.setattr("trl_dpg.trainer.validate", lambda *args: {"metric": next(values)})
+        monkeypatch.setattr("trl_dpg.fine_tuning.validate", lambda *args: {"metric": next(values)})
         trainer = make_trainer(
             max_steps=3,
             learning_rate=1e-2,
@@ -406,7 +406,7 @@ class TestSaving:
         """The first set's figures count, unless another's are named."""
         values = iter([0.1, 0.8, 0.9, 0.2])  # of sets one and two, at steps 1 and 2
         monkeypatch.setattr(
-            "trl_dpg.trainer.validate", lambda *args: dict.fromkeys(["metric", "readout"], next(values))
+            "trl_dpg.fine_tuning.validate", lambda *args: dict.fromkeys(["metric", "readout"], next(values))
         )
         args = make_config(
             load_best_model_at_end=True,

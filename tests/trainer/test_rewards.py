@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
+from trl_dpg.credit import reward_advantages
+from trl_dpg.fine_tuning import TargetFineTuning
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 from trl_dpg.rewards import (
     EditDistanceReward,
@@ -16,9 +18,7 @@ from trl_dpg.rewards import (
     LanguageIdentificationReward,
     MetagradientReward,
     NaiveReward,
-    TargetTraining,
 )
-from trl_dpg.trainer import _groupless_advantages
 
 
 REWARDS = {
@@ -79,7 +79,7 @@ class TestEveryReward:
             calls.append((model, metric, args))
             return {"metric": 0.0}
 
-        monkeypatch.setattr("trl_dpg.trainer.validate", spy)
+        monkeypatch.setattr("trl_dpg.fine_tuning.validate", spy)
         trainer = make_trainer(reward=reward, **ARGUMENTS)
         trainer.evaluate()
         training = trainer.target_training
@@ -91,7 +91,7 @@ class TestEveryReward:
         monkeypatch.setattr("trl_dpg.rewards.base.TargetReward.__call__", None)
         trainer = make_trainer(reward=reward, **ARGUMENTS)
         trainer.train()
-        assert type(trainer.target_training) is TargetTraining
+        assert type(trainer.target_training) is TargetFineTuning
         assert trainer.target_training.eos_token_ids == [62, 60]
 
     @pytest.mark.parametrize("reward", REWARDS)
@@ -195,8 +195,9 @@ class TestNaive:
         advantages = torch.tensor(list(trainer._logs["advantages"])).view(2, 4)
         assert advantages.sum(dim=1).tolist() == pytest.approx([0, 0], abs=1e-4)
 
-    def test_equal_trl_with_one_group(self, make_grpo_trainer):
-        """The same formula as TRL's, where all completions are of one prompt."""
+    @pytest.mark.parametrize("size", [4, 8])
+    def test_equal_trl(self, make_grpo_trainer, size):
+        """The same formula as TRL's, for its groups of completions of one prompt, and where all are of one."""
         values = [[3.0, 1.0, 2.0, 6.0, -10.0, 0.0, 10.0, None], [1.0, None, 0.5, 0.0, 7.0, 0.0, 3.0, None]]
         funcs = [lambda completions, i=i, **kwargs: values[i] for i in range(2)]
         for i, func in enumerate(funcs):
@@ -205,9 +206,11 @@ class TestNaive:
         for aggregation in ("sum_then_normalize", "normalize_then_sum"):
             for scale in ("none", "group", "batch"):
                 config = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
-                trainer = make_grpo_trainer(funcs, max_steps=1, num_generations=8, reward_weights=[1.0, 0.5], **config)
+                trainer = make_grpo_trainer(
+                    funcs, max_steps=1, num_generations=size, reward_weights=[1.0, 0.5], **config
+                )
                 trainer.train()
-                ours = _groupless_advantages(rewards, torch.tensor([1.0, 0.5]), scale, aggregation)
+                ours = reward_advantages(rewards, torch.tensor([1.0, 0.5]), size, scale, aggregation)
                 torch.testing.assert_close(torch.tensor(list(trainer._logs["advantages"])), ours)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.utils import nanstd
 
 from .alignment import NOT_WRITTEN
 
@@ -37,6 +38,50 @@ class TokenAdvantages:
     candidates: Tensor | None
     unit: float
     not_written: float
+
+    def of_rows(self, rows: slice, length: int, weight: float) -> tuple[Tensor, Tensor | None]:
+        """`sampled` and `candidates` of some completions, times `weight`, padded to `length` tokens as TRL pads completions."""
+
+        def padded(values: Tensor, missing: float) -> Tensor:
+            values = weight * values[rows, :length].float()
+            return torch.cat(
+                [values, values.new_full((len(values), length - values.shape[1], *values.shape[2:]), missing)], 1
+            )
+
+        return padded(self.sampled, 0.0), None if self.candidates is None else padded(self.candidates, torch.nan)
+
+
+def reward_advantages(
+    rewards: Tensor, weights: Tensor, group_size: int, scale_rewards: str, aggregation: str
+) -> Tensor:
+    """
+    TRL's advantages of whole completions, with the groups that are asked for.
+
+    Args:
+        rewards (`Tensor`):
+            Shape `(completions, functions)`, NaN where a function gave none. A completion without any has no advantage.
+        weights (`Tensor`):
+            Weight of each function.
+        group_size (`int`):
+            Completions that follow each other and are compared with each other.
+        scale_rewards (`str`), aggregation (`str`):
+            `scale_rewards` and `multi_objective_aggregation` of [`~trl.GRPOConfig`].
+    """
+    unscorable = rewards.isnan().all(dim=1)
+    normalized = aggregation == "normalize_then_sum"
+    if normalized:
+        groups = rewards.view(-1, group_size, rewards.shape[1])
+        spread = nanstd(groups, dim=1, keepdim=True)
+        rewards = ((groups - groups.nanmean(dim=1, keepdim=True)) / (spread + 1e-4)).view(rewards.shape)
+    sums = (rewards * weights).nansum(dim=1)
+    sums[unscorable] = torch.nan
+    groups = sums.view(1, -1) if normalized else sums.view(-1, group_size)
+    advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    if normalized or scale_rewards == "batch":
+        advantages = advantages / (nanstd(sums) + 1e-4)
+    elif scale_rewards == "group":
+        advantages = advantages / (nanstd(groups, dim=1, keepdim=True) + 1e-4)
+    return advantages.flatten().nan_to_num(nan=0.0)
 
 
 def token_advantages(

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from ..data import Messages, completion_text
 from ..language import check_language, identify
@@ -114,6 +115,17 @@ class LanguageIdentificationReward:
     def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
         """Probabilities of the completions, between 0 and 1."""
         return [identify(completion_text(completion), self.language)[1] for completion in completions]
+
+
+def text_reward(name: str, reference_texts: list[str] | None, language: str | None) -> Any:
+    """The baseline of this name, as the trainer's `args.reward`; `None` if it is none of them."""
+    if name == "embedding_similarity":
+        return EmbeddingSimilarityReward(reference_texts)  # type: ignore[arg-type]
+    if name == "edit_distance":
+        return EditDistanceReward(reference_texts)  # type: ignore[arg-type]
+    if name == "language_identification":
+        return LanguageIdentificationReward(language)  # type: ignore[arg-type]
+    return None
 
 
 def check_reference_texts(reference_texts: list[str] | None) -> None:
