@@ -5,7 +5,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from .metagradients import TargetTrainingArguments
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
 _TARGET_FIELDS = [f.name for f in dataclasses.fields(TargetTrainingArguments) if f.name != "disable_tqdm"]
 
-_REWARDS = ["metagradient", "naive", "embedding_similarity", "edit_distance", "language_identification"]
-
-_CREDIT_ASSIGNMENTS = ["auto", "sequence", "token", "expected"]
+_CHOICES = {
+    "reward": ["metagradient", "naive", "embedding_similarity", "edit_distance", "language_identification"],
+    "credit_assignment": ["auto", "sequence", "token", "expected"],
+    "nonfinite": ["raise", "skip"],
+}
 
 
 def with_target_names(text: str) -> str:
@@ -101,67 +103,31 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             metagradients need it.
         target_untie_lm_head (`bool`, *optional*, defaults to `False`):
             Whether to give the target's LM head a weight of its own where it shares the input embedding's.
-        target_optim (`str`, *optional*, defaults to `"adamw"`):
-            Optimizer of the target, `"adamw"` or `"sgd"`.
-        target_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Peak learning rate of the target.
-        target_weight_decay (`float`, *optional*, defaults to `0.0`):
-            Decoupled weight decay.
-        target_weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
-            Whether weight decay also applies to normalization weights and biases.
-        target_adam_beta1 (`float`, *optional*, defaults to `0.9`):
-            Decay of AdamW's first moment.
-        target_adam_beta2 (`float`, *optional*, defaults to `0.95`):
-            Decay of AdamW's second moment.
-        target_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
-            Added to AdamW's denominator, outside the square root.
-        target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
-            Added inside the square root. `"auto"` is four times the mean square of the first gradient of the first
-            generation batch, kept for the rest of the run.
-        target_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`.
-        target_warmup_steps (`float`, *optional*, defaults to `0`):
-            Warm-up steps; below 1, their share of all steps.
-        target_max_grad_norm (`float`, *optional*, defaults to `0.0`):
-            Clipping norm of the target's gradients; `0.0` means none.
-        target_num_train_epochs (`int`, *optional*, defaults to `1`):
-            Passes of the target over the examples.
         target_batch_size (`int`, *optional*):
             Examples per step of the target, over all processes. `None` means the whole generation batch, that is one
             step (K = 1); K is `generation_batch_size / target_batch_size`, and a `num_generations`-th of that where the
             batch is split (`reward="naive"`, `cross_group_batching=False`).
-        target_micro_batch_size (`int`, *optional*):
-            Examples per forward pass and process of the target. It changes memory, not results.
         target_max_length (`int`, *optional*):
             Tokens kept of each example. `None` means `max_completion_length` plus one for a BOS token. Count
             `metagradient/cut` in the logs where the target's tokenizer makes more tokens of a text than the generator's.
-        target_shuffle (`bool`, *optional*, defaults to `True`):
-            Whether the examples of a generation batch are shuffled before they are cut into the target's batches.
+        target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
+            Added inside the square root of AdamW's denominator. `"auto"` is measured on the first generation batch and kept.
         target_seed (`int`, *optional*, defaults to `0`):
-            Seed of that shuffle; the global step is added to it.
-        target_loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
-            `"batch_tokens"`, `"example"` or `"max_length"`.
-        target_bf16 (`bool`, *optional*, defaults to `False`):
-            Whether the target runs under bfloat16 autocast; its metagradients are then several per cent or more off.
-        target_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Whether the target's activations are computed again in the backward pass.
-        target_curvature (`str`, *optional*, defaults to `"exact"`):
-            How Hessian-vector products are computed: `"exact"` (double backward) or `"central_difference"` (cheaper, in
-            the memory of ordinary training, to about three digits).
-        target_curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
-            Largest estimated relative error of a central difference; a step with a larger one is repeated exactly.
-        target_tape (`str`, *optional*, defaults to `"auto"`):
-            Where the gradients of the target's K steps are kept: `"device"`, `"host"`, `"disk"`, or the first with room.
-        target_tape_dir (`str`, *optional*):
-            Directory of the tape on disk. If `None`, the system's directory for temporary files, or `/var/tmp` where that is
-            in memory (tmpfs); where both are, there is no tape on disk.
+            Seed of the shuffle of a generation batch; the global step is added to it.
+        target_* (*optional*):
+            The other fields of the recipe are those of [`~trl_dpg.metagradients.TargetTrainingArguments`], with its defaults:
+            `target_optim`, `target_learning_rate`, `target_weight_decay`, `target_weight_decay_on_norm_and_bias`,
+            `target_adam_beta1`, `target_adam_beta2`, `target_adam_epsilon`, `target_lr_scheduler_type`, `target_warmup_steps`,
+            `target_max_grad_norm`, `target_num_train_epochs`, `target_micro_batch_size`, `target_shuffle`,
+            `target_loss_normalization`, `target_bf16`, `target_gradient_checkpointing`, `target_curvature`,
+            `target_curvature_tolerance`, `target_tape`, `target_tape_dir`.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
 
     reward: str = field(
         default="metagradient",
-        metadata={"help": "Where the reward comes from.", "choices": _REWARDS},
+        metadata={"help": "Where the reward comes from.", "choices": _CHOICES["reward"]},
     )
     cross_group_batching: bool = field(
         default=True,
@@ -175,7 +141,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         metadata={
             "help": "Which tokens of a completion get its metagradient: all of them ('sequence'), each its own and what comes "
             "after it ('token'), or the same in expectation over words that could have been written ('expected').",
-            "choices": _CREDIT_ASSIGNMENTS,
+            "choices": _CHOICES["credit_assignment"],
         },
     )
     credit_discount: float = field(
@@ -192,7 +158,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         default="raise",
         metadata={
             "help": "What happens where a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
-            "choices": ["raise", "skip"],
+            "choices": _CHOICES["nonfinite"],
         },
     )
     reward_language: str | None = field(
@@ -277,29 +243,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_tape_dir: str | None = field(default=None, metadata={"help": "Directory of the tape on disk."})
 
     def __post_init__(self):
-        if self.reward not in _REWARDS:
-            raise ValueError(f"`reward` must be {' or '.join(map(repr, _REWARDS))}, got {self.reward!r}.")
-        if self.credit_assignment not in _CREDIT_ASSIGNMENTS:
-            choices = " or ".join(map(repr, _CREDIT_ASSIGNMENTS))
-            raise ValueError(f"`credit_assignment` must be {choices}, got {self.credit_assignment!r}.")
-        if self.credit_assignment in ("token", "expected") and self.reward != "metagradient":
-            raise ValueError(
-                f"`credit_assignment={self.credit_assignment!r}` needs metagradients of tokens, but `reward` is {self.reward!r}, "
-                'which is one number a completion. Set `credit_assignment="sequence"`.'
-            )
-        if self.credit_assignment in ("token", "expected") and self.moves_tokens_alike():
-            raise ValueError(
-                f"`credit_assignment={self.credit_assignment!r}` does not go with `importance_sampling_level='sequence'`, which "
-                "moves all tokens of a completion alike, by the mean of their credits. Set one of "
-                "`importance_sampling_level='token'` and `credit_assignment='sequence'`."
-            )
-        if not isinstance(self.credit_discount, (int, float)) or not 0 <= self.credit_discount <= 1:
-            raise ValueError(f"`credit_discount` must be a number from 0 to 1, got {self.credit_discount!r}.")
-        number = self.credit_candidates  # of one alone there is nothing to choose
-        if number is not None and not (isinstance(number, int) and number >= 2):
-            raise ValueError(f"`credit_candidates` must be None or a whole number of at least 2, got {number!r}.")
-        if self.nonfinite not in ("raise", "skip"):
-            raise ValueError(f"`nonfinite` must be 'raise' or 'skip', got {self.nonfinite!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+        self._check_credit()
         if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
             raise ValueError(
                 f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
@@ -309,11 +256,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             raise ValueError(
                 "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."
             )
-        if isinstance(self.target_adam_epsilon_root, str) and self.target_adam_epsilon_root != "auto":
-            try:
+        with suppress(ValueError):  # "auto"; anything else is refused by name below
+            if isinstance(self.target_adam_epsilon_root, str):
                 self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)  # type: ignore[assignment]
-            except ValueError:
-                pass  # refused by name below
         # transformers would otherwise look for an `eval_loss`, which a generator's validation does not have
         if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_metric"
@@ -334,6 +279,24 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 "(higher is better), or 'eval_target_loss', the loss of the fine-tuned target."
             )
         self.target_training_arguments()
+
+    def _check_credit(self) -> None:
+        if self.credit_assignment in ("token", "expected") and self.reward != "metagradient":
+            raise ValueError(
+                f"`credit_assignment={self.credit_assignment!r}` needs metagradients of tokens, but `reward` is {self.reward!r}, "
+                'which is one number a completion. Set `credit_assignment="sequence"`.'
+            )
+        if self.credit_assignment in ("token", "expected") and self.moves_tokens_alike():
+            raise ValueError(
+                f"`credit_assignment={self.credit_assignment!r}` does not go with `importance_sampling_level='sequence'`, which "
+                "moves all tokens of a completion alike, by the mean of their credits. Set one of "
+                "`importance_sampling_level='token'` and `credit_assignment='sequence'`."
+            )
+        if not isinstance(self.credit_discount, (int, float)) or not 0 <= self.credit_discount <= 1:
+            raise ValueError(f"`credit_discount` must be a number from 0 to 1, got {self.credit_discount!r}.")
+        number = self.credit_candidates  # of one alone there is nothing to choose
+        if number is not None and not (isinstance(number, int) and number >= 2):
+            raise ValueError(f"`credit_candidates` must be None or a whole number of at least 2, got {number!r}.")
 
     def without_tokens(self) -> "DatasetPolicyGradientConfig":
         """A copy without access tokens, to be written to a file."""
