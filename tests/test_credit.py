@@ -11,6 +11,7 @@ from examples.resources import tiny_tokenizer
 from trl_dpg.credit import aligned_candidates, token_advantages, written_by
 from trl_dpg.credit.alignment import NOT_WRITTEN
 from trl_dpg.credit.candidates import changed_words
+from trl_dpg.data import repeated_places
 
 
 TEXTS = ["the cat saw the sea and the sky", "le café déjà vu, à la mer", "日本の空と海", "naïve – “quoted” 🙂 end"]
@@ -130,6 +131,60 @@ def test_a_prompt_with_the_same_words():
     found, _, whole, input_ids = owners(ids, formatting=lambda text: f"Q: the sea? A: {text} END")
     before = len(LARGE("Q: the sea? A:")["input_ids"])
     assert set(found[:before]) == {NOT_WRITTEN} and found[before:].count(NOT_WRITTEN) < len(found) - before
+
+
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        ("Q: the sea? A: {} END", 1),
+        ("{} END of the sea", 1),  # the ending holds the same words
+        ("{} and again {}.", 2),  # every copy is the generator's
+        ("the sea {} the sea", 1),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_same_words_elsewhere_in_the_text(frame, expected, chat):
+    """Written are the places that another completion would have had."""
+    written = " the sea "  # which the frame strips
+    completion = [{"role": "assistant", "content": written}] if chat else written
+
+    def formatting_func(row):
+        text = row["completion"][0]["content"] if chat else row["completion"]
+        return frame.format(*[text.strip()] * expected)
+
+    text = formatting_func({"completion": completion})
+    places = repeated_places(text, "sky", completion, formatting_func)
+    assert [index for index, _ in places] == [0] * expected
+    ids = SMALL(written)["input_ids"]
+    input_ids = LARGE(text)["input_ids"]
+    found = written_by(example_of([written], ids, text, input_ids, places=places), SMALL, LARGE)
+    starts = [frame.format(*"\0" * expected).split("\0")]
+    end, inside = 0, set()
+    for piece in starts[0][:-1]:
+        inside |= set(range(end + len(piece), end + len(piece) + len("the sea")))
+        end += len(piece) + len("the sea")
+    last = [end - 1 for _, end in LARGE(text, return_offsets_mapping=True)["offset_mapping"]]
+    assert [owner != NOT_WRITTEN for owner in found] == [character in inside for character in last]
+
+
+def test_words_that_occur_once_need_no_second_text():
+    calls = []
+
+    def formatting_func(row):
+        calls.append(row)
+        return f"A: {row['completion']}"
+
+    assert repeated_places("A: the sea", "sky", "the sea", formatting_func) == [] and calls == []
+
+
+def test_a_frame_that_depends_on_the_completion_is_noticed(caplog):
+    def formatting_func(row):
+        return f"{row['completion']} has {len(row['completion'])} letters. {row['completion']}"
+
+    text = formatting_func({"completion": "the sea"})
+    with caplog.at_level("WARNING", logger="trl_dpg"):
+        assert repeated_places(text, "sky", "the sea", formatting_func) == []
+    assert "`formatting_func`" in caplog.text
 
 
 def test_unknown_tokens_were_written():

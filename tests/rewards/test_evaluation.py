@@ -148,6 +148,11 @@ def test_evaluation_sets_that_cannot_be_used(make_trainer):
             {"target_batch_size": 4, "cross_group_batching": False},
             "`target_batch_size` is 4, but a run of the target has 2 completions",
         ),
+        ({"reward_language": "es"}, "`reward_language` 'es' has no effect, as `reward` is 'metagradient'"),
+        (
+            {"reference_texts": ["a dog"], "reward": "naive"},
+            "`reference_texts` ['a dog'] has no effect, as `reward` is 'naive'",
+        ),
         ({"per_device_train_batch_size": 16, "target_batch_size": 4}, "Validation fine-tunes the target for 3 steps"),
     ],
 )
