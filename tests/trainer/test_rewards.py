@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 
+from trl_dpg import DatasetPolicyGradientTrainer
 from trl_dpg.credit import reward_advantages
 from trl_dpg.fine_tuning import TargetFineTuning
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
@@ -72,25 +72,29 @@ class TestEveryReward:
         assert make_trainer().target_training.num_datasets == 1
 
     @pytest.mark.parametrize("reward", REWARDS)
-    def test_validation_does_not_depend_on_the_reward(self, make_trainer, reward, monkeypatch):
-        calls = []
-
-        def spy(model, examples, metric, args):
-            calls.append((model, metric, args))
-            return {"metric": 0.0}
-
-        monkeypatch.setattr("trl_dpg.fine_tuning.validate", spy)
-        trainer = make_trainer(reward=reward, **ARGUMENTS)
-        trainer.evaluate()
-        training = trainer.target_training
-        assert calls == [(training.target_model, trainer.metric, trainer.args.target_training_arguments())]
-        assert training.metric is trainer.metric
+    def test_validation_does_not_depend_on_the_reward(self, make_trainer, reward):
+        figures = []
+        for name in ("metagradient", reward):
+            trainer = make_trainer(reward=name, target_learning_rate=1e-2, **ARGUMENTS)
+            torch.manual_seed(0)
+            metrics = trainer.evaluate()
+            figures.append(
+                {key: value for key, value in metrics.items() if "second" not in key and "runtime" not in key}
+            )
+            assert trainer.target_training.metric is trainer.metric
+        assert figures[0] == figures[1] and figures[0]["eval_metric_gain"] != 0
 
     @pytest.mark.parametrize("reward", BASELINES)
-    def test_baselines_train_no_target(self, make_trainer, reward, monkeypatch):
-        monkeypatch.setattr("trl_dpg.rewards.base.TargetReward.__call__", None)
-        trainer = make_trainer(reward=reward, **ARGUMENTS)
+    def test_baselines_train_no_target(self, make_trainer, reward):
+        calls = []
+
+        def metric(model):
+            calls.append(model)
+            return -model.lm_head.weight.norm()
+
+        trainer = make_trainer(reward=reward, metric=metric, **ARGUMENTS)
         trainer.train()
+        assert calls == []
         assert type(trainer.target_training) is TargetFineTuning
         assert trainer.target_training.eos_token_ids == [62, 60]
 
@@ -161,18 +165,16 @@ class TestNaive:
         expected[0] = 0
         torch.testing.assert_close(torch.tensor(list(trainer._logs["advantages"])), expected)
 
-    def test_they_are_what_the_generator_is_trained_on(self, make_trainer, monkeypatch):
+    def test_they_are_what_the_generator_is_trained_on(self, make_trainer):
         losses = []
-        compute_loss = GRPOTrainer._compute_loss
 
-        def losing(self, model, inputs):
-            losses.append(inputs["advantages"])
-            return compute_loss(self, model, inputs)
+        class Recording(DatasetPolicyGradientTrainer):
+            def _compute_loss(self, model, inputs):
+                losses.append(inputs["advantages"])
+                return super()._compute_loss(model, inputs)
 
-        monkeypatch.setattr(GRPOTrainer, "_compute_loss", losing)
-        trainer = make_trainer(
-            reward="naive", reward_funcs=words, reward_weights=[1.0, 0.01], gradient_accumulation_steps=2, max_steps=1
-        )
+        fields = {"reward_weights": [1.0, 0.01], "gradient_accumulation_steps": 2, "max_steps": 1}
+        trainer = make_trainer(trainer_class=Recording, reward="naive", reward_funcs=words, **fields)
         trainer.train()
         used = torch.cat(losses)
         logged = torch.tensor(list(trainer._logs["advantages"]))
@@ -215,18 +217,18 @@ class TestNaive:
 
 
 class TestValidationFigures:
-    def test_by_hand(self, make_trainer, monkeypatch):
+    def test_by_hand(self, make_trainer, tokenizer):
         """What the completions were, from the ids."""
-        trainer = make_trainer(generation_kwargs={"suppress_tokens": [t for t in range(64) if t not in (5, 6, 62)]})
         seen = []
-        generate = trainer._generate_only
 
-        def recording(inputs):
-            prompts, out = generate(inputs)
-            seen.extend(zip(out[1], out[3], strict=True))
-            return prompts, out
+        class Recording(DatasetPolicyGradientTrainer):
+            def _generate_single_turn(self, *args, **kwargs):
+                ids, others = super()._generate_single_turn(*args, **kwargs)
+                seen.extend((row, tokenizer.decode(row, skip_special_tokens=True)) for row in ids)
+                return ids, others
 
-        monkeypatch.setattr(trainer, "_generate_only", recording)
+        suppressed = [token for token in range(64) if token not in (5, 6, 62)]
+        trainer = make_trainer(trainer_class=Recording, generation_kwargs={"suppress_tokens": suppressed})
         metrics = trainer.evaluate()
         seen = seen[:12]  # 3 prompts, 4 completions each; the rest fills up the last batch
         assert metrics["eval_distinct"] == len({text for _, text in seen}) / 12 < 1
