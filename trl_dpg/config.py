@@ -126,8 +126,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
 
     reward: str = field(
-        default="metagradient",
-        metadata={"help": "Where the reward comes from.", "choices": _CHOICES["reward"]},
+        default="metagradient", metadata={"help": "Where the reward comes from.", "choices": _CHOICES["reward"]}
     )
     cross_group_batching: bool = field(
         default=True,
@@ -176,10 +175,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         default=None,
         metadata={"help": "Keyword arguments for `from_pretrained` when the target is given by name."},
     )
-    target_untie_lm_head: bool = field(
-        default=False,
-        metadata={"help": "Whether to give the target's LM head a weight of its own where it is tied."},
-    )
+    target_untie_lm_head: bool = field(default=False, metadata={"help": "Whether a tied LM head gets its own weight."})
     target_optim: str = field(default="adamw", metadata={"help": "Optimizer of the target: `'adamw'` or `'sgd'`."})
     target_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the target."})
     target_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of the target."})
@@ -189,7 +185,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the target's first Adam moment."})
     target_adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the target's second Adam moment."})
     target_adam_epsilon: float = field(
-        default=1e-8, metadata={"help": "Added to AdamW's denominator, outside the square root."}
+        default=1e-8, metadata={"help": "Added to AdamW's denominator, outside the root."}
     )
     # `str`, as transformers' parser would take `float | str` for a float only; `__post_init__` makes numbers of numbers
     target_adam_epsilon_root: str = field(
@@ -197,19 +193,15 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         metadata={"help": "Added inside the square root; `'auto'` measures it on the first generation batch."},
     )
     target_lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`, for the target."},
+        default="constant", metadata={"help": "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`."}
     )
     target_warmup_steps: float = field(
-        default=0, metadata={"help": "Warm-up steps of the target; below 1, their share of all steps."}
+        default=0, metadata={"help": "Warm-up steps; below 1, their share of all steps."}
     )
-    target_max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Clipping norm of the target's gradients; 0 means none."}
-    )
+    target_max_grad_norm: float = field(default=0.0, metadata={"help": "Clipping norm of gradients; 0 means none."})
     target_num_train_epochs: int = field(default=1, metadata={"help": "Passes of the target over the examples."})
     target_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Examples per step of the target. `None` is the whole generation batch (one step)."},
+        default=None, metadata={"help": "Examples per step. `None` is the whole generation batch (one step)."}
     )
     target_micro_batch_size: int | None = field(
         default=None, metadata={"help": "Examples per forward pass and process of the target."}
@@ -223,22 +215,20 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         default="batch_tokens", metadata={"help": "`'batch_tokens'`, `'example'` or `'max_length'`."}
     )
     target_bf16: bool = field(
-        default=False, metadata={"help": "Whether the target runs under bfloat16 autocast, which costs accuracy."}
+        default=False, metadata={"help": "Whether to run under bfloat16 autocast, less exactly."}
     )
     target_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether the target's activations are computed again in the backward pass."}
+        default=False, metadata={"help": "Whether activations are computed again in the backward pass."}
     )
     target_curvature: str = field(
-        default="exact",
-        metadata={"help": "How Hessian-vector products are computed: `'exact'` or `'central_difference'`."},
+        default="exact", metadata={"help": "Hessian-vector products: `'exact'` or by `'central_difference'`."}
     )
     target_curvature_tolerance: float = field(
         default=1e-2,
         metadata={"help": "Largest estimated error of a central difference that is not repeated exactly."},
     )
     target_tape: str = field(
-        default="auto",
-        metadata={"help": "Where the target's gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`."},
+        default="auto", metadata={"help": "Where gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`."}
     )
     target_tape_dir: str | None = field(default=None, metadata={"help": "Directory of the tape on disk."})
 

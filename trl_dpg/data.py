@@ -67,13 +67,14 @@ def target_text(
     text = completion_text(completion)
     if not text.strip():
         return ""
-    if formatting_func is not None:
-        text = formatting_func({"prompt": prompt, "completion": completion})
-        if not isinstance(text, str):
-            raise ValueError(
-                f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
-                "Return one string per example."
-            )
+    if formatting_func is None:
+        return text
+    text = formatting_func({"prompt": prompt, "completion": completion})
+    if not isinstance(text, str):
+        raise ValueError(
+            f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
+            "Return one string per example."
+        )
     return text
 
 
@@ -136,19 +137,17 @@ def to_target_examples(
     itself, and none where it did not, also if tokenizer or `formatting_func` ends every text.
 
     Args:
-        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
-            What the generator was given. Not seen by the target unless `formatting_func` uses it.
-        completions (`Sequence[str]` or `Sequence[list[dict]]`):
-            What it wrote.
+        prompts, completions (`Sequence[str]` or `Sequence[list[dict]]`):
+            What the generator was given, and what it wrote. The target sees no prompt unless `formatting_func` uses it.
         ended (`Sequence[bool]`):
             Whether each completion ended by itself, rather than by reaching the maximum length.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
         formatting_func (`Callable`, *optional*):
-            Maps `{"prompt": ..., "completion": ...}` to the text to train on, as in [`~trl.SFTTrainer`].
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
     Returns:
-        `list[dict]`: Text and `input_ids` of each, both empty for an empty completion.
+        `list[dict]`: `text` and `input_ids` of each, both empty for an empty completion.
     """
     texts = [target_text(p, c, formatting_func) for p, c in zip(prompts, completions, strict=True)]
     full = [i for i, text in enumerate(texts) if text]

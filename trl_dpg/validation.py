@@ -42,15 +42,7 @@ def validate(
     [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns. A batch that
     does not fit into memory is repeated in micro-batches of half the size, as there.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Target in its original state.
-        examples (`Sequence[Mapping]`):
-            Dicts with `input_ids`, as in [`~trl_dpg.metagradients.compute_metagradients`].
-        metric (`Callable`):
-            Metric, with its optional `setup` and `readouts`.
-        args ([`~trl_dpg.metagradients.TargetTrainingArguments`]):
-            Recipe.
+    Arguments are those of [`~trl_dpg.metagradients.compute_metagradients`].
 
     Returns:
         `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over

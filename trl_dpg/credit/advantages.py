@@ -57,15 +57,9 @@ def reward_advantages(
     """
     TRL's advantages of whole completions, with the groups that are asked for.
 
-    Args:
-        rewards (`Tensor`):
-            Shape `(completions, functions)`, NaN where a function gave none. A completion without any has no advantage.
-        weights (`Tensor`):
-            Weight of each function.
-        group_size (`int`):
-            Completions that follow each other and are compared with each other.
-        scale_rewards (`str`), aggregation (`str`):
-            `scale_rewards` and `multi_objective_aggregation` of [`~trl.GRPOConfig`].
+    `rewards` has the shape `(completions, functions)`, with NaN where a function gave none. A completion without any has no
+    advantage. Groups are of `group_size` completions that follow each other. The last two arguments are `scale_rewards` and
+    `multi_objective_aggregation` of [`~trl.GRPOConfig`].
     """
     unscorable = rewards.isnan().all(dim=1)
     normalized = aggregation == "normalize_then_sum"

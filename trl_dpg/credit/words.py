@@ -63,17 +63,10 @@ def word_credits(
     tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], credits: Tensor, candidates: Tensor | None
 ) -> list[WordCredit]:
     """
-    Credit of each of the generator's tokens.
+    Credit of each of the generator's tokens, from metagradients of the target's tokens and of their candidates.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the generator.
-        example (`dict`):
-            `completion_ids`, `written_by` and, with `candidates`, the `candidates` of a completion.
-        credits (`Tensor`):
-            Metagradients of the target's tokens, shape `(tokens,)`.
-        candidates (`Tensor`, *optional*):
-            Metagradients of the candidates, shape `(tokens, k)`.
+    `example` has `completion_ids`, `written_by` and, with `candidates`, the `candidates` of a completion. `credits` has the shape
+    `(tokens,)`, `candidates` `(tokens, k)`.
     """
     ids, special = example["completion_ids"], special_ids(tokenizer)
     text = decoded(tokenizer, ids)

@@ -296,7 +296,7 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Ima
 
     Args:
         pattern (array-like of shape `(rows, columns)`):
-            Pattern to draw.
+            What to draw.
         module_size (`int`, *optional*, defaults to `8`):
             Pixels along each side of an entry.
         border (`int`, *optional*, defaults to `4`):

