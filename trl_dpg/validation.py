@@ -52,16 +52,6 @@ def validate(
     check_model(model)
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
-    decayed = decayed_parameters(model, params, args)
-    rest = [p for p in params if not any(p is q for q in decayed)]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer: torch.optim.Optimizer
-    if args.optim == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=args.learning_rate)
-    else:
-        betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
-
     metric = as_metric(metric)
     with restored(model), restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
@@ -69,32 +59,7 @@ def validate(
             metric.setup(model)
             with torch.no_grad():
                 before = float(metric(model))
-        for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
-            param.grad = torch.zeros_like(param)
-        token_losses = TokenLosses(model, args.bf16)
-        losses = []
-        schedule = args.learning_rates(len(prepared))
-        for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
-            while True:
-                try:
-                    place = params[0].device, params[0].dtype
-                    losses.append(_backward(token_losses, micro_batches(prepared, batch, args, *place)))
-                    break
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    clear_frames(error)
-                    release_memory()
-                    supervised = sum(prepared[i].num_supervised > 0 for i in batch)
-                    args = replace(args, micro_batch_size=halved(args, supervised, str(error)))
-                    logger.warning("Memory ran out: now %d examples at a time. %s", args.micro_batch_size, error)
-                    optimizer.zero_grad(set_to_none=False)
-            if args.max_grad_norm > 0:
-                torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+        losses = _fine_tune(model, params, prepared, args)
         with metric_memory():
             with torch.no_grad():
                 after = float(metric(model))
@@ -112,6 +77,47 @@ def validate(
         "target_steps": len(losses),
         **readouts,
     }
+
+
+def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTrainingArguments) -> list[float]:
+    """Takes all steps, and returns their losses."""
+    optimizer = _optimizer(model, params, args)
+    for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
+        param.grad = torch.zeros_like(param)
+    token_losses = TokenLosses(model, args.bf16)
+    losses = []
+    for batch, learning_rate in zip(args.batches(len(examples)), args.learning_rates(len(examples)), strict=True):
+        while True:
+            try:
+                micro = micro_batches(examples, batch, args, params[0].device, params[0].dtype)
+                losses.append(_backward(token_losses, micro))
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                clear_frames(error)
+                release_memory()
+                supervised = sum(examples[i].num_supervised > 0 for i in batch)
+                args = replace(args, micro_batch_size=halved(args, supervised, str(error)))
+                logger.warning("Memory ran out: now %d examples at a time. %s", args.micro_batch_size, error)
+                optimizer.zero_grad(set_to_none=False)
+        if args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return losses
+
+
+def _optimizer(model: TargetModel, params: list, args: TargetTrainingArguments) -> torch.optim.Optimizer:
+    decayed = decayed_parameters(model, params, args)
+    rest = [p for p in params if not any(p is q for q in decayed)]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if args.optim == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:

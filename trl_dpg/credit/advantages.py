@@ -108,17 +108,17 @@ def token_advantages(
     exists = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
     # Place of each credit among all tokens of the batch; those that the generator did not write have none.
     taking_part = [i for i in range(num) if len(masks[i]) > 0]
-    places = [i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part]
+    places = torch.cat([i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part])
     written = torch.cat([torch.tensor(owners[i]) != NOT_WRITTEN for i in taking_part])
     values = torch.cat([credits[i] for i in taking_part]).double()
-    place = torch.cat(places)[written]
-    own = torch.zeros(num * length, dtype=torch.float64).index_add_(0, place, values[written]).view(num, length)
     lost, total = values[~written].abs().sum().item(), values.abs().sum().item()
+    own = torch.zeros(num * length, dtype=torch.float64)
+    own = own.index_add_(0, places[written], values[written]).view(num, length)
     of_candidates = None
     if candidates is not None:
         every = torch.cat([candidates[i] for i in taking_part])
         of_candidates = every.new_full((num * length, every.shape[1]), torch.nan)
-        of_candidates[place] = every[written]
+        of_candidates[places[written]] = every[written]
         of_candidates = of_candidates.view(num, length, -1)
 
     # The generator's own tokens come first in each row until the end, so that a tool's neither delay credit nor share the baseline.
