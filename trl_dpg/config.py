@@ -130,16 +130,13 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     )
     cross_group_batching: bool = field(
         default=True,
-        metadata={
-            "help": "Whether one run of the target is on the whole generation batch, rather than one run for each rollout "
-            "index on one completion per prompt. For `reward='metagradient'`."
-        },
+        metadata={"help": "Whether one run of the target is on the whole batch, not one per rollout index."},
     )
     credit_assignment: str = field(
         default="auto",
         metadata={
-            "help": "Which tokens of a completion get its metagradient: all of them ('sequence'), each its own and what comes "
-            "after it ('token'), or the same in expectation over words that could have been written ('expected').",
+            "help": "Which tokens of a completion get its metagradient: all ('sequence'), each its own and what follows ('token'), "
+            "or the same in expectation over words that could have been written ('expected').",
             "choices": _CHOICES["credit_assignment"],
         },
     )
@@ -147,11 +144,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         default=0.5, metadata={"help": "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."}
     )
     credit_candidates: int | None = field(
-        default=None,
-        metadata={
-            "help": "Words whose credit 'expected' takes into account at each position. `None` is all of a vocabulary of up to "
-            "4,096, and 64 of a larger one."
-        },
+        default=None, metadata={"help": "Words that 'expected' considers. `None` is all of up to 4,096, else 64."}
     )
     nonfinite: str = field(
         default="raise",
@@ -161,19 +154,14 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         },
     )
     reward_language: str | None = field(
-        default=None,
-        metadata={"help": "Language for `reward='language_identification'`, as a code such as 'es'."},
+        default=None, metadata={"help": "Language for `reward='language_identification'`, as a code such as 'es'."}
     )
     scale_rewards: str = field(
         default="none",
-        metadata={
-            "help": "How TRL scales advantages: `'none'` (default here, as the reward standardizes over the batch), "
-            "`'batch'` or `'group'`."
-        },
+        metadata={"help": "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`."},
     )
     target_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `from_pretrained` when the target is given by name."},
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when the target is given by name."}
     )
     target_untie_lm_head: bool = field(default=False, metadata={"help": "Whether a tied LM head gets its own weight."})
     target_optim: str = field(default="adamw", metadata={"help": "Optimizer of the target: `'adamw'` or `'sgd'`."})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 from trl_dpg import DatasetPolicyGradientTrainer
-from trl_dpg.credit import expected_credit, token_advantages
+from trl_dpg.credit import WordCredit, credit_text, expected_credit, token_advantages
 from trl_dpg.credit.candidates import CandidateLogits
 from trl_dpg.report import write_report
 
@@ -342,6 +342,28 @@ def test_credit_by_word(batch):
         for word in words[1:]:
             assert word.best is None or word.best_credit >= word.credit - 1e-9
     assert any(word.best is not None for word in words)
+
+
+@pytest.mark.parametrize("assignment", ["token", "expected"])
+def test_a_text_that_repeats_the_completion(batch, assignment):
+    """Each copy is the generator's, so nothing of a metagradient is lost, and a token has the credit of all its copies."""
+
+    def twice(row):
+        return f"{row['completion']} {row['completion']}"
+
+    fields = {"generation_kwargs": {"suppress_tokens": [60, 61, 62, 63]}, "formatting_func": twice}
+    trainer, _ = batch(credit_assignment=assignment, target_max_length=16, **fields)
+    assert trainer._metrics["train"]["metagradient/credit_not_written"] == [0.0]
+    for example in trainer.target_training._examples:
+        assert example["written_by"] == [*range(6), *range(6)]
+    for index, raw in enumerate(trainer._logs["extra"]["metagradient_raw"]):
+        credits = [word.credit for word in trainer.target_training.credit_by_word(index)]
+        assert sum(credits) == pytest.approx(raw, rel=1e-5, abs=1e-9)
+
+
+def test_credit_in_plain_text():
+    words = [WordCredit("the", 2e-5), WordCredit(" cat", -4e-5, "sea", 6e-5)]
+    assert credit_text(words) == "the +0.7 | cat -1.3 (sea +2.0)"
 
 
 def test_credit_is_seen(make_trainer):

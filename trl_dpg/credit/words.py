@@ -33,16 +33,7 @@ class WordCredit:
 def credit_text(words: Sequence[WordCredit]) -> str:
     """
     Credit of each word in plain text, in units of the mean absolute credit, and the best word behind it if it is better.
-
-    Example:
-
-    ```python
-    >>> from trl_dpg.credit import WordCredit, credit_text
-
-    >>> print(credit_text([WordCredit("the", 2e-5), WordCredit(" cat", -4e-5, "sea", 6e-5)]))
-    the +0.7 | cat -1.3 (sea +2.0)
-
-    ```
+    For example `the +0.7 | cat -1.3 (sea +2.0)`.
     """
     unit = sum(abs(word.credit) for word in words) / max(len(words), 1) or 1.0
     parts = []

@@ -43,17 +43,6 @@ def lm_head_weight(model: nn.Module) -> torch.Tensor:
     Raises:
         [`ValueError`]: If the model has no LM head, or if its effective weight isn't known (an adapter other than plain
             LoRA, or a quantized layer).
-
-    Example:
-
-    ```python
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-
-    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    >>> lm_head_weight(model).shape
-    torch.Size([16, 8])
-
-    ```
     """
     head = get_lm_head(model)
     # `.weight` of a wrapper that is not handled below is the base weight: right in shape, silently wrong in value.

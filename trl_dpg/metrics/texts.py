@@ -77,15 +77,5 @@ def evaluate_texts(
 
 
 def common_share(text: str, reference: str) -> float:
-    """
-    Characters of the longest common substring of a text and a reference, relative to the reference: 1 if the text contains it.
-
-    Example:
-
-    ```python
-    >>> common_share("xx-cdef-yy", "abcdefgh")
-    0.5
-
-    ```
-    """
+    """Characters of the longest common substring, relative to the reference: 1 if the text contains it."""
     return SequenceMatcher(None, text, reference, autojunk=False).find_longest_match().size / len(reference)
