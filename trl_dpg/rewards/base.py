@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -106,22 +107,26 @@ class TargetReward(TargetFineTuning, ABC):
                 values, figures = self._values(examples, trainer_state)
             except FloatingPointError as error:  # on every process
                 self._skip_or_raise(error, trainer_state)
-                rewards: list[float | None] = [0.0] * len(local)
-                raw, figures = [None] * len(local), {"skipped": 1.0}
-            else:
-                self._keep_what_was_measured(figures)
-                scaled, of_values = self._standardized(values)
-                finite = values[mine].isfinite()
-                rewards = [reward if ok else None for reward, ok in zip(scaled[mine].tolist(), finite, strict=True)]
-                raw, figures = values[mine].tolist(), {**of_values, **self._counts(examples), **figures}
-                figures |= {"skipped": 0.0} if self.nonfinite == "skip" else {}
-                figures["seconds"] = time.perf_counter() - start_time
+                self._log([None] * len(local), {"skipped": 1.0}, log_extra, log_metric)
+                return [0.0] * len(local)
+            self._keep_what_was_measured(figures)
+            rewards, of_values = self._standardized(values)
+        figures = {**of_values, **self._counts(examples), **figures}
+        if self.nonfinite == "skip":
+            figures["skipped"] = 0.0
+        figures["seconds"] = time.perf_counter() - start_time
+        raw = values[mine].tolist()
+        self._log(raw, figures, log_extra, log_metric)
+        return [
+            reward if math.isfinite(value) else None for reward, value in zip(rewards[mine].tolist(), raw, strict=True)
+        ]
+
+    def _log(self, raw: list, figures: dict[str, float], log_extra: Any, log_metric: Any) -> None:
         if log_extra is not None:
             log_extra(f"{self.__name__}_raw", raw)
         if log_metric is not None:  # the same value on every process, as TRL averages over them
             for name, value in figures.items():
                 log_metric(f"{self.__name__}/{name}", value)
-        return rewards
 
     @contextmanager
     def _learning_nothing_in_evaluation(self, log_metric: Any) -> Iterator[None]:
