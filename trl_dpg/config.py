@@ -25,6 +25,11 @@ _CHOICES = {
 }
 
 
+def _field(default: Any, text: str, choices: list[str] | None = None) -> Any:
+    """A field with a text for `--help`, and what it may be."""
+    return field(default=default, metadata={"help": text} if choices is None else {"help": text, "choices": choices})
+
+
 def with_target_names(text: str) -> str:
     """A text about a recipe, with the names that its fields have here: `learning_rate` is the generator's."""
     return re.sub(rf"`({'|'.join(_TARGET_FIELDS)})`", r"`target_\1`", text)
@@ -125,100 +130,68 @@ class DatasetPolicyGradientConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
 
-    reward: str = field(
-        default="metagradient", metadata={"help": "Where the reward comes from.", "choices": _CHOICES["reward"]}
+    reward: str = _field("metagradient", "Where the reward comes from.", _CHOICES["reward"])
+    cross_group_batching: bool = _field(
+        True, "Whether one run of the target is on the whole batch, not one per rollout index."
     )
-    cross_group_batching: bool = field(
-        default=True,
-        metadata={"help": "Whether one run of the target is on the whole batch, not one per rollout index."},
+    credit_assignment: str = _field(
+        "auto",
+        "Which tokens of a completion get its metagradient: all ('sequence'), each its own and what follows ('token'), "
+        "or the same in expectation over words that could have been written ('expected').",
+        _CHOICES["credit_assignment"],
     )
-    credit_assignment: str = field(
-        default="auto",
-        metadata={
-            "help": "Which tokens of a completion get its metagradient: all ('sequence'), each its own and what follows ('token'), "
-            "or the same in expectation over words that could have been written ('expected').",
-            "choices": _CHOICES["credit_assignment"],
-        },
+    credit_discount: float = _field(
+        0.5, "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."
     )
-    credit_discount: float = field(
-        default=0.5, metadata={"help": "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."}
+    credit_candidates: int | None = _field(
+        None, "Words that 'expected' considers. `None` is all of up to 4,096, else 64."
     )
-    credit_candidates: int | None = field(
-        default=None, metadata={"help": "Words that 'expected' considers. `None` is all of up to 4,096, else 64."}
+    nonfinite: str = _field(
+        "raise",
+        "What happens where a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
+        _CHOICES["nonfinite"],
     )
-    nonfinite: str = field(
-        default="raise",
-        metadata={
-            "help": "What happens where a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
-            "choices": _CHOICES["nonfinite"],
-        },
+    reward_language: str | None = _field(
+        None, "Language for `reward='language_identification'`, as a code such as 'es'."
     )
-    reward_language: str | None = field(
-        default=None, metadata={"help": "Language for `reward='language_identification'`, as a code such as 'es'."}
+    scale_rewards: str = _field("none", "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`.")
+    target_model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "Keyword arguments for `from_pretrained` when the target is given by name."
     )
-    scale_rewards: str = field(
-        default="none",
-        metadata={"help": "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`."},
+    target_untie_lm_head: bool = _field(False, "Whether a tied LM head gets its own weight.")
+    target_optim: str = _field("adamw", "Optimizer of the target: `'adamw'` or `'sgd'`.")
+    target_learning_rate: float = _field(1e-5, "Peak learning rate of the target.")
+    target_weight_decay: float = _field(0.0, "Decoupled weight decay of the target.")
+    target_weight_decay_on_norm_and_bias: bool = _field(
+        True, "Whether it also applies to normalization weights and biases."
     )
-    target_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when the target is given by name."}
-    )
-    target_untie_lm_head: bool = field(default=False, metadata={"help": "Whether a tied LM head gets its own weight."})
-    target_optim: str = field(default="adamw", metadata={"help": "Optimizer of the target: `'adamw'` or `'sgd'`."})
-    target_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the target."})
-    target_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of the target."})
-    target_weight_decay_on_norm_and_bias: bool = field(
-        default=True, metadata={"help": "Whether it also applies to normalization weights and biases."}
-    )
-    target_adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the target's first Adam moment."})
-    target_adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the target's second Adam moment."})
-    target_adam_epsilon: float = field(
-        default=1e-8, metadata={"help": "Added to AdamW's denominator, outside the root."}
-    )
+    target_adam_beta1: float = _field(0.9, "Decay of the target's first Adam moment.")
+    target_adam_beta2: float = _field(0.95, "Decay of the target's second Adam moment.")
+    target_adam_epsilon: float = _field(1e-8, "Added to AdamW's denominator, outside the root.")
     # `str`, as transformers' parser would take `float | str` for a float only; `__post_init__` makes numbers of numbers
-    target_adam_epsilon_root: str = field(
-        default="auto",
-        metadata={"help": "Added inside the square root; `'auto'` measures it on the first generation batch."},
+    target_adam_epsilon_root: str = _field(
+        "auto", "Added inside the square root; `'auto'` measures it on the first generation batch."
     )
-    target_lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`."}
+    target_lr_scheduler_type: str = _field(
+        "constant", "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`."
     )
-    target_warmup_steps: float = field(
-        default=0, metadata={"help": "Warm-up steps; below 1, their share of all steps."}
+    target_warmup_steps: float = _field(0, "Warm-up steps; below 1, their share of all steps.")
+    target_max_grad_norm: float = _field(0.0, "Clipping norm of gradients; 0 means none.")
+    target_num_train_epochs: int = _field(1, "Passes of the target over the examples.")
+    target_batch_size: int | None = _field(None, "Examples per step. `None` is the whole generation batch (one step).")
+    target_micro_batch_size: int | None = _field(None, "Examples per forward pass and process of the target.")
+    target_max_length: int | None = _field(None, "Tokens kept of each example. `None` is `max_completion_length` + 1.")
+    target_shuffle: bool = _field(True, "Whether examples are shuffled before batching.")
+    target_seed: int = _field(0, "Seed of the shuffle.")
+    target_loss_normalization: str = _field("batch_tokens", "`'batch_tokens'`, `'example'` or `'max_length'`.")
+    target_bf16: bool = _field(False, "Whether to run under bfloat16 autocast, less exactly.")
+    target_gradient_checkpointing: bool = _field(False, "Whether activations are computed again in the backward pass.")
+    target_curvature: str = _field("exact", "Hessian-vector products: `'exact'` or by `'central_difference'`.")
+    target_curvature_tolerance: float = _field(
+        1e-2, "Largest estimated error of a central difference that is not repeated exactly."
     )
-    target_max_grad_norm: float = field(default=0.0, metadata={"help": "Clipping norm of gradients; 0 means none."})
-    target_num_train_epochs: int = field(default=1, metadata={"help": "Passes of the target over the examples."})
-    target_batch_size: int | None = field(
-        default=None, metadata={"help": "Examples per step. `None` is the whole generation batch (one step)."}
-    )
-    target_micro_batch_size: int | None = field(
-        default=None, metadata={"help": "Examples per forward pass and process of the target."}
-    )
-    target_max_length: int | None = field(
-        default=None, metadata={"help": "Tokens kept of each example. `None` is `max_completion_length` + 1."}
-    )
-    target_shuffle: bool = field(default=True, metadata={"help": "Whether examples are shuffled before batching."})
-    target_seed: int = field(default=0, metadata={"help": "Seed of the shuffle."})
-    target_loss_normalization: str = field(
-        default="batch_tokens", metadata={"help": "`'batch_tokens'`, `'example'` or `'max_length'`."}
-    )
-    target_bf16: bool = field(
-        default=False, metadata={"help": "Whether to run under bfloat16 autocast, less exactly."}
-    )
-    target_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether activations are computed again in the backward pass."}
-    )
-    target_curvature: str = field(
-        default="exact", metadata={"help": "Hessian-vector products: `'exact'` or by `'central_difference'`."}
-    )
-    target_curvature_tolerance: float = field(
-        default=1e-2,
-        metadata={"help": "Largest estimated error of a central difference that is not repeated exactly."},
-    )
-    target_tape: str = field(
-        default="auto", metadata={"help": "Where gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`."}
-    )
-    target_tape_dir: str | None = field(default=None, metadata={"help": "Directory of the tape on disk."})
+    target_tape: str = _field("auto", "Where gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`.")
+    target_tape_dir: str | None = _field(None, "Directory of the tape on disk.")
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
