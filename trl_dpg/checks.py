@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .config import DatasetPolicyGradientConfig
 from .fine_tuning import check_metric
+from .metagradients import TargetTrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -122,9 +123,8 @@ def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[st
             )
 
 
-def warn_of_other_steps(args: DatasetPolicyGradientConfig, num_examples: int) -> None:
+def warn_of_other_steps(recipe: TargetTrainingArguments, num_trained: int, num_examples: int) -> None:
     """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
-    recipe, num_trained = args.target_training_arguments(), args.num_target_examples()
     trained, validated = recipe.num_steps(num_trained), recipe.num_steps(num_examples)
     if trained != validated:
         logger.warning_once(

@@ -118,7 +118,8 @@ class EvaluationMixin(GRPOTrainer):
     def _validate(self, examples: list[dict[str, Any]]) -> dict[str, float]:
         """Figures of a fresh target that was fine-tuned on the examples; the worst where they are not finite."""
         if isinstance(self.target_training, TargetReward):  # else nothing is trained for the target
-            warn_of_other_steps(self.args, len(examples))  # type: ignore[arg-type]
+            num_trained = self.args.num_target_examples()  # type: ignore[attr-defined]
+            warn_of_other_steps(self.target_training.args, num_trained, len(examples))
         try:
             with naming_target_fields():
                 return self.target_training.validate(examples, self.accelerator.device)
