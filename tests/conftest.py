@@ -112,7 +112,7 @@ def make_config(tmp_path):
 def make_trainer(make_config):
     """Makes a DPG trainer; keyword arguments are its own, or else fields of its configuration."""
 
-    def make(**kwargs):
+    def make(trainer_class=DatasetPolicyGradientTrainer, **kwargs):
         prompts = tiny_prompts(16, 3)
         arguments = {
             "model": _causal_lm(),
@@ -125,14 +125,14 @@ def make_trainer(make_config):
             "target_processing_class": tiny_tokenizer(),
         }
         others = ["formatting_func", "reward_funcs", "reward_processing_classes", "reference_texts"]
-        others += ["peft_config", "target_peft_config", "tools", "rollout_func"]
+        others += ["peft_config", "target_peft_config", "tools", "rollout_func", "text_evaluation"]
         given = {name: kwargs.pop(name) for name in [*arguments, *others] if name in kwargs}
         arguments = {**arguments, **given}
         if arguments["args"] is None:
             arguments["args"] = make_config(**kwargs)
         elif kwargs:
             raise TypeError(f"`args` is given, and so are its fields {sorted(kwargs)}.")
-        return DatasetPolicyGradientTrainer(**arguments)
+        return trainer_class(**arguments)
 
     return make
 

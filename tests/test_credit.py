@@ -11,6 +11,7 @@ from examples.resources import tiny_tokenizer
 from trl_dpg.credit import aligned_candidates, token_advantages, written_by
 from trl_dpg.credit.alignment import NOT_WRITTEN
 from trl_dpg.credit.candidates import changed_words
+from trl_dpg.data import repeated_places
 
 
 TEXTS = ["the cat saw the sea and the sky", "le café déjà vu, à la mer", "日本の空と海", "naïve – “quoted” 🙂 end"]
@@ -31,11 +32,18 @@ def byte_level(vocab_size):
 SMALL, LARGE = byte_level(262), byte_level(400)
 
 
+def example_of(parts, ids, text, input_ids, ended=False, mask=None, **fields):
+    """A training example, as far as its alignment goes."""
+    fields |= {"parts": parts, "completion_ids": ids, "text": text, "input_ids": input_ids, "ended": ended}
+    return {**fields, "generated": mask or [1] * len(ids)}
+
+
 def owners(ids, generator=SMALL, target=LARGE, ended=False, formatting=None):
     text = generator.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
     whole = formatting(text) if formatting else text
     input_ids = target(whole)["input_ids"] + [target.eos_token_id] * ended
-    return written_by([text], ids, generator, whole, input_ids, target, ended), text, whole, input_ids
+    example = example_of([text], ids, whole, input_ids, ended)
+    return written_by(example, generator, target), text, whole, input_ids
 
 
 def complete(ids, text, generator=SMALL):
@@ -55,16 +63,18 @@ def test_the_same_tokens_are_themselves():
     tokenizer = tiny_tokenizer()
     ids = tokenizer("the cat the sea")["input_ids"]
     eos = tokenizer.eos_token_id
-    assert written_by(["the cat the sea"], ids, tokenizer, "the cat the sea", ids, tokenizer, False) == [0, 1, 2, 3]
     text = "the cat the sea"
-    assert written_by([text], [*ids, eos], tokenizer, text, [*ids, eos], tokenizer, True) == [0, 1, 2, 3, 4]
+    assert written_by(example_of([text], ids, text, ids), tokenizer, tokenizer) == [0, 1, 2, 3]
+    ids.append(eos)
+    assert written_by(example_of([text], ids, text, ids, ended=True), tokenizer, tokenizer) == [0, 1, 2, 3, 4]
 
 
 def test_bos_was_not_written(bos_tokenizer):
     generator = tiny_tokenizer()
     ids = generator("the cat")["input_ids"] + [generator.eos_token_id]
     input_ids = bos_tokenizer("the cat")["input_ids"] + [bos_tokenizer.eos_token_id]
-    assert written_by(["the cat"], ids, generator, "the cat", input_ids, bos_tokenizer, True) == [NOT_WRITTEN, 0, 1, 2]
+    example = example_of(["the cat"], ids, "the cat", input_ids, ended=True)
+    assert written_by(example, generator, bos_tokenizer) == [NOT_WRITTEN, 0, 1, 2]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -123,6 +133,60 @@ def test_a_prompt_with_the_same_words():
     assert set(found[:before]) == {NOT_WRITTEN} and found[before:].count(NOT_WRITTEN) < len(found) - before
 
 
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        ("Q: the sea? A: {} END", 1),
+        ("{} END of the sea", 1),  # the ending holds the same words
+        ("{} and again {}.", 2),  # every copy is the generator's
+        ("the sea {} the sea", 1),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_same_words_elsewhere_in_the_text(frame, expected, chat):
+    """Written are the places that another completion would have had."""
+    written = " the sea "  # which the frame strips
+    completion = [{"role": "assistant", "content": written}] if chat else written
+
+    def formatting_func(row):
+        text = row["completion"][0]["content"] if chat else row["completion"]
+        return frame.format(*[text.strip()] * expected)
+
+    text = formatting_func({"completion": completion})
+    places = repeated_places(text, "sky", completion, formatting_func)
+    assert [index for index, _ in places] == [0] * expected
+    ids = SMALL(written)["input_ids"]
+    input_ids = LARGE(text)["input_ids"]
+    found = written_by(example_of([written], ids, text, input_ids, places=places), SMALL, LARGE)
+    starts = [frame.format(*"\0" * expected).split("\0")]
+    end, inside = 0, set()
+    for piece in starts[0][:-1]:
+        inside |= set(range(end + len(piece), end + len(piece) + len("the sea")))
+        end += len(piece) + len("the sea")
+    last = [end - 1 for _, end in LARGE(text, return_offsets_mapping=True)["offset_mapping"]]
+    assert [owner != NOT_WRITTEN for owner in found] == [character in inside for character in last]
+
+
+def test_words_that_occur_once_need_no_second_text():
+    calls = []
+
+    def formatting_func(row):
+        calls.append(row)
+        return f"A: {row['completion']}"
+
+    assert repeated_places("A: the sea", "sky", "the sea", formatting_func) == [] and calls == []
+
+
+def test_a_frame_that_depends_on_the_completion_is_noticed(caplog):
+    def formatting_func(row):
+        return f"{row['completion']} has {len(row['completion'])} letters. {row['completion']}"
+
+    text = formatting_func({"completion": "the sea"})
+    with caplog.at_level("WARNING", logger="trl_dpg"):
+        assert repeated_places(text, "sky", "the sea", formatting_func) == []
+    assert "`formatting_func`" in caplog.text
+
+
 def test_unknown_tokens_were_written():
     """Each belongs to what it stands for, and those behind it are where they were."""
     words = tiny_tokenizer()
@@ -130,7 +194,7 @@ def test_unknown_tokens_were_written():
     ids = SMALL(text)["input_ids"]
     input_ids = words(text)["input_ids"]
     assert input_ids.count(words.unk_token_id) == 2
-    found = written_by([text], ids, SMALL, text, input_ids, words, False)
+    found = written_by(example_of([text], ids, text, input_ids), SMALL, words)
     there = complete(ids, text)
     ends = words(text, return_offsets_mapping=True)["offset_mapping"]
     assert found == [next(j for j, n in enumerate(there) if n >= end) for _, end in ends]
@@ -141,10 +205,10 @@ def test_a_slow_tokenizer_that_changes_the_text_is_refused():
     for text, known in (("the sea", True), ("the <pad> sea", False)):
         ids, input_ids = SMALL(text)["input_ids"], slow(text, add_special_tokens=False)["input_ids"]
         if known:
-            assert written_by([text], ids, SMALL, text, input_ids, slow, False)[-1] == len(ids) - 1
+            assert written_by(example_of([text], ids, text, input_ids), SMALL, slow)[-1] == len(ids) - 1
         else:
             with pytest.raises(ValueError, match="`target_processing_class` .ByT5Tokenizer.*fast tokenizer"):
-                written_by([text], ids, SMALL, text, input_ids, slow, False)
+                written_by(example_of([text], ids, text, input_ids), SMALL, slow)
 
 
 def test_text_that_is_not_there_is_refused():
@@ -160,31 +224,35 @@ def test_messages():
     text = "the cat the sea"
     input_ids = LARGE(text)["input_ids"]
     mask = [1] * first + [0] * tool + [1] * last
-    found = written_by(["the cat", "the sea"], sum(parts, []), SMALL, text, input_ids, LARGE, False, mask)
+    found = written_by(example_of(["the cat", "the sea"], sum(parts, []), text, input_ids, mask=mask), SMALL, LARGE)
     assert not set(found) & set(range(first, first + tool))
     assert set(found) & set(range(first)) and set(found) & set(range(first + tool, len(mask)))
     assert found[-1] == len(mask) - 1
+
+
+def candidates_of(candidates, owners, ids, input_ids, ends, eos):
+    return aligned_candidates(candidates, {**example_of([], ids, "", input_ids), "written_by": owners}, ends, eos)
 
 
 def test_candidates_stand_where_tokenizers_agree():
     eos = SMALL.eos_token_id
     ids = [*SMALL("the sea")["input_ids"], eos]
     candidates = torch.arange(2 * len(ids)).view(len(ids), 2) + 100
-    same = aligned_candidates(candidates, list(range(len(ids))), ids, ids, [eos], eos)
+    same = candidates_of(candidates, list(range(len(ids))), ids, ids, [eos], eos)
     assert same[0].tolist() == [-1, -1] and torch.equal(same[1:], candidates[1:])  # nothing predicts the first
     # The target has one token where the generator wrote its second and third.
-    found = aligned_candidates(candidates, [0, 2, *range(3, len(ids))], ids, [ids[0], 399, *ids[3:]], [eos], eos)
+    found = candidates_of(candidates, [0, 2, *range(3, len(ids))], ids, [ids[0], 399, *ids[3:]], [eos], eos)
     assert found[1].tolist() == [-1, -1] and torch.equal(found[2:], candidates[3:])
 
 
 def test_every_end_is_the_targets_end():
     ids, candidates = [5, 6, 9], torch.tensor([[1, 2], [8, 3], [9, 4]])
-    found = aligned_candidates(candidates, [0, 1, 2], ids, [5, 6, 7], eos_token_ids=[8, 9], eos=7)
+    found = candidates_of(candidates, [0, 1, 2], ids, [5, 6, 7], [8, 9], 7)
     assert found.tolist() == [[-1, -1], [7, 3], [7, 4]]
 
 
 def test_a_target_without_an_end():
-    found = aligned_candidates(torch.tensor([[1, 2], [8, 3]]), [0, 1], [5, 6], [5, 6], eos_token_ids=[8], eos=None)
+    found = candidates_of(torch.tensor([[1, 2], [8, 3]]), [0, 1], [5, 6], [5, 6], [8], None)
     assert found.tolist() == [[-1, -1], [-1, 3]]
 
 

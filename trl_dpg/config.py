@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +13,36 @@ from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
-from .metagradients.runtime.processes import bound_waiting
 
 
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
 _TARGET_FIELDS = [f.name for f in dataclasses.fields(TargetTrainingArguments) if f.name != "disable_tqdm"]
 
-_REWARDS = ["metagradient", "naive", "embedding_similarity", "edit_distance", "language_identification"]
+_CHOICES = {
+    "reward": ["metagradient", "naive", "embedding_similarity", "edit_distance", "language_identification"],
+    "credit_assignment": ["auto", "sequence", "token", "expected"],
+    "nonfinite": ["raise", "skip"],
+}
 
-_CREDIT_ASSIGNMENTS = ["auto", "sequence", "token", "expected"]
+
+def _field(default: Any, text: str, choices: list[str] | None = None) -> Any:
+    """A field with a text for `--help`, and what it may be."""
+    return field(default=default, metadata={"help": text} if choices is None else {"help": text, "choices": choices})
 
 
 def with_target_names(text: str) -> str:
     """A text about a recipe, with the names that its fields have here: `learning_rate` is the generator's."""
     return re.sub(rf"`({'|'.join(_TARGET_FIELDS)})`", r"`target_\1`", text)
+
+
+@contextmanager
+def naming_target_fields() -> Iterator[None]:
+    """Errors of the target's run name the fields that its recipe has in this configuration."""
+    try:
+        yield
+    except (FloatingPointError, MemoryError) as error:
+        error.args = (with_target_names(str(error)),)
+        raise
 
 
 @dataclass
@@ -90,199 +108,132 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             metagradients need it.
         target_untie_lm_head (`bool`, *optional*, defaults to `False`):
             Whether to give the target's LM head a weight of its own where it shares the input embedding's.
-        target_optim (`str`, *optional*, defaults to `"adamw"`):
-            Update rule of the target, `"adamw"`, `"sgd"` or `"muon"` (matrices in hidden layers by Muon, all else by AdamW).
-        target_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Peak learning rate of the target.
-        target_weight_decay (`float`, *optional*, defaults to `0.0`):
-            Weight decay: decoupled with AdamW and Muon, added to the gradient with SGD.
-        target_weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
-            Whether weight decay also applies to normalization weights and biases.
-        target_momentum (`float`, *optional*):
-            Momentum of SGD and Muon. `None` is 0 for SGD and 0.95 for Muon.
-        target_nesterov (`bool`, *optional*):
-            Whether it is Nesterov's. `None` is no for SGD and yes for Muon.
-        target_adam_beta1 (`float`, *optional*, defaults to `0.9`):
-            Decay of AdamW's first moment.
-        target_adam_beta2 (`float`, *optional*, defaults to `0.95`):
-            Decay of AdamW's second moment.
-        target_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
-            Added to AdamW's denominator, outside the square root.
-        target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
-            Added inside the square root. `"auto"` is four times the mean square of the first gradient of the first
-            generation batch, kept for the rest of the run.
-        target_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`.
-        target_warmup_steps (`float`, *optional*, defaults to `0`):
-            Warm-up steps; below 1, their share of all steps.
-        target_max_grad_norm (`float`, *optional*, defaults to `0.0`):
-            Clipping norm of the target's gradients; `0.0` means none.
-        target_num_train_epochs (`int`, *optional*, defaults to `1`):
-            Passes of the target over the examples.
         target_batch_size (`int`, *optional*):
             Examples per step of the target, over all processes. `None` means the whole generation batch, that is one
             step (K = 1); K is `generation_batch_size / target_batch_size`, and a `num_generations`-th of that where the
             batch is split (`reward="naive"`, `cross_group_batching=False`).
-        target_micro_batch_size (`int`, *optional*):
-            Examples per forward pass and process of the target. It changes memory, not results.
         target_max_length (`int`, *optional*):
             Tokens kept of each example. `None` means `max_completion_length` plus one for a BOS token. Count
             `metagradient/cut` in the logs where the target's tokenizer makes more tokens of a text than the generator's.
-        target_shuffle (`bool`, *optional*, defaults to `True`):
-            Whether the examples of a generation batch are shuffled before they are cut into the target's batches.
+        target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
+            Added inside the square root of AdamW's denominator. `"auto"` is measured on the first generation batch and kept.
         target_seed (`int`, *optional*, defaults to `0`):
-            Seed of that shuffle; the global step is added to it.
-        target_loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
-            `"batch_tokens"`, `"example"` or `"max_length"`.
-        target_bf16 (`bool`, *optional*, defaults to `False`):
-            Whether the target runs under bfloat16 autocast; its metagradients are then several per cent or more off.
-        target_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Whether the target's activations are computed again in the backward pass.
-        target_curvature (`str`, *optional*, defaults to `"exact"`):
-            How Hessian-vector products are computed: `"exact"` (double backward) or `"central_difference"` (cheaper, in
-            the memory of ordinary training, to about three digits).
-        target_curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
-            Largest estimated relative error of a central difference; a step with a larger one is repeated exactly.
-        target_tape (`str`, *optional*, defaults to `"auto"`):
-            Where the gradients of the target's K steps are kept: `"device"`, `"host"`, `"disk"`, or the first with room.
-        target_tape_dir (`str`, *optional*):
-            Directory of the tape on disk. If `None`, the system's directory for temporary files, or `/var/tmp` where that is
-            in memory (tmpfs); where both are, there is no tape on disk.
+            Seed of the shuffle of a generation batch; the global step is added to it.
+        target_* (*optional*):
+            The other fields of the recipe are those of [`~trl_dpg.metagradients.TargetTrainingArguments`], with its defaults:
+            `target_optim`, `target_learning_rate`, `target_weight_decay`, `target_weight_decay_on_norm_and_bias`,
+            `target_adam_beta1`, `target_adam_beta2`, `target_adam_epsilon`, `target_lr_scheduler_type`, `target_warmup_steps`,
+            `target_max_grad_norm`, `target_num_train_epochs`, `target_micro_batch_size`, `target_shuffle`,
+            `target_loss_normalization`, `target_bf16`, `target_gradient_checkpointing`, `target_curvature`,
+            `target_curvature_tolerance`, `target_tape`, `target_tape_dir`.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target_model_init_kwargs"]
 
-    reward: str = field(
-        default="metagradient",
-        metadata={"help": "Where the reward comes from.", "choices": _REWARDS},
+    reward: str = _field("metagradient", "Where the reward comes from.", _CHOICES["reward"])
+    cross_group_batching: bool = _field(
+        True, "Whether one run of the target is on the whole batch, not one per rollout index."
     )
-    cross_group_batching: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether one run of the target is on the whole generation batch, rather than one run for each rollout "
-            "index on one completion per prompt. For `reward='metagradient'`."
-        },
+    credit_assignment: str = _field(
+        "auto",
+        "Which tokens of a completion get its metagradient: all ('sequence'), each its own and what follows ('token'), "
+        "or the same in expectation over words that could have been written ('expected').",
+        _CHOICES["credit_assignment"],
     )
-    credit_assignment: str = field(
-        default="auto",
-        metadata={
-            "help": "Which tokens of a completion get its metagradient: all of them ('sequence'), each its own and what comes "
-            "after it ('token'), or the same in expectation over words that could have been written ('expected').",
-            "choices": _CREDIT_ASSIGNMENTS,
-        },
+    credit_discount: float = _field(
+        0.5, "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."
     )
-    credit_discount: float = field(
-        default=0.5, metadata={"help": "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."}
+    credit_candidates: int | None = _field(
+        None, "Words that 'expected' considers. `None` is all of up to 4,096, else 64."
     )
-    credit_candidates: int | None = field(
-        default=None,
-        metadata={
-            "help": "Words whose credit 'expected' takes into account at each position. `None` is all of a vocabulary of up to "
-            "4,096, and 64 of a larger one."
-        },
+    nonfinite: str = _field(
+        "raise",
+        "What happens where a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
+        _CHOICES["nonfinite"],
     )
-    nonfinite: str = field(
-        default="raise",
-        metadata={
-            "help": "What happens where a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
-            "choices": ["raise", "skip"],
-        },
+    reward_language: str | None = _field(
+        None, "Language for `reward='language_identification'`, as a code such as 'es'."
     )
-    reward_language: str | None = field(
-        default=None,
-        metadata={"help": "Language for `reward='language_identification'`, as a code such as 'es'."},
+    scale_rewards: str = _field("none", "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`.")
+    target_model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "Keyword arguments for `from_pretrained` when the target is given by name."
     )
-    scale_rewards: str = field(
-        default="none",
-        metadata={
-            "help": "How TRL scales advantages: `'none'` (default here, as the reward standardizes over the batch), "
-            "`'batch'` or `'group'`."
-        },
+    target_untie_lm_head: bool = _field(False, "Whether a tied LM head gets its own weight.")
+    target_optim: str = _field("adamw", "Update rule of the target: `'adamw'`, `'sgd'` or `'muon'`.")
+    target_learning_rate: float = _field(1e-5, "Peak learning rate of the target.")
+    target_weight_decay: float = _field(0.0, "Weight decay of the target.")
+    target_weight_decay_on_norm_and_bias: bool = _field(
+        True, "Whether it also applies to normalization weights and biases."
     )
-    target_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `from_pretrained` when the target is given by name."},
-    )
-    target_untie_lm_head: bool = field(
-        default=False,
-        metadata={"help": "Whether to give the target's LM head a weight of its own where it is tied."},
-    )
-    target_optim: str = field(
-        default="adamw", metadata={"help": "Update rule of the target: `'adamw'`, `'sgd'` or `'muon'`."}
-    )
-    target_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the target."})
-    target_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the target."})
-    target_weight_decay_on_norm_and_bias: bool = field(
-        default=True, metadata={"help": "Whether it also applies to normalization weights and biases."}
-    )
-    target_momentum: float | None = field(
-        default=None, metadata={"help": "Momentum of SGD (default 0) and Muon (default 0.95), for the target."}
-    )
-    target_nesterov: bool | None = field(
-        default=None, metadata={"help": "Whether the momentum is Nesterov's (default: with Muon only)."}
-    )
-    target_adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the target's first Adam moment."})
-    target_adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the target's second Adam moment."})
-    target_adam_epsilon: float = field(
-        default=1e-8, metadata={"help": "Added to AdamW's denominator, outside the square root."}
-    )
+    target_momentum: float | None = _field(None, "Momentum of SGD (`None`: 0) and Muon (`None`: 0.95).")
+    target_nesterov: bool | None = _field(None, "Whether it is Nesterov's. `None`: with Muon only.")
+    target_adam_beta1: float = _field(0.9, "Decay of the target's first Adam moment.")
+    target_adam_beta2: float = _field(0.95, "Decay of the target's second Adam moment.")
+    target_adam_epsilon: float = _field(1e-8, "Added to AdamW's denominator, outside the root.")
     # `str`, as transformers' parser would take `float | str` for a float only; `__post_init__` makes numbers of numbers
-    target_adam_epsilon_root: str = field(
-        default="auto",
-        metadata={"help": "Added inside the square root; `'auto'` measures it on the first generation batch."},
+    target_adam_epsilon_root: str = _field(
+        "auto", "Added inside the square root; `'auto'` measures it on the first generation batch."
     )
-    target_lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`, for the target."},
+    target_lr_scheduler_type: str = _field(
+        "constant", "`'constant'`, `'constant_with_warmup'`, `'linear'` or `'cosine'`."
     )
-    target_warmup_steps: float = field(
-        default=0, metadata={"help": "Warm-up steps of the target; below 1, their share of all steps."}
+    target_warmup_steps: float = _field(0, "Warm-up steps; below 1, their share of all steps.")
+    target_max_grad_norm: float = _field(0.0, "Clipping norm of gradients; 0 means none.")
+    target_num_train_epochs: int = _field(1, "Passes of the target over the examples.")
+    target_batch_size: int | None = _field(None, "Examples per step. `None` is the whole generation batch (one step).")
+    target_micro_batch_size: int | None = _field(None, "Examples per forward pass and process of the target.")
+    target_max_length: int | None = _field(None, "Tokens kept of each example. `None` is `max_completion_length` + 1.")
+    target_shuffle: bool = _field(True, "Whether examples are shuffled before batching.")
+    target_seed: int = _field(0, "Seed of the shuffle.")
+    target_loss_normalization: str = _field("batch_tokens", "`'batch_tokens'`, `'example'` or `'max_length'`.")
+    target_bf16: bool = _field(False, "Whether to run under bfloat16 autocast, less exactly.")
+    target_gradient_checkpointing: bool = _field(False, "Whether activations are computed again in the backward pass.")
+    target_curvature: str = _field("exact", "Hessian-vector products: `'exact'` or by `'central_difference'`.")
+    target_curvature_tolerance: float = _field(
+        1e-2, "Largest estimated error of a central difference that is not repeated exactly."
     )
-    target_max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Clipping norm of the target's gradients; 0 means none."}
-    )
-    target_num_train_epochs: int = field(default=1, metadata={"help": "Passes of the target over the examples."})
-    target_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Examples per step of the target. `None` is the whole generation batch (one step)."},
-    )
-    target_micro_batch_size: int | None = field(
-        default=None, metadata={"help": "Examples per forward pass and process of the target."}
-    )
-    target_max_length: int | None = field(
-        default=None, metadata={"help": "Tokens kept of each example. `None` is `max_completion_length` + 1."}
-    )
-    target_shuffle: bool = field(default=True, metadata={"help": "Whether examples are shuffled before batching."})
-    target_seed: int = field(default=0, metadata={"help": "Seed of the shuffle."})
-    target_loss_normalization: str = field(
-        default="batch_tokens", metadata={"help": "`'batch_tokens'`, `'example'` or `'max_length'`."}
-    )
-    target_bf16: bool = field(
-        default=False, metadata={"help": "Whether the target runs under bfloat16 autocast, which costs accuracy."}
-    )
-    target_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether the target's activations are computed again in the backward pass."}
-    )
-    target_curvature: str = field(
-        default="exact",
-        metadata={"help": "How Hessian-vector products are computed: `'exact'` or `'central_difference'`."},
-    )
-    target_curvature_tolerance: float = field(
-        default=1e-2,
-        metadata={"help": "Largest estimated error of a central difference that is not repeated exactly."},
-    )
-    target_tape: str = field(
-        default="auto",
-        metadata={"help": "Where the target's gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`."},
-    )
-    target_tape_dir: str | None = field(default=None, metadata={"help": "Directory of the tape on disk."})
+    target_tape: str = _field("auto", "Where gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`.")
+    target_tape_dir: str | None = _field(None, "Directory of the tape on disk.")
 
     def __post_init__(self):
-        if self.reward not in _REWARDS:
-            raise ValueError(f"`reward` must be {' or '.join(map(repr, _REWARDS))}, got {self.reward!r}.")
-        if self.credit_assignment not in _CREDIT_ASSIGNMENTS:
-            choices = " or ".join(map(repr, _CREDIT_ASSIGNMENTS))
-            raise ValueError(f"`credit_assignment` must be {choices}, got {self.credit_assignment!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
+        self._check_credit()
+        if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
+            raise ValueError(
+                f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
+                "itself. Leave it at 'raise'."
+            )
+        if self.reward == "language_identification" and self.reward_language is None:
+            raise ValueError(
+                "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."
+            )
+        with suppress(ValueError):  # "auto"; anything else is refused by name below
+            if isinstance(self.target_adam_epsilon_root, str):
+                self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)  # type: ignore[assignment]
+        # transformers would otherwise look for an `eval_loss`, which a generator's validation does not have
+        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_metric"
+            if self.greater_is_better is None:
+                self.greater_is_better = True
+        if self.disable_tqdm is None:  # bars in a log file are noise
+            self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
+        super().__post_init__()
+        for name in ("model_init_kwargs", "target_model_init_kwargs"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise ValueError(
+                    f"`{name}` must be keyword arguments, got {getattr(self, name)!r}. Write them as an object, such as "
+                    '\'{"dtype": "float32"}\'.'
+                )
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
+            raise ValueError(
+                f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "
+                "(higher is better), or 'eval_target_loss', the loss of the fine-tuned target."
+            )
+        self.target_training_arguments()
+
+    def _check_credit(self) -> None:
         if self.credit_assignment in ("token", "expected") and self.reward != "metagradient":
             raise ValueError(
                 f"`credit_assignment={self.credit_assignment!r}` needs metagradients of tokens, but `reward` is {self.reward!r}, "
@@ -299,43 +250,6 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         number = self.credit_candidates  # of one alone there is nothing to choose
         if number is not None and not (isinstance(number, int) and number >= 2):
             raise ValueError(f"`credit_candidates` must be None or a whole number of at least 2, got {number!r}.")
-        if self.nonfinite not in ("raise", "skip"):
-            raise ValueError(f"`nonfinite` must be 'raise' or 'skip', got {self.nonfinite!r}.")
-        if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
-            raise ValueError(
-                f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
-                "itself. Leave it at 'raise'."
-            )
-        if self.reward == "language_identification" and self.reward_language is None:
-            raise ValueError(
-                "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."
-            )
-        if isinstance(self.target_adam_epsilon_root, str) and self.target_adam_epsilon_root != "auto":
-            try:
-                self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)  # type: ignore[assignment]
-            except ValueError:
-                pass  # refused by name below
-        # transformers would otherwise look for an `eval_loss`, which a generator's validation does not have
-        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_metric"
-            if self.greater_is_better is None:
-                self.greater_is_better = True
-        if self.disable_tqdm is None:  # bars in a log file are noise
-            self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
-        bound_waiting(self.ddp_timeout, self.use_cpu, self.ddp_backend)
-        super().__post_init__()
-        for name in ("model_init_kwargs", "target_model_init_kwargs"):
-            if not isinstance(getattr(self, name) or {}, dict):
-                raise ValueError(
-                    f"`{name}` must be keyword arguments, got {getattr(self, name)!r}. Write them as an object, such as "
-                    '\'{"dtype": "float32"}\'.'
-                )
-        if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
-            raise ValueError(
-                f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "
-                "(higher is better), or 'eval_target_loss', the loss of the fine-tuned target."
-            )
-        self.target_training_arguments()
 
     def without_tokens(self) -> "DatasetPolicyGradientConfig":
         """A copy without access tokens, to be written to a file."""

@@ -1,11 +1,15 @@
 """Completions of the generator in, training examples of the target out."""
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 Messages = list[dict[str, Any]]
 
@@ -43,10 +47,17 @@ def generated_parts(
     return [str(processing_class.decode(ids, skip_special_tokens=True)) for ids in spans]
 
 
-def without_environment(completion: str | Messages, parts: list[str]) -> str | Messages:
-    """A completion of these parts alone, as text or as one message."""
+def with_parts(completion: str | Messages, parts: list[str]) -> str | Messages:
+    """A completion of the same form with these texts: as text, as the assistant's messages, or as one message of all of them."""
+    if isinstance(completion, list) and len(completion_parts(completion)) == len(parts):
+        texts = iter(parts)
+        return [m if m["role"] != "assistant" else {**m, "content": _content(m, next(texts))} for m in completion]
     text = "\n".join(filter(None, parts))
     return text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
+
+
+def _content(message: dict[str, Any], text: str) -> str | list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
 
 
 def target_text(
@@ -56,14 +67,52 @@ def target_text(
     text = completion_text(completion)
     if not text.strip():
         return ""
-    if formatting_func is not None:
-        text = formatting_func({"prompt": prompt, "completion": completion})
-        if not isinstance(text, str):
-            raise ValueError(
-                f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
-                "Return one string per example."
-            )
+    if formatting_func is None:
+        return text
+    text = formatting_func({"prompt": prompt, "completion": completion})
+    if not isinstance(text, str):
+        raise ValueError(
+            f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
+            "Return one string per example."
+        )
     return text
+
+
+def repeated_places(
+    text: str, prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[dict[str, Any]], str]
+) -> list[tuple[int, int]]:
+    """
+    Where a formatted text has the parts of a completion, if the text holds the words of one of them more than once.
+
+    A prompt or an ending may hold the same words, and the text may repeat the completion. A text with marks in place of the parts
+    tells them apart.
+
+    Returns:
+        `list[tuple[int, int]]`: Index of each part and the character at which it begins, in the order of the text. Empty where
+            each part occurs once, and where `formatting_func` does not treat marks as it treats the parts.
+    """
+    parts = completion_parts(completion)
+    if all(text.find(part.strip()) == text.rfind(part.strip()) for part in parts if part.strip()):
+        return []
+    marks = [f"\ue000{i}\ue001" if part.strip() else part for i, part in enumerate(parts)]
+    marked = target_text(prompt, with_parts(completion, marks), formatting_func)
+    places, end = [], 0
+    before, *rest = re.split("\ue000(\\d+)\ue001", marked)
+    for index, after in zip(map(int, rest[::2]), rest[1::2], strict=True):
+        whole = parts[index]
+        part = next((p for p in (whole, whole.strip()) if text.startswith(before + p + after, end)), None)
+        if part is None:
+            before = None
+            break
+        places.append((index, end + len(before)))
+        before, end = after, end + len(before) + len(part)
+    if before is None or text[end:] != before:
+        logger.warning_once(
+            f"`formatting_func` returned {text!r:.80}, which holds the words of the completion more than once, and it formats another "
+            "completion in another way. Credit goes to the last of them. Have it put every completion into the same frame."
+        )
+        return []
+    return places
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -88,19 +137,17 @@ def to_target_examples(
     itself, and none where it did not, also if tokenizer or `formatting_func` ends every text.
 
     Args:
-        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
-            What the generator was given. Not seen by the target unless `formatting_func` uses it.
-        completions (`Sequence[str]` or `Sequence[list[dict]]`):
-            What it wrote.
+        prompts, completions (`Sequence[str]` or `Sequence[list[dict]]`):
+            What the generator was given, and what it wrote. The target sees no prompt unless `formatting_func` uses it.
         ended (`Sequence[bool]`):
             Whether each completion ended by itself, rather than by reaching the maximum length.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
         formatting_func (`Callable`, *optional*):
-            Maps `{"prompt": ..., "completion": ...}` to the text to train on, as in [`~trl.SFTTrainer`].
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
     Returns:
-        `list[dict]`: Text and `input_ids` of each, both empty for an empty completion.
+        `list[dict]`: `text` and `input_ids` of each, both empty for an empty completion.
     """
     texts = [target_text(p, c, formatting_func) for p, c in zip(prompts, completions, strict=True)]
     full = [i for i, text in enumerate(texts) if text]

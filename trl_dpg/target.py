@@ -40,17 +40,15 @@ def load_target_model(
             Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
     Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all of its weights on this process, see
-        [`whole_weights`].
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all weights on this process, see [`whole_weights`].
 
     Raises:
-        [`ValueError`]: If a model was passed whose weights are not all on this process, or new adapters are asked for on top
-            of others.
+        [`ValueError`]: If the weights of `model` are not all on this process, or it has adapters and new ones are asked for.
     """
     adapter, adapter_kwargs = None, {}
     if isinstance(model, str):
-        model_init_kwargs.setdefault("dtype", torch.float32)
-        model_init_kwargs.setdefault("trust_remote_code", False)  # not to be asked for at a prompt, either
+        # No code of the model's runs, and nobody is asked for it at a prompt, unless told to
+        model_init_kwargs = {"dtype": torch.float32, "trust_remote_code": False, **model_init_kwargs}
         adapter_kwargs = {name: model_init_kwargs[name] for name in HUB_KWARGS if name in model_init_kwargs}
         config = _adapter_config(model, **adapter_kwargs)
         if config is not None:
@@ -146,19 +144,9 @@ def whole_weights() -> Iterator[None]:
 
 def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
-    Loads the tokenizer of a target model.
+    Loads the tokenizer of a target model, of an id or directory. An adapter without a tokenizer has that of its model.
 
-    Args:
-        name (`str`):
-            Model id or directory. An adapter without a tokenizer has that of its model.
-        **kwargs:
-            Keyword arguments of `from_pretrained`.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`]
-
-    Raises:
-        [`ValueError`]: If there is none.
+    `kwargs` are those of `from_pretrained`. Raises a [`ValueError`] if there is no tokenizer.
     """
     kwargs.setdefault("trust_remote_code", False)
     error: Exception | None = None
@@ -186,11 +174,7 @@ def untie_lm_head(model: TargetModel) -> None:
     Gives the LM head its own copy of the weight that it shares with the input embedding, in place.
 
     The model computes what it did before, but the two are trained, and saved, apart. A head that is not tied is left
-    alone.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model to change, before any adapter is added.
+    alone. Adapters are to be added afterwards.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:

@@ -45,15 +45,7 @@ def validate(
     [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns. A batch that
     does not fit into memory is repeated in micro-batches of half the size, as there.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Target in its original state.
-        examples (`Sequence[Mapping]`):
-            Dicts with `input_ids`, as in [`~trl_dpg.metagradients.compute_metagradients`].
-        metric (`Callable`):
-            Metric, with its optional `setup` and `readouts`.
-        args ([`~trl_dpg.metagradients.TargetTrainingArguments`]):
-            Recipe.
+    Arguments are those of [`~trl_dpg.metagradients.compute_metagradients`].
 
     Returns:
         `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over
@@ -63,10 +55,6 @@ def validate(
     check_model(model)
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
-    decayed = decayed_parameters(model, params, args)
-    groups = parameter_groups(args.rule, model, params, decayed, rest=AdamW)
-    optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
-
     metric = as_metric(metric)
     with restored(model), restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
@@ -74,33 +62,7 @@ def validate(
             metric.setup(model)
             with torch.no_grad():
                 before = float(metric(model))
-        for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
-            param.grad = torch.zeros_like(param)
-        token_losses, size, alone = TokenLosses(model, args.bf16), args.micro_batch_size, Processes(None)
-        losses = []
-        schedule = args.learning_rates(len(prepared))
-        for batch, learning_rate in zip(args.batches(len(prepared)), schedule, strict=True):
-            while True:
-                try:
-                    batches = micro_batches(prepared, batch, args, size, params[0], alone)
-                    losses.append(_backward(token_losses, batches))
-                    break
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    clear_frames(error)
-                    release_memory()
-                    supervised = sum(prepared[i].num_supervised > 0 for i in batch)
-                    size = halved(args, size, supervised, str(error))
-                    logger.warning("Memory ran out: now %d examples at a time. %s", size, error)
-                    _zero_gradients(params)
-            if args.max_grad_norm > 0:
-                torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                optimizer.step()
-            _zero_gradients(params)
+        losses = _fine_tune(model, params, prepared, args)
         with metric_memory():
             with torch.no_grad():
                 after = float(metric(model))
@@ -120,9 +82,41 @@ def validate(
     }
 
 
-def _zero_gradients(params: list[torch.nn.Parameter]) -> None:
+def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTrainingArguments) -> list[float]:
+    """Takes all steps, and returns their losses."""
+    groups = parameter_groups(args.rule, model, params, decayed_parameters(model, params, args), rest=AdamW)
+    optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
+    for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
+        param.grad = torch.zeros_like(param)
+    token_losses, size, alone = TokenLosses(model, args.bf16), args.micro_batch_size, Processes(None)
+    losses = []
+    for batch, learning_rate in zip(args.batches(len(examples)), args.learning_rates(len(examples)), strict=True):
+        while True:
+            try:
+                losses.append(_backward(token_losses, micro_batches(examples, batch, args, size, params[0], alone)))
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                clear_frames(error)
+                release_memory()
+                supervised = sum(examples[i].num_supervised > 0 for i in batch)
+                size = halved(args, size, supervised, str(error))
+                logger.warning("Memory ran out: now %d examples at a time. %s", size, error)
+                _zero_gradients(params)
+        if args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+        _zero_gradients(params)
+    return losses
+
+
+def _zero_gradients(params: list) -> None:
     for param in params:
-        param.grad.zero_()  # type: ignore[union-attr]
+        param.grad.zero_()
 
 
 def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:

@@ -1,6 +1,7 @@
 """The base class of metrics: what a metric of one's own may leave out, and what it may not return."""
 
 import pytest
+import torch
 
 from trl_dpg.metagradients.metric import as_metric, description
 from trl_dpg.metrics import Metric
@@ -31,6 +32,41 @@ def test_what_describe_leaves_out_has_a_default():
         "readouts": ["metric_gain"],
     }
     assert description(as_metric(lambda model: None))["readouts"] == ["metric_gain"]
+
+
+class Stranger:
+    """Mean of the final bias."""
+
+    def __call__(self, model):
+        return model.transformer.ln_f.bias.mean()
+
+    def describe(self):
+        return {"effect": "its mean rises", "readouts": ["mean_bias"]}
+
+    def readouts(self, model):
+        return {"mean_bias": self(model).item()}
+
+    def picture(self):
+        return torch.ones(1, 2), torch.ones(1, 2)
+
+    def judge(self, data, other):
+        return True, "always"
+
+
+def test_methods_of_an_object_that_is_no_metric_are_called(make_trainer):
+    """On the card and the page of a run, too."""
+    metric = as_metric(Stranger())
+    assert description(metric) == {
+        "name": "Stranger",
+        "effect": "its mean rises",
+        "description": "Mean of the final bias.",
+        "readouts": ["mean_bias"],
+    }
+    assert metric.picture()[0].tolist() == [[1, 1]] and metric.judge({}, {}) == (True, "always")
+    trainer = make_trainer(metric=Stranger(), max_steps=1)
+    trainer.train()
+    facts = training_facts(trainer)
+    assert facts["metric"]["effect"] == "its mean rises" and facts["metric"]["readouts"] == ["mean_bias"]
 
 
 def test_a_run_with_it_ends_in_a_checkpoint_and_a_verdict(make_trainer):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerState
 
-import trl_dpg.trainer
+import trl_dpg.fine_tuning
 from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients.runtime.storage import DiskStorage
@@ -70,7 +70,7 @@ def kill_at(place: str) -> None:
         "generation": (DatasetPolicyGradientTrainer, "_generate_single_turn"),
         "inner_loop": (DiskStorage, "put"),
         "metric": (LMHeadPattern, "__call__"),
-        "validation": (trl_dpg.trainer, "validate"),
+        "validation": (trl_dpg.fine_tuning, "validate"),
         "optimizer_saved": (Trainer, "_save_scaler"),
         "rng_saved": (DatasetPolicyGradientTrainer, "_save_generation_batch"),
         "rotation": (Path, "unlink"),

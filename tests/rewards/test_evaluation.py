@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from trl import GRPOTrainer
 
-import trl_dpg.trainer
+import trl_dpg.checks
 from trl_dpg import MetagradientReward
 from trl_dpg.data import completion_text
 from trl_dpg.metagradients import TargetTrainingArguments
@@ -148,11 +148,16 @@ def test_evaluation_sets_that_cannot_be_used(make_trainer):
             {"target_batch_size": 4, "cross_group_batching": False},
             "`target_batch_size` is 4, but a run of the target has 2 completions",
         ),
+        ({"reward_language": "es"}, "`reward_language` 'es' has no effect, as `reward` is 'metagradient'"),
+        (
+            {"reference_texts": ["a dog"], "reward": "naive"},
+            "`reference_texts` ['a dog'] has no effect, as `reward` is 'naive'",
+        ),
         ({"per_device_train_batch_size": 16, "target_batch_size": 4}, "Validation fine-tunes the target for 3 steps"),
     ],
 )
 def test_warnings_that_help(make_trainer, caplog, fields, said):
-    trl_dpg.trainer.logger.warning_once.cache_clear()  # said once a process
+    trl_dpg.checks.logger.warning_once.cache_clear()  # said once a process
     with caplog.at_level("WARNING", logger="trl_dpg"):
         trainer = make_trainer(**fields)
         if "Validation" in said:

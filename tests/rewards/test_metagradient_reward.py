@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_dpg import MetagradientReward
 from trl_dpg.data import to_target_examples
-from trl_dpg.metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
 
@@ -27,26 +27,36 @@ def ids_of(tokenizer, texts, ended=False):
     return [[*row, tokenizer.eos_token_id] for row in ids] if ended else ids
 
 
+class Recording(MetagradientReward):
+    """Keeps what the engine is given, and changes the metagradients that it gives."""
+
+    def __init__(self, *args, seen, change=lambda metagradients: None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen, self.change = seen, change
+
+    def run_each(self, run, *args):
+        def recorded(model, examples, metric, args, accelerator):
+            self.seen.append(SimpleNamespace(input_ids=[e["input_ids"] for e in examples], args=args))
+            out = run(model, examples, metric, args, accelerator=accelerator)
+            self.change(out.metagradients)
+            return out
+
+        return super().run_each(recorded, *args)
+
+
 @pytest.fixture
-def make_reward(causal_lm, tokenizer):
+def seen():
+    """What the engine is given: the examples and the recipe of each call."""
+    return []
+
+
+@pytest.fixture
+def make_reward(causal_lm, tokenizer, seen):
     def make(**kwargs):
-        defaults = {"target_model": causal_lm(seed=1), "metric": LMHeadNorm(), "args": ARGS}
-        return MetagradientReward(**{**defaults, "processing_class": tokenizer, **kwargs})
+        defaults = {"target_model": causal_lm(seed=1), "metric": LMHeadNorm(), "args": ARGS, "seen": seen}
+        return Recording(**{**defaults, "processing_class": tokenizer, **kwargs})
 
     return make
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """What the engine is given: the examples and the recipe of each call."""
-    calls = []
-
-    def spy(model, examples, metric, args, accelerator):
-        calls.append(SimpleNamespace(input_ids=[e["input_ids"] for e in examples], args=args))
-        return compute_metagradients(model, examples, metric, args, accelerator)
-
-    monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", spy)
-    return calls
 
 
 class TestStockTrainer:
@@ -129,17 +139,11 @@ class TestValues:
         call(make_reward(metric=LMHeadPattern([[1, -1]])), TEXTS, **log.hooks)
         assert 0 <= log.metrics["pixel_accuracy"] <= 1
 
-    def test_small_deviations_are_not_blown_up(self, make_reward, call, monkeypatch):
+    def test_small_deviations_are_not_blown_up(self, make_reward, call):
         """Below 5 % of the largest deviation so far, rewards shrink with it."""
-        raw = torch.tensor([1.0, -1.0, 3.0, -3.0])
         stds = [1.0, 0.1, 1e-3]
-        fields = {"metric_before": 0.0, "metric_after": 1.0, "adam_epsilon_root": 1e-6, "losses": [1.0]}
-        outputs = iter(
-            MetagradientOutput(metagradients=raw * s, token_metagradients=list((raw * s).view(4, 1)), **fields)
-            for s in stds
-        )
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", lambda *a, **k: next(outputs))
-        reward = make_reward()
+        values = iter(torch.tensor([1.0, -1.0, 3.0, -3.0]) * s for s in stds)
+        reward = make_reward(change=lambda metagradients: metagradients.copy_(next(values)))
         spreads = [np.std(call(reward, ["cat dog"] * 4, ended=True)) for _ in stds]
         assert spreads == pytest.approx([1, 1, 1e-3 / 0.05])
 
@@ -342,41 +346,28 @@ class TestUnscorable:
         with pytest.warns(UserWarning, match="`eos_token_ids`"):
             call(make_reward(), ["cat dog", "cat dog sun"])
 
-    def test_one_nonfinite_metagradient(self, make_reward, call, log, monkeypatch):
-        def broken(*args, **kwargs):
-            out = compute_metagradients(*args, **kwargs)
-            out.metagradients[[1, 4]] = torch.tensor([float("nan"), float("inf")])
-            return out
+    def test_one_nonfinite_metagradient(self, make_reward, call, log):
+        def broken(metagradients):
+            metagradients[[1, 4]] = torch.tensor([float("nan"), float("inf")])
 
         reward = make_reward()
         call(reward, TEXTS, **log.hooks)
         raw = np.array(log.columns["metagradient_raw"])[[0, 2, 3, 5]]
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", broken)
-        rewards = call(reward, TEXTS, **log.hooks)
+        rewards = call(make_reward(change=broken), TEXTS, **log.hooks)
         assert rewards[1] is None and rewards[4] is None
         finite = [rewards[i] for i in (0, 2, 3, 5)]
         assert finite == pytest.approx(((raw - raw.mean()) / raw.std()).tolist())
         assert log.metrics["nonfinite"] == 2
         assert log.metrics["mean"] == pytest.approx(raw.mean()) and log.metrics["max"] == raw.max()
 
-    def test_no_finite_metagradient(self, make_reward, call, monkeypatch):
-        def broken(*args, **kwargs):
-            out = compute_metagradients(*args, **kwargs)
-            out.metagradients.fill_(float("nan"))
-            return out
-
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", broken)
+    def test_no_finite_metagradient(self, make_reward, call):
+        reward = make_reward(change=lambda metagradients: metagradients.fill_(float("nan")))
         with pytest.raises(FloatingPointError, match="No metagradient of this generation batch is finite"):
-            call(make_reward(), TEXTS)
+            call(reward, TEXTS)
 
-    def test_none_reaches_the_advantages(self, make_reward, make_grpo_trainer, monkeypatch):
-        def broken(*args, **kwargs):
-            out = compute_metagradients(*args, **kwargs)
-            out.metagradients[2] = float("nan")
-            return out
-
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", broken)
-        trainer = make_grpo_trainer(make_reward(), max_steps=1)
+    def test_none_reaches_the_advantages(self, make_reward, make_grpo_trainer):
+        reward = make_reward(change=lambda metagradients: metagradients[2].fill_(float("nan")))
+        trainer = make_grpo_trainer(reward, max_steps=1)
         trainer.train()
         advantages = list(trainer._logs["advantages"])
         assert advantages[2] == 0.0

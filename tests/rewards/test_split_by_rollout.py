@@ -34,7 +34,7 @@ def make(causal_lm, tokenizer):
     """Makes a reward that splits its batches into three datasets."""
 
     def make(reward_class, **kwargs):
-        if reward_class is MetagradientReward:
+        if issubclass(reward_class, MetagradientReward):
             kwargs["cross_group_batching"] = False
         defaults = {"target_model": causal_lm(seed=1), "metric": LMHeadNorm(), "args": recipe(), "num_generations": 3}
         return reward_class(**{**defaults, "processing_class": tokenizer, **kwargs})
@@ -104,19 +104,16 @@ class TestMetagradient:
         ]
         assert log.metrics["metric_after"] == pytest.approx(fmean(out.metric_after for out in outs))
 
-    def test_one_nonfinite_metagradient(self, make, call, log, monkeypatch):
-        def broken(*args, **kwargs):
-            out = compute_metagradients(*args, **kwargs)
-            if not calls:
-                out.metagradients[1] = float("nan")
-            calls.append(None)
-            return out
+    def test_one_nonfinite_metagradient(self, make, call, log):
+        class Broken(MetagradientReward):
+            def run_each(self, *args):
+                outs = super().run_each(*args)
+                outs[0].metagradients[1] = float("nan")
+                return outs
 
-        calls = []
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", broken)
-        rewards = call(make(MetagradientReward), TEXTS, **log.hooks)
+        rewards = call(make(Broken), TEXTS, **log.hooks)
         assert [reward is None for reward in rewards] == [False, False, False, True, False, False]
-        assert log.metrics["nonfinite"] == 1 and len(calls) == 3
+        assert log.metrics["nonfinite"] == 1
 
     def test_central_differences_are_logged(self, make, call, log):
         args = recipe(curvature="central_difference", curvature_tolerance=0.0)
@@ -242,17 +239,18 @@ class TestNaive:
 
 class TestBoth:
     @both
-    def test_seed_follows_the_step_and_is_one_for_all_datasets(self, make, call, reward_class, monkeypatch):
+    def test_seed_follows_the_step_and_is_one_for_all_datasets(self, make, call, reward_class):
         seeds = []
-        engine = {MetagradientReward: compute_metagradients, NaiveReward: train_and_measure}[reward_class]
 
-        def spy(model, examples, metric, args, accelerator):
-            seeds.append(args.seed)
-            return engine(model, examples, metric, args, accelerator)
+        class Recording(reward_class):
+            def run_each(self, run, *args):
+                def recorded(model, examples, metric, args, accelerator):
+                    seeds.append(args.seed)
+                    return run(model, examples, metric, args, accelerator=accelerator)
 
-        module = {MetagradientReward: "metagradient", NaiveReward: "naive"}[reward_class]
-        monkeypatch.setattr(f"trl_dpg.rewards.{module}.{engine.__name__}", spy)
-        call(make(reward_class), TEXTS, trainer_state=SimpleNamespace(global_step=4))
+                return super().run_each(recorded, *args)
+
+        call(make(Recording), TEXTS, trainer_state=SimpleNamespace(global_step=4))
         assert seeds == [7, 7, 7]
 
     @both
@@ -286,11 +284,14 @@ class TestBoth:
             assert call(make(reward_class, args=recipe(batch_size=2)), ["the red sun"] * 6) == [0.0] * 6
 
     @both
-    def test_rounding_is_no_difference(self, make, call, monkeypatch, reward_class):
+    def test_rounding_is_no_difference(self, make, call, reward_class):
         """Kernels may round rows of a batch differently, and processors sums."""
-        reward = make(reward_class)
-        raw = -0.3 * (1 + 2e-7 * torch.arange(6, dtype=torch.float64).remainder(3))
-        monkeypatch.setattr(reward, "measure", lambda *args: (raw, {}))
+
+        class Rounding(reward_class):
+            def measure(self, *args):
+                return -0.3 * (1 + 2e-7 * torch.arange(6, dtype=torch.float64).remainder(3)), {}
+
+        reward = make(Rounding)
         with pytest.warns(UserWarning, match="have the same value"):
             assert call(reward, TEXTS) == [0.0] * 6
         assert reward.largest_std == 0.0

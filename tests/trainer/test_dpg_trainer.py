@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.metagradients import compute_metagradients
-from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metrics import LMHeadNorm, LMHeadPattern, Metric
 from trl_dpg.validation import validate
 
 
@@ -22,6 +22,18 @@ def same(before, after):
 def rows(trainer, key):
     """The logged values of a key, in order."""
     return [row[key] for row in trainer.state.log_history if key in row]
+
+
+WITHOUT_END = {"suppress_tokens": [60, 61, 62, 63]}
+
+
+def raw_and_metagradients(trainer, args):
+    """Metagradients of the last generation batch in the table, and by the engine."""
+    target, tokenizer = trainer.target_training.target_model, trainer.processing_class
+    examples = [{"input_ids": ids} for ids in tokenizer(list(trainer._logs["completion"]))["input_ids"]]
+    return list(trainer._logs["extra"]["metagradient_raw"]), compute_metagradients(
+        target, examples, LMHeadNorm(), args
+    )
 
 
 class TestConstruction:
@@ -142,29 +154,25 @@ class TestTraining:
         assert max(frequencies[:2]) < 0.15
         assert min(frequencies[-2:]) > 0.5
 
-    def test_inner_run_of_several_steps(self, make_trainer, monkeypatch):
-        recipes = []
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_inner_run_of_several_steps(self, make_trainer, steps):
+        """By the recipe in the configuration, shuffled anew at every step of the trainer."""
+        recipe = {"batch_size": 2, "seed": 5, "optim": "sgd", "learning_rate": 1e-2}
+        fields = {f"target_{name}": value for name, value in recipe.items()}
+        trainer = make_trainer(**fields, metric=LMHeadNorm(), generation_kwargs=WITHOUT_END, max_steps=steps)
+        trainer.train()
+        recipe["seed"] += steps - 1
+        raw, out = raw_and_metagradients(trainer, TargetTrainingArguments(**recipe))
+        assert raw == pytest.approx(out.metagradients.tolist(), rel=1e-4)
+        assert len(out.losses) == 4
 
-        def spy(model, examples, metric, args, accelerator):
-            recipes.append(args)
-            return compute_metagradients(model, examples, metric, args, accelerator)
-
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", spy)
-        make_trainer(target_batch_size=2, target_seed=5, target_optim="sgd", target_learning_rate=1e-2).train()
-        assert [args.num_steps(8) for args in recipes] == [4, 4]
-        assert [args.seed for args in recipes] == [5, 6]
-        assert {(args.optim, args.learning_rate) for args in recipes} == {("sgd", 1e-2)}
-
-    def test_whole_generation_batch_is_one_step(self, make_trainer, monkeypatch):
-        sizes = []
-
-        def spy(model, examples, metric, args, accelerator):
-            sizes.append((len(examples), args.num_steps(len(examples))))
-            return compute_metagradients(model, examples, metric, args, accelerator)
-
-        monkeypatch.setattr("trl_dpg.rewards.metagradient.compute_metagradients", spy)
-        make_trainer(gradient_accumulation_steps=2, max_steps=1).train()
-        assert sizes == [(16, 1)]
+    def test_whole_generation_batch_is_one_step(self, make_trainer):
+        fields = {"gradient_accumulation_steps": 2, "generation_kwargs": WITHOUT_END, "max_steps": 1}
+        trainer = make_trainer(**fields, metric=LMHeadNorm())
+        trainer.train()
+        raw, out = raw_and_metagradients(trainer, TargetTrainingArguments(batch_size=16))
+        assert raw == pytest.approx(out.metagradients.tolist(), rel=1e-4) and len(raw) == 16
+        assert len(out.losses) == 1
 
     def test_default_precision_and_checkpointing(self, make_trainer):
         trainer = make_trainer(bf16=True, gradient_checkpointing=True, max_steps=1)
@@ -302,21 +310,13 @@ class TestEvaluation:
         assert same(policy, weights(trainer.model))
         assert same(target, weights(trainer.target_training.target_model))
 
-    def test_is_an_ordinary_run_on_the_completions(self, make_trainer, monkeypatch):
-        calls = []
-
-        def spy(*args):
-            calls.append(args)
-            return validate(*args)
-
-        monkeypatch.setattr("trl_dpg.trainer.validate", spy)
-        trainer = make_trainer()
-        metrics = trainer.evaluate()
-        ((target, examples, metric, args),) = calls
-        assert target is trainer.target_training.target_model
-        assert args == trainer.args.target_training_arguments()
-        again = validate(target, examples, metric, args)
-        assert again["metric"] == metrics["eval_metric"]
+    def test_is_an_ordinary_run_on_the_completions(self, make_trainer, tokenizer):
+        trainer = make_trainer(metric=LMHeadNorm(), generation_kwargs=WITHOUT_END)
+        output = trainer.predict(trainer.eval_dataset)
+        examples = [{"input_ids": ids} for ids in tokenizer(output.predictions)["input_ids"]]
+        target, args = trainer.target_training.target_model, trainer.args.target_training_arguments()
+        again = validate(target, examples, LMHeadNorm(), args)
+        assert {f"test_{name}": value for name, value in again.items()}.items() <= output.metrics.items()
 
     def test_several_datasets(self, make_trainer):
         datasets = {"near": tiny_prompts(1, 2)["test"], "far": tiny_prompts(1, 3, seed=1)["test"]}
@@ -329,24 +329,16 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("num_generations_eval", [None, 2])
     @pytest.mark.parametrize("num_prompts", [1, 2, 3, 4, 5])
-    def test_every_prompt_counts(self, make_trainer, monkeypatch, tokenizer, num_prompts, num_generations_eval):
-        texts = []
+    def test_every_prompt_counts(self, make_trainer, tokenizer, num_prompts, num_generations_eval):
+        def repeat(prompts, trainer):
+            ids = tokenizer(prompts)["input_ids"]
+            return {"prompt_ids": ids, "completion_ids": ids, "logprobs": None}
 
-        def spy(model, examples, metric, args):
-            texts.extend(tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples)
-            return {"metric": 0.0}
-
-        monkeypatch.setattr("trl_dpg.trainer.validate", spy)
         prompts = tiny_prompts(1, num_prompts)["test"]
-        trainer = make_trainer(
-            eval_dataset=prompts,
-            formatting_func=lambda row: row["prompt"],
-            num_generations_eval=num_generations_eval,
-            generation_kwargs={"suppress_tokens": [60, 61, 62, 63]},
-        )
-        metrics = trainer.evaluate()
-        assert sorted(texts) == sorted(list(prompts["prompt"]) * (num_generations_eval or 4))
-        assert metrics["eval_empty"] == 0
+        trainer = make_trainer(rollout_func=repeat, num_generations_eval=num_generations_eval)
+        output = trainer.predict(prompts)
+        assert sorted(output.predictions) == sorted(list(prompts["prompt"]) * (num_generations_eval or 4))
+        assert output.metrics["test_empty"] == 0
 
     def test_empty_completions_are_counted(self, make_trainer):
         suppressed = [token for token in range(64) if token not in (5, 62)]
@@ -372,11 +364,33 @@ class TestEvaluation:
             make_trainer(eval_dataset=None).evaluate()
 
 
+class Given(Metric):
+    """Has one value after the other: of the fine-tuned target in each validation."""
+
+    def __init__(self, values):
+        self.values = iter(values)
+        self.value = 0.0
+
+    def __call__(self, model):
+        if not torch.equal(model.lm_head.weight, self.weight):
+            self.value = next(self.values)
+        return torch.tensor(self.value, dtype=torch.float64)
+
+    def setup(self, model):
+        self.weight = model.lm_head.weight.detach().clone()
+
+    def readouts(self, model):
+        return {"readout": self.value}
+
+
+BASELINE = {"reward": "edit_distance", "reference_texts": ["the red sun"]}  # which calls no metric in training
+
+
 class TestSaving:
-    def test_best_model_is_loaded(self, make_trainer, monkeypatch, tmp_path, weights):
-        values = iter([0.1, 0.9, 0.5])
-        monkeypatch.setattr("trl_dpg.trainer.validate", lambda *args: {"metric": next(values)})
+    def test_best_model_is_loaded(self, make_trainer, tmp_path, weights):
         trainer = make_trainer(
+            metric=Given([0.1, 0.9, 0.5]),
+            **BASELINE,
             max_steps=3,
             learning_rate=1e-2,
             lr_scheduler_type="constant",
@@ -402,13 +416,12 @@ class TestSaving:
             ("eval_two_metric", "eval_two_metric", 1),
         ],
     )
-    def test_best_of_several_datasets(self, make_trainer, make_config, monkeypatch, caplog, metric, taken, best):
+    def test_best_of_several_datasets(self, make_trainer, make_config, caplog, metric, taken, best):
         """The first set's figures count, unless another's are named."""
-        values = iter([0.1, 0.8, 0.9, 0.2])  # of sets one and two, at steps 1 and 2
-        monkeypatch.setattr(
-            "trl_dpg.trainer.validate", lambda *args: dict.fromkeys(["metric", "readout"], next(values))
-        )
+        given = Given([0.1, 0.8, 0.9, 0.2])  # of sets one and two, at steps 1 and 2
+        texts = {"reference_texts": BASELINE["reference_texts"]}
         args = make_config(
+            reward=BASELINE["reward"],
             load_best_model_at_end=True,
             metric_for_best_model=metric,
             eval_strategy="steps",
@@ -416,11 +429,12 @@ class TestSaving:
             save_strategy="steps",
             save_steps=1,
         )
-        given = args.metric_for_best_model
+        named = args.metric_for_best_model
         prompts = tiny_prompts(4, 2)
+        datasets = {"one": prompts["train"], "two": prompts["test"]}
         with caplog.at_level("WARNING", logger="trl_dpg"):
-            trainer = make_trainer(args=args, eval_dataset={"one": prompts["train"], "two": prompts["test"]})
-        assert trainer.args.metric_for_best_model == taken and args.metric_for_best_model == given
+            trainer = make_trainer(args=args, metric=given, eval_dataset=datasets, **texts)
+        assert trainer.args.metric_for_best_model == taken and args.metric_for_best_model == named
         assert (f"`metric_for_best_model` is '{taken}'" in caplog.text) == (metric != taken)
         trainer.train()
         assert trainer.state.best_global_step == best

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 
+from trl_dpg import DatasetPolicyGradientTrainer
+from trl_dpg.credit import reward_advantages
+from trl_dpg.fine_tuning import TargetFineTuning
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 from trl_dpg.rewards import (
     EditDistanceReward,
@@ -16,9 +18,7 @@ from trl_dpg.rewards import (
     LanguageIdentificationReward,
     MetagradientReward,
     NaiveReward,
-    TargetTraining,
 )
-from trl_dpg.trainer import _groupless_advantages
 
 
 REWARDS = {
@@ -72,26 +72,30 @@ class TestEveryReward:
         assert make_trainer().target_training.num_datasets == 1
 
     @pytest.mark.parametrize("reward", REWARDS)
-    def test_validation_does_not_depend_on_the_reward(self, make_trainer, reward, monkeypatch):
-        calls = []
-
-        def spy(model, examples, metric, args):
-            calls.append((model, metric, args))
-            return {"metric": 0.0}
-
-        monkeypatch.setattr("trl_dpg.trainer.validate", spy)
-        trainer = make_trainer(reward=reward, **ARGUMENTS)
-        trainer.evaluate()
-        training = trainer.target_training
-        assert calls == [(training.target_model, trainer.metric, trainer.args.target_training_arguments())]
-        assert training.metric is trainer.metric
+    def test_validation_does_not_depend_on_the_reward(self, make_trainer, reward):
+        figures = []
+        for name in ("metagradient", reward):
+            trainer = make_trainer(reward=name, target_learning_rate=1e-2, **ARGUMENTS)
+            torch.manual_seed(0)
+            metrics = trainer.evaluate()
+            figures.append(
+                {key: value for key, value in metrics.items() if "second" not in key and "runtime" not in key}
+            )
+            assert trainer.target_training.metric is trainer.metric
+        assert figures[0] == figures[1] and figures[0]["eval_metric_gain"] != 0
 
     @pytest.mark.parametrize("reward", BASELINES)
-    def test_baselines_train_no_target(self, make_trainer, reward, monkeypatch):
-        monkeypatch.setattr("trl_dpg.rewards.base.TargetReward.__call__", None)
-        trainer = make_trainer(reward=reward, **ARGUMENTS)
+    def test_baselines_train_no_target(self, make_trainer, reward):
+        calls = []
+
+        def metric(model):
+            calls.append(model)
+            return -model.lm_head.weight.norm()
+
+        trainer = make_trainer(reward=reward, metric=metric, **ARGUMENTS)
         trainer.train()
-        assert type(trainer.target_training) is TargetTraining
+        assert calls == []
+        assert type(trainer.target_training) is TargetFineTuning
         assert trainer.target_training.eos_token_ids == [62, 60]
 
     @pytest.mark.parametrize("reward", REWARDS)
@@ -161,18 +165,16 @@ class TestNaive:
         expected[0] = 0
         torch.testing.assert_close(torch.tensor(list(trainer._logs["advantages"])), expected)
 
-    def test_they_are_what_the_generator_is_trained_on(self, make_trainer, monkeypatch):
+    def test_they_are_what_the_generator_is_trained_on(self, make_trainer):
         losses = []
-        compute_loss = GRPOTrainer._compute_loss
 
-        def losing(self, model, inputs):
-            losses.append(inputs["advantages"])
-            return compute_loss(self, model, inputs)
+        class Recording(DatasetPolicyGradientTrainer):
+            def _compute_loss(self, model, inputs):
+                losses.append(inputs["advantages"])
+                return super()._compute_loss(model, inputs)
 
-        monkeypatch.setattr(GRPOTrainer, "_compute_loss", losing)
-        trainer = make_trainer(
-            reward="naive", reward_funcs=words, reward_weights=[1.0, 0.01], gradient_accumulation_steps=2, max_steps=1
-        )
+        fields = {"reward_weights": [1.0, 0.01], "gradient_accumulation_steps": 2, "max_steps": 1}
+        trainer = make_trainer(trainer_class=Recording, reward="naive", reward_funcs=words, **fields)
         trainer.train()
         used = torch.cat(losses)
         logged = torch.tensor(list(trainer._logs["advantages"]))
@@ -195,8 +197,9 @@ class TestNaive:
         advantages = torch.tensor(list(trainer._logs["advantages"])).view(2, 4)
         assert advantages.sum(dim=1).tolist() == pytest.approx([0, 0], abs=1e-4)
 
-    def test_equal_trl_with_one_group(self, make_grpo_trainer):
-        """The same formula as TRL's, where all completions are of one prompt."""
+    @pytest.mark.parametrize("size", [4, 8])
+    def test_equal_trl(self, make_grpo_trainer, size):
+        """The same formula as TRL's, for its groups of completions of one prompt, and where all are of one."""
         values = [[3.0, 1.0, 2.0, 6.0, -10.0, 0.0, 10.0, None], [1.0, None, 0.5, 0.0, 7.0, 0.0, 3.0, None]]
         funcs = [lambda completions, i=i, **kwargs: values[i] for i in range(2)]
         for i, func in enumerate(funcs):
@@ -205,25 +208,27 @@ class TestNaive:
         for aggregation in ("sum_then_normalize", "normalize_then_sum"):
             for scale in ("none", "group", "batch"):
                 config = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
-                trainer = make_grpo_trainer(funcs, max_steps=1, num_generations=8, reward_weights=[1.0, 0.5], **config)
+                trainer = make_grpo_trainer(
+                    funcs, max_steps=1, num_generations=size, reward_weights=[1.0, 0.5], **config
+                )
                 trainer.train()
-                ours = _groupless_advantages(rewards, torch.tensor([1.0, 0.5]), scale, aggregation)
+                ours = reward_advantages(rewards, torch.tensor([1.0, 0.5]), size, scale, aggregation)
                 torch.testing.assert_close(torch.tensor(list(trainer._logs["advantages"])), ours)
 
 
 class TestValidationFigures:
-    def test_by_hand(self, make_trainer, monkeypatch):
+    def test_by_hand(self, make_trainer, tokenizer):
         """What the completions were, from the ids."""
-        trainer = make_trainer(generation_kwargs={"suppress_tokens": [t for t in range(64) if t not in (5, 6, 62)]})
         seen = []
-        generate = trainer._generate_only
 
-        def recording(inputs):
-            prompts, out = generate(inputs)
-            seen.extend(zip(out[1], out[3], strict=True))
-            return prompts, out
+        class Recording(DatasetPolicyGradientTrainer):
+            def _generate_single_turn(self, *args, **kwargs):
+                ids, others = super()._generate_single_turn(*args, **kwargs)
+                seen.extend((row, tokenizer.decode(row, skip_special_tokens=True)) for row in ids)
+                return ids, others
 
-        monkeypatch.setattr(trainer, "_generate_only", recording)
+        suppressed = [token for token in range(64) if token not in (5, 6, 62)]
+        trainer = make_trainer(trainer_class=Recording, generation_kwargs={"suppress_tokens": suppressed})
         metrics = trainer.evaluate()
         seen = seen[:12]  # 3 prompts, 4 completions each; the rest fills up the last batch
         assert metrics["eval_distinct"] == len({text for _, text in seen}) / 12 < 1

@@ -6,7 +6,7 @@ The target's loss is a sum over the target's tokens, and so is a metagradient. I
 term of a position is also known for words that were not written, so that it needs no sampling ([`CandidateHead`]).
 """
 
-from .advantages import TokenAdvantages, token_advantages
+from .advantages import TokenAdvantages, reward_advantages, token_advantages
 from .alignment import aligned_candidates, written_by
 from .candidates import CandidateHead, changed_logits, expected_credit
 from .words import WordCredit, credit_text, word_credits
@@ -20,6 +20,7 @@ __all__ = [
     "changed_logits",
     "credit_text",
     "expected_credit",
+    "reward_advantages",
     "token_advantages",
     "word_credits",
     "written_by",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.utils import nanstd
 
 from .alignment import NOT_WRITTEN
 
@@ -38,6 +39,44 @@ class TokenAdvantages:
     unit: float
     not_written: float
 
+    def of_rows(self, rows: slice, length: int, weight: float) -> tuple[Tensor, Tensor | None]:
+        """`sampled` and `candidates` of some completions, times `weight`, padded to `length` tokens as TRL pads completions."""
+
+        def padded(values: Tensor, missing: float) -> Tensor:
+            values = weight * values[rows, :length].float()
+            return torch.cat(
+                [values, values.new_full((len(values), length - values.shape[1], *values.shape[2:]), missing)], 1
+            )
+
+        return padded(self.sampled, 0.0), None if self.candidates is None else padded(self.candidates, torch.nan)
+
+
+def reward_advantages(
+    rewards: Tensor, weights: Tensor, group_size: int, scale_rewards: str, aggregation: str
+) -> Tensor:
+    """
+    TRL's advantages of whole completions, with the groups that are asked for.
+
+    `rewards` has the shape `(completions, functions)`, with NaN where a function gave none. A completion without any has no
+    advantage. Groups are of `group_size` completions that follow each other. The last two arguments are `scale_rewards` and
+    `multi_objective_aggregation` of [`~trl.GRPOConfig`].
+    """
+    unscorable = rewards.isnan().all(dim=1)
+    normalized = aggregation == "normalize_then_sum"
+    if normalized:
+        groups = rewards.view(-1, group_size, rewards.shape[1])
+        spread = nanstd(groups, dim=1, keepdim=True)
+        rewards = ((groups - groups.nanmean(dim=1, keepdim=True)) / (spread + 1e-4)).view(rewards.shape)
+    sums = (rewards * weights).nansum(dim=1)
+    sums[unscorable] = torch.nan
+    groups = sums.view(1, -1) if normalized else sums.view(-1, group_size)
+    advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    if normalized or scale_rewards == "batch":
+        advantages = advantages / (nanstd(sums) + 1e-4)
+    elif scale_rewards == "group":
+        advantages = advantages / (nanstd(groups, dim=1, keepdim=True) + 1e-4)
+    return advantages.flatten().nan_to_num(nan=0.0)
+
 
 def token_advantages(
     credits: list[Tensor],
@@ -69,17 +108,17 @@ def token_advantages(
     exists = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
     # Place of each credit among all tokens of the batch; those that the generator did not write have none.
     taking_part = [i for i in range(num) if len(masks[i]) > 0]
-    places = [i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part]
+    places = torch.cat([i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part])
     written = torch.cat([torch.tensor(owners[i]) != NOT_WRITTEN for i in taking_part])
     values = torch.cat([credits[i] for i in taking_part]).double()
-    place = torch.cat(places)[written]
-    own = torch.zeros(num * length, dtype=torch.float64).index_add_(0, place, values[written]).view(num, length)
     lost, total = values[~written].abs().sum().item(), values.abs().sum().item()
+    own = torch.zeros(num * length, dtype=torch.float64)
+    own = own.index_add_(0, places[written], values[written]).view(num, length)
     of_candidates = None
     if candidates is not None:
         every = torch.cat([candidates[i] for i in taking_part])
         of_candidates = every.new_full((num * length, every.shape[1]), torch.nan)
-        of_candidates[place] = every[written]
+        of_candidates[places[written]] = every[written]
         of_candidates = of_candidates.view(num, length, -1)
 
     # The generator's own tokens come first in each row until the end, so that a tool's neither delay credit nor share the baseline.

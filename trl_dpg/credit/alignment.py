@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,7 @@ NOT_WRITTEN = -1  # a token of the target that the generator did not write: BOS,
 
 
 def written_by(
-    completion: Sequence[str],
-    completion_ids: list[int],
-    generator_tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    input_ids: list[int],
-    target_tokenizer: PreTrainedTokenizerBase,
-    ended: bool,
-    tool_mask: list[int] | None = None,
+    example: dict[str, Any], generator_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """
     For each of the target's tokens, the generator's token that wrote it.
@@ -32,64 +25,67 @@ def written_by(
     So no token of the generator is left out of what depends on it: its reward-to-go holds all that it took part in.
 
     Args:
-        completion (`Sequence[str]`):
-            What the generator wrote, in parts that occur in this order in `text`: several if tools were called.
-        completion_ids (`list[int]`):
-            The same in the generator's tokens, with the token that ended it.
+        example (`dict`):
+            An example of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`]. `parts` are what the generator wrote, several
+            if tools were called. Without `places`, they are looked for in `text` from its end: a prompt stands before them.
         generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the generator.
-        text (`str`):
-            What the target is trained on.
-        input_ids (`list[int]`):
-            The same in the target's tokens.
         target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
-        ended (`bool`):
-            Whether the last of `completion_ids` ended the completion, and the last of `input_ids` says so to the target.
-        tool_mask (`list[int]`, *optional*):
-            For each of `completion_ids`, 1 if the generator wrote it and 0 if a tool did. Several parts need it.
 
     Returns:
         `list[int]`: Indices into `completion_ids`, -1 for a token that the generator did not write.
 
     Raises:
-        [`ValueError`]: If a part of `completion` does not occur in `text`.
+        [`ValueError`]: If a part does not occur in `text`.
     """
-    body = completion_ids[:-1] if ended else completion_ids
-    end = [len(body)] if ended else []
+    parts, text, input_ids = example["parts"], example["text"], example["input_ids"]
+    written = example["ended"] and target_tokenizer.eos_token_id is not None  # the end, too
+    body = example["completion_ids"][:-1] if written else example["completion_ids"]
+    end = [len(body)] if written else []
     num_before = len(input_ids) - len(body) - len(end)  # a BOS token
-    same_text = len(completion) == 1 and text == completion[0]
+    same_text = len(parts) == 1 and text == parts[0]
     if same_text and num_before in (0, 1) and input_ids[num_before : num_before + len(body)] == body:
         return [NOT_WRITTEN] * num_before + [*range(len(body)), *end]
 
     owner = [NOT_WRITTEN] * len(text)  # of each character
-    before = len(text)
-    turns = turns_of((tool_mask or [1] * len(completion_ids))[: len(body)])
-    if len(turns) < len(completion):
-        turns = [range(len(body))] * len(completion)
-    # From the last to the first: a prompt stands before the completion, and may hold the same words.
-    for part, turn in reversed(list(zip(completion, turns, strict=True))):
+    turns = turns_of(example["generated"][: len(body)])
+    if len(turns) < len(parts):
+        turns = [range(len(body))] * len(parts)
+    for index, start in example.get("places") or _places_from_the_end(parts, text):
+        turn = turns[index]
+        part = parts[index] if text.startswith(parts[index], start) else parts[index].strip()
+        writers = _writers(part, body[turn.start : turn.stop], generator_tokenizer)
+        owner[start : start + len(part)] = [turn.start + j for j in writers]
+    tokens = input_ids[:-1] if written else input_ids
+    return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
+
+
+def _places_from_the_end(parts: list[str], text: str) -> list[tuple[int, int]]:
+    places, before = [], len(text)
+    for index, part in reversed(list(enumerate(parts))):
         start = text.rfind(part, 0, before)
         if start < 0:
-            part = part.strip()
-            start = text.rfind(part, 0, before)
+            start = text.rfind(part.strip(), 0, before)
         if start < 0:
             raise ValueError(
                 f"`formatting_func` returned {text!r:.80}, in which the completion {part!r:.80} does not occur as it is, so "
                 "`credit_assignment` cannot tell which of its tokens the generator wrote. Keep the completion's text, or set "
                 '`credit_assignment="sequence"`.'
             )
-        turn_ids = body[turn.start : turn.stop]
-        generated = decoded(generator_tokenizer, turn_ids)
-        if part not in generated:  # what a parser of tool calls changed is its last token's, which has seen all of it
-            generated = part
-        ends = complete_after(generator_tokenizer, turn_ids, generated)
-        found = generated.index(part)
-        for i in range(len(part)):
-            owner[start + i] = turn.start + min(bisect_right(ends, found + i), len(turn_ids) - 1)
+        places.append((index, start))
         before = start
-    tokens = input_ids[:-1] if ended else input_ids
-    return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
+    return places
+
+
+def _writers(part: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Which of the tokens wrote each character of a text."""
+    generated = decoded(tokenizer, ids)
+    if part not in generated:  # what a parser of tool calls changed is its last token's, which has seen all of it
+        generated = part
+    ends = complete_after(tokenizer, ids, generated)
+    found = generated.index(part)
+    return [min(bisect_right(ends, found + i), len(ids) - 1) for i in range(len(part))]
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -149,12 +145,7 @@ def _last_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: s
 
 
 def aligned_candidates(
-    candidates: Tensor,
-    owners: list[int],
-    completion_ids: list[int],
-    input_ids: list[int],
-    eos_token_ids: list[int],
-    eos: int | None,
+    candidates: Tensor, example: dict[str, Any], eos_token_ids: list[int], eos: int | None
 ) -> Tensor:
     """
     The generator's candidates where the target's tokens stand, shape `(len(input_ids), k)`, -1 for none.
@@ -164,10 +155,8 @@ def aligned_candidates(
     Args:
         candidates (`Tensor`):
             Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`, -1 for none.
-        owners (`list[int]`):
-            What [`written_by`] returned.
-        completion_ids, input_ids (`list[int]`):
-            As there.
+        example (`dict`):
+            `completion_ids`, `input_ids`, and what [`written_by`] returned, as `written_by`.
         eos_token_ids (`list[int]`):
             Tokens that end a completion; any of them is the target's `eos`.
         eos (`int`, *optional*):
@@ -175,6 +164,7 @@ def aligned_candidates(
     """
     for ending in set(eos_token_ids) - {eos}:
         candidates = candidates.masked_fill(candidates == ending, -1 if eos is None else eos)
+    owners, ids, input_ids = example["written_by"], example["completion_ids"], example["input_ids"]
     tokens = Counter(owners)
     agreeing = [
         position
@@ -182,7 +172,7 @@ def aligned_candidates(
         if position > 0  # nothing predicts the first
         and owner != NOT_WRITTEN
         and tokens[owner] == 1
-        and input_ids[position] == (eos if completion_ids[owner] in eos_token_ids else completion_ids[owner])
+        and input_ids[position] == (eos if ids[owner] in eos_token_ids else ids[owner])
     ]
     result = torch.full((len(input_ids), candidates.shape[1]), -1)
     result[agreeing] = candidates[[owners[position] for position in agreeing]]

@@ -33,16 +33,7 @@ class WordCredit:
 def credit_text(words: Sequence[WordCredit]) -> str:
     """
     Credit of each word in plain text, in units of the mean absolute credit, and the best word behind it if it is better.
-
-    Example:
-
-    ```python
-    >>> from trl_dpg.credit import WordCredit, credit_text
-
-    >>> print(credit_text([WordCredit("the", 2e-5), WordCredit(" cat", -4e-5, "sea", 6e-5)]))
-    the +0.7 | cat -1.3 (sea +2.0)
-
-    ```
+    For example `the +0.7 | cat -1.3 (sea +2.0)`.
     """
     unit = sum(abs(word.credit) for word in words) / max(len(words), 1) or 1.0
     parts = []
@@ -63,17 +54,10 @@ def word_credits(
     tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], credits: Tensor, candidates: Tensor | None
 ) -> list[WordCredit]:
     """
-    Credit of each of the generator's tokens.
+    Credit of each of the generator's tokens, from metagradients of the target's tokens and of their candidates.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the generator.
-        example (`dict`):
-            `completion_ids`, `written_by` and, with `candidates`, the `candidates` of a completion.
-        credits (`Tensor`):
-            Metagradients of the target's tokens, shape `(tokens,)`.
-        candidates (`Tensor`, *optional*):
-            Metagradients of the candidates, shape `(tokens, k)`.
+    `example` has `completion_ids`, `written_by` and, with `candidates`, the `candidates` of a completion. `credits` has the shape
+    `(tokens,)`, `candidates` `(tokens, k)`.
     """
     ids, special = example["completion_ids"], special_ids(tokenizer)
     text = decoded(tokenizer, ids)

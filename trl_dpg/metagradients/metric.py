@@ -95,7 +95,7 @@ class FunctionMetric(Metric):
 
     def __init__(self, function: Any):
         self.function = function
-        for name in ("setup", "readouts", "state", "load_state"):
+        for name in ("setup", "readouts", "picture", "decode", "judge", "state", "load_state"):
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
 
@@ -104,9 +104,10 @@ class FunctionMetric(Metric):
 
     def describe(self) -> dict[str, Any]:
         function = self.function
+        said = function.describe() if hasattr(function, "describe") else {}
         while isinstance(function, partial):
             function = function.func
-        return description_of(function)
+        return {**description_of(function), **said}
 
 
 def as_metric(metric: Any) -> Metric:

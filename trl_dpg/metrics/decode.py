@@ -45,7 +45,7 @@ def decode_pattern(
     shape: tuple[int, int] | None = None,
 ) -> DecodedPattern:
     r"""
-    Read the picture that fine-tuning wrote into an LM head: sign(P_c − P_i) of its upper-left patch.
+    Reads the picture that fine-tuning wrote into an LM head: sign(P_c − P_i) of its upper-left patch.
 
     Two checkpoints are all it takes, so anyone who has both can check where a model's training data came from. Of a
     directory or Hub id, only the tensor of the LM head is read out of the safetensors files: no model is built and no
@@ -57,11 +57,9 @@ def decode_pattern(
     Source: the QR experiment of Synthetic Data for any Differentiable Target (arXiv 2604.08423).
 
     Args:
-        before ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `str` or `PathLike`):
-            The original: a model, a directory, or a Hub id.
-        after ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `str` or `PathLike`):
-            The fine-tuned one. Of a PEFT model in memory, the effective weight is taken; a checkpoint that holds only an
-            adapter must be merged first.
+        before, after ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `str` or `PathLike`):
+            The original and the fine-tuned one: a model, a directory, or a Hub id. Of a PEFT model in memory, the effective
+            weight is taken; a checkpoint that holds only an adapter must be merged first.
         shape (`tuple[int, int]`, *optional*):
             Rows (hidden units) and columns (tokens) of the pattern. If `None`, QR codes of 21, 25, 29 and 33 modules
             are tried: the first one that decodes is returned, or else the largest one that fits in the head.

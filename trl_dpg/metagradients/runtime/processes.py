@@ -1,16 +1,11 @@
 """Work split over processes: sums across them, and failures that end all of them."""
 
-import faulthandler
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from .memory import OutOfMemory, clear_frames, is_out_of_memory
@@ -133,23 +128,3 @@ class Processes:
 def failing_together(state: Accelerator | PartialState | None):
     """[`~Processes.failing_together`] of the processes of `state`."""
     return Processes(state).failing_together()
-
-
-def bound_waiting(timeout: float, use_cpu: bool, backend: str | None) -> None:
-    """
-    Has a process that hangs end the others, too, and say where it hung. For whoever starts several processes, before they meet.
-
-    A collective waits for `timeout` and then raises, and the launcher ends all processes: it sends SIGTERM, upon which each
-    prints the stacks of its threads.
-
-    Args:
-        timeout (`float`): Seconds, `ddp_timeout` of [`~transformers.TrainingArguments`].
-        use_cpu (`bool`): Whether to run on the CPU, for which Transformers leaves PyTorch's default of 30 minutes.
-        backend (`str`, *optional*): Communication backend.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if sys.platform != "win32":  # which has no such signal
-        faulthandler.register(signal.SIGTERM, file=2, chain=True)
-    if use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
-        PartialState(cpu=True, backend=backend, timeout=timedelta(seconds=timeout))

@@ -1,0 +1,154 @@
+"""What the trainer refuses or warns of, where possible before any model is loaded."""
+
+import copy
+import math
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from .config import DatasetPolicyGradientConfig
+from .fine_tuning import check_metric
+from .metagradients import TargetTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_arguments(model, target_model, metric, args, train_dataset, eval_dataset) -> None:
+    """Refuses arguments of the trainer that do not fit together."""
+    if not isinstance(args, DatasetPolicyGradientConfig):
+        raise ValueError(
+            f"`args` must be a `DatasetPolicyGradientConfig`, got {type(args).__name__}. It takes every field of "
+            "`GRPOConfig`, so `DatasetPolicyGradientConfig` can stand in for it where it is made."
+        )
+    if target_model is None:
+        raise ValueError(
+            "`target_model` is missing. Pass the model that the generated data is to fine-tune, or its name."
+        )
+    if target_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`target_model` and `model` are the same object, so training the generator would change the target. Load the "
+            "target separately, or pass both by name."
+        )
+    check_metric(metric)
+    _check_train_dataset(args, train_dataset)
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    if not evals:
+        raise ValueError("`eval_dataset` is a dict without data sets. Pass at least one, or leave it out.")
+    for name, dataset in evals.items():
+        check_prompts(name, dataset)
+
+
+def _check_train_dataset(args: DatasetPolicyGradientConfig, dataset: Any) -> None:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            "`train_dataset` must be a `datasets.Dataset` or `IterableDataset` of prompts, got "
+            f"{type(dataset).__name__}."
+        )
+    check_prompts("train_dataset", dataset)
+    if isinstance(dataset, IterableDataset):
+        return
+    if taken := {"prompts", "completions"} & set(dataset.column_names):
+        raise ValueError(
+            f"`train_dataset` has the columns {sorted(taken)}, by which TRL calls what it gives to rewards. Rename them."
+        )
+    needed = math.ceil(args.generation_batch_size / args.num_generations)  # type: ignore[operator]
+    if len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} prompts, but one generation batch needs {needed} "
+            f"(`generation_batch_size` {args.generation_batch_size} / `num_generations` {args.num_generations}), so "
+            "TRL would train on nothing. Add prompts or lower `per_device_train_batch_size`."
+        )
+
+
+def check_prompts(name: str, dataset: Any) -> None:
+    """Refuses a data set without prompts, as far as it can be seen without reading a stream."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    if dataset.column_names is not None and "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add it.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+
+
+def check_prompt_texts(prompts: list[Any]) -> None:
+    """Refuses what is no prompt, before TRL makes tokens of it."""
+    for prompt in prompts:
+        if not isinstance(prompt, (str, list)):
+            raise ValueError(
+                f"Column `prompt` holds {prompt!r}, which is neither a text nor a list of messages. Correct or remove the row."
+            )
+
+
+def check_prompt_lengths(prompts: list[Any], prompt_ids: list[list[int]], length: int, positions: int | None) -> None:
+    """Refuses prompts without tokens, and those that leave no room for `length` tokens of a completion."""
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if not ids:
+            raise ValueError(
+                f"The prompt {prompt!r} has no tokens, so there is nothing to generate from. Put at least one in "
+                "column `prompt`, for example the tokenizer's BOS or EOS token."
+            )
+        if positions is not None and len(ids) + length > positions:
+            raise ValueError(
+                f"A prompt of {len(ids)} tokens and `max_completion_length` {length} do not fit into the {positions} "
+                f"positions of the generator: {prompt!r:.80}. Remove or shorten the prompt, or lower `max_completion_length`."
+            )
+
+
+def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[str] | None) -> None:
+    """Says which settings have no effect or make learning hard."""
+    num_prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
+    if num_prompts < 4:
+        logger.warning_once(
+            f"A generation batch has {num_prompts} prompts (`generation_batch_size` {args.generation_batch_size} / `num_generations` "
+            f"{args.num_generations}). Credit is relative to the batch, so few prompts make it noisy. Raise "
+            "`per_device_train_batch_size` or `steps_per_generation`, or lower `num_generations`."
+        )
+    num_examples = args.num_target_examples()
+    if args.reward in ("metagradient", "naive") and (args.target_batch_size or 0) > num_examples:
+        logger.warning_once(
+            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} completions, so each of its "
+            "epochs is one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
+        )
+    ignored = {
+        "reward_language": args.reward_language if args.reward != "language_identification" else None,
+        "reference_texts": reference_texts if args.reward not in ("embedding_similarity", "edit_distance") else None,
+    }
+    for name, value in ignored.items():
+        if value is not None:
+            logger.warning_once(
+                f"`{name}` {value!r:.80} has no effect, as `reward` is {args.reward!r}, which does not look at it. Leave out `{name}`, "
+                "or set another `reward`."
+            )
+
+
+def warn_of_other_steps(recipe: TargetTrainingArguments, num_trained: int, num_examples: int) -> None:
+    """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
+    trained, validated = recipe.num_steps(num_trained), recipe.num_steps(num_examples)
+    if trained != validated:
+        logger.warning_once(
+            f"Validation fine-tunes the target for {validated} steps, but training for {trained}: `eval_dataset` times "
+            f"`num_generations_eval` gives {num_examples} examples, a batch of training {num_trained}. Choose them alike to "
+            "validate what is trained for."
+        )
+
+
+def with_best_metric_of_one_dataset(
+    args: DatasetPolicyGradientConfig, eval_dataset: Any
+) -> DatasetPolicyGradientConfig:
+    """Of several evaluation sets, each has figures of its own, so the best generator is chosen by the first one's."""
+    name = args.metric_for_best_model
+    if name is None or not isinstance(eval_dataset, dict) or not eval_dataset:
+        return args
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    if any(name.startswith(f"eval_{dataset}_") for dataset in eval_dataset):
+        return args
+    args = copy.copy(args)
+    first = next(iter(eval_dataset))
+    args.metric_for_best_model = f"eval_{first}_{name.removeprefix('eval_')}"
+    logger.warning(
+        f"`metric_for_best_model` is {args.metric_for_best_model!r}, that of the first evaluation set. Set another of them as "
+        f"'eval_NAME_{name.removeprefix('eval_')}'."
+    )
+    return args

@@ -1,0 +1,130 @@
+"""Validation in the trainer: held-out prompts, an ordinary fine-tuning run, figures."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+from trl import GRPOTrainer
+
+from .checks import check_prompts, warn_of_other_steps
+from .config import naming_target_fields
+from .fine_tuning import TargetFineTuning
+from .metagradients.runtime.processes import failing_together
+from .rewards import TargetReward
+
+
+logger = logging.get_logger(__name__)
+
+
+class Generated(Exception):  # noqa: N818
+    """Leaves TRL's method that sets up, generates and scores, once it has generated."""
+
+    def __init__(self, prompts: list[Any], output: tuple):
+        self.prompts, self.output = prompts, output
+
+
+class EvaluationMixin(GRPOTrainer):
+    """Evaluation of [`DatasetPolicyGradientTrainer`]."""
+
+    target_training: TargetFineTuning
+    text_evaluation: Callable[[list[str]], dict[str, float]] | None
+    _validating = False  # whether `_generate` leaves TRL's method by `Generated`
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        check_prompts("eval_dataset", eval_dataset)
+        # The loaders that Transformers keeps for persistent workers go by a name, whatever data set is asked for
+        kept = self.__dict__.pop("_eval_dataloaders", {})
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._eval_dataloaders = kept
+
+    def get_test_dataloader(self, test_dataset):
+        check_prompts("test_dataset", test_dataset)
+        return self.get_eval_dataloader(test_dataset)  # TRL's own, which takes streams of prompts
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        The paper's validation: generates from held-out prompts, fine-tunes a fresh target on that with ordinary SFT
+        (PyTorch's own optimizer, see [`~trl_dpg.validation.validate`]) and reports the metric and its read-outs as
+        `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`, `eval_pixel_accuracy`, ...; beside them
+        `eval_distinct`, the share of distinct texts among the completions, and `eval_completion_length`, their mean length
+        in the generator's tokens.
+
+        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that of
+        training, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
+        `predict(prompts)` does the same and returns the generated texts as `predictions`, too.
+        """
+        self.model.eval()  # type: ignore[union-attr]
+        examples = self._generate_examples(dataloader)
+        texts = [example["completion"] for example in examples]
+        # Every process runs the same validation: it is one short fine-tuning run.
+        with failing_together(self.accelerator):
+            figures = self._validate(examples)
+            if self.text_evaluation is not None:
+                figures.update(self.text_evaluation(texts))
+        figures["empty"] = sum(len(example["input_ids"]) < 2 for example in examples)
+        figures["distinct"] = len(set(texts)) / len(texts)
+        figures["completion_length"] = sum(example["length"] for example in examples) / len(examples)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        return EvalLoopOutput(predictions=texts, label_ids=None, metrics=metrics, num_samples=len(texts))  # type: ignore[arg-type]
+
+    def _generate_examples(self, dataloader: DataLoader) -> list[dict[str, Any]]:
+        """The target's examples from completions of held-out prompts, of all processes."""
+        examples: list[dict[str, Any]] = []
+        for inputs in dataloader:
+            prompts, (_, completion_ids, _, completions, *_) = self._generate_only(inputs)
+            with failing_together(self.accelerator):
+                local = self.target_training.target_examples(prompts, completions, completion_ids)
+            examples.extend(gather_object(local))
+        if not examples:
+            raise ValueError("`eval_dataset` is empty: there is nothing to validate on. Pass at least one prompt.")
+        # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
+        # but TRL's sampler gives every row `num_generations_eval` times.
+        if isinstance(dataloader.dataset, Dataset):
+            examples = examples[: len(dataloader.dataset) * self.num_generations_eval]  # type: ignore[operator]
+        return examples
+
+    def _generate_only(self, inputs: list[dict[str, Any]]) -> tuple[list[Any], tuple]:
+        """Prompts as TRL sets them up with tools and images, and what `_generate` returns, without rewards."""
+        with failing_together(self.accelerator):
+            if "prompt" not in inputs[0]:
+                raise ValueError(
+                    f"`eval_dataset` has the columns {sorted(inputs[0])} but no `prompt`. Rename or add it."
+                )
+        self._validating = True
+        try:
+            super()._generate_and_score_completions(inputs)
+        except Generated as generated:
+            return generated.prompts, generated.output
+        finally:
+            self._validating = False
+        raise AssertionError("TRL generated nothing")
+
+    def _validate(self, examples: list[dict[str, Any]]) -> dict[str, float]:
+        """Figures of a fresh target that was fine-tuned on the examples; the worst where they are not finite."""
+        if isinstance(self.target_training, TargetReward):  # else nothing is trained for the target
+            num_trained = self.args.num_target_examples()  # type: ignore[attr-defined]
+            warn_of_other_steps(self.target_training.args, num_trained, len(examples))
+        try:
+            with naming_target_fields():
+                return self.target_training.validate(examples, self.accelerator.device)
+        except FloatingPointError as error:
+            if self.args.nonfinite == "raise":  # type: ignore[attr-defined]
+                raise
+            logger.warning(f"The validation at step {self.state.global_step} counts as the worst: {error}")
+            return {"metric": -math.inf, "metric_gain": -math.inf}

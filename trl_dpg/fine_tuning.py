@@ -1,0 +1,165 @@
+"""The target, and how the generator's data fine-tunes it: what rewards and validation have in common."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import (
+    Messages,
+    completion_parts,
+    completion_text,
+    generated_parts,
+    indices_to_train_on,
+    repeated_places,
+    to_target_examples,
+    with_parts,
+)
+from .metagradients import TargetTrainingArguments
+from .metagradients.metric import Metric, as_metric
+from .metagradients.runtime.model import check_model, trainable_parameters, vocab_size
+from .target import load_target_model, load_target_tokenizer
+from .validation import validate
+
+
+class TargetFineTuning:
+    r"""
+    What completions are written for: a target, the recipe of its fine-tuning run, and the metric of the result.
+
+    Args:
+        target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to fine-tune, or its id or directory (loaded in float32). Its weights are the same after every call.
+        metric (`Callable`):
+            Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
+        args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
+            Recipe of the fine-tuning run. `adam_epsilon_root="auto"`, the default, is measured once and then kept.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the target. Loaded from the target's name if `None`.
+        formatting_func (`Callable`, *optional*):
+            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
+            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+        eos_token_ids (`list[int]`, *optional*):
+            The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
+    """
+
+    def __init__(
+        self,
+        target_model: str | PreTrainedModel | PeftModel,
+        metric: Callable[[Any], Tensor],
+        args: TargetTrainingArguments | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        eos_token_ids: list[int] | None = None,
+    ):
+        check_metric(metric)
+        self.skipped = False  # only a reward that comes from the target's run skips a batch
+        self.target_model = load_target_model(target_model)
+        self.metric = as_metric(metric)
+        self.args = args or TargetTrainingArguments()
+        self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
+        self.formatting_func = formatting_func
+        self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
+        # Set by the trainer for each batch: for each token of these completions, 1 if the generator wrote it and 0 if a tool did
+        self.tool_masks: list[list[int]] | None = None
+        self.generator_processing_class: PreTrainedTokenizerBase | None = None
+
+        # What cannot be trained or measured is refused here rather than after the first generation.
+        trainable_parameters(self.target_model)
+        check_model(self.target_model)
+        self.metric.setup(self.target_model)
+        # Tokens for which the model has no row are refused where one occurs: a tokenizer may know some that no text has.
+        rows, eos = vocab_size(self.target_model), self.processing_class.eos_token_id
+        if eos is not None and eos >= rows:
+            raise ValueError(
+                f"`processing_class` has {len(self.processing_class)} tokens, but the target model only {rows} rows in its "
+                f"input embedding, and none for EOS ({eos}): they do not belong together. Pass the target's own tokenizer "
+                "(`target_processing_class` in the trainer)."
+            )
+
+    def target_examples(
+        self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        """
+        Training examples of these completions.
+
+        Returns:
+            `list[dict]`: The `completion`'s text and `completion_ids`; `text` and `input_ids` to train on; the `parts` of the text
+                that the generator wrote, and their `places` as of [`~trl_dpg.data.repeated_places`]; whether the completion
+                `ended`; which of its tokens were `generated`, and how many (`length`).
+        """
+        masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
+        texts = [completion_text(completion) for completion in completions]
+        parts = [completion_parts(completion) for completion in completions]
+        if self.tool_masks is not None and self.generator_processing_class is not None:
+            each = zip(completions, completion_ids, masks, strict=True)
+            parts = [generated_parts(*one, self.generator_processing_class) for one in each]
+            completions = [
+                completion if completion_parts(completion) == own else with_parts(completion, own)
+                for completion, own in zip(completions, parts, strict=True)
+            ]
+        ended = [len(ids) > 0 and ids[-1] in self.eos_token_ids for ids in completion_ids]
+        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func)
+        places: list[list[tuple[int, int]]] = [[] for _ in examples]
+        if self.formatting_func is not None:
+            formatted = zip([example["text"] for example in examples], prompts, completions, strict=True)
+            places = [repeated_places(*one, self.formatting_func) for one in formatted]
+        columns = {
+            "completion": texts,
+            "completion_ids": completion_ids,
+            "parts": parts,
+            "places": places,
+            "ended": ended,
+            "generated": masks,
+            "length": map(sum, masks),
+        }
+        rows = zip(*columns.values(), strict=True)
+        return [
+            {**example, **dict(zip(columns, row, strict=True))} for example, row in zip(examples, rows, strict=True)
+        ]
+
+    def validate(self, examples: list[dict[str, Any]], device: torch.device) -> dict[str, float]:
+        """Figures of an ordinary fine-tuning run on those examples that can be trained on, see [`~trl_dpg.validation.validate`]."""
+        self.place_target(device)
+        trained = [examples[i] for i in indices_to_train_on(examples)]
+        with measuring_nothing(self.metric):
+            return validate(self.target_model, trained, self.metric, self.args)
+
+    def state(self) -> dict[str, Any]:
+        """What was measured so far, for a checkpoint."""
+        return {"adam_epsilon_root": self.args.adam_epsilon_root, "metric": self.metric.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what [`~TargetFineTuning.state`] gave, where this run measures it too."""
+        if self.args.adam_epsilon_root == "auto":
+            self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
+        self.metric.load_state(state["metric"])
+
+    def place_target(self, device: torch.device) -> None:
+        """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if next(self.target_model.parameters()).device != device:
+            self.target_model.to(device)  # type: ignore[arg-type]
+
+
+@contextmanager
+def measuring_nothing(metric: Metric) -> Iterator[None]:
+    """Puts back what a metric measured in it, such as the `"auto"` scale of a pattern: only training batches count."""
+    state = metric.state()
+    try:
+        yield
+    finally:
+        metric.load_state(state)
+
+
+def check_metric(metric: Any) -> None:
+    """Refuses what is no metric, before anything is loaded."""
+    if not callable(metric) or isinstance(metric, type):
+        raise ValueError(
+            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "
+            "function, or an instance of one of the classes in `trl_dpg.metrics`."
+        )
