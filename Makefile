@@ -39,9 +39,10 @@ test-lowest test-highest: test-%: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults --steps 1000 --seconds 2 --output benchmarks/results/faults.json
 
-# The API reference, from docstrings
+# The API reference, from docstrings, and the picture of the house
 docs: $(VENV)/.installed
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_architecture.py
 	$(BIN)/ruff format docs
 
 # Cost, FLOPs, memory and accuracy of the engine: hours on two cores. Results go to benchmarks/results; on a GPU,
