@@ -317,7 +317,7 @@ def report() -> None:
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run")
@@ -325,7 +325,7 @@ def main() -> None:
     run_parser.add_argument("--variants", nargs="+")
     run_parser.add_argument("--seeds", nargs="+", type=int)
     commands.add_parser("report")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.command == "run":
         for name in options.names or EXPERIMENTS:
             if name not in EXPERIMENTS:

@@ -184,12 +184,12 @@ def mixed_documents(texts: dict[str, list[str]], switch: float, seed: int) -> It
         yield " ".join(document)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--languages", nargs="+", default=["en", "es", "fr"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache_dir")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = tiny_multilingual(args.languages, args.seed, args.cache_dir)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     for language in args.languages:

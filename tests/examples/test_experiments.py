@@ -50,9 +50,7 @@ def test_report(results):
 def test_finished_runs_are_not_repeated(results, monkeypatch):
     commands = []
     monkeypatch.setattr(experiments.subprocess, "run", lambda command, check: commands.append(command))
-    arguments = ["experiments.py", "run", "tiny_qr", "--variants", "metagradient", "--seeds", "0", "2"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    experiments.main()
+    experiments.main(["run", "tiny_qr", "--variants", "metagradient", "--seeds", "0", "2"])
     assert len(commands) == 1
     flags = commands[0]
     assert flags[flags.index("--seed") + 1] == "2"

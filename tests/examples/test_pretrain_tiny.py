@@ -68,8 +68,7 @@ def test_learning(texts):
 
 def test_script(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain_tiny, "pretrain", lambda texts, seed: pretrain(texts, **{**SMALL, "seed": seed}))
-    monkeypatch.setattr(sys, "argv", ["x", "--languages", "en", "es", "--cache_dir", str(tmp_path), "--seed", "1"])
-    pretrain_tiny.main()
+    pretrain_tiny.main(["--languages", "en", "es", "--cache_dir", str(tmp_path), "--seed", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("en: perplexity ") and lines[1].startswith("es: perplexity ")
     assert lines[2] == str(tmp_path / "tiny-en-es-seed-1")

@@ -195,20 +195,20 @@ def test_size_and_cost(name, num_steps):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_few_blocks_are_in_memory(name, monkeypatch, tmp_path):
+def test_few_blocks_are_in_memory(name, tmp_path):
     """However many steps are replayed, and blocks there are: of what lies on disk, few are fetched and not yet done with."""
-    optimizer, storage = make_optimizer(name, 20), open_storage("disk", str(tmp_path), CPU)
+    alive, most = [], []
+
+    class Watched(DiskStorage):
+        def _fetch(self, key):
+            data, reading = super()._fetch(key)
+            alive.append(weakref.ref(data))
+            most.append(sum(ref() is not None for ref in alive))
+            return data, reading
+
+    optimizer, storage = make_optimizer(name, 20), Watched(str(tmp_path), CPU)
     tape = Tape(optimizer, cut(optimizer, CPU, 2), 20, load_originals, storage)
     record(tape, optimizer, 20)
-    fetched, alive, most = storage._fetch, [], []
-
-    def fetch(key):
-        data, reading = fetched(key)
-        alive.append(weakref.ref(data))
-        most.append(sum(ref() is not None for ref in alive))
-        return data, reading
-
-    monkeypatch.setattr(storage, "_fetch", fetch)
     cotangent = Cotangent(torch.ones(SIZE), tape)
     for _ in range(20):
         optimizer.adjoint_(tape, torch.empty(SIZE), cotangent, torch.empty(SIZE))
@@ -360,23 +360,21 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-def test_a_container_has_what_its_limit_leaves(kind, monkeypatch, tmp_path):
+def test_a_container_has_what_its_limit_leaves(kind, tmp_path):
     membership, folder, limit, used, prefix = GROUPS[kind]
     (tmp_path / "membership").write_text(membership + "\n")
-    monkeypatch.setattr(host, "MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(host, "CGROUPS", tmp_path)
-    assert host.host_memory()[0] == psutil.virtual_memory().total  # no limit is known
+    places = tmp_path / "membership", tmp_path
+    assert host.host_memory(*places)[0] == psutil.virtual_memory().total  # no limit is known
     group = tmp_path / folder
     group.mkdir(parents=True, exist_ok=True)
     (group / limit).write_text("50000000\n")
     (group / used).write_text("30000000\n")
     (group / "memory.stat").write_text(f"rss 1\n{prefix}inactive_file 4000000\n{prefix}active_file 1000000\n")
-    assert host.host_memory() == (50_000_000, 25_000_000)
-    assert free_memory(CPU) == 25_000_000
+    assert host.host_memory(*places) == (50_000_000, 25_000_000)
     inner = group / "none"  # a group within, without a limit of its own
     inner.mkdir()
     (inner / limit).write_text("max\n" if "version 2" in kind else "9223372036854771712\n")
-    assert host.host_memory() == (50_000_000, 25_000_000)
+    assert host.host_memory(*places) == (50_000_000, 25_000_000)
 
 
 @pytest.fixture

@@ -18,25 +18,31 @@ VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 
 
-def host_memory() -> tuple[int, int]:
-    """Total and available memory in bytes: the machine's, or less where a container (control groups, version 1 or 2) has a limit."""
+def host_memory(membership: Path = MEMBERSHIP, groups: Path = CGROUPS) -> tuple[int, int]:
+    """
+    Total and available memory in bytes: the machine's, or less where a container has a limit.
+
+    Args:
+        membership (`Path`): File that names the control groups (version 1 or 2) of this process.
+        groups (`Path`): Folder of all control groups.
+    """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    for limit, used in _limits():
+    for limit, used in _limits(membership, groups):
         total = min(total, limit)
         available = min(available, max(limit - used, 0))
     return total, available
 
 
-def _limits() -> Iterator[tuple[int, int]]:
+def _limits(membership: Path, groups: Path) -> Iterator[tuple[int, int]]:
     """Limit and use of each control group that this process is in: its own, and those around it."""
-    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else []
+    lines = membership.read_text().splitlines() if membership.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = CGROUPS, VERSION_2
+            root, names = groups, VERSION_2
         elif "memory" in controllers.split(","):
-            root, names = CGROUPS / "memory", VERSION_1
+            root, names = groups / "memory", VERSION_1
         else:
             continue
         folder = root / path.lstrip("/")
