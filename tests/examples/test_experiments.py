@@ -1,7 +1,6 @@
 """The tables and pictures of examples/results, from runs made up here."""
 
 import json
-import sys
 
 import pytest
 from PIL import Image
