@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import trl_dpg.metagradients.check as check
 from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import metagradients
 from trl_dpg.cli import main
-from trl_dpg.metagradients import TargetTrainingArguments, TrainingOutput
+from trl_dpg.metagradients import (
+    TargetTrainingArguments,
+    check_metagradients,
+    compute_metagradients,
+)
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 
 
 VOCAB = 32
 GENERATOR = torch.Generator().manual_seed(5)
 EXAMPLES = [{"input_ids": torch.randint(VOCAB, (8,), generator=GENERATOR).tolist()} for _ in range(12)]
-TEXT = torch.randint(VOCAB, (3, 8), generator=GENERATOR)
+TEXT, OTHER_TEXT = torch.randint(VOCAB, (2, 3, 8), generator=GENERATOR)
 GENTLE = TargetTrainingArguments(learning_rate=1e-4, batch_size=4, adam_epsilon_root="auto")
 
 
@@ -36,14 +39,19 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
-def likelihood(model):
-    logits = model(input_ids=TEXT).logits[:, :-1].double()
-    return -F.cross_entropy(logits.flatten(0, 1), TEXT[:, 1:].flatten())
+def likelihood(model, text=TEXT):
+    logits = model(input_ids=text).logits[:, :-1].double()
+    return -F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+
+
+def with_gradient_of(value, other):
+    """One number with the gradient of another."""
+    return value.detach() + other - other.detach()
 
 
 def run(model=None, metric=likelihood, examples=EXAMPLES, **fields):
     model = gpt2().double() if model is None else model
-    return check.check_metagradients(model, examples, metric, replace(GENTLE, **fields), num_reweightings=4)
+    return check_metagradients(model, examples, metric, replace(GENTLE, **fields), num_reweightings=4)
 
 
 def only(result):
@@ -74,56 +82,42 @@ def test_passes_in_float32_with_weights_and_an_automatic_scale():
     assert result.noise > 1e-9  # float32's
 
 
-def test_automatic_epsilon_root_is_that_of_the_first_run(monkeypatch):
-    seen = set()
-    measure = check.train_and_measure
-
-    def spy(model, examples, metric, args, accelerator):
-        seen.add(args.adam_epsilon_root)
-        return measure(model, examples, metric, args, accelerator)
-
-    monkeypatch.setattr(check, "train_and_measure", spy)
-    assert seen == set()
-    assert {run().adam_epsilon_root} == seen
+def test_automatic_epsilon_root_is_that_of_the_first_run():
+    """Each run would find another one, as the weights of its first batch are others."""
+    automatic = run(adam_epsilon_root="auto")
+    assert run(adam_epsilon_root=automatic.adam_epsilon_root).to_dict() == automatic.to_dict()
 
 
 def test_probes_are_the_largest_and_others():
-    result = check.check_metagradients(gpt2().double(), EXAMPLES, likelihood, GENTLE, num_reweightings=1)
-    gradients = check.compute_metagradients(gpt2().double(), EXAMPLES, likelihood, GENTLE).metagradients
+    result = check_metagradients(gpt2().double(), EXAMPLES, likelihood, GENTLE, num_reweightings=1)
+    gradients = compute_metagradients(gpt2().double(), EXAMPLES, likelihood, GENTLE).metagradients
     probed = [p.example for p in result.probes]
     assert probed[:2] == gradients.abs().argsort(descending=True)[:2].tolist()
     assert len(set(probed)) == 4
-    few = check.check_metagradients(gpt2().double(), EXAMPLES[:3], likelihood, GENTLE, 9, 1)
+    few = check_metagradients(gpt2().double(), EXAMPLES[:3], likelihood, GENTLE, 9, 1)
     assert sorted(p.example for p in few.probes) == [0, 1, 2]
 
 
+WRONG = {
+    "scaled": lambda model: with_gradient_of(likelihood(model), 1.3 * likelihood(model)),
+    "negated": lambda model: with_gradient_of(likelihood(model), -likelihood(model)),
+    "another text's": lambda model: with_gradient_of(likelihood(model), likelihood(model, OTHER_TEXT)),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("wrong", ["scaled", "permuted", "negated"])
-def test_wrong_metagradients_are_found(monkeypatch, wrong, dtype):
-    compute = check.compute_metagradients
-    change = {"scaled": lambda g: 1.3 * g, "permuted": lambda g: g.roll(1), "negated": lambda g: -g}[wrong]
-
-    def broken(*args):
-        out = compute(*args)
-        return replace(out, metagradients=change(out.metagradients))
-
-    monkeypatch.setattr(check, "compute_metagradients", broken)
-    result = run(gpt2().to(dtype))
+@pytest.mark.parametrize("wrong", WRONG)
+def test_metric_with_a_gradient_of_another_value_is_found(wrong, dtype):
+    """Metagradients are wrong, in size, in sign, or for each example in its own way."""
+    result = run(gpt2().to(dtype), WRONG[wrong])
     assert result.verdict == "failed"
     assert any(probe.verdict == "disagrees" for probe in result.probes)
-    assert "its slope is not what metagradients say" in only(result)
-    if wrong == "scaled":
-        assert abs(result.slope - 1 / 1.3) < 0.05 and result.correlation > 0.999
-
-
-def test_metric_with_a_gradient_of_another_value_is_found():
-    def straight_through(model):
-        value = likelihood(model)
-        return 2 * value.detach() - value
-
-    result = run(metric=straight_through)
-    assert result.verdict == "failed" and result.slope < 0
-    assert "`detach`" in only(result)
+    assert "its slope is not what metagradients say" in only(result) and "`detach`" in only(result)
+    if wrong == "another text's":
+        assert abs(result.correlation) < 0.9
+    else:
+        factor = {"scaled": 1.3, "negated": -1}[wrong]
+        assert abs(result.slope - 1 / factor) < 0.05 and abs(result.correlation) > 0.999
 
 
 def test_absurd_learning_rate():
@@ -163,21 +157,48 @@ def test_metric_that_differs_between_equal_runs():
     assert "Two equal runs differ" in only(result)
 
 
-def test_smoothness_of_known_curves(monkeypatch):
-    """Φ after training is made a polynomial of the weights: s + a s², with s in radii."""
+def run_on_curve(curve):
+    """One step of SGD on one example moves the LM head in proportion to its weight, so that a metric can read s, its shift in radii."""
+    recipe = {"examples": EXAMPLES[:1], "optim": "sgd", "learning_rate": 0.1}
+    start, ends = gpt2().double().lm_head.weight.detach(), []
 
-    def smoothness(curvature):
-        def polynomial(model, examples, metric, args, accelerator):
-            s = (examples[0]["weight"] - 1) / 0.1
-            return TrainingOutput(metric_before=0.0, metric_after=s + curvature * s**2, adam_epsilon_root=1e-9)
+    def norm(model):
+        ends.append(model.lm_head.weight.detach().clone())
+        return model.lm_head.weight.norm()
 
-        monkeypatch.setattr(check, "train_and_measure", polynomial)
-        return run().smoothness
+    run(metric=norm, **recipe)
+    step = ends[1] - start  # after the first run, whose weight is 1
 
-    assert smoothness(0.0) == pytest.approx(1.0, abs=1e-6)
+    def metric(model):
+        weight = ((model.lm_head.weight - start) * step).sum() / step.square().sum()
+        return curve((weight - 1) / 0.1)
+
+    return run(metric=metric, **recipe)
+
+
+def test_figures_of_known_curves():
+    line, bent, parabola = (run_on_curve(lambda s, a=a: s + a * s**2) for a in (0.0, 0.5, 1e6))
+    assert line.passed and line.smoothness == pytest.approx(1.0, abs=1e-6)
     # Σ s² = 2.5 is the line's share of Σ c², and a² Σ s⁴ = 2.125 a² the rest
-    assert smoothness(0.5) == pytest.approx(1 - (0.53125 / 3.03125) ** 0.5, abs=1e-6)
-    assert smoothness(1e6) == pytest.approx(0.0, abs=1e-6)
+    assert bent.smoothness == pytest.approx(1 - (0.53125 / 3.03125) ** 0.5, abs=1e-6)
+    assert bent.r_squared == pytest.approx(2.5 / 3.03125, abs=1e-6)
+    assert bent.noise == pytest.approx(0.5 * 0.01**2)  # half the second difference at a hundredth of the radius
+    assert parabola.smoothness == pytest.approx(0.0, abs=1e-6)
+    for result in (line, bent):  # curvature cancels
+        assert [result.slope, result.correlation] == pytest.approx([1, 1], abs=1e-6)
+        assert [abs(p) for p in result.predicted] == pytest.approx([1] * 4, abs=1e-6)
+        (probe,) = result.probes
+        assert [probe.predicted, probe.measured] == pytest.approx([10, 10], abs=1e-5)
+
+
+def test_radius_too_large_for_probes():
+    """The curve is 0.63 at half a radius and 0.91 at one: a slope of 1.26 or of 0.91, where metagradients say 1."""
+    result = run_on_curve(lambda s: s + 4.25 / 3 * s**3 - 4.52 / 3 * s**5)
+    assert result.slope == pytest.approx(0.91, abs=1e-6)
+    (probe,) = result.probes
+    assert probe.verdict == "unclear" and probe.step_error == pytest.approx(3.5, abs=1e-5)
+    assert result.verdict == "inconclusive"
+    assert "lower `radius`" in only(result)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +206,7 @@ def test_smoothness_of_known_curves(monkeypatch):
 )
 def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value}"):
-        check.check_metagradients(gpt2(), EXAMPLES, likelihood, GENTLE, **{name: value})
+        check_metagradients(gpt2(), EXAMPLES, likelihood, GENTLE, **{name: value})
 
 
 def test_table_and_plot(tmp_path):
@@ -205,7 +226,7 @@ def test_import_needs_neither_matplotlib_nor_metrics():
         "sys.modules['trl_dpg'] = package; import trl_dpg.metagradients.check; "
         "print([m for m in ('trl', 'matplotlib', 'trl_dpg.metrics') if m in sys.modules])"
     )
-    package = str(check.__file__).split("metagradients")[0]
+    package = str(Path(metagradients.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..metagradients.diagnosis import SHIFTS, MetagradientCheck
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,6 +165,37 @@ def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | Path
     axes.axhline(0, color="gray", lw=0.8)
     unit = f" / 10$^{{{exponent}}}$" if exponent else ""
     _finish(axes, label.replace("_", " ") + unit, columns=4)
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def plot_check(check: MetagradientCheck, path: str | PathLike[str]) -> "Figure":
+    """Draws what a check of metagradients measured against what they predict: re-weightings on the left, probes on the right."""
+    figure = _figure(8.5, 4.2)
+    left, right = figure.subplots(1, 2)
+    changes = np.array(check.changes)
+    for shift, fill, color in ((1.0, "full", "tab:blue"), (0.5, "none", "tab:orange")):
+        both = (SHIFTS.abs() == shift).numpy()
+        style = {"fillstyle": fill, "color": color, "label": f"all weights ± {shift * check.radius:g}"}
+        left.plot(np.outer(check.predicted, SHIFTS[both]).ravel(), changes[:, both].ravel(), "o", **style)
+    left.set_title(f"re-weightings: slope {check.slope:.3f}, smoothness {check.smoothness:.2f}", fontsize=10)
+    left.set(xlabel="change of the metric, predicted", ylabel="measured")
+    for verdict, color in (("agrees", "tab:green"), ("disagrees", "tab:red"), ("unclear", "tab:gray")):
+        if probes := [p for p in check.probes if p.verdict == verdict]:
+            x, y = [p.predicted for p in probes], [p.measured for p in probes]
+            errors = [p.step_error + p.rounding_error for p in probes]
+            right.errorbar(x, y, errors, fmt="o", capsize=4, color=color, label=verdict)
+    for p in check.probes:
+        right.annotate(str(p.example), (p.predicted, p.measured), (6, -10), textcoords="offset points", fontsize=8)
+    right.set_title("probes, by number of the example", fontsize=10)
+    right.set(xlabel="metagradient", ylabel="finite difference")
+    for axes in (left, right):
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.ticklabel_format(scilimits=(-2, 3))
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Metagradients: {check.verdict}")
     figure.savefig(path, dpi=DPI)
     return figure
 

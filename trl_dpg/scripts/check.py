@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..metagradients import TargetTrainingArguments, check_metagradients
+from ..reporting.plotting import plot_check
 from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option
 
 
@@ -84,5 +85,5 @@ def main(argv: list[str] | None = None) -> int:
     if state.is_main_process:
         print(json.dumps(result.to_dict(), indent=2) if args.json else result)
         if args.plot is not None:
-            result.plot(args.plot)
+            plot_check(result, args.plot)
     return 0 if result.passed else 1
