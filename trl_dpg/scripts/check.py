@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     dataclasses: Any = (CheckArguments, RecipeArguments)
     args, recipe = Parser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
     metric = args.load_metric()
-    rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column)
+    remedy = "Name one with `--text_column`."
+    rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column, remedy)
     texts = rows[args.text_column][:]
     make_folder_for(args.plot, "plot")
     state = PartialState()

@@ -189,18 +189,18 @@ def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any
     return rows
 
 
-def check_column(rows: Dataset, column: str, name: str, argument: str) -> None:
+def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: str = "Rename one.") -> None:
     """Refuses data without a column."""
     if column not in rows.column_names:
-        raise ValueError(
-            f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. Name or rename one."
-        )
+        raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
 
 
-def load_texts(name: str, split: str, argument: str, number: int | None = None, column: str = "text") -> Dataset:
+def load_texts(
+    name: str, split: str, argument: str, number: int | None = None, column: str = "text", remedy: str = "Rename one."
+) -> Dataset:
     """One column of data to fine-tune on, of all rows or of the first, or an error that says which of them is no text."""
     rows = load_rows(name, split, argument)
-    check_column(rows, column, name, argument)
+    check_column(rows, column, name, argument, remedy)
     rows = rows.select_columns(column).take(min(number or len(rows), len(rows)))
     for index, text in enumerate(rows[column]):
         if not isinstance(text, str):
