@@ -192,9 +192,8 @@ def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any
 def check_column(rows: Dataset, column: str, name: str, argument: str) -> None:
     """Refuses data without a column."""
     if column not in rows.column_names:
-        raise ValueError(
-            f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. Name or rename one."
-        )
+        remedy = "Name one with `--text_column`." if argument == "dataset" else "Rename one."
+        raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
 
 
 def load_texts(name: str, split: str, argument: str, number: int | None = None, column: str = "text") -> Dataset:
