@@ -124,7 +124,7 @@ def test_every_example_is_in_one_micro_batch(rows, recipe, processes):
     examples = prepare_examples(rows, args.max_length, VOCAB)
     for batch in args.batches(len(examples)):
         shares = [
-            micro_batches(examples, batch, args, args.micro_batch_size, torch.zeros(1), process(index, processes))
+            micro_batches(examples, batch, args, args.micro_batch_size, torch.float32, process(index, processes))
             for index in range(processes)
         ]
         supervised = [i for i in batch if examples[i].num_supervised > 0]
