@@ -7,7 +7,7 @@ Prints, as a Markdown table, how many updates a tape replays on the way back, an
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import Step, Tape, tape_tensors
+from trl_dpg.metagradients.method.tape import StepInputs, Tape, tape_tensors
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Update
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime.cotangent import Cotangent
@@ -32,7 +32,7 @@ def replays(rule: type[Update], num_steps: int) -> int:
     state = tuple(torch.zeros(1) for _ in range(rule.num_states))
     for _ in range(num_steps):
         optimizer.clipping.measure(torch.ones(1))
-        tape.push(Step(torch.zeros(1), state, torch.ones(1)))
+        tape.push(StepInputs(torch.zeros(1), state, torch.ones(1)))
     cotangent = Cotangent(torch.zeros(1), tape)
     for _ in range(num_steps):
         optimizer.adjoint_(tape, torch.zeros(1), cotangent, torch.zeros(1))

@@ -258,8 +258,9 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         """Words that could stand at each token of the completions."""
         args: Any = self.args
 
-        def forward(ids, mask, length):
-            return self._get_per_token_logps_and_entropies(self.model, ids, mask, length)
+        def forward(ids, mask):
+            with self.accelerator.autocast():
+                return self.model(input_ids=ids, attention_mask=mask)
 
         with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
             return self._expected_credit.candidates(  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from .metagradients.method.recipe import TargetTrainingArguments
 from .metagradients.method.updates import AdamW
 from .metagradients.metric import as_metric, read_out
 from .metagradients.runtime.examples import MicroBatch, micro_batches, prepare_examples
-from .metagradients.runtime.memory import clear_frames, halved, is_out_of_memory, metric_memory
+from .metagradients.runtime.memory import clear_frames, explaining_metric_memory, halved, is_out_of_memory
 from .metagradients.runtime.model import (
     TargetModel,
     check_model,
@@ -58,12 +58,12 @@ def validate(
     metric = as_metric(metric)
     with restored(model), restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
-        with metric_memory():
+        with explaining_metric_memory():
             metric.setup(model)
             with torch.no_grad():
                 before = float(metric(model))
         losses = _fine_tune(model, params, prepared, args)
-        with metric_memory():
+        with explaining_metric_memory():
             with torch.no_grad():
                 after = float(metric(model))
             if not math.isfinite(after) or not all(math.isfinite(loss) for loss in losses):
@@ -93,7 +93,8 @@ def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTra
     for batch, learning_rate in zip(args.batches(len(examples)), args.learning_rates(len(examples)), strict=True):
         while True:
             try:
-                losses.append(_backward(token_losses, micro_batches(examples, batch, args, size, params[0], alone)))
+                micro = micro_batches(examples, batch, args, size, params[0].dtype, alone)
+                losses.append(_backward(token_losses, [part.to(params[0].device) for part in micro]))
                 break
             except Exception as error:
                 if not is_out_of_memory(error):

@@ -16,7 +16,7 @@ NAMES = ["adamw-k1", "adamw-k4", "tied-adamw-k4", "sgd-k4", "muon-k4", "clipping
 # name: (with the shortcut, without it)
 SHORTCUTS = {
     "chunked head": ({"logits_at_once": 0, "chunk": 3 * VOCAB}, {"logits_at_once": math.inf}),
-    "no gradients of weights": ({"logits_at_once": math.inf}, {"logits_at_once": math.inf, "in_graphs": ()}),
+    "no gradients of weights": ({"logits_at_once": math.inf}, {"logits_at_once": math.inf, "graph_contexts": ()}),
 }
 
 

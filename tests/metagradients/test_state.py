@@ -302,10 +302,10 @@ def test_derivatives_over_micro_batches(size):
     model = gpt2().eval()
     losses, alone, examples = TokenLosses(model, False), Processes(None), prepare_examples(make_examples(), 16, VOCAB)
     results = []
-    with Workspace([Group(AdamW, True, list(model.parameters()))], alone, sharded=False) as space:
+    with Workspace([Group(AdamW, True, list(model.parameters()))], alone, shardable=False) as space:
         for micro_batch_size in (None, size):
             args = TargetTrainingArguments()
-            batches = micro_batches(examples, list(range(6)), args, micro_batch_size, space.phi, alone)
+            batches = micro_batches(examples, list(range(6)), args, micro_batch_size, torch.float64, alone)
             values, grad, product = torch.zeros(6, dtype=torch.float64), space.buffer(), space.buffer()
             gradient(losses, space, batches, values, lambda grad=grad: space.accumulate_into(grad))
             vector = torch.ones_like(space.buffer())[: space.size]

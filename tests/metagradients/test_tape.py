@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from examples.resources import tiny_causal_lm
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.method.tape import Step, Tape, tape_tensors
+from trl_dpg.metagradients.method.tape import StepInputs, Tape, tape_tensors
 from trl_dpg.metagradients.method.updates import SGD, AdamW
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime import host
@@ -83,9 +83,9 @@ def record(tape, optimizer, num_steps, device=CPU):
         if tape.storage.copies:
             tape.storage.settle()
             grad = buffer.copy_(grad)
-        naive.append(Step(phi.clone(), tuple(t.clone() for t in state), grad.clone()))
+        naive.append(StepInputs(phi.clone(), tuple(t.clone() for t in state), grad.clone()))
         optimizer.clipping.measure(grad)
-        tape.push(Step(phi, state, grad))
+        tape.push(StepInputs(phi, state, grad))
         for part, rule in optimizer.parts:
             optimizer.update_(step, rule, phi[part], tuple(t[part] for t in state), grad[part])
     return naive

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import Step, Tape
+from trl_dpg.metagradients.method.tape import StepInputs, Tape
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Clipping, Muon
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime.cotangent import Cotangent
@@ -254,7 +254,7 @@ def walk_back(optimizer, part, num_steps, total=float):
     tape = Tape(optimizer, blocks, num_steps, lambda out: out.copy_(tensor(0)[part]), DeviceStorage())
     for step in range(num_steps):
         grad = tensor(10 + step)[part].clone()
-        tape.push(Step(phi, state, grad))
+        tape.push(StepInputs(phi, state, grad))
         for block, rule in blocks:
             optimizer.update_(step, rule, phi[block], tuple(t[block] for t in state), grad[block])
     cotangent, found = Cotangent(tensor(1)[part].clone(), tape), []

@@ -1,6 +1,6 @@
 """Words that were not written: what the policy says of them, from the forward pass that TRL makes anyway."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from ..metagradients.kernels.chunked_head import ADJUSTMENTS
 
@@ -24,16 +25,29 @@ def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
     \\( \sum_v \pi(v) (r(v) - b) \\) of each position, shape `(b, t)`, with the policy's own mean of the candidates as \\( b \\): of
     words that are no candidates nothing is known, and nothing is done to them as a whole.
 
+    Its value is 0. Its derivative in \\( \log \pi(v) \\) is \\( \pi(v) (r(v) - b) \\), which sums to 0 as well.
+
     Args:
         log_probs (`Tensor`): Of the candidates, shape `(b, t, k)`.
         credits (`Tensor`): \\( r(v) \\), of the same shape; NaN for none.
     """
-    known = ~credits.isnan()
-    credits = torch.where(known, credits, 0.0)
-    probs = torch.where(known, log_probs, -torch.inf).exp()
-    fixed = probs.detach()
-    mean = (fixed * credits).sum(dim=2, keepdim=True) / fixed.sum(dim=2, keepdim=True).clamp(min=1e-30)
-    return (probs * (credits - mean)).sum(dim=2)
+    return _ExpectedCredit.apply(log_probs, credits)
+
+
+class _ExpectedCredit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_probs, credits):
+        probs = log_probs.exp().masked_fill_(credits.isnan(), 0.0)
+        credits = credits.nan_to_num(nan=0.0)
+        mean = torch.linalg.vecdot(probs, credits) / probs.sum(dim=2).clamp(min=1e-30)
+        ctx.save_for_backward(probs.mul_(credits.sub_(mean[..., None])))
+        return torch.zeros_like(mean)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent):
+        (slopes,) = ctx.saved_tensors
+        return slopes * cotangent[..., None], None
 
 
 def changed_logits(model: PreTrainedModel) -> dict[str, Any]:
@@ -95,10 +109,9 @@ class CandidateLogits(torch.autograd.Function):
 
 class CandidateHead:
     r"""
-    Log-probabilities of candidates, from the very forward pass in which TRL computes those of the completions.
+    What the policy says of candidates, from the hidden states of the very forward pass in which TRL computes log-probabilities.
 
-    TRL's forward pass returns log-probabilities instead of logits. This wraps it once more, and takes the hidden states from
-    its backbone. With \\( z \\) the logits, \\( \log \pi(v) = \log \pi(x) + z_v - z_x \\) needs no logits but the candidates'.
+    TRL's forward pass returns log-probabilities instead of logits. This wraps it once more.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -111,20 +124,21 @@ class CandidateHead:
         self.temperature = temperature
         self.result: Tensor | None = None
         self.of_tokens: Tensor | None = None  # log-probabilities of the sequences' own tokens, as TRL gets them
-        self._compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None
+        self._most_likely: tuple[int, int] | None = None  # tokens and candidates
+        self._log_probs: tuple[int, int, Tensor | None] | None = None  # tokens, candidates, and which
         self._hidden: Tensor | None = None
         model.base_model.register_forward_hook(self._keep_hidden)
         forward = model.forward
 
         def with_candidates(*args, **kwargs):
+            if self._most_likely is not None:
+                hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+                self.result = self._find_most_likely(hidden, *_head(model))
+                return ModelOutput()
             output = forward(*args, **kwargs)
-            if self._compute is not None:
-                head: Any = model.get_output_embeddings()
-                weight, bias = head.weight, head.bias
-                if isinstance(weight, DTensor):  # in shards, as TRL's own
-                    weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+            if self._log_probs is not None:
                 self.of_tokens = output.log_probs
-                self.result = self._compute(self._hidden, kwargs["labels"], weight, bias, output.log_probs)  # type: ignore[arg-type]
+                self.result = self._compute(self._hidden, kwargs["labels"], *_head(model), output.log_probs.detach())
                 # FSDP gathers weights again for the backward pass of what a module returns, so it is returned in a free field.
                 output.mean_logits = self.result
             return output
@@ -133,43 +147,55 @@ class CandidateHead:
 
     @contextmanager
     def most_likely(self, num_tokens: int, num_candidates: int) -> Iterator["CandidateHead"]:
-        """While it is open, a forward pass leaves the most likely words at its last tokens in `result`: `(b, num_tokens, k)`."""
-
-        def compute(hidden, labels, weight, bias, log_probs):
-            rows = hidden[:, -num_tokens - 1 : -1]
-            return torch.stack([F.linear(row, weight, bias).topk(num_candidates, dim=1).indices for row in rows])
-
-        with self._computing(compute):
+        """
+        While it is open, a forward pass returns nothing, and leaves the most likely words at its last tokens in `result`, shape
+        `(b, num_tokens, k)`.
+        """
+        self._most_likely = num_tokens, num_candidates
+        try:
             yield self
+        finally:
+            self._most_likely = self.result = None
 
     @contextmanager
     def log_probs(self, num_tokens: int, num_candidates: int, ids: Tensor | None) -> Iterator["CandidateHead"]:
-        """
+        r"""
         While it is open, a forward pass leaves log-probabilities at its last tokens in `result`, shape `(b, num_tokens, k)`: of
         candidates `ids`, of that shape, or else of the first `num_candidates` words.
+
+        They are logits less the normalizer \\( \log \sum_v e^{z_v} = z_x - \log \pi(x) \\). That is no part of the graph: the slopes of
+        [`expected_credit`] sum to 0, so nothing flows through it.
         """
-
-        def compute(hidden, labels, weight, bias, log_probs):
-            hidden = hidden[:, -num_tokens - 1 : -1]
-            if ids is None:
-                logits = F.linear(hidden, weight, bias).float() / self.temperature
-                return logits.log_softmax(dim=2)[..., :num_candidates]
-            every = torch.cat([ids, labels[:, -num_tokens:, None]], dim=2).clamp(min=0)
-            logits = CandidateLogits.apply(hidden.flatten(0, 1), weight, every.flatten(0, 1)).view(every.shape)
-            logits = (logits if bias is None else logits + bias[every]) / self.temperature
-            return log_probs[:, -num_tokens:, None] + logits[..., :-1] - logits[..., -1:]
-
-        with self._computing(compute):
-            yield self
-
-    @contextmanager
-    def _computing(self, compute) -> Iterator[None]:
-        self._compute = compute
+        self._log_probs = num_tokens, num_candidates, ids
         try:
-            yield
+            yield self
         finally:
-            self._compute = self._hidden = self.result = self.of_tokens = None
+            self._log_probs = self._hidden = self.result = self.of_tokens = None
+
+    def _find_most_likely(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        num_tokens, num_candidates = self._most_likely  # type: ignore[misc]
+        rows = hidden[:, -num_tokens - 1 : -1]
+        return torch.stack([F.linear(row, weight, bias).topk(num_candidates, sorted=False).indices for row in rows])
+
+    def _compute(self, hidden, labels, weight, bias, log_probs) -> Tensor:
+        num_tokens, num_candidates, ids = self._log_probs  # type: ignore[misc]
+        hidden = hidden[:, -num_tokens - 1 : -1]
+        if ids is None:
+            logits = F.linear(hidden, weight, bias).float() / self.temperature
+            return logits[..., :num_candidates] - logits.detach().logsumexp(dim=2, keepdim=True)
+        every = torch.cat([ids, labels[:, -num_tokens:, None]], dim=2).clamp(min=0)
+        logits = CandidateLogits.apply(hidden.flatten(0, 1), weight, every.flatten(0, 1)).view(every.shape)
+        logits = (logits if bias is None else logits + bias[every]) / self.temperature
+        return logits[..., :-1] - (logits[..., -1:].detach() - log_probs[:, -num_tokens:, None])
 
     def _keep_hidden(self, module, args, output) -> None:
-        if self._compute is not None:
+        if self._log_probs is not None:
             self._hidden = output.last_hidden_state
+
+
+def _head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    head: Any = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):  # in shards, as TRL's own
+        return weight.full_tensor(), None if bias is None else bias.full_tensor()
+    return weight, bias

@@ -103,7 +103,7 @@ class ExpectedCredit:
         self,
         prompt_ids: list[list[int]],
         completion_ids: list[list[int]],
-        forward: Callable[[Tensor, Tensor, int], Any],
+        forward: Callable[[Tensor, Tensor], Any],
         batch_size: int,
         device: torch.device,
     ) -> list[Tensor]:
@@ -112,7 +112,7 @@ class ExpectedCredit:
 
         Args:
             prompt_ids, completion_ids (`list[list[int]]`): Tokens of this process's prompts and completions.
-            forward (`Callable`): TRL's forward pass: takes token ids, their mask, and how many are the completion's.
+            forward (`Callable`): The generator's forward pass on token ids and their mask.
             batch_size (`int`): Completions per forward pass.
             device (`torch.device`): Where the generator is.
         """
@@ -128,7 +128,7 @@ class ExpectedCredit:
                 mask.append(pad([torch.ones(len(row), dtype=torch.long) for row in part], 0, side))
             length = ids[1].shape[1]
             with self.head.most_likely(length, self.num_candidates) as head:
-                forward(torch.cat(ids, dim=1).to(device), torch.cat(mask, dim=1).to(device), length)
+                forward(torch.cat(ids, dim=1).to(device), torch.cat(mask, dim=1).to(device))
                 result = head.result.cpu()  # type: ignore[union-attr]
             result = result.masked_fill(~self.is_word[result], -1)
             found += [result[i, : len(row)] for i, row in enumerate(rows)]

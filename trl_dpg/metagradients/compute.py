@@ -29,7 +29,7 @@ def compute_metagradients(
     accelerator: Accelerator | PartialState | None = None,
 ) -> MetagradientOutput:
     r"""
-    Fine-tunes a model on examples and returns each example's metagradient, exactly.
+    Fine-tunes a model on examples and returns each example's metagradient, to rounding error unless `curvature` says otherwise.
 
     With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\) and example weights
     \\( w \\):
@@ -40,7 +40,7 @@ def compute_metagradients(
     $$ (\lambda_\phi, \lambda_s) \leftarrow \nabla \Phi(\phi_{K+1}), \quad \text{then for } t = K, \dots, 1: $$
 
     $$ \lambda_g = (\partial U / \partial g)^\top (\lambda_\phi, \lambda_s), \quad
-       \lambda_\phi \leftarrow (\partial U / \partial \phi)^\top \lambda_\phi + H_t \lambda_g, \quad
+       \lambda_\phi \leftarrow (\partial U / \partial \phi)^\top (\lambda_\phi, \lambda_s) + H_t \lambda_g, \quad
        \lambda_s \leftarrow (\partial U / \partial s)^\top (\lambda_\phi, \lambda_s), \quad
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
@@ -48,7 +48,7 @@ def compute_metagradients(
     call returns, also after an error.
 
     Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size, and so are all
-    that follow: a warning says so. That changes results by no more than rounding.
+    that follow; the log says so. That changes results by no more than rounding.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -73,8 +73,8 @@ def compute_metagradients(
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
-        [`MemoryError`]: If not even one example at a time fits into memory, or the tape or the metric does not; the
-            message names what to lower.
+        [`MemoryError`]: If one example at a time, the metric or the planned tape does not fit into memory; the message
+            names what to lower.
 
     Example:
 
@@ -92,7 +92,7 @@ def compute_metagradients(
     ```
     """
     args = args or TargetTrainingArguments()
-    if args.optim != "sgd" and args.adam_epsilon_root == 0:
+    if args.rule.needs_epsilon_root and args.adam_epsilon_root == 0:
         warnings.warn(
             "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`: its update has no derivative where a gradient is zero and "
             'a huge one close by, so metagradients are ill-conditioned. Set `adam_epsilon_root` to `"auto"`, or to 1e-9.',
@@ -112,7 +112,7 @@ def compute_metagradients(
     lengths = [len(example.input_ids) for example in run.examples]
     of_examples = token_metagradients.cpu().split(lengths)
     sizes = [len(example["input_ids"]) for example in examples]
-    whole = [_whole(*each) for each in zip(of_examples, run.examples, sizes, strict=True)]
+    whole = [_padded_back(*each) for each in zip(of_examples, run.examples, sizes, strict=True)]
     candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(whole, run.examples, strict=True)]
     return MetagradientOutput(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
@@ -155,6 +155,6 @@ def train_and_measure(
     )
 
 
-def _whole(values: Tensor, example: Example, num_tokens: int) -> Tensor:
+def _padded_back(values: Tensor, example: Example, num_tokens: int) -> Tensor:
     """Rows of all tokens of an example as it was given: zeros for padding, and for what was cut."""
     return F.pad(values, (0, 0, example.start, num_tokens - example.start - len(values)))

@@ -96,7 +96,7 @@ class FunctionMetric(Metric):
     def __init__(self, function: Any):
         self.function = function
         for name in ("setup", "readouts", "picture", "decode", "judge", "state", "load_state"):
-            if hasattr(function, name):
+            if callable(getattr(function, name, None)):
                 setattr(self, name, getattr(function, name))
 
     def __call__(self, model: nn.Module) -> Tensor:

@@ -18,7 +18,7 @@ from .method.derivatives import Derivatives, Direction, gradient
 from .method.exact import Exact
 from .method.loss import TokenLosses
 from .method.recipe import TargetTrainingArguments
-from .method.tape import Step, Tape, tape_tensors
+from .method.tape import StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
 from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
@@ -27,9 +27,9 @@ from .runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .runtime.memory import (
     MemoryPlan,
     OutOfMemory,
+    explaining_metric_memory,
     free_room,
     halved,
-    metric_memory,
     place_tape,
     processes_here,
 )
@@ -52,7 +52,7 @@ from .runtime.workspace import Workspace, parameter_groups
 
 logger = logging.getLogger(__name__)
 
-# `adam_epsilon_root="auto"`, in mean squares of the first gradient. With 1 generators learn more slowly (examples/results).
+# `adam_epsilon_root="auto"`: times the mean square of the first gradient. With 1, generators learn more slowly (examples/results).
 AUTO_EPSILON_ROOT = 4.0
 
 Result = TypeVar("Result")
@@ -117,7 +117,7 @@ class TargetRun:
             make_deterministic(self.model)
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
-                with metric_memory():
+                with explaining_metric_memory():
                     self.metric.setup(self.model)
                     with torch.no_grad():
                         before = evaluate(self.metric, self.model).item()
@@ -126,7 +126,7 @@ class TargetRun:
                 self.groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
                 sharded = all(group.rule.elementwise for group in self.groups)
                 space = Workspace(self.groups, self.processes, sharded)
-                self.losses = TokenLosses(self.model, self.recipe.bf16)
+                self.token_losses = TokenLosses(self.model, self.recipe.bf16)
                 self.space = stack.enter_context(space)
             self.progress = stack.enter_context(progress_bar(self.recipe, self.processes, 2 * self.num_steps))
             self._stack = stack.pop_all()
@@ -154,10 +154,13 @@ class TargetRun:
             if keep_tape:
                 with processes.raising_later():
                     kept = grad[space.shard].clone() if space.sharded else grad
-                    self.tape.push(Step(space.phi[space.shard], tuple(s[space.shard] for s in self._state), kept))
-            for part, rule in self._blocks:
-                state = tuple(tensor[part] for tensor in self._state)
-                self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
+                    self.tape.push(
+                        StepInputs(space.phi[space.shard], tuple(s[space.shard] for s in self._state), kept)
+                    )
+            with processes.raising_later():
+                for part, rule in self._blocks:
+                    state = tuple(tensor[part] for tensor in self._state)
+                    self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
             if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
                 del grad, buffer  # the tape has it
                 space.release_gradients()
@@ -201,20 +204,22 @@ class TargetRun:
             self.storage.settle()  # what the buffer holds may be on its way to the tape
             self.space.accumulate_into(buffer)
 
+        if self.processes.count > 1:  # where a failure writes to the buffer before that
+            self.storage.settle()
         with self.processes.summing(buffer, total):
-            total[0] = gradient(self.losses, self.space, batches, losses, before_backward)
+            total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
         return total[0]
 
     def measure(self) -> tuple[float, dict[str, float]]:
         r"""\\( \Phi \\) of the fine-tuned model, and its read-outs."""
-        with self.processes.failing_together(), metric_memory(), torch.no_grad():
+        with self.processes.failing_together(), explaining_metric_memory(), torch.no_grad():
             return evaluate(self.metric, self.model).item(), read_out(self.metric, self.model)
 
     def metric_gradient(self) -> tuple[float, Cotangent, dict[str, float]]:
         r"""\\( \Phi \\) of the fine-tuned model; \\( \lambda_\phi, \lambda_s \\), its gradient; and read-outs."""
         space = self.space
         with self.processes.failing_together():
-            with metric_memory():
+            with explaining_metric_memory():
                 value, grad = _metric_gradient(self.metric, self.model, space)
                 readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
@@ -224,7 +229,7 @@ class TargetRun:
 
     def derivatives(self) -> Derivatives:
         """What differentiates the loss a second time."""
-        exact = Exact(self.losses, self.space)
+        exact = Exact(self.token_losses, self.space)
         if self.recipe.curvature == "exact":
             return exact
         return CentralDifference(exact, self.recipe.curvature_tolerance)
@@ -237,7 +242,7 @@ class TargetRun:
             [`Direction`]: \\( \lambda_g \\).
         """
         space = self.space
-        along, inner = cotangent.phi if step == 0 else space.along, 0.0
+        along, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
         with self.processes.raising_later():
             inner = self.optimizer.adjoint_(self.tape, space.phi_shard, cotangent, along)
         inner = space.total(inner)
@@ -247,7 +252,7 @@ class TargetRun:
             inner = space.total(inner)
         with self.processes.raising_later():
             self.tape.pop()
-        vector = space.whole(along)
+        vector = space.gather_and_load_phi(along)
         check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
         return Direction(vector, inner, self.losses_of_epoch(step))
 
@@ -303,10 +308,10 @@ class TargetRun:
                 self.batches[step],
                 self.recipe,
                 self.measured.micro_batch_size,
-                self.space.phi,
+                self.space.dtype,
                 self.processes,
             )
-        return self._collated[step]
+        return [batch.to(self.space.device) for batch in self._collated[step]]
 
 
 def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters: int) -> float:
@@ -314,7 +319,7 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
     square = grad.norm(dtype=torch.float64).item() ** 2
-    if square == 0 and recipe.optim != "sgd":
+    if square == 0 and recipe.rule.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
             "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "

@@ -17,19 +17,19 @@ class WithoutWeightGradients(TorchFunctionMode):
     """
     Has linear layers build graphs with zeros in place of the gradients of their weights, and the right derivatives.
 
-    Only of weights that are parameters: the gradient of any other is a factor of what comes next.
+    Only of weights that are parameters: the gradient of a computed weight is needed further back.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not kwargs and func is F.linear and isinstance(args[1], nn.Parameter) and args[1].requires_grad:
-            product = _Product.apply(args[0], args[1], True)
+            product = _Linear.apply(args[0], args[1], True)
             return product if len(args) < 3 or args[2] is None else product + args[2]
         if not kwargs and func is torch.addmm and isinstance(args[2], nn.Parameter) and args[2].requires_grad:
-            return args[0] + _Product.apply(args[1], args[2], False)
+            return args[0] + _Linear.apply(args[1], args[2], False)
         return func(*args, **(kwargs or {}))
 
 
-class _Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     r"""\\( x W^\top \\), or \\( x W \\)."""
 
     @staticmethod
@@ -43,12 +43,12 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = cotangent @ (weight if ctx.transposed else weight.T) if ctx.needs_input_grad[0] else None
         if torch.is_grad_enabled():  # the first pass, which builds the graph of the second
-            return of_x, _WeightGradient.apply(cotangent, x, ctx.transposed), None
+            return of_x, _LeftOutGradient.apply(cotangent, x, ctx.transposed), None
         rows, inputs = cotangent.flatten(0, -2), x.flatten(0, -2)
         return of_x, rows.T @ inputs if ctx.transposed else inputs.T @ rows, None
 
 
-class _WeightGradient(torch.autograd.Function):
+class _LeftOutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cotangent, x, transposed):
         ctx.save_for_backward(cotangent, x)

@@ -1,4 +1,4 @@
-"""The seam of all shortcuts: each can be switched off, and nothing but the cost of a run changes."""
+"""Settings that switch each shortcut off. Nothing but the cost of a run changes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,13 +21,13 @@ class Switches:
             that off.
         chunk (`int`, *optional*):
             Logits of one chunk. `None` is what suits the device.
-        in_graphs (`tuple`):
+        graph_contexts (`tuple`):
             Contexts that forward passes run in where a second-order graph is built.
     """
 
     logits_at_once: float = 1 << 21
     chunk: int | None = None
-    in_graphs: tuple[Callable[[], AbstractContextManager], ...] = (WithoutWeightGradients,)
+    graph_contexts: tuple[Callable[[], AbstractContextManager], ...] = (WithoutWeightGradients,)
 
 
 SWITCHES = Switches()
@@ -53,6 +53,6 @@ def building_graph(model: nn.Module, bf16: bool) -> Iterator[None]:
     computed.
     """
     with ExitStack() as stack:
-        for context in () if bf16 or is_checkpointed(model) else SWITCHES.in_graphs:
+        for context in () if bf16 or is_checkpointed(model) else SWITCHES.graph_contexts:
             stack.enter_context(context())
         yield

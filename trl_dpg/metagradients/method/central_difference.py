@@ -10,9 +10,12 @@ from .derivatives import Derivatives, Direction
 from .exact import Exact
 
 
-FIRST_DISTANCE = 1e-4  # relative to the parameters; where the search for a step size begins
-FIRST_CHANGE = 0.1  # nats per token over the cube root of the precision; the change of loss that it looks for
-PROBED = 8  # examples, to find it; an eighth of a batch if that is less, but at least two
+# The search for a first step size begins at this part of the parameters' norm. It looks for a change of loss of this many nats per
+# token, times the cube root of machine epsilon. It uses at most this many examples of a process, and this share of its batch.
+FIRST_DISTANCE = 1e-4
+FIRST_CHANGE = 0.1
+MOST_PROBED = 8
+SHARE_PROBED = 1 / 8
 
 
 class CentralDifference(Derivatives):
@@ -24,7 +27,7 @@ class CentralDifference(Derivatives):
        \quad \langle \nabla \ell_{ij}, \lambda_g \rangle \approx
        \frac{\ell_{ij}(\phi_t + \epsilon \lambda_g) - \ell_{ij}(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
 
-    Costs 6 forward passes a step (plain training: 3), 2 at the first step.
+    Takes about as long as 6 forward passes a step (plain training: 3), 2 at the first step.
 
     The error is estimated from losses. With \\( \Delta = \tfrac{1}{2} \mathrm{mean}_i |\ell_i^+ - \ell_i^-| \\) in nats per token
     and \\( \ell_i \\) from the forward sweep, it is the largest of
@@ -48,7 +51,7 @@ class CentralDifference(Derivatives):
     """
 
     def __init__(self, exact: Exact, tolerance: float):
-        super().__init__(exact.losses, exact.space)
+        super().__init__(exact.token_losses, exact.space)
         self.exact = exact
         self.tolerance = tolerance
         self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
@@ -82,12 +85,13 @@ class CentralDifference(Derivatives):
             if error <= self.tolerance or distance / 1.5 < self._distance < 1.5 * distance:
                 break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
         self.errors.append(error)
-        if error <= self.tolerance:  # not where it is not a number
+        if error <= self.tolerance:  # which a NaN fails
             return results
         self.num_fallbacks += 1
         self._distance = 0.0  # nothing was learned about it
         if product is None:  # the first step, which may start from what is exact
             self.space.load_originals(self.space.phi)
+            self._position = 0.0
         else:
             self._move_to(0.0, direction.vector)
         return self.exact(batches, direction, product)
@@ -104,7 +108,7 @@ class CentralDifference(Derivatives):
         wanted = FIRST_CHANGE * torch.finfo(self.space.dtype).eps ** (1 / 3)
         # as many examples whatever the size of micro-batches, on which the step should not depend
         num = sum(len(batch.indices) for batch in batches)
-        rows = min(PROBED, max(2, num // PROBED))
+        rows = min(MOST_PROBED, max(2, int(num * SHARE_PROBED)))
         few = []
         for batch in batches:
             few += [batch.first(rows)] if rows > 0 else []
@@ -113,7 +117,7 @@ class CentralDifference(Derivatives):
             count, change, total = self._change(few, direction, norm, num)
             if count == 0:
                 return
-            # Of a change that is little more than rounding, or no longer linear, less follows.
+            # A change near rounding, or far from linear, says little: the factor is limited.
             factor = min(max(wanted * count / change, 0.01), 100.0) if change > 0 else 100.0
             distance = self._distance
             self._distance = min(distance * (factor if math.isfinite(change) else 0.01), self._farthest)
@@ -121,7 +125,7 @@ class CentralDifference(Derivatives):
                 break
         if refine and 4 * count <= total:
             distance = self._distance
-            self._difference(few, direction._replace(inner=math.nan), norm, None)
+            self._difference(few, direction._replace(dot_with_grad=math.nan), norm, None)
             self._distance = min(self._distance, distance)  # a few say little about how far one may go with all
 
     def _change(self, few, direction, norm, num: int) -> list[float]:
@@ -130,7 +134,7 @@ class CentralDifference(Derivatives):
         sums = [0.0, 0.0, float(num)]
         with self.space.accumulating(None, sums), torch.no_grad():
             for batch in few:
-                values = batch.example_sums(self.losses(batch)[:, 0])
+                values = batch.example_sums(self.token_losses(batch)[:, 0])
                 change = (values - direction.example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
                 sums[0] += len(batch.indices)
                 sums[1] += change.abs().sum().item()
@@ -153,7 +157,7 @@ class CentralDifference(Derivatives):
                 self._move_to(sign * epsilon, direction.vector)
                 for batch, result, (odd, even) in zip(batches, results, changes, strict=True):
                     with torch.set_grad_enabled(product is not None):
-                        values = self.losses(batch, candidates=True)
+                        values = self.token_losses(batch, candidates=True)
                     if product is not None:
                         weights = batch.token_weights(candidates=True) * (sign / (2 * epsilon))
                         values.backward(weights, inputs=self.space.params)
@@ -168,12 +172,15 @@ class CentralDifference(Derivatives):
                 rows = (direction.example_losses[batch.indices] * nats, (odd * nats).abs(), (even * nats).abs())
                 parts = (*(row.sum().item() for row in rows), weighted.sum().item(), weighted.abs().sum().item())
                 sums[:] = [total + part for total, part in zip(sums, (len(batch.indices), *parts), strict=True)]
-        return [result / (2 * epsilon) for result in results], self._judge(sums, direction.inner)
+        return [result / (2 * epsilon) for result in results], self._estimate_and_adapt(sums, direction.dot_with_grad)
 
-    def _judge(self, sums: list[float], inner: float) -> float:
+    def _estimate_and_adapt(self, sums: list[float], inner: float) -> float:
         """Estimated error of a difference, and the next distance. `inner` is not a number where the sums are not over all examples."""
         count, loss, first, second, found, size = sums
-        if count == 0:  # no example with a supervised token on any process: all derivatives are 0
+        if (
+            count == 0
+        ):  # no example with a supervised token on any process: all derivatives are 0, and nothing was learned
+            self._distance = 0.0
             return 0.0
         if not math.isfinite(first + second + loss + found):
             self._distance /= 10
@@ -186,6 +193,6 @@ class CentralDifference(Derivatives):
         # One example that is far less linear than the others hardly shows in means, but in what is missed.
         truncation = max(2 * max((second / first) ** 2 - rounding**2, 0.0), missed - rounding)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
-        # Of a change that is little more than rounding, the second difference says nothing.
+        # Near rounding, the second difference says nothing: the factor is limited.
         self._distance = min(self._distance * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
         return max(truncation, rounding, missed)

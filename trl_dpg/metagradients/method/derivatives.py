@@ -23,7 +23,7 @@ def gradient(
     Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss.
 
     The \\( \ell_i(\phi_t) / Z_t \\) are written into `example_losses`, shape `(n,)`. `before_backward` is called before the first
-    backward pass. Costs 3 forward passes.
+    backward pass. Takes about as long as 3 forward passes.
     """
     total = 0.0
     if not batches:
@@ -43,7 +43,7 @@ class Direction(NamedTuple):
     r"""The cotangent \\( \lambda_g \\) of a step's gradient, and what is known of that step."""
 
     vector: Tensor  # (size,)
-    inner: float  # <lambda_g, g_t>
+    dot_with_grad: float  # <lambda_g, g_t>
     example_losses: Tensor  # (n,) of the forward sweep
 
 
@@ -57,7 +57,7 @@ class Derivatives(ABC):
     """
 
     def __init__(self, losses: TokenLosses, space: Workspace):
-        self.losses = losses
+        self.token_losses = losses
         self.space = space
         self.errors: list[float] = []
         self.num_fallbacks = 0

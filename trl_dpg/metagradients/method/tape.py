@@ -10,17 +10,17 @@ from ..runtime.storage import Storage
 from .updates.optimizer import Block, Optimizer
 
 
-OVERHEAD = 0.1  # of the gradients' own size, for states
+OVERHEAD = 0.1  # extra room for states, as a fraction of all gradients
 
 
 def tape_tensors(num_steps: int, num_states: int) -> int:
-    """The most tensors of the size of the trained parameters that a [`Tape`] ever holds."""
+    """Upper bound on what a [`Tape`] holds, in tensors as large as the trained parameters."""
     states = int(OVERHEAD * num_steps) // (1 + num_states)
     return num_steps + states * (1 + num_states)
 
 
-class Step(NamedTuple):
-    """A block of what went into a step's update."""
+class StepInputs(NamedTuple):
+    """What goes into a step's update: of all parameters, or of a block."""
 
     phi: Tensor
     state: tuple[Tensor, ...]
@@ -77,7 +77,7 @@ class Tape:
         """The last step that is on the tape, from 0."""
         return len(self.gradients) - 1
 
-    def push(self, step: Step) -> None:
+    def push(self, step: StepInputs) -> None:
         """Keeps a step's gradient, which is taken over, and now and then a copy of the parameters and the state before it."""
         number = len(self.gradients)
         if number == self._next_kept and self._has_room(self.num_steps, len(self.states) + 1):
@@ -87,7 +87,7 @@ class Tape:
         self.gradients.append(self.storage.put([step.grad[part] for part, _ in self.blocks]))
 
     @torch.no_grad()
-    def replay(self, phi: Tensor) -> Iterator[Step]:
+    def replay(self, phi: Tensor) -> Iterator[StepInputs]:
         """The last step, block by block. Its parameters are written to `phi`, shape `(n,)`."""
         start, keys = self._to_read()
         if start == 0:
@@ -106,7 +106,7 @@ class Tape:
                 self.optimizer.update_(position, rule, block, state, next(tensors))
                 if position + 1 in kept:
                     kept[position + 1].append(self._keep([block, *state], rule))
-            yield Step(block, state, next(tensors))
+            yield StepInputs(block, state, next(tensors))
 
     def last_gradient(self) -> Iterator[Tensor]:
         """The last step's gradient, block by block."""

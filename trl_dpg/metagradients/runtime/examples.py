@@ -49,6 +49,11 @@ class MicroBatch(NamedTuple):
         indices, *tensors = self
         return MicroBatch(indices[:n], *(tensor[:n] for tensor in tensors))  # type: ignore[arg-type, misc]
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        indices, *tensors = self
+        return MicroBatch(indices, *(tensor.to(device) for tensor in tensors))  # type: ignore[arg-type, misc]
+
     def supervised(self) -> tuple[Tensor, Tensor]:
         """Row of each supervised token, and the position before it, whose logits predict it. Shape `(t,)` each."""
         rows, columns = (self.labels[:, 1:] != -100).nonzero(as_tuple=True)
@@ -202,7 +207,7 @@ def micro_batches(
     batch: list[int],
     recipe: "TargetTrainingArguments",
     size: int | None,
-    phi: Tensor,
+    dtype: torch.dtype,
     processes: Processes,
 ) -> list[MicroBatch]:
     """
@@ -213,7 +218,7 @@ def micro_batches(
         batch (`list[int]`): Which of them are in the batch.
         recipe ([`TargetTrainingArguments`]): Its normalization.
         size (`int`, *optional*): Examples in a micro-batch; `None` for all.
-        phi (`Tensor`): The trained parameters, whose device and dtype are taken.
+        dtype (`torch.dtype`): That of the trained parameters.
         processes ([`Processes`]): Who shares the batch.
 
     Returns:
@@ -232,27 +237,27 @@ def micro_batches(
     stop = (processes.index + 1) * len(supervised) // processes.count
     share = supervised[start:stop]
     size = size or max(len(share), 1)
-    return [_collate(examples, share[j : j + size], scales, phi) for j in range(0, len(share), size)]
+    return [_collate(examples, share[j : j + size], scales, dtype) for j in range(0, len(share), size)]
 
 
-def _collate(examples: list[Example], indices: list[int], scales: dict[int, float], phi: Tensor) -> MicroBatch:
-    rows, device, dtype = [examples[i] for i in indices], phi.device, phi.dtype
+def _collate(examples: list[Example], indices: list[int], scales: dict[int, float], dtype: torch.dtype) -> MicroBatch:
+    rows = [examples[i] for i in indices]
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     length = int(lengths.max())
 
     def padded(values: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (length - len(row)) for row in values], device=device)
+        return torch.tensor([row + [value] * (length - len(row)) for row in values])
 
     return MicroBatch(
         indices,
         padded([row.input_ids for row in rows], 0),
-        (torch.arange(length) < lengths[:, None]).long().to(device),
+        (torch.arange(length) < lengths[:, None]).long(),
         padded([row.labels for row in rows], -100),
-        pad_sequence([row.candidates for row in rows], batch_first=True, padding_value=-1).to(device),
-        torch.tensor([scales[i] for i in indices], dtype=dtype, device=device),
-        torch.tensor([examples[i].num_supervised for i in indices], device=device),
-        torch.tensor([examples[i].weight for i in indices], dtype=dtype, device=device),
-        torch.tensor([examples[i].offset for i in indices], device=device),
+        pad_sequence([row.candidates for row in rows], batch_first=True, padding_value=-1),
+        torch.tensor([scales[i] for i in indices], dtype=dtype),
+        torch.tensor([examples[i].num_supervised for i in indices]),
+        torch.tensor([examples[i].weight for i in indices], dtype=dtype),
+        torch.tensor([examples[i].offset for i in indices]),
     )
 
 

@@ -31,7 +31,7 @@ class MemoryPlan:
         tape (`str`):
             `"device"`, `"host"` or `"disk"`.
         tape_bytes (`int`):
-            The most that it takes up there, of one process.
+            The most that gradients and states take up there, of one process. Cotangents of a state come on top.
     """
 
     tape: str
@@ -157,7 +157,7 @@ def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_
 
 
 @contextmanager
-def metric_memory() -> Iterator[None]:
+def explaining_metric_memory() -> Iterator[None]:
     """Has a metric that runs out of memory say that it did: smaller micro-batches would not help."""
     try:
         yield

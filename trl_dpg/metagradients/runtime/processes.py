@@ -46,8 +46,8 @@ class Processes:
     @contextmanager
     def raising_later(self) -> Iterator[None]:
         """
-        Runs a block without collectives; if it raises, so does the next sum, gather or block that fails together, on every
-        process. What is computed until then is of no use.
+        Runs a block without collectives; if it raises, so does the next `summing`, `gather` or block that fails together, on
+        every process. What is computed until then is of no use.
         """
         try:
             yield
@@ -77,7 +77,7 @@ class Processes:
             tail = buffer[-TAIL:]
             tail.zero_()
             tail[0] = error is not None
-            tail[1 : len(scalars) + 1] = torch.tensor(scalars)
+            tail[1 : len(scalars) + 1] = torch.tensor(scalars, dtype=buffer.dtype)
             if error is not None:
                 buffer[:-TAIL] = 0
             torch.distributed.all_reduce(buffer)

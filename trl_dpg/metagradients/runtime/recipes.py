@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "curvature": ("exact", "central_difference"),
     "tape": ("auto", "device", "host", "disk"),
 }
-SWITCHES = ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing")
+BOOLEANS = ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing")
 NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number in [0, 1)", lambda x: 0 <= x < 1
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -56,7 +56,7 @@ def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
             raise ValueError(
                 f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(recipe, name)!r}."
             )
-    for name in SWITCHES:
+    for name in BOOLEANS:
         if not isinstance(getattr(recipe, name), bool):
             raise ValueError(f"`{name}` must be True or False, got {getattr(recipe, name)!r}.")
     if recipe.nesterov not in (None, True, False):
@@ -92,7 +92,7 @@ def _require(name: str, value: Any, requirement: str, holds: Callable[[float], b
 
 
 def _check_combinations(recipe: "TargetTrainingArguments") -> None:
-    if recipe.optim != "sgd" and recipe.adam_epsilon == 0 and recipe.adam_epsilon_root == 0:
+    if recipe.rule.needs_epsilon_root and recipe.adam_epsilon == 0 and recipe.adam_epsilon_root == 0:
         raise ValueError(
             "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is zero. Set "
             "`adam_epsilon_root`, for example to 1e-9."

@@ -70,11 +70,11 @@ class Workspace:
             Distinct parameters, on one device and of one dtype. Groups stay together, in order.
         processes ([`Processes`]):
             Who shares the run.
-        sharded (`bool`):
-            Whether a process keeps a shard only.
+        shardable (`bool`):
+            Whether a process can do with a shard.
     """
 
-    def __init__(self, groups: Sequence[Group], processes: Processes, sharded: bool):
+    def __init__(self, groups: Sequence[Group], processes: Processes, shardable: bool):
         self.processes = processes
         self.params = [param for group in groups for param in group.params]
         self.offsets: list[int] = []
@@ -86,7 +86,7 @@ class Workspace:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
             self.parts.append(slice(start, end if group.rule.elementwise else start + group.params[0].numel()))
-        num_shards = processes.count if sharded else 1
+        num_shards = processes.count if shardable else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
         if groups[-1].rule.elementwise:  # what pads the shards is updated too, from zero to zero
             self.parts[-1] = slice(self.parts[-1].start, self.size)
@@ -98,7 +98,9 @@ class Workspace:
 
     def __enter__(self) -> "Workspace":
         self._originals = [(p, p.data) for p in self.params]
-        self.phi = self.buffer()[: self.size]  # tangents must have its storage's size
+        self.phi = self.buffer()[
+            : self.size
+        ]  # with the storage of a gradient buffer: forward mode then copies no tangent
         for param, view in zip(self.params, self.views(self.phi), strict=True):
             view.copy_(param.data)
             param.data = view
@@ -150,7 +152,7 @@ class Workspace:
         """Makes the memory of the adjoint sweep. A single step needs none."""
         if num_steps > 1:
             self.product = self.buffer()
-            self.along = self.buffer()[: self.size] if not self.sharded else self.zeros(self.shard_size)
+            self.grad_cotangent = self.buffer()[: self.size] if not self.sharded else self.zeros(self.shard_size)
         self.phi_shard = self.zeros(self.shard_size) if self.sharded else self.phi
 
     def load_originals(self, out: Tensor) -> None:
@@ -166,8 +168,8 @@ class Workspace:
         """Sum over all processes that hold a part of the parameters."""
         return self.processes.sum_float(number, self.device) if self.sharded else number
 
-    def whole(self, shard: Tensor) -> Tensor:
-        r"""Sets the parameters to \\( \phi_t \\), of which each process has its shard, and puts another tensor's shards together."""
+    def gather_and_load_phi(self, shard: Tensor) -> Tensor:
+        r"""Gathers a sharded tensor. It gathers \\( \phi_t \\) too, and loads it into the model."""
         if not self.sharded:
             return shard
         values, other = self.processes.gather(self.phi_shard, shard)

@@ -52,7 +52,7 @@ class Clipping:
             `float`: This part of \\( \langle \lambda_g, g \rangle \\).
         """
         norm, factor = self.norms[step], self.factor(step)
-        if factor < 1.0:
+        if self.clips(step):
             radial = factor * inner / ((norm + 1e-6) * norm) if norm > 0 else 0.0
             cotangent.mul_(factor).sub_(grad, alpha=radial)
         return torch.dot(cotangent, grad).item()

@@ -49,7 +49,7 @@ class Muon(Update):
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
         """As of [`Update`]."""
-        direction = orthogonalized(self._direction(grad, *state).view(self.shape))
+        direction = orthogonalized(self._momentum_step_(grad, *state).view(self.shape))
         phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.size)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
@@ -59,7 +59,7 @@ class Muon(Update):
         $$ \nu = \lambda_{b'} + \mu \lambda_u, \quad \lambda_g = (1 - \mu) (\lambda_u + \nu) \text{ with Nesterov's momentum, else }
            \nu = \lambda_{b'} + \lambda_u, \quad \lambda_g = (1 - \mu) \nu; \quad \lambda_b = \mu \nu $$
         """
-        direction = self._direction(grad, *state).detach().view(self.shape)
+        direction = self._momentum_step_(grad, *state).detach().view(self.shape)
         with torch.enable_grad():
             update = orthogonalized(direction.requires_grad_())
         (of_direction,) = torch.autograd.grad(update, direction, of_phi.view(self.shape) * (-rate * self.size))
@@ -71,7 +71,7 @@ class Muon(Update):
         of_phi.mul_(1 - rate * self.weight_decay)
         return of_grad
 
-    def _direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
+    def _momentum_step_(self, grad: Tensor, buffer: Tensor) -> Tensor:
         buffer.lerp_(grad, 1 - self.momentum)
         return grad.lerp(buffer, self.momentum) if self.nesterov else buffer
 

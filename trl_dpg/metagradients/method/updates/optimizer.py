@@ -55,7 +55,7 @@ class Optimizer:
 
     @torch.no_grad()
     def update_(self, step: int, rule: Update, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """Updates a block in place. `grad` is as before clipping; no `state` is zeros that nobody wants afterwards."""
+        """Updates a block in place. `grad` is as before clipping; without a `state`, zeros are used and then discarded."""
         own = state[: rule.num_states] or tuple(torch.zeros_like(phi) for _ in range(rule.num_states))
         rule.update_(step, self.rates[step], phi, own, self.clipping.clipped(step, grad))
 

@@ -14,6 +14,8 @@ from .update import Update
 class SGD(Update):
     """See the module."""
 
+    needs_epsilon_root = False
+
     def __init__(self, *args):
         super().__init__(*args)
         self.momentum = self.recipe.momentum or 0.0
@@ -29,7 +31,8 @@ class SGD(Update):
         """As of [`Update`]."""
         if self.weight_decay > 0:
             grad = grad.add(phi, alpha=self.weight_decay)
-        for buffer in state:
+        if self.momentum > 0:
+            (buffer,) = state
             buffer.mul_(self.momentum).add_(grad)
             grad = grad.add(buffer, alpha=self.momentum) if self.recipe.nesterov else buffer
         phi.add_(grad, alpha=-rate)
@@ -43,7 +46,8 @@ class SGD(Update):
            \quad \lambda_g = \lambda_{b'} + \lambda_u; \quad \lambda_\phi = \lambda_{\phi'} + w \lambda_g $$
         """
         of_grad = of_phi * -rate
-        for of_buffer in of_state:
+        if self.momentum > 0:
+            (of_buffer,) = of_state
             of_buffer.add_(of_grad, alpha=self.momentum if self.recipe.nesterov else 1.0)
             of_grad = of_grad.add_(of_buffer) if self.recipe.nesterov else of_buffer.clone()
             of_buffer.mul_(self.momentum)

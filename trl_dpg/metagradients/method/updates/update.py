@@ -26,10 +26,12 @@ class Update(ABC):
     Attributes:
         num_states (`int`): Tensors in \\( s \\). They are zeros before the first step.
         elementwise (`bool`): Whether the rule treats every element alone.
+        needs_epsilon_root (`bool`): Whether `adam_epsilon_root` plays a part, here or in what is left to AdamW.
     """
 
     num_states = 0
     elementwise = True
+    needs_epsilon_root = True
 
     def __init__(self, recipe: "TargetTrainingArguments", weight_decay: float, epsilon_root: float, shape: torch.Size):
         self.recipe = recipe
