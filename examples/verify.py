@@ -82,7 +82,7 @@ def wanted_pattern(pattern: str | None, qr_text: str | None, described: dict[str
     return LMHeadPattern.qr(qr_text or "TRL-DPG")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", required=True, help="Checkpoint of the trained generator.")
     parser.add_argument("--target", required=True, help="Checkpoint of the original target.")
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--max_new_tokens", type=int, help="As in the generator's training, or 24.")
     parser.add_argument("--seed", type=int, default=1234)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     facts = read_facts(options.generator, "generator") or {}
     wanted = wanted_pattern(options.pattern, options.qr_text, facts.get("metric", {}))
     max_new_tokens = options.max_new_tokens or facts.get("generation", {}).get("max_new_tokens", 24)

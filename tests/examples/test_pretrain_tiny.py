@@ -76,6 +76,7 @@ def test_script(texts, tmp_path, monkeypatch, capsys):
         AutoTokenizer.from_pretrained(lines[2])
     )
 
-    monkeypatch.setattr(pretrain_tiny, "pretrain", None)
+    made = Path(lines[2], "config.json").stat().st_mtime_ns
     monkeypatch.setenv("TRL_DPG_CACHE", str(tmp_path))
     assert tiny_multilingual(("en", "es"), seed=1) == lines[2]
+    assert Path(lines[2], "config.json").stat().st_mtime_ns == made

@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,17 +92,17 @@ class TestSaveTinyModels:
             assert tokenizer("the six seven")["input_ids"] == tiny_tokenizer()("the six seven")["input_ids"]
             assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id) == ("left", 60, 62)
 
-    def test_reuse(self, tmp_path, monkeypatch):
+    def test_reuse(self, tmp_path):
         paths = save_tiny_models(tmp_path)
         other = save_tiny_models(tmp_path, seed=1)
         assert not set(paths) & set(other)
-        monkeypatch.setattr(resources, "tiny_causal_lm", None)
+        made = [Path(path, "config.json").stat().st_mtime_ns for path in paths]
         assert save_tiny_models(tmp_path) == paths
+        assert [Path(path, "config.json").stat().st_mtime_ns for path in paths] == made
 
-    def test_interrupted(self, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch, pytest.raises(TypeError):
-            patch.setattr(resources, "tiny_tokenizer", None)
-            save_tiny_models(tmp_path)
+    def test_interrupted(self, tmp_path):
+        with pytest.raises(RuntimeError):
+            save_tiny_models(tmp_path, seed=0.5)  # of which nothing can be made
         assert list(tmp_path.iterdir()) == []
         generator, _ = save_tiny_models(tmp_path)
         assert len(AutoTokenizer.from_pretrained(generator)) == 64

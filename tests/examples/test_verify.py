@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,8 +31,8 @@ def verify(monkeypatch, tmp_path):
             str(tmp_path / "out"),
         ]
         monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr(sys, "argv", ["verify.py", "--generator", generator, "--target", target, *small, *flags])
-        runpy.run_path(str(EXAMPLES / "verify.py"), run_name="__main__")
+        main = runpy.run_path(str(EXAMPLES / "verify.py"))["main"]
+        main(["--generator", generator, "--target", target, *small, *flags])
 
     run.generator, run.target = Path(generator), target
     return run
