@@ -78,14 +78,16 @@ def main(
         if number == 1:
             untrained = [trainer.predict(prompts["test"]).predictions for _ in range(loop_args.rounds)]
         trainer.train()
-        entropy = [row["entropy"] for row in trainer.state.log_history if "entropy" in row][-1]
+        entropies = [
+            row["entropy"] for row in trainer.state.log_history if "entropy" in row
+        ]  # none in a run that logs none
         written = trainer.predict(prompts["test"]).predictions
         recipe = training_args.target_learning_rate, len(written) // loop_args.sft_steps, training_args.seed
         target = fine_tune(target, target_tokenizer, written, *recipe)
         control = fine_tune(control, target_tokenizer, untrained[number - 1], *recipe)
         rows.append(
             {"round": number, "loop": read(metric, target), "control": read(metric, control)}
-            | {"entropy": entropy, "distinct": len(set(written)) / len(written)}
+            | {"entropy": entropies[-1] if entropies else None, "distinct": len(set(written)) / len(written)}
         )
         print(json.dumps(rows[-1]), flush=True)
 

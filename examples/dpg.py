@@ -208,7 +208,8 @@ def describe_run(trainer, model_args: ModelConfig, script_args: DPGScriptArgumen
         "completions": micro_steps // steps_per_batch * args.generation_batch_size,
         "seed": args.seed,
         "steps": trainer.state.global_step,
-        "entropy": {"first": entropies[0], "last": entropies[-1]},  # nats per token
+        # nats per token; a run shorter than `logging_steps` logs none
+        "entropy": {"first": entropies[0], "last": entropies[-1]} if entropies else None,
         "seconds": round(seconds),
         "hardware": describe_machine(args.device),
     }
