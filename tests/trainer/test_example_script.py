@@ -39,13 +39,20 @@ FLAGS = {
 }
 
 
+def test_a_run_too_short_to_log(run_example, tmp_path):
+    flags = {**FLAGS, "--max_steps": 1, "--logging_steps": 10}
+    run_example("tiny_67.yaml", *(str(item) for pair in flags.items() for item in pair), "--output_dir", "there")
+    results = json.loads((tmp_path / "there" / "results.json").read_text())
+    assert results["steps"] == 1 and results["entropy"] is None
+
+
 def test_tiny_67(run_example, tmp_path, capsys):
     flags = [str(item) for pair in FLAGS.items() for item in pair]
-    run_example("tiny_67.yaml", *flags, "--output_dir", "there", "--validation_draws", "2", "--logging_steps", "10")
+    run_example("tiny_67.yaml", *flags, "--output_dir", "there", "--validation_draws", "2")
     output_dir = tmp_path / "there"
 
     results = json.loads((output_dir / "results.json").read_text())
-    assert results["steps"] == 2 and results["entropy"] is None  # nothing was logged
+    assert results["steps"] == 2
     for stage in ("untrained", "trained"):
         accuracy = results["eval_pixel_accuracy"][stage]
         assert len(accuracy["draws"]) == 2
