@@ -10,13 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.metagradients.cases import CASES, VOCAB, make_examples, metric, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.kernels import switched
+from trl_dpg.metagradients.kernels.gelu import closed_form_gelus
+from trl_dpg.metagradients.kernels.linear import WithoutWeightGradients
 
 
 NAMES = ["adamw-k1", "adamw-k4", "tied-adamw-k4", "sgd-k4", "muon-k4", "clipping-adamw", "lora-adamw", "micro-batches"]
 # name: (with the shortcut, without it)
 SHORTCUTS = {
     "chunked head": ({"logits_at_once": 0, "chunk": 3 * VOCAB}, {"logits_at_once": math.inf}),
-    "no gradients of weights": ({"logits_at_once": math.inf}, {"logits_at_once": math.inf, "graph_contexts": ()}),
+    "no gradients of weights": (
+        {"logits_at_once": math.inf, "graph_contexts": (WithoutWeightGradients,)},
+        {"logits_at_once": math.inf, "graph_contexts": ()},
+    ),
+    "closed-form GELU": (
+        {"logits_at_once": math.inf, "graph_contexts": (closed_form_gelus,)},
+        {"logits_at_once": math.inf, "graph_contexts": ()},
+    ),
 }
 
 
@@ -63,3 +72,19 @@ def test_gradients_that_are_left_out_cost_nothing():
             run(switches, "adamw-k9")
         flops.append(counter.get_total_flops())
     assert 0.85 < flops[0] / flops[1] < 0.97
+
+
+def test_closed_forms_keep_less():
+    """The second derivative of GELU, elementwise operation by operation, is most of what a graph keeps."""
+    kept = []
+    for switches in SHORTCUTS["closed-form GELU"]:
+        sizes: list[int] = []
+
+        def note(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            run(switches, "adamw-k4")
+        kept.append(sum(sizes))
+    assert kept[0] < 0.8 * kept[1]

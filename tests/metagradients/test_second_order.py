@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.kernels import building_graph
+from trl_dpg.metagradients.kernels.gelu import TanhGELU
 
 
 def linear(x, weight, bias):
@@ -43,6 +45,49 @@ def test_product(layer):
         zeros, actual = product()
     torch.testing.assert_close(actual, expected)
     assert grad.any() and (layer is conv1d or not zeros.any())
+
+
+def second_derivatives(function, dtype):
+    """Value, gradient and second derivatives, from far left to far right."""
+    x = torch.linspace(-12, 12, 2001).to(dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(x.shape, generator=generator).to(dtype).requires_grad_()
+    direction = torch.randn(x.shape, generator=generator).to(dtype)
+    value = function(x)
+    (grad,) = torch.autograd.grad(value, x, cotangent, create_graph=True)
+    return [value.detach(), grad.detach(), *torch.autograd.grad(grad, [x, cotangent], direction)]
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_gelu(name, dtype, tolerance):
+    """Float32, here too, against float64: PyTorch's own derivatives of the first formula are as far from it."""
+    actual = second_derivatives(TanhGELU.apply, dtype)
+    expected = second_derivatives(ACT2FN[name], torch.float64)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gelu_in_half_precision(dtype):
+    """Where a frozen part is: no value is too large for the formula, as long as the activation is not."""
+    x = torch.linspace(-1e4, 1e4, 2001).to(dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(TanhGELU.apply(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.dtype == dtype and second.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
+def test_gelu_of_a_model(name):
+    """It is used, and the model's modules are as before."""
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, activation_function=name)
+    model = GPT2LMHeadModel(config)
+    with building_graph(model, bf16=False):
+        out = model.transformer.h[0].mlp.act(torch.ones(3, requires_grad=True))
+    assert "TanhGELU" in type(out.grad_fn).__name__
+    assert "forward" not in vars(model.transformer.h[0].mlp.act)
+    out = model.transformer.h[0].mlp.act(torch.ones(3, requires_grad=True))
+    assert "TanhGELU" not in type(out.grad_fn).__name__
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..runtime.model import is_checkpointed
+from .gelu import closed_form_gelus
 from .linear import WithoutWeightGradients
 
 
@@ -22,12 +23,15 @@ class Switches:
         chunk (`int`, *optional*):
             Logits of one chunk. `None` is what suits the device.
         graph_contexts (`tuple`):
-            Contexts that forward passes run in where a second-order graph is built.
+            Contexts, each of a model, that its forward passes run in where a second-order graph is built.
     """
 
     logits_at_once: float = 1 << 21
     chunk: int | None = None
-    graph_contexts: tuple[Callable[[], AbstractContextManager], ...] = (WithoutWeightGradients,)
+    graph_contexts: tuple[Callable[[nn.Module], AbstractContextManager], ...] = (
+        closed_form_gelus,
+        WithoutWeightGradients,
+    )
 
 
 SWITCHES = Switches()
@@ -54,5 +58,5 @@ def building_graph(model: nn.Module, bf16: bool) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for context in () if bf16 or is_checkpointed(model) else SWITCHES.graph_contexts:
-            stack.enter_context(context())
+            stack.enter_context(context(model))
         yield
