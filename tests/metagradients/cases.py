@@ -82,6 +82,7 @@ CASES = {
     "max-length": (gpt2, {**ADAMW, **K4, "loss_normalization": "max_length", "max_length": 6}),
     "clipping-adamw": (gpt2, {**ADAMW, **K4, "max_grad_norm": 0.1}),
     "clipping-sgd": (gpt2, {**SGD, **K4, "max_grad_norm": 0.1}),
+    "nesterov-k1": (gpt2, {**SGD, **K1, "momentum": 0.9, "nesterov": True}),
     "momentum-k4": (gpt2, {**SGD, **K4, "momentum": 0.9}),
     "nesterov-k4": (gpt2, {**SGD, **K4, "momentum": 0.9, "nesterov": True, "max_grad_norm": 0.1}),
     "muon-k1": (gpt2, {**MUON, **K1}),

@@ -100,8 +100,8 @@ class Tape:
             if start > 0:
                 block.copy_(next(tensors))
                 state = tuple(next(tensors).clone() for _ in range(rule.num_states))
-            else:
-                state = tuple(torch.zeros_like(block) for _ in range(rule.num_states))
+            else:  # zeros, which nobody needs to see at the first step
+                state = tuple(torch.zeros_like(block) for _ in range(rule.num_states if self.last > 0 else 0))
             for position in range(start, self.last):
                 self.optimizer.update_(position, rule, block, state, next(tensors))
                 if position + 1 in kept:

@@ -24,6 +24,7 @@ class Cotangent:
 
     def __init__(self, phi: Tensor, tape: "Tape"):
         self.phi = phi
+        self.tape = tape
         self.blocks, self.storage = tape.blocks, tape.storage
         self._kept: list[list[Any]] = []
 
@@ -36,8 +37,10 @@ class Cotangent:
                 state = tuple(next(tensors) for _ in range(rule.num_states))
                 for key in kept[i]:
                     self.storage.drop(key)
-            else:
-                state = tuple(torch.zeros_like(self.phi[part]) for _ in range(rule.num_states))
+            else:  # zeros, which nobody needs to see at the only step
+                state = tuple(
+                    torch.zeros_like(self.phi[part]) for _ in range(rule.num_states if self.tape.last > 0 else 0)
+                )
             yield state
 
     def keep(self, state: tuple[Tensor, ...]) -> None:

@@ -111,8 +111,8 @@ class AdamW(Update):
             of_grad.mul_(-rate * self.epsilon)
         else:
             of_grad.mul_(root.reciprocal_().mul_(-rate * self.epsilon_root).sub_(rate * self.epsilon))
-        of_first, of_second = of_state
-        of_grad.add_(of_first, alpha=1 - self.beta1).addcmul_(grad, of_second, value=2 * (1 - self.beta2))
+        if of_state:
+            of_grad.add_(of_state[0], alpha=1 - self.beta1).addcmul_(grad, of_state[1], value=2 * (1 - self.beta2))
         if self.weight_decay > 0:
             of_phi.mul_(1 - rate * self.weight_decay)
         return of_grad

@@ -84,10 +84,11 @@ class Update(ABC):
             step (`int`): Step, from 0.
             rate (`float`): Learning rate of the step.
             phi (`Tensor`): Parameters before the step.
-            state (`tuple[Tensor, ...]`): State before the step. May be overwritten.
+            state (`tuple[Tensor, ...]`): State before the step; empty at step 0. May be overwritten.
             grad (`Tensor`): Gradient that the update was given.
             of_phi (`Tensor`): \\( \lambda_{\phi'} \\); becomes \\( \lambda_\phi \\).
             of_state (`tuple[Tensor, ...]`): \\( \lambda_{s'} \\); become \\( \lambda_s \\), which nothing needs at step 0.
+                Empty where there is one step only: zeros.
 
         Returns:
             `Tensor`: \\( \lambda_g \\), shape `(n,)`. Its memory may be that of `state`.
