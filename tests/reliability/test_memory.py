@@ -153,7 +153,7 @@ def test_other_errors_are_no_reason_to_go_on():
 
 
 def test_down_to_one_example(caplog):
-    """Also where two are too many for the passes that predict the need."""
+    """Also where two are too many."""
     model = gpt2()
     check_model(model)
     limit(model, 1)
