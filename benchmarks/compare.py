@@ -62,6 +62,8 @@ def main() -> None:
     if options.work:
         work()
         return
+    if options.before is None:
+        parser.error("--before is missing: name a commit")
     print(
         f"gpt2-shaped, one thread. Seconds of processor time: medians of {options.repeats} rounds; each runs {options.before} and this"
     )

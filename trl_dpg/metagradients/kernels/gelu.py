@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from transformers.activations import NewGELUActivation
 
+from ..runtime.model import replaced_forwards
+
 
 SLOPE, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -71,14 +73,5 @@ class _Replacement(TorchFunctionMode):
 def closed_form_gelus(model: nn.Module) -> Iterator[None]:
     """Evaluates every GELU of a model in its tanh approximation by [`TanhGELU`]: PyTorch's, and GPT-2's formula."""
     modules = [m for m in model.modules() if isinstance(m, NewGELUActivation)]
-    hooked = [module.__dict__.get("forward") for module in modules]  # Accelerate's hooks replace it on the instance
-    for module in modules:
-        module.forward = TanhGELU.apply  # type: ignore[method-assign]
-    try:
-        with _Replacement():
-            yield
-    finally:
-        for module, forward in zip(modules, hooked, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+    with replaced_forwards(modules, lambda forward: TanhGELU.apply), _Replacement():
+        yield

@@ -1,9 +1,9 @@
 """The target model as the engine sees it: what is trained, what is checked, and what is put back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -259,6 +259,21 @@ def restored_parameters(params: list[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], replace: Callable[[Any], Any]) -> Iterator[None]:
+    """Gives each module `replace(module.forward)` as its `forward`, and puts back what was there."""
+    hooked = [module.__dict__.get("forward") for module in modules]  # Accelerate's hooks replace it on the instance
+    for module in modules:
+        module.forward = replace(module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, hooked, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
 def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
     """
     Recomputes the activations of every layer in the backward pass, if `enabled`.
@@ -271,16 +286,8 @@ def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
             f"`gradient_checkpointing` is on, but `model` ({type(model).__name__}) has no layers that Transformers can "
             "checkpoint. Turn it off, and lower `micro_batch_size` to save memory."
         )
-    hooked = [layer.__dict__.get("forward") for layer in layers]  # Accelerate's hooks replace it on the instance
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
-    try:
+    with replaced_forwards(layers, lambda forward: partial(checkpoint, forward, use_reentrant=False)):
         yield
-    finally:
-        for layer, forward in zip(layers, hooked, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward  # type: ignore[method-assign]
 
 
 def is_checkpointed(model: nn.Module) -> bool:

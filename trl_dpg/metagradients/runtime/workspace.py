@@ -98,9 +98,8 @@ class Workspace:
 
     def __enter__(self) -> "Workspace":
         self._originals = [(p, p.data) for p in self.params]
-        self.phi = self.buffer()[
-            : self.size
-        ]  # with the storage of a gradient buffer: forward mode then copies no tangent
+        # In the storage of a gradient buffer: forward mode then copies no tangent.
+        self.phi = self.buffer()[: self.size]
         for param, view in zip(self.params, self.views(self.phi), strict=True):
             view.copy_(param.data)
             param.data = view
