@@ -28,7 +28,12 @@ class Exact(Derivatives):
         """As of [`Derivatives`]."""
         results, sums = [], [0.0, 0.0]
         with self.space.accumulating(product, sums), twice_differentiable(self.token_losses.model):
-            vectors = self.space.views(direction.vector)
+            vector = direction.vector
+            if product is None and vector.untyped_storage().nbytes() != self.space.phi.untyped_storage().nbytes():
+                vector = self.space.buffer()[: self.space.size].copy_(
+                    vector
+                )  # forward mode wants a storage like that of `phi`
+            vectors = self.space.views(vector)
             for batch in batches:
                 result = (
                     self._double_backward(batch, vectors)
