@@ -34,7 +34,6 @@ from examples.resources import (
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients import compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
-from trl_dpg.publishing.facts import describe_machine
 
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +189,8 @@ def main() -> None:
     if options.worker:
         work(options.worker)
         return
+    from trl_dpg.publishing.facts import describe_machine  # which the engine of `--before` may not have
+
     print(f"{describe_machine(torch.device('cpu'))}\n")
     for name in options.models if options.before else []:
         engine(options.before, name, options.repeats)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
@@ -106,13 +107,31 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return _TokenLosses.apply(hidden, weight, targets)
-    return _forward(hidden, weight, targets)  # forward-mode derivatives go through these operations
+    h, w = forward_ad.unpack_dual(hidden), forward_ad.unpack_dual(weight)
+    if h.tangent is None and w.tangent is None:
+        return _forward(hidden, weight, targets)
+    change = _forward_mode(h, w, targets)
+    return forward_ad.make_dual(torch.zeros_like(change), change)  # nobody reads the losses themselves
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(
         [-F.log_softmax(hidden[c] @ weight.T, dim=1).gather(1, targets[c]) for c in _chunks(hidden, weight)]
     )
+
+
+def _forward_mode(hidden, weight, targets: Tensor) -> Tensor:
+    r"""\\( \langle p_j, u_j \rangle - u_{j y_{jm}} \\) for a change \\( u_j \\) of the logits, from primals and their tangents, if any."""
+    changes = []
+    for c in _chunks(hidden.primal, weight.primal):
+        h = hidden.primal[c]
+        change: Any = 0 if hidden.tangent is None else hidden.tangent[c] @ weight.primal.T
+        if weight.tangent is not None:
+            change = change + h @ weight.tangent.T
+        change -= change.gather(1, targets[c, :1])  # as below
+        mean = torch.linalg.vecdot(_softmax(h @ weight.primal.T), change)
+        changes.append(mean[:, None] - change.gather(1, targets[c]))
+    return torch.cat(changes)
 
 
 def _chunks(hidden: Tensor, weight: Tensor):
