@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # best and worst rows each
 WORDS_SHOWN = 300  # of a row
-MEANINGS = {
-    "cut": "cut at `max_length`. What is behind it has no part in the score.",
-    "no supervised token": "no token to learn. They cannot have a score other than 0.",
-    "duplicate": "the same as an earlier one, token for token.",
+MEANINGS = {  # of flags
+    "cut": ("cut at max_length", "What is behind it has no part in the score."),
+    "no supervised token": ("without a token to learn", "The score is always 0."),
+    "duplicate": ("the same as an earlier one", "The model reads the same tokens."),
 }
 
 
@@ -58,7 +58,9 @@ def write_valuation_page(
             for kind, indices in (("Highest", best), ("Lowest", worst))
         ],
         recipe=recipe_text(summary["recipe"]),
-        settings={key: value for key, value in summary["recipe"].items() if key in defaults and value != defaults[key]},
+        settings={
+            key: value for key, value in summary["recipe"].items() if key in defaults and value != defaults[key]
+        },
         paper=PAPER,
     )
     path.write_text(page, encoding="utf-8")
@@ -71,7 +73,7 @@ def token_credits(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], scor
 
 
 def whole_words(tokens: list[WordCredit]) -> list[WordCredit]:
-    """Tokens joined to words, whose score is the sum. Characters of East Asian scripts, which writes no spaces, stay apart."""
+    """Tokens joined to words, whose score is the sum. Characters of scripts without spaces, as Chinese, stay apart."""
     words: list[WordCredit] = []
     for token in tokens:
         if words and token.text and _within_a_word(words[-1].text[-1:]) and _within_a_word(token.text[:1]):

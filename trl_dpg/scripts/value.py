@@ -23,10 +23,10 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import Tensor
-from trl import ModelConfig, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import dataset_examples
-from ..metagradients import TargetTrainingArguments, compute_metagradients
+from ..metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from ..metagradients.metric import as_metric, description
 from ..metagradients.runtime.model import TargetModel
 from ..metrics import LanguageModelingLikelihood
@@ -35,7 +35,7 @@ from ..reporting.valuation import token_credits, write_valuation_page
 from ..sft_rows import is_chat
 from ..target import load_target_model, load_target_tokenizer
 from .check import RecipeArguments
-from .common import MetricArguments, Parser, at_least_one, load_rows, loading, option, run_script
+from .common import MetricArguments, Parser, at_least_one, load_rows, loading, make_folder_for, option, run_script
 
 
 # What rows can be, by their columns; the first that is there counts, as in `SFTTrainer`
@@ -54,7 +54,9 @@ class ValueArguments(MetricArguments):
     num_metric_examples: int | None = option(  # type: ignore[assignment]
         None, "Rows of `metric_texts` to use, from the first. All by default."
     )
-    dataset: str = option("", "What to rank, `NAME[:split]`: a file, a folder or a data set's id; split `train` by default.")
+    dataset: str = option(
+        "", "What to rank, `NAME[:split]`: a file, a folder or a data set's id; split `train` by default."
+    )
     model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
     output: str = option("", "Folder to write.")
     num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
@@ -125,6 +127,7 @@ class Valuation:
         token_scores (`list[Tensor]`): Means over draws of each example's token metagradients, shape `(tokens,)`.
         metric_before (`float`): The metric of the original model.
         metric_after (`list[float]`): The metric of the fine-tuned one, by draw.
+        seconds (`float`): How long it took.
     """
 
     examples: list[dict[str, Any]]
@@ -133,6 +136,7 @@ class Valuation:
     token_scores: list[Tensor]
     metric_before: float
     metric_after: list[float]
+    seconds: float
 
     @property
     def scores(self) -> Tensor:
@@ -191,7 +195,8 @@ def value_examples(
 
     ```
     """
-    outputs = []
+    start = time.perf_counter()
+    outputs: list[MetagradientOutput] = []
     for draw in range(num_draws):
         of_draw = replace(recipe, seed=recipe.seed + draw)
         if outputs:
@@ -201,9 +206,12 @@ def value_examples(
         examples=list(examples),
         recipe=recipe,
         draws=torch.stack([output.metagradients for output in outputs]).double(),
-        token_scores=[torch.stack(of_row).mean(0) for of_row in zip(*(o.token_metagradients for o in outputs), strict=True)],
+        token_scores=[
+            torch.stack(of_row).mean(0) for of_row in zip(*(o.token_metagradients for o in outputs), strict=True)
+        ],
         metric_before=outputs[0].metric_before,
         metric_after=[output.metric_after for output in outputs],
+        seconds=round(time.perf_counter() - start, 1),
     )
 
 
@@ -295,12 +303,11 @@ def load_model(args: ValueArguments, model_args: ModelConfig, seed: int, device:
             attn_implementation=model_args.attn_implementation,
             dtype=model_args.dtype,
             quantization_config=quantization,
-            device_map=get_kbit_device_map() if quantization is not None else None,
         )
     return model if quantization is not None else model.to(device)
 
 
-def summarize(valuation: Valuation, model: Any, metric: Any, name: str, seconds: float) -> dict[str, Any]:
+def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[str, Any]:
     """What was found, and how: the content of `valuation.json`, in which there is no path."""
     scores, errors = valuation.scores, valuation.standard_errors
     recipe = asdict(valuation.recipe)
@@ -320,7 +327,7 @@ def summarize(valuation: Valuation, model: Any, metric: Any, name: str, seconds:
         "model": {**describe_model(model), "adapter": isinstance(model, PeftModel), "trained_parameters": trained},
         "metric": description(as_metric(metric)),
         "recipe": {**recipe, "steps": valuation.recipe.num_steps(len(scores)), "untie_lm_head": False},
-        "seconds": seconds,
+        "seconds": valuation.seconds,
         "hardware": describe_machine(next(model.parameters()).device),
     }
 
@@ -355,7 +362,7 @@ def write_valuation(
     folder.mkdir(parents=True, exist_ok=True)
     table = score_table(rows, valuation, tokenizer if tokens else None)
     table.to_parquet(folder / "scores.parquet")
-    table.to_json(folder / "scores.jsonl", force_ascii=False)
+    table.to_json(folder / "scores.jsonl", force_ascii=False, double_precision=15)
     (folder / "valuation.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_valuation_page(folder / "index.html", valuation, summary, tokenizer)
 
@@ -369,7 +376,7 @@ def describe(summary: dict[str, Any], output: str) -> str:
     ]
     if summary["spearman"] is not None:
         lines.append(f"Mean Spearman correlation between the rankings of two draws: {summary['spearman']:.2f}.")
-    lines += [f"{count:,} rows: {kind}." for kind, count in summary["flags"].items() if count > 0]
+    lines += [f"Rows flagged {kind!r}: {count:,}." for kind, count in summary["flags"].items() if count > 0]
     return "\n".join([*lines, f"Written: {os.path.join(output, FILES[-1])}"])
 
 
@@ -382,19 +389,20 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(
             f"`output` {args.output!r} holds a valuation already ({there[0]!r}). Write to another place, or add `--overwrite`."
         )
-    state = PartialState()
+    make_folder_for(os.path.join(args.output, FILES[0]), "output")
+    accelerator = Accelerator()
     with contextlib.redirect_stdout(sys.stderr):  # what is printed is the result alone
-        tokenizer = load_target_tokenizer(args.model)
+        with loading(args.model, "model"):
+            tokenizer = load_target_tokenizer(args.model)
         rows, examples = load_data(args, tokenizer, recipe.max_length)
         metric = load_metric(args, tokenizer, recipe.max_length)
-        model = load_model(args, model_args, recipe.seed, state.device)
-        start = time.perf_counter()
-        valuation = value_examples(model, examples, metric, recipe, args.num_draws, state)
-    if state.is_main_process:
-        name = name_and_split(args.dataset)[0]
-        summary = summarize(valuation, model, metric, name, round(time.perf_counter() - start, 1))
+        model = load_model(args, model_args, recipe.seed, accelerator.device)
+        valuation = value_examples(model, examples, metric, recipe, args.num_draws, accelerator)
+    if accelerator.is_main_process:
+        summary = summarize(valuation, model, metric, name_and_split(args.dataset)[0])
         write_valuation(folder, rows, valuation, summary, tokenizer, args.tokens)
         print(json.dumps(summary) if args.json else describe(summary, args.output))
+    accelerator.end_training()
     return 0
 
 
