@@ -19,6 +19,7 @@ from examples.resources import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_to
 from trl_dpg.cli import main
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm
+from trl_dpg.reporting.valuation import Valuation
 from trl_dpg.scripts import value
 from trl_dpg.target import load_target_model
 
@@ -99,7 +100,7 @@ def test_scores_are_metagradients(here, capsys):
 def test_spearman():
     def spearman(*draws):
         draws = torch.tensor(draws, dtype=torch.float64)
-        return value.Valuation([], TargetTrainingArguments(), draws, [], 0.0, [], 0.0).spearman
+        return Valuation([], TargetTrainingArguments(), draws, [], 0.0, [], 0.0).spearman
 
     assert spearman([1, 2, 3]) is None
     assert spearman([1, 2, 3], [0, 0, 0]) is None

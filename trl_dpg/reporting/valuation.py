@@ -1,22 +1,21 @@
-"""One HTML page about the rows of a data set and their scores."""
+"""What a valuation of a data set found, and one HTML page about it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import east_asian_width
 
+import pandas as pd
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..credit.words import WordCredit, word_credits
 from ..metagradients import TargetTrainingArguments
 from ..publishing.outcome import recipe_text
 from .page import PAPER, render
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..scripts.value import Valuation
 
 
 SHOWN = 12  # best and worst rows each
@@ -28,8 +27,75 @@ MEANINGS = {  # of flags
 }
 
 
+@dataclass
+class Valuation:
+    """
+    Scores of a data set.
+
+    Attributes:
+        examples (`list[dict]`): What the model was fine-tuned on.
+        recipe ([`~trl_dpg.metagradients.TargetTrainingArguments`]): How, in the first draw. Draw i has `seed + i`.
+        draws (`Tensor`): Metagradients, shape `(num_draws, len(examples))`, in units of the metric per unit of loss weight.
+        token_scores (`list[Tensor]`): Means over draws of each example's token metagradients, shape `(tokens,)`.
+        metric_before (`float`): The metric of the original model.
+        metric_after (`list[float]`): The metric of the fine-tuned one, by draw.
+        seconds (`float`): How long it took.
+    """
+
+    examples: list[dict[str, Any]]
+    recipe: TargetTrainingArguments
+    draws: Tensor
+    token_scores: list[Tensor]
+    metric_before: float
+    metric_after: list[float]
+    seconds: float
+
+    @property
+    def scores(self) -> Tensor:
+        """Means over draws, shape `(len(examples),)`."""
+        return self.draws.mean(0)
+
+    @property
+    def standard_errors(self) -> Tensor | None:
+        """Standard errors of the scores, shape `(len(examples),)`; `None` for one draw."""
+        return self.draws.std(0) / len(self.draws) ** 0.5 if len(self.draws) > 1 else None
+
+    @property
+    def ranking(self) -> list[int]:
+        """Indices of the examples, from the highest score to the lowest."""
+        return self.scores.argsort(descending=True, stable=True).tolist()
+
+    @property
+    def spearman(self) -> float | None:
+        """Mean Spearman correlation between the rankings of two draws; `None` where there is none."""
+        correlations = pd.DataFrame(self.draws.T.numpy()).corr("spearman").to_numpy()
+        mean = correlations[~torch.eye(len(self.draws), dtype=torch.bool).numpy()]
+        return float(mean.mean()) if len(mean) > 0 and not pd.isna(mean).any() else None
+
+    @property
+    def flags(self) -> dict[str, dict[int, str]]:
+        """What a person should know of their rows: by kind, indices of examples and details."""
+        return find_flags(self.examples, self.recipe.max_length)
+
+
+def find_flags(examples: Sequence[dict[str, Any]], max_length: int) -> dict[str, dict[int, str]]:
+    """As of [`Valuation.flags`]."""
+    flags: dict[str, dict[int, str]] = {"cut": {}, "no supervised token": {}, "duplicate": {}}
+    first: dict[Any, int] = {}
+    for index, example in enumerate(examples):
+        ids = example["input_ids"]
+        seen, labels = tuple(ids[:max_length]), tuple(example.get("labels", ids)[:max_length])
+        if len(ids) > max_length:
+            flags["cut"][index] = f"{len(ids)} tokens"
+        if all(label == -100 for label in labels[1:]):  # nothing predicts the first
+            flags["no supervised token"][index] = f"{len(ids)} tokens"
+        if first.setdefault((seen, labels), index) != index:
+            flags["duplicate"][index] = f"as row {first[seen, labels]}"
+    return flags
+
+
 def write_valuation_page(
-    path: Path, valuation: "Valuation", summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    path: Path, valuation: Valuation, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """
     Writes a page that holds all that it shows, loads nothing and runs no script.
@@ -37,7 +103,7 @@ def write_valuation_page(
     Args:
         path (`Path`):
             HTML file to write.
-        valuation ([`~trl_dpg.scripts.value.Valuation`]):
+        valuation ([`Valuation`]):
             Scores.
         summary (`dict[str, Any]`):
             Content of `valuation.json`.
@@ -66,7 +132,7 @@ def write_valuation_page(
     path.write_text(page, encoding="utf-8")
 
 
-def token_credits(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], scores: "Tensor") -> list[WordCredit]:
+def token_credits(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], scores: Tensor) -> list[WordCredit]:
     """Text and score of each token, special ones too."""
     example = {"completion_ids": input_ids, "written_by": range(len(input_ids))}
     return word_credits(tokenizer, example, scores, None)
@@ -87,7 +153,7 @@ def _within_a_word(character: str) -> bool:
     return character.isalnum() and east_asian_width(character) not in "WF"
 
 
-def _row(valuation: "Valuation", index: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _row(valuation: Valuation, index: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A row as it is drawn."""
     length, errors = valuation.recipe.max_length, valuation.standard_errors
     ids = valuation.examples[index]["input_ids"][:length]

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, concatenate_datasets
@@ -31,7 +30,7 @@ from ..metagradients.metric import as_metric, description
 from ..metagradients.runtime.model import TargetModel
 from ..metrics import LanguageModelingLikelihood
 from ..publishing.facts import describe_machine, describe_model, public_name
-from ..reporting.valuation import token_credits, write_valuation_page
+from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
 from ..sft_rows import is_chat
 from ..target import load_target_model, load_target_tokenizer
 from .check import RecipeArguments
@@ -115,57 +114,6 @@ def parse(argv: list[str] | None) -> tuple[ValueArguments, RecipeArguments, Mode
     return args, recipe, model_args
 
 
-@dataclass
-class Valuation:
-    """
-    Scores of a data set.
-
-    Attributes:
-        examples (`list[dict]`): What the model was fine-tuned on.
-        recipe ([`~trl_dpg.metagradients.TargetTrainingArguments`]): How, in the first draw. Draw i has `seed + i`.
-        draws (`Tensor`): Metagradients, shape `(num_draws, len(examples))`, in units of the metric per unit of loss weight.
-        token_scores (`list[Tensor]`): Means over draws of each example's token metagradients, shape `(tokens,)`.
-        metric_before (`float`): The metric of the original model.
-        metric_after (`list[float]`): The metric of the fine-tuned one, by draw.
-        seconds (`float`): How long it took.
-    """
-
-    examples: list[dict[str, Any]]
-    recipe: TargetTrainingArguments
-    draws: Tensor
-    token_scores: list[Tensor]
-    metric_before: float
-    metric_after: list[float]
-    seconds: float
-
-    @property
-    def scores(self) -> Tensor:
-        """Means over draws, shape `(len(examples),)`."""
-        return self.draws.mean(0)
-
-    @property
-    def standard_errors(self) -> Tensor | None:
-        """Standard errors of the scores, shape `(len(examples),)`; `None` for one draw."""
-        return self.draws.std(0) / len(self.draws) ** 0.5 if len(self.draws) > 1 else None
-
-    @property
-    def ranking(self) -> list[int]:
-        """Indices of the examples, from the highest score to the lowest."""
-        return self.scores.argsort(descending=True, stable=True).tolist()
-
-    @property
-    def spearman(self) -> float | None:
-        """Mean Spearman correlation between the rankings of two draws; `None` where there is none."""
-        correlations = pd.DataFrame(self.draws.T.numpy()).corr("spearman").to_numpy()
-        mean = correlations[~torch.eye(len(self.draws), dtype=torch.bool).numpy()]
-        return float(mean.mean()) if len(mean) > 0 and not pd.isna(mean).any() else None
-
-    @property
-    def flags(self) -> dict[str, dict[int, str]]:
-        """What a person should know of their rows: by kind, indices of examples and details."""
-        return find_flags(self.examples, self.recipe.max_length)
-
-
 def value_examples(
     model: TargetModel,
     examples: Sequence[dict[str, Any]],
@@ -213,22 +161,6 @@ def value_examples(
         metric_after=[output.metric_after for output in outputs],
         seconds=round(time.perf_counter() - start, 1),
     )
-
-
-def find_flags(examples: Sequence[dict[str, Any]], max_length: int) -> dict[str, dict[int, str]]:
-    """As of [`Valuation.flags`]."""
-    flags: dict[str, dict[int, str]] = {"cut": {}, "no supervised token": {}, "duplicate": {}}
-    first: dict[Any, int] = {}
-    for index, example in enumerate(examples):
-        ids = example["input_ids"]
-        seen, labels = tuple(ids[:max_length]), tuple(example.get("labels", ids)[:max_length])
-        if len(ids) > max_length:
-            flags["cut"][index] = f"{len(ids)} tokens"
-        if all(label == -100 for label in labels[1:]):  # nothing predicts the first
-            flags["no supervised token"][index] = f"{len(ids)} tokens"
-        if first.setdefault((seen, labels), index) != index:
-            flags["duplicate"][index] = f"as row {first[seen, labels]}"
-    return flags
 
 
 def examples_of(rows: Dataset, argument: str, name: str, tokenizer: Any, **loss: Any) -> list[dict[str, Any]]:
