@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -108,6 +109,8 @@ def test_spearman():
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(1 - 6 * 4 / (4 * 15))  # 1 - 6 Σd² / n(n² - 1)
     assert spearman([1, 2, 3], [1, 2, 3], [3, 2, 1]) == pytest.approx((1 - 1 - 1) / 3)
+    draws = [[0.0, 0.0, 3.0, 1.0, 5.0], [2.0, 0.0, 0.0, 0.0, 9.0]]  # equal scores, as of rows without a token to learn
+    assert spearman(*draws) == pytest.approx(pd.DataFrame(draws).T.corr("spearman")[0][1])
 
 
 def test_flags(here, capsys):

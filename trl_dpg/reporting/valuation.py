@@ -1,5 +1,6 @@
 """What a valuation of a data set found, and one HTML page about it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,6 @@ from statistics import fmean
 from typing import Any
 from unicodedata import east_asian_width
 
-import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -68,14 +68,22 @@ class Valuation:
     @property
     def spearman(self) -> float | None:
         """Mean Spearman correlation between the rankings of two draws; `None` where there is none."""
-        correlations = pd.DataFrame(self.draws.T.numpy()).corr("spearman").to_numpy()
-        mean = correlations[~torch.eye(len(self.draws), dtype=torch.bool).numpy()]
-        return float(mean.mean()) if len(mean) > 0 and not pd.isna(mean).any() else None
+        if len(self.draws) == 1:
+            return None
+        correlations = torch.corrcoef(torch.stack([_ranks(draw) for draw in self.draws]))
+        mean = correlations[~torch.eye(len(self.draws), dtype=torch.bool)].mean().item()
+        return None if math.isnan(mean) else mean
 
     @property
     def flags(self) -> dict[str, dict[int, str]]:
         """What a person should know of their rows: by kind, indices of examples and details."""
         return find_flags(self.examples, self.recipe.max_length)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 on; equal values share the mean of theirs."""
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[places].double()
 
 
 def find_flags(examples: Sequence[dict[str, Any]], max_length: int) -> dict[str, dict[int, str]]:
