@@ -15,6 +15,7 @@ COMMANDS = {
     "verify": "fine-tune a target on a data set with TRL's SFTTrainer and read the metric",
     "decode": "read the picture in an LM head from two checkpoints",
     "check": "check metagradients of a model, data, metric and recipe",
+    "value": "rank the rows of a data set by what they do to a metric of the model that is fine-tuned on them",
     "report": "write one HTML page about a run",
 }
 
@@ -25,7 +26,7 @@ Dataset Policy Gradients for TRL, version {__version__}.
 commands:
 {chr(10).join(f"  {name:9} {text}" for name, text in COMMANDS.items())}
 
-`trl-dpg COMMAND --help` explains a command. `train`, `generate`, `verify` and `check` take a YAML file of their flags with `--config`.
+`trl-dpg COMMAND --help` explains a command. `train`, `generate`, `verify`, `check` and `value` take a YAML file of their flags with `--config`.
 The exit code is 0 for success, 1 where a check or verification did not pass or a run failed, 2 on bad input."""
 
 

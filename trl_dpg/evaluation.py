@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from .checks import check_prompts, warn_of_other_steps
 from .config import naming_target_fields
+from .data import indices_to_train_on
 from .fine_tuning import TargetFineTuning
 from .metagradients.runtime.processes import failing_together
 from .rewards import TargetReward
@@ -77,7 +78,8 @@ class EvaluationMixin(GRPOTrainer):
             figures = self._validate(examples)
             if self.text_evaluation is not None:
                 figures.update(self.text_evaluation(texts))
-        figures["empty"] = sum(len(example["input_ids"]) < 2 for example in examples)
+        trained = indices_to_train_on(examples, self.target_training.args.max_length)
+        figures["empty"] = len(examples) - len(trained)
         figures["distinct"] = len(set(texts)) / len(texts)
         figures["completion_length"] = sum(example["length"] for example in examples) / len(examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}

@@ -17,12 +17,14 @@ from .data import (
     generated_parts,
     indices_to_train_on,
     repeated_places,
+    target_row,
     to_target_examples,
     with_parts,
 )
 from .metagradients import TargetTrainingArguments
 from .metagradients.metric import Metric, as_metric
 from .metagradients.runtime.model import check_model, trainable_parameters, vocab_size
+from .sft_rows import Row, check_loss, row_text
 from .target import load_target_model, load_target_tokenizer
 from .validation import validate
 
@@ -42,9 +44,16 @@ class TargetFineTuning:
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
             Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
+            it is the completion's text alone.
         eos_token_ids (`list[int]`, *optional*):
             The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
+        completion_only_loss (`bool`, *optional*):
+            Whether the loss is on the completion alone, as in [`~trl.SFTConfig`]. `None` is yes where `formatting_func` returns a
+            prompt and a completion.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether the loss is on what the assistant says alone, as in [`~trl.SFTConfig`]. It needs messages, and a chat template
+            that marks it with `{% generation %}`.
     """
 
     def __init__(
@@ -53,16 +62,20 @@ class TargetFineTuning:
         metric: Callable[[Any], Tensor],
         args: TargetTrainingArguments | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         eos_token_ids: list[int] | None = None,
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
     ):
         check_metric(metric)
+        check_loss(formatting_func, completion_only_loss, assistant_only_loss, processing_class)
         self.skipped = False  # only a reward that comes from the target's run skips a batch
         self.target_model = load_target_model(target_model)
         self.metric = as_metric(metric)
         self.args = args or TargetTrainingArguments()
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
+        self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
         # Set by the trainer for each batch: for each token of these completions, 1 if the generator wrote it and 0 if a tool did
         self.tool_masks: list[list[int]] | None = None
@@ -88,9 +101,10 @@ class TargetFineTuning:
         Training examples of these completions.
 
         Returns:
-            `list[dict]`: The `completion`'s text and `completion_ids`; `text` and `input_ids` to train on; the `parts` of the text
-                that the generator wrote, and their `places` as of [`~trl_dpg.data.repeated_places`]; whether the completion
-                `ended`; which of its tokens were `generated`, and how many (`length`).
+            `list[dict]`: The `completion`'s text and `completion_ids`; what to train on, as of [`~trl_dpg.data.to_target_examples`];
+                the `parts` of the text that the generator wrote, and their `places` as of
+                [`~trl_dpg.data.repeated_places`]; whether the completion `ended`; which of its tokens were `generated`, and how many
+                (`length`).
         """
         masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
         texts = [completion_text(completion) for completion in completions]
@@ -103,11 +117,12 @@ class TargetFineTuning:
                 for completion, own in zip(completions, parts, strict=True)
             ]
         ended = [len(ids) > 0 and ids[-1] in self.eos_token_ids for ids in completion_ids]
-        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func)
+        loss = self.completion_only_loss, self.assistant_only_loss
+        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func, *loss)
         places: list[list[tuple[int, int]]] = [[] for _ in examples]
         if self.formatting_func is not None:
             formatted = zip([example["text"] for example in examples], prompts, completions, strict=True)
-            places = [repeated_places(*one, self.formatting_func) for one in formatted]
+            places = [repeated_places(*one, self._text) for one in formatted]
         columns = {
             "completion": texts,
             "completion_ids": completion_ids,
@@ -122,10 +137,15 @@ class TargetFineTuning:
             {**example, **dict(zip(columns, row, strict=True))} for example, row in zip(examples, rows, strict=True)
         ]
 
+    def _text(self, row: Row) -> str:
+        """The text that the target reads for a prompt and a completion."""
+        formatted = target_row(row["prompt"], row["completion"], self.formatting_func)
+        return "" if formatted is None else row_text(formatted, self.processing_class, self.assistant_only_loss)
+
     def validate(self, examples: list[dict[str, Any]], device: torch.device) -> dict[str, float]:
         """Figures of an ordinary fine-tuning run on those examples that can be trained on, see [`~trl_dpg.validation.validate`]."""
         self.place_target(device)
-        trained = [examples[i] for i in indices_to_train_on(examples)]
+        trained = [examples[i] for i in indices_to_train_on(examples, self.args.max_length)]
         with measuring_nothing(self.metric):
             return validate(self.target_model, trained, self.metric, self.args)
 

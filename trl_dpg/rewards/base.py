@@ -179,7 +179,7 @@ class TargetReward(TargetFineTuning, ABC):
 
     def _counts(self, examples: list[dict[str, Any]]) -> dict[str, int]:
         return {
-            "empty": len(examples) - len(indices_to_train_on(examples)),
+            "empty": len(examples) - len(indices_to_train_on(examples, self.args.max_length)),
             "truncated": sum(not example["ended"] for example in examples),
             "cut": sum(len(example["input_ids"]) > self.args.max_length for example in examples),
         }
@@ -206,7 +206,7 @@ class TargetReward(TargetFineTuning, ABC):
         args = self.args
         if trainer_state is not None:
             args = replace(args, seed=(args.seed + trainer_state.global_step) % 2**64)
-        trained = indices_to_train_on(examples)
+        trained = indices_to_train_on(examples, args.max_length)
         datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
         values, figures = self.measure(examples, datasets, args, PartialState())
         self.skipped = False

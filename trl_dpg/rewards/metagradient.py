@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages
 from ..metagradients import TargetTrainingArguments, compute_metagradients
+from ..sft_rows import Row
 from .base import STD_FLOOR, TargetReward, mean_figures
 
 
@@ -34,8 +35,8 @@ class MetagradientReward(TargetReward):
 
     Rules for what cannot be scored:
 
-    - An empty completion is not trained on and has a raw metagradient of exactly 0, which is its effect. A batch of
-      nothing else is an error.
+    - An empty completion is not trained on and has a raw metagradient of exactly 0, which is its effect. So it is with one
+      of which no token has a loss, as where a prompt fills `args.max_length`. A batch of nothing else is an error.
     - A truncated completion is trained on like any other, but without EOS. What is longer than `args.max_length` in the
       target's tokens is cut there.
     - A completion whose own metagradient is not finite gets `None`, which TRL leaves out of the baseline and gives no
@@ -58,6 +59,8 @@ class MetagradientReward(TargetReward):
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What to do where a loss, gradient or metric of the run is not finite: `"raise"` a [`FloatingPointError`], or
             `"skip"` the batch, all of whose rewards are then 0.
+        completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: where the target's loss stands.
 
     Example:
 
@@ -81,18 +84,26 @@ class MetagradientReward(TargetReward):
         metric: Callable[[Any], Tensor],
         args: TargetTrainingArguments | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         eos_token_ids: list[int] | None = None,
         cross_group_batching: bool = True,
         num_generations: int | None = None,
         nonfinite: str = "raise",
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
     ):
         if not cross_group_batching and num_generations is None:
             raise ValueError(
                 "`cross_group_batching=False` needs `num_generations`, the trainer's number of completions per prompt."
             )
         target = target_model, metric, args, processing_class, formatting_func, eos_token_ids
-        super().__init__(*target, num_datasets=1 if cross_group_batching else num_generations, nonfinite=nonfinite)  # type: ignore[arg-type]
+        super().__init__(
+            *target,
+            num_datasets=1 if cross_group_batching else num_generations,  # type: ignore[arg-type]
+            nonfinite=nonfinite,
+            completion_only_loss=completion_only_loss,
+            assistant_only_loss=assistant_only_loss,
+        )
         self.tape = "device"  # where it was last
         self.largest_unit = 0.0
         # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
@@ -122,9 +133,8 @@ class MetagradientReward(TargetReward):
             if example["input_ids"]:
                 example["written_by"] = written_by(example, self.generator_processing_class, self.processing_class)  # type: ignore[arg-type]
             if self.candidate_ids is not None:
-                example["candidates"] = aligned_candidates(
-                    self.candidate_ids[i], example, self.eos_token_ids, self.processing_class.eos_token_id
-                )
+                end = example.get("closing", self.processing_class.eos_token_id)
+                example["candidates"] = aligned_candidates(self.candidate_ids[i], example, self.eos_token_ids, end)
         return examples
 
     def token_advantages(self, discount: float) -> TokenAdvantages | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from trl import TrlParser
@@ -154,7 +154,7 @@ def load_callable(name: str, separator: str, argument: str) -> Any:
 
 def load_splits(name: str, argument: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
     """
-    All splits of a data set: a file (with one split, `train`), a directory or an id on the Hub.
+    All splits of a data set: a file (with one split, `train`), a directory (that of `save_to_disk`, too) or an id on the Hub.
 
     Raises:
         [`ValueError`]: If there is no such data set. It names `argument`, that `name` was given as.
@@ -167,6 +167,9 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
             if config is not None:
                 raise ValueError(f"a file has no configurations, but `dataset_config` is {config!r}. Leave it out")
             return load_dataset(builder, data_files=name, streaming=streaming)
+        if os.path.isdir(name) and {"state.json", "dataset_dict.json"} & set(os.listdir(name)):  # by `save_to_disk`
+            saved = load_from_disk(name)
+            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         return load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, StopIteration, DatasetsError, HfHubHTTPError) as error:
         reason = error.__cause__ or str(error) or "it is empty"  # the cause is the row or the format that is wrong
