@@ -100,7 +100,7 @@ def compute_metagradients(
         )
     with TargetRun(model, examples, metric, args, accelerator) as run:
         run.train(keep_tape=True)
-        value, cotangent, readouts = run.metric_gradient()
+        cotangent = run.metric_gradient()
         derivatives = run.derivatives()
         for step in reversed(range(run.num_steps)):
             direction = run.walk_back_update(step, cotangent)
@@ -118,15 +118,10 @@ def compute_metagradients(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
         token_metagradients=[part[:, 0].float() for part in whole],
         candidate_metagradients=candidates if run.num_columns > 1 else None,
-        metric_before=run.measured.metric_before,
-        metric_after=value,
-        adam_epsilon_root=run.measured.epsilon_root,
-        micro_batch_size=run.measured.micro_batch_size,
-        losses=run.measured.losses,
-        readouts=readouts,
-        plan=run.measured.plan,
+        plan=run.plan,
         curvature_errors=derivatives.errors[::-1],
         num_exact_fallbacks=derivatives.num_fallbacks,
+        **vars(run.measured),
     )
 
 
@@ -144,15 +139,8 @@ def train_and_measure(
     """
     with TargetRun(model, examples, metric, args or TargetTrainingArguments(), accelerator) as run:
         run.train(keep_tape=False)
-        value, readouts = run.measure()
-    return TrainingOutput(
-        metric_before=run.measured.metric_before,
-        metric_after=value,
-        adam_epsilon_root=run.measured.epsilon_root,
-        micro_batch_size=run.measured.micro_batch_size,
-        losses=run.measured.losses,
-        readouts=readouts,
-    )
+        run.measure()
+    return run.measured
 
 
 def _padded_back(values: Tensor, example: Example, num_tokens: int) -> Tensor:

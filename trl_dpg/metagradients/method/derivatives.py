@@ -71,7 +71,7 @@ class Derivatives(ABC):
             batches (`list[MicroBatch]`): This process's part of the batch.
             direction ([`Direction`]): \\( \lambda_g \\).
             product (`Tensor`, *optional*):
-                Becomes \\( H_t \lambda_g \\) over all processes, shape `(size + TAIL,)`. `None`: it is not wanted.
+                Becomes \\( H_t \lambda_g \\) over all processes, shape `(size,)`. `None`: it is not wanted.
 
         Returns:
             `list[Tensor]`: For each micro-batch, \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\) of its supervised

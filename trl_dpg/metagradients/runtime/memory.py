@@ -157,14 +157,23 @@ def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_
 
 
 @contextmanager
-def explaining_metric_memory() -> Iterator[None]:
-    """Has a metric that runs out of memory say that it did: smaller micro-batches would not help."""
+def explaining_memory(
+    what: str = "Memory ran out beside the model's own passes, in which `micro_batch_size` has no part: for gradients, optimizer "
+    'state or cotangents. Keep the tape elsewhere (`tape="host"` or `"disk"`), or train adapters instead of all parameters.',
+) -> Iterator[None]:
+    """Has an error that says no more than that memory ran out say what to lower."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        explained = type(error) is MemoryError and str(error) != ""
+        if explained or not is_out_of_memory(error):
             raise
-        raise MemoryError(
-            "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or "
-            f"fewer of the model's outputs. {error}"
-        ) from error
+        raise MemoryError(f"{what} {error}") from error
+
+
+def explaining_metric_memory():
+    """[`explaining_memory`] of a metric: smaller micro-batches would not help."""
+    return explaining_memory(
+        "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or fewer of the "
+        "model's outputs."
+    )
