@@ -25,7 +25,7 @@ from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime import host
 from trl_dpg.metagradients.runtime.cotangent import Cotangent
 from trl_dpg.metagradients.runtime.memory import free_memory, free_room, place_tape
-from trl_dpg.metagradients.runtime.storage import AHEAD, DeviceStorage, DiskStorage, open_storage
+from trl_dpg.metagradients.runtime.storage import AHEAD, DiskStorage, Storage, open_storage
 
 
 SIZE = 7
@@ -157,7 +157,7 @@ def check_walk(name, num_steps, location, device, size, tmp_path):
     storage.close()
 
 
-class CountingStorage(DeviceStorage):
+class CountingStorage(Storage):
     def __init__(self):
         self.count = self.peak = 0
 

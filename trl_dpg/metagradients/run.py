@@ -48,7 +48,7 @@ from .runtime.model import (
     vocab_size,
 )
 from .runtime.processes import Processes
-from .runtime.storage import DeviceStorage, Storage, open_storage
+from .runtime.storage import Storage, open_storage
 from .runtime.workspace import Workspace, parameter_groups
 
 
@@ -140,7 +140,7 @@ class TargetRun:
         space, processes = self.space, self.processes
         shape = self.recipe.num_train_epochs, len(self.examples)
         self.example_losses = torch.zeros(shape, dtype=torch.float64, device=space.device)
-        self.storage: Storage = DeviceStorage()
+        self.storage: Storage = Storage()
         with processes.failing_together():
             grad = space.buffer()
         for step in range(self.num_steps):

@@ -5,7 +5,7 @@ import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +16,34 @@ from .host import host_memory, tape_directory
 AHEAD = 4  # tensors that are fetched while the caller computes
 
 
-class Storage(Protocol):
+class Storage:
     """
-    Keeps flat tensors, of which most are of one size.
+    Keeps flat tensors, of which most are of one size: here in the device's own memory, where nothing is copied.
 
     `put` takes tensors over: the caller may no longer write to them, or, if the storage `copies`, not before it calls `settle`.
     `stream` yields those of keys in order, and fetches the next ones meanwhile; the caller may write to one only if
     it drops the key. `expect` says what will be streamed next.
     """
 
-    copies: bool
+    copies = False
 
-    def put(self, tensors: list[Tensor]) -> list[Any]: ...
+    def put(self, tensors: list[Tensor]) -> list[Any]:
+        return tensors
 
-    def settle(self) -> None: ...
+    def settle(self) -> None:
+        pass
 
-    def expect(self, keys: list[Any]) -> None: ...
+    def expect(self, keys: list[Any]) -> None:
+        pass
 
-    def stream(self, keys: list[Any]) -> Iterator[Tensor]: ...
+    def stream(self, keys: list[Any]) -> Iterator[Tensor]:
+        return iter(keys)
 
-    def drop(self, key: Any) -> None: ...
+    def drop(self, key: Any) -> None:
+        pass
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        pass
 
 
 def open_storage(location: str, directory: str | None, device: torch.device) -> Storage:
@@ -46,34 +52,10 @@ def open_storage(location: str, directory: str | None, device: torch.device) -> 
         return DiskStorage(tape_directory(directory), device)
     if location == "host" and device.type == "cuda":
         return HostStorage(device)
-    return DeviceStorage()
+    return Storage()
 
 
-class DeviceStorage:
-    """The device's own memory. Nothing is copied."""
-
-    copies = False
-
-    def put(self, tensors: list[Tensor]) -> list[Tensor]:
-        return tensors
-
-    def settle(self) -> None:
-        pass
-
-    def expect(self, keys: list[Tensor]) -> None:
-        pass
-
-    def stream(self, keys: list[Tensor]) -> Iterator[Tensor]:
-        return iter(keys)
-
-    def drop(self, key: Tensor) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class HostStorage:
+class HostStorage(Storage):
     """Pinned host memory of a CUDA device; copies run on a stream of their own, beside the computation."""
 
     copies = True
@@ -108,9 +90,6 @@ class HostStorage:
         torch.cuda.current_stream(self.device).wait_event(self._left)
         self._leaving = []
 
-    def expect(self, keys: list[int]) -> None:
-        pass
-
     def stream(self, keys: list[int]) -> Iterator[Tensor]:
         self.settle()
         current = torch.cuda.current_stream(self.device)
@@ -139,7 +118,7 @@ class HostStorage:
         torch.accelerator.empty_host_cache()  # PyTorch keeps freed pinned memory, which nothing else could use
 
 
-class DiskStorage:
+class DiskStorage(Storage):
     """
     A temporary file, written and read by a thread beside the computation.
 
