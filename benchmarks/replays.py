@@ -7,10 +7,9 @@ Prints, as a Markdown table, how many updates a tape replays on the way back, an
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import StepInputs, Tape, tape_tensors
+from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Update
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
-from trl_dpg.metagradients.runtime.cotangent import Cotangent
 from trl_dpg.metagradients.runtime.storage import Storage
 
 

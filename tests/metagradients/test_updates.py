@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import StepInputs, Tape
+from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Clipping, Muon
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
-from trl_dpg.metagradients.runtime.cotangent import Cotangent
 from trl_dpg.metagradients.runtime.storage import Storage
 from trl_dpg.metagradients.runtime.workspace import ALIGNMENT
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from .method.recipe import TargetTrainingArguments
 from .output import MetagradientOutput, TrainingOutput
 from .run import TargetRun
-from .runtime.examples import Example
 from .runtime.model import TargetModel
 
 
@@ -45,7 +44,7 @@ def compute_metagradients(
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
     Parameters, buffers, train/eval mode, random state and attention implementation of the model are as before when the
-    call returns, also after an error.
+    call returns, also after an error, and also where `metric` writes to trained parameters. (Frozen ones it must leave alone.)
 
     Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size, and so are all
     that follow; the log says so. That changes results by no more than rounding.
@@ -109,10 +108,11 @@ def compute_metagradients(
                 cotangent.phi += product
         token_metagradients = run.processes.sum_(run.token_metagradients)
 
-    lengths = [len(example.input_ids) for example in run.examples]
-    of_examples = token_metagradients.cpu().split(lengths)
-    sizes = [len(example["input_ids"]) for example in examples]
-    whole = [_padded_back(*each) for each in zip(of_examples, run.examples, sizes, strict=True)]
+    of_examples = token_metagradients.cpu().split([len(example.input_ids) for example in run.examples])
+    whole = [  # rows of all tokens as they were given: zeros for padding, and for what was cut
+        F.pad(values, (0, 0, example.start, len(given["input_ids"]) - example.start - len(values)))
+        for values, example, given in zip(of_examples, run.examples, examples, strict=True)
+    ]
     candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(whole, run.examples, strict=True)]
     return MetagradientOutput(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
@@ -141,8 +141,3 @@ def train_and_measure(
         run.train(keep_tape=False)
         run.measure()
     return run.measured
-
-
-def _padded_back(values: Tensor, example: Example, num_tokens: int) -> Tensor:
-    """Rows of all tokens of an example as it was given: zeros for padding, and for what was cut."""
-    return F.pad(values, (0, 0, example.start, num_tokens - example.start - len(values)))

@@ -18,12 +18,11 @@ from .method.derivatives import Derivatives, Direction, gradient
 from .method.exact import Exact
 from .method.loss import TokenLosses
 from .method.recipe import TargetTrainingArguments
-from .method.tape import StepInputs, Tape, tape_tensors
+from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
 from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
 from .output import TrainingOutput
-from .runtime.cotangent import Cotangent
 from .runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .runtime.memory import (
     MemoryPlan,
@@ -92,7 +91,6 @@ class TargetRun:
                 check_full_precision(model)
             self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
-        self.num_tokens = sum(len(e.input_ids) for e in self.examples)
         self.num_columns = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
         self.num_steps = recipe.num_steps(len(self.examples))
         self.batches = list(recipe.batches(len(self.examples)))
@@ -126,7 +124,7 @@ class TargetRun:
                 stack.enter_context(self.space)
             total = 2 * self.num_steps
             hidden = (
-                True if total == 2 or self.processes.index != 0 else self.recipe.disable_tqdm
+                self.recipe.disable_tqdm if total > 2 and self.processes.index == 0 else True
             )  # one step needs no bar
             self.progress = stack.enter_context(tqdm(total=total, desc="Target", leave=False, disable=hidden))
             self._stack = stack.pop_all()
@@ -140,7 +138,7 @@ class TargetRun:
         space, processes = self.space, self.processes
         shape = self.recipe.num_train_epochs, len(self.examples)
         self.example_losses = torch.zeros(shape, dtype=torch.float64, device=space.device)
-        self.storage: Storage = Storage()
+        self.storage = Storage()
         with processes.failing_together():
             grad = space.buffer()
         for step in range(self.num_steps):
@@ -199,8 +197,6 @@ class TargetRun:
             self.storage.settle()  # what the buffer holds may be on its way to the tape
             self.space.accumulate_into(buffer)
 
-        if self.processes.count > 1:  # where a failure writes to the buffer before that
-            self.storage.settle()
         with self.processes.summing(buffer, total):
             total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
         return total[0]
@@ -219,23 +215,18 @@ class TargetRun:
                 self.measured.metric_after, grad = _metric_gradient(self.metric, self.model, space)
                 self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
-            self.token_metagradients = space.zeros(self.num_tokens, self.num_columns)
+            num_tokens = sum(len(e.input_ids) for e in self.examples)
+            self.token_metagradients = space.zeros(num_tokens, self.num_columns)
             return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
     def derivatives(self) -> Derivatives:
         """What differentiates the loss a second time."""
         exact = Exact(self.token_losses, self.space)
-        if self.recipe.curvature == "exact":
-            return exact
-        return CentralDifference(exact, self.recipe.curvature_tolerance)
+        is_exact = self.recipe.curvature == "exact"
+        return exact if is_exact else CentralDifference(exact, self.recipe.curvature_tolerance)
 
     def walk_back_update(self, step: int, cotangent: Cotangent) -> Direction:
-        r"""
-        Walks the update of a step back: \\( \lambda_\phi, \lambda_s \\) become those before it, and the model gets \\( \phi_t \\).
-
-        Returns:
-            [`Direction`]: \\( \lambda_g \\).
-        """
+        r"""Walks the update of a step back: gives \\( \lambda_g \\). \\( \lambda_\phi, \lambda_s \\) become those before, the model gets \\( \phi_t \\)."""
         space = self.space
         along, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
         with self.processes.raising_later():
@@ -252,9 +243,7 @@ class TargetRun:
         return Direction(vector, inner, self.losses_of_epoch(step))
 
     def differentiate(self, step: int, derivatives: Derivatives, direction: Direction) -> Tensor | None:
-        r"""
-        Adds a step's \\( r_{ij} \\) to `token_metagradients`, and returns \\( H_t \lambda_g \\), this process's shard; `None` at the first.
-        """
+        r"""Adds a step's \\( r_{ij} \\) to `token_metagradients`. Gives \\( H_t \lambda_g \\), this process's shard; `None` at the first."""
         product = self.space.product if step > 0 else None
 
         def work(batches: list[MicroBatch]) -> tuple[list[MicroBatch], list[Tensor]]:

@@ -205,17 +205,13 @@ def _check_inputs(row: Mapping[str, Any], where: str, kept: slice) -> None:
                 f"{where} has `{key}`, which the target is not given: it is trained on `input_ids` alone. Remove the column, "
                 "or use examples of text."
             )
-    zeros = "is 0 at every token", [0] * (kept.stop - kept.start)
-    harmless = {
-        "position_ids": ("counts from 0 without a gap", list(range(kept.stop - kept.start))),
-        "token_type_ids": zeros,
-        "mm_token_type_ids": zeros,
-    }
-    for key, (what, values) in harmless.items():
+    length = kept.stop - kept.start
+    harmless = {"position_ids": list(range(length)), "token_type_ids": [0] * length, "mm_token_type_ids": [0] * length}
+    for key, values in harmless.items():
         if row.get(key) is not None and list(row[key])[kept] != values:
             raise ValueError(
-                f"{where} has `{key}` {row[key]!r:.80}, which the target is not given. That changes nothing only where it "
-                f"{what}. Remove the column, or give one example per text."
+                f"{where} has `{key}` {row[key]!r:.80}, which the target is not given. That changes nothing only where it is "
+                f"{values!r:.40}. Remove the column, or give one example per text."
             )
 
 

@@ -82,7 +82,7 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
         )
     device, dtype = params[0].device, params[0].dtype
     for name, param in model.named_parameters():
-        what = f"`model` has the trainable parameter `{name}` on {param.device} in {param.dtype}"
+        what = f"`model` has the trainable parameter `{name}` in {param.dtype} on {param.device}"
         if param.requires_grad and param.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{what}, too coarse for metagradients: a step's update would be rounded away. Load the target with "
@@ -90,7 +90,7 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
             )
         if param.requires_grad and (param.device, param.dtype) != (device, dtype):
             raise ValueError(
-                f"{what}, but others on {device} in {dtype}. Load the target on one device, in one dtype."
+                f"{what}, but others in {dtype} on {device}. Load the target on one device, in one dtype."
             )
     return params
 
@@ -100,10 +100,8 @@ _CHECKED: "WeakSet[nn.Module]" = WeakSet()
 
 def check_model(model: TargetModel) -> None:
     """
-    Raises a [`ValueError`] for models whose metagradients would be silently wrong, once per model.
-
-    - Encoder-decoders, and models whose logits at a token depend on later ones: these see what they are to predict.
-    - Models that write to their own weights in the forward pass, or cut their own gradient, as DoRA does.
+    Raises a [`ValueError`] for models whose metagradients would be silently wrong, once per model: models that see what they are to
+    predict, write to their own weights in the forward pass, or cut their own gradient, as DoRA does.
     """
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
@@ -225,19 +223,6 @@ def restored(model: TargetModel) -> Iterator[None]:
                 module.training = mode
             for param, grad in grads:
                 param.grad = grad
-
-
-@contextmanager
-def restored_parameters(params: list[nn.Parameter]) -> Iterator[None]:
-    """Puts parameters back on leaving."""
-    originals = [p.detach().clone() for p in params]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for param, original in zip(params, originals, strict=True):
-                param.grad = None
-                param.copy_(original)
 
 
 @contextmanager

@@ -12,13 +12,7 @@ from .memory import OutOfMemory, clear_frames, is_out_of_memory
 
 
 class Processes:
-    """
-    The processes that share a run, through Accelerate.
-
-    Args:
-        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):
-            `None` for a run of this process alone, also where there are others.
-    """
+    """The processes that share a run, through Accelerate; with `None` this one alone, also where there are others."""
 
     def __init__(self, state: Accelerator | PartialState | None):
         self.index = 0 if state is None else state.process_index
@@ -44,8 +38,8 @@ class Processes:
     @contextmanager
     def raising_later(self) -> Iterator[None]:
         """
-        Runs a block without collectives; if it raises, so does the next `summing`, `gather` or block that fails together, on
-        every process. What is computed until then is of no use.
+        Runs a block without collectives; if it raises, so does the next collective or block that fails together, on every process.
+        What is computed until then is of no use.
         """
         try:
             yield

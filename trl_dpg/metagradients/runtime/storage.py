@@ -14,6 +14,7 @@ from .host import host_memory, tape_directory
 
 
 AHEAD = 4  # tensors that are fetched while the caller computes
+Place = tuple[int, torch.Size, torch.dtype]  # of a tensor in a file: offset, shape, type
 
 
 class Storage:
@@ -39,7 +40,7 @@ class Storage:
     def stream(self, keys: list[Any]) -> Iterator[Tensor]:
         return iter(keys)
 
-    def drop(self, key: Any) -> None:
+    def drop(self, keys: list[Any]) -> None:
         pass
 
     def close(self) -> None:
@@ -108,8 +109,9 @@ class HostStorage(Storage):
             tensor.copy_(self._kept[key], non_blocking=True)
         return tensor, self.side.record_event()
 
-    def drop(self, key: int) -> None:
-        del self._kept[key]
+    def drop(self, keys: list[int]) -> None:
+        for key in keys:
+            del self._kept[key]
 
     def close(self) -> None:
         self.side.synchronize()
@@ -140,7 +142,7 @@ class DiskStorage(Storage):
         self._free: dict[int, list[int]] = defaultdict(list)  # offsets, by size
         self._end = 0
 
-    def put(self, tensors: list[Tensor]) -> list[tuple[int, torch.Size, torch.dtype]]:
+    def put(self, tensors: list[Tensor]) -> list[Place]:
         self._end_writes()  # at most one call's are under way
         keys = []
         for tensor in tensors:
@@ -161,7 +163,7 @@ class DiskStorage(Storage):
             write.result()  # also raises its error, such as a full disk
         self._writes = []
 
-    def expect(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
+    def expect(self, keys: list[Place]) -> None:
         """Has the operating system read into memory that is free otherwise, while the model is called."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
@@ -178,7 +180,7 @@ class DiskStorage(Storage):
         for start in range(offset, offset + size, 1 << 20):
             os.posix_fadvise(self.file.fileno(), start, min(1 << 20, offset + size - start), os.POSIX_FADV_WILLNEED)
 
-    def stream(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> Iterator[Tensor]:
+    def stream(self, keys: list[Place]) -> Iterator[Tensor]:
         for hint in self._hints:
             hint.cancel()
         self._hints = []
@@ -190,7 +192,7 @@ class DiskStorage(Storage):
             reading.result()
             yield data.to(self.device)
 
-    def _fetch(self, key: tuple[int, torch.Size, torch.dtype]) -> tuple[Tensor, Future]:
+    def _fetch(self, key: Place) -> tuple[Tensor, Future]:
         offset, shape, dtype = key
         data = torch.empty(shape, dtype=dtype)  # not in the thread, whose heap would keep the memory
         return data, self._thread.submit(self._transfer, os.preadv, data, offset)
@@ -203,9 +205,9 @@ class DiskStorage(Storage):
                 raise OSError("The tape's file ends early: it was not written whole. Is the disk of `tape_dir` full?")
             view, offset = view[done:], offset + done
 
-    def drop(self, key: tuple[int, torch.Size, torch.dtype]) -> None:
-        offset, shape, dtype = key
-        self._free[shape.numel() * dtype.itemsize].append(offset)
+    def drop(self, keys: list[Place]) -> None:
+        for offset, shape, dtype in keys:
+            self._free[shape.numel() * dtype.itemsize].append(offset)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)

@@ -57,12 +57,9 @@ class Workspace:
     products are whole on all of them.
 
     Args:
-        groups (`Sequence[Group]`):
-            Distinct parameters, on one device and of one dtype. Groups stay together, in order.
-        processes ([`Processes`]):
-            Who shares the run.
-        shardable (`bool`):
-            Whether a process can do with a shard.
+        groups (`Sequence[Group]`): Distinct parameters, on one device and of one dtype. Groups stay together, in order.
+        processes ([`Processes`]): Who shares the run.
+        shardable (`bool`): Whether a process can do with a shard.
     """
 
     def __init__(self, groups: Sequence[Group], processes: Processes, shardable: bool):
@@ -71,12 +68,12 @@ class Workspace:
         self.offsets: list[int] = []
         self.parts: list[slice] = []  # of the groups
         end = 0
-        for group in groups:
+        for rule, _, params in groups:
             start = end
-            for param in group.params:
+            for param in params:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-            self.parts.append(slice(start, end if group.rule.elementwise else start + group.params[0].numel()))
+            self.parts.append(slice(start, end if rule.elementwise else start + params[0].numel()))
         num_shards = processes.count if shardable else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
         if groups[-1].rule.elementwise:  # what pads the shards is updated too, from zero to zero
