@@ -72,8 +72,8 @@ def compute_metagradients(
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
-        [`MemoryError`]: If one example at a time, the metric or the planned tape does not fit into memory; the message
-            names what to lower.
+        [`MemoryError`]: If one example at a time, the metric, the planned tape or what lies beside them does not fit into memory;
+            the message names what to lower.
 
     Example:
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -246,10 +246,10 @@ class TargetRun:
         r"""Adds a step's \\( r_{ij} \\) to `token_metagradients`. Gives \\( H_t \lambda_g \\), this process's shard; `None` at the first."""
         product = self.space.product if step > 0 else None
 
-        def work(batches: list[MicroBatch]) -> tuple[list[MicroBatch], list[Tensor]]:
-            return batches, derivatives(batches, direction, product)
+        def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
+            return zip(batches, derivatives(batches, direction, product), strict=True)
 
-        for batch, result in zip(*self.retrying_smaller(step, work), strict=True):
+        for batch, result in self.retrying_smaller(step, work):
             self.token_metagradients[batch.places()] += result
         self.progress.update()
         if product is None:

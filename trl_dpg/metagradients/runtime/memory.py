@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..method.recipe import TargetTrainingArguments
 
 
+ANOTHER_FAILED = "The run ends because another process failed."
+
+
 class OutOfMemory(MemoryError):
     """Memory ran out where fewer examples at a time need less of it."""
 
@@ -143,7 +146,7 @@ def explaining_memory(
     try:
         yield
     except Exception as error:
-        explained = type(error) is MemoryError and str(error) != ""
+        explained = (type(error) is MemoryError and str(error)) or str(error).startswith(ANOTHER_FAILED)
         if explained or not is_out_of_memory(error):
             raise
         raise MemoryError(f"{what} {error}") from error

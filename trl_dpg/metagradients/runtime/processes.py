@@ -8,7 +8,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .memory import OutOfMemory, clear_frames, is_out_of_memory
+from .memory import ANOTHER_FAILED, OutOfMemory, clear_frames, is_out_of_memory
 
 
 class Processes:
@@ -109,7 +109,7 @@ class Processes:
                 raise OutOfMemory(failures[0][0])
             if causes and (error is None or isinstance(error, OutOfMemory)):
                 kind = FloatingPointError if all(kind is FloatingPointError for _, kind in causes) else RuntimeError
-                raise kind(f"The run ends because another process failed. {causes[0][0]}")
+                raise kind(f"{ANOTHER_FAILED} {causes[0][0]}")
         if error is not None:
             raise error
 

@@ -128,7 +128,7 @@ class Workspace:
             param.grad = view
 
     def release_gradients(self) -> None:
-        """Ends that."""
+        """Has backward passes no longer write to that buffer."""
         for param in self.params:
             param.grad = None
 
