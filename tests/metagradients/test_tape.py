@@ -165,8 +165,8 @@ class CountingStorage(Storage):
         self.peak = max(self.peak, self.count)
         return super().put(tensors)
 
-    def drop(self, key):
-        self.count -= 1
+    def drop(self, keys):
+        self.count -= len(keys)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 30, 32, 96, 200])

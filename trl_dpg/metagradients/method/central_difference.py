@@ -147,26 +147,30 @@ class CentralDifference(Derivatives):
     def _difference(self, batches, direction, norm, product) -> tuple[list[Tensor], float]:
         """The two gradients, or without `product` their losses: derivatives and their estimated error. Chooses the next distance."""
         epsilon = self._distance / norm
-        losses: tuple[list[Tensor], list[Tensor]] = [], []
-        results, sums = [], [0.0] * 6
+        results: list[Tensor] = []
+        changes: tuple[list[Tensor], list[Tensor]] = [], []
+        sums = [0.0] * 6
         with self.space.accumulating(product, sums):
-            for sign, found in zip((1, -1), losses, strict=True):
+            for sign, change in zip((1, -1), changes, strict=True):
                 self._move_to(sign * epsilon, direction.vector)
-                for batch in batches:
+                for i, batch in enumerate(batches):
                     with torch.set_grad_enabled(product is not None):
                         values = self.token_losses(batch, candidates=True)
                     if product is not None:
                         weights = batch.token_weights(candidates=True) * (sign / (2 * epsilon))
                         values.backward(weights, inputs=self.space.params)
-                    found.append(values.detach())
-            for batch, ahead, behind in zip(batches, *losses, strict=True):
-                results.append((ahead - behind) / (2 * epsilon))
-                before = direction.example_losses[batch.indices]
-                first, second = (batch.example_sums(values[:, 0]) - before for values in (ahead, behind))
-                odd, even = first - second, first + second
+                    values = values.detach()
+                    change.append(batch.example_sums(values[:, 0]) - direction.example_losses[batch.indices])
+                    if sign > 0:
+                        results.append(values)
+                    else:
+                        results[i] = (results[i] - values) / (2 * epsilon)
+            for batch, ahead, behind in zip(batches, *changes, strict=True):
+                odd, even = ahead - behind, ahead + behind
                 nats = 1 / (batch.scale * batch.num_supervised).double()
                 weighted = odd * batch.weights.double() / (2 * epsilon)
-                columns = before * nats, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()
+                losses = direction.example_losses[batch.indices] * nats
+                columns = losses, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()
                 parts = len(batch.indices), *(column.sum().item() for column in columns)
                 sums[:] = [total + part for total, part in zip(sums, parts, strict=True)]
         return results, self._estimate_and_adapt(sums, direction.dot_with_grad)
