@@ -18,7 +18,7 @@ ROWS = [
     [("trainer", ["trainer.py", "config.py", "checks.py", "checkpoints.py", "callbacks.py", "evaluation.py", "waiting.py"])],
     [("reporting", ["reporting"]), ("credit", ["credit"]), ("rewards", ["rewards"])],
     [("publishing", ["publishing"]), ("target and data", ["data.py", "sft_rows.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],
-    [("check", ["metagradients/check.py", "metagradients/diagnosis.py"])],
+    [("check", ["checking.py", "metagradients/check.py"])],
     [("compute and run", ["metagradients/compute.py", "metagradients/run.py", "metagradients/output.py"]), ("metric", ["metagradients/metric.py"])],
     [("method", ["metagradients/method"])],
     [("kernels", ["metagradients/kernels"]), ("runtime", ["metagradients/runtime"])],
@@ -95,8 +95,8 @@ def draw() -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 8 4 0 8z" fill="#888"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
-        f'<rect x="8" y="{MARGIN + 4 * ROW - 16}" width="{WIDTH - 16}" height="{3 * ROW + BOX[1] + 32}" rx="10" fill="#f3f6fb"/>',
-        f'<text x="22" y="{MARGIN + 4 * ROW + 8}" fill="#567">metagradients: the engine</text>',
+        f'<rect x="8" y="{MARGIN + 5 * ROW - 16}" width="{WIDTH - 16}" height="{2 * ROW + BOX[1] + 32}" rx="10" fill="#f3f6fb"/>',
+        f'<text x="22" y="{MARGIN + 5 * ROW + 8}" fill="#567">metagradients: the engine</text>',
     ]
     for (start, end), _ in sorted(edges.items()):
         (x1, y1), (x2, y2) = places[start], places[end]

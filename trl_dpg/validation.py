@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from .metagradients.runtime.model import (
     decayed_parameters,
     make_deterministic,
     restored,
-    restored_parameters,
     trainable_parameters,
     vocab_size,
 )
@@ -56,7 +56,7 @@ def validate(
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     metric = as_metric(metric)
-    with restored(model), restored_parameters(params), torch.enable_grad():
+    with restored(model), _restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
         with explaining_metric_memory():
             metric.setup(model)
@@ -80,6 +80,19 @@ def validate(
         "target_steps": len(losses),
         **readouts,
     }
+
+
+@contextmanager
+def _restored_parameters(params: list) -> Iterator[None]:
+    """Puts parameters back on leaving."""
+    originals = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for param, original in zip(params, originals, strict=True):
+                param.grad = None
+                param.copy_(original)
 
 
 def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTrainingArguments) -> list[float]:

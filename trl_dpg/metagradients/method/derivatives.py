@@ -20,10 +20,8 @@ def gradient(
     before_backward: Callable[[], None],
 ) -> float:
     r"""
-    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss.
-
-    The \\( \ell_i(\phi_t) / Z_t \\) are written into `example_losses`, shape `(n,)`. `before_backward` is called before the first
-    backward pass. Takes about as long as 3 forward passes.
+    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss; the
+    \\( \ell_i(\phi_t) / Z_t \\) go into `example_losses`, shape `(n,)`. Takes about as long as 3 forward passes.
     """
     total = 0.0
     if not batches:
@@ -70,8 +68,7 @@ class Derivatives(ABC):
         Args:
             batches (`list[MicroBatch]`): This process's part of the batch.
             direction ([`Direction`]): \\( \lambda_g \\).
-            product (`Tensor`, *optional*):
-                Becomes \\( H_t \lambda_g \\) over all processes, shape `(size + TAIL,)`. `None`: it is not wanted.
+            product (`Tensor`, *optional*): Becomes \\( H_t \lambda_g \\) over all processes, shape `(size,)`. `None` if not wanted.
 
         Returns:
             `list[Tensor]`: For each micro-batch, \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\) of its supervised

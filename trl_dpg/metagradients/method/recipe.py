@@ -32,8 +32,8 @@ class TargetTrainingArguments:
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Peak learning rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            Weight decay: as in PyTorch, decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter that a step's loss does not reach counts as one whose gradient is zero, so that
-            it decays too, and its moments do; [`torch.optim.AdamW`] leaves it alone.
+            As in PyTorch: decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter that a step's loss does
+            not reach counts as one whose gradient is zero: it decays too, and so do its moments, unlike in [`torch.optim.AdamW`].
         weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
             Whether weight decay also applies to normalization weights and biases, as in a bare
             [`~torch.optim.AdamW`]. [`~transformers.Trainer`] leaves them out: `False` reproduces that.
@@ -177,10 +177,8 @@ class TargetTrainingArguments:
           loss's denominator, although nothing predicts it. Set that label to -100 to have the two agree.
 
         Args:
-            config ([`~trl.SFTConfig`]):
-                Configuration of the SFT run.
-            **overrides:
-                Fields that replace the ones read from `config`.
+            config ([`~trl.SFTConfig`]): Configuration of the SFT run.
+            **overrides: Fields that replace the ones read from `config`.
 
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.

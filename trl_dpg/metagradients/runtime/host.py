@@ -22,9 +22,7 @@ def host_memory(membership: Path = MEMBERSHIP, groups: Path = CGROUPS) -> tuple[
     """
     Total and available memory in bytes: the machine's, or less where a container has a limit.
 
-    Args:
-        membership (`Path`): File that names the control groups (version 1 or 2) of this process.
-        groups (`Path`): Folder of all control groups.
+    `membership` names the control groups (version 1 or 2) of this process, `groups` is the folder of all of them.
     """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
@@ -72,14 +70,8 @@ def is_in_memory(directory: str) -> bool:
 
 def tape_directory(asked_for: str | None) -> str | None:
     """
-    Where a tape on disk lies.
-
-    Args:
-        asked_for (`str`, *optional*): `tape_dir`, which is taken as it is.
-
-    Returns:
-        `str` or `None`: Without `tape_dir`, the first directory for temporary files that is on a disk: the system's, or
-        `/var/tmp`. `None` if both are in memory, or cannot be written to.
+    Where a tape on disk lies: `tape_dir` if asked for, else the first directory for temporary files that is on a disk, the
+    system's or `/var/tmp`. `None` if both are in memory, or cannot be written to.
     """
     if asked_for is not None:
         return asked_for

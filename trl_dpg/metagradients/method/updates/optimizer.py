@@ -10,8 +10,7 @@ from .update import Update
 
 
 if TYPE_CHECKING:
-    from ...runtime.cotangent import Cotangent
-    from ..tape import Tape
+    from ..tape import Cotangent, Tape
 
 
 # Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them; on smaller blocks, threads of
@@ -62,13 +61,10 @@ class Optimizer:
     @torch.no_grad()
     def adjoint_(self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor) -> float:
         r"""
-        Walks the last step on the tape back, up to clipping: \\( \lambda_\phi, \lambda_s \\) after its update become those before it.
+        Walks the last step on the tape back, up to clipping: \\( \lambda_\phi, \lambda_s \\) after its update become those before it,
+        and `phi` becomes \\( \phi_t \\), shape `(n,)`.
 
-        Args:
-            tape ([`Tape`]): Steps.
-            phi (`Tensor`): Becomes \\( \phi_t \\), shape `(n,)`.
-            cotangent ([`Cotangent`]): \\( \lambda_\phi, \lambda_s \\), in place.
-            out (`Tensor`): For the cotangent of the clipped gradient, shape `(n,)`. At the first step it may be `cotangent.phi`.
+        `out`, shape `(n,)`, becomes the cotangent of the clipped gradient. At the first step it may be `cotangent.phi`.
 
         Returns:
             `float`: Its inner product with \\( g_t \\), over these elements.
@@ -87,15 +83,8 @@ class Optimizer:
     @torch.no_grad()
     def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
         r"""
-        Walks the clipping of the same step back: `out` becomes \\( \lambda_g \\).
-
-        Args:
-            tape ([`Tape`]): Steps.
-            out (`Tensor`): What [`~Optimizer.adjoint_`] gave.
-            inner (`float`): What it returned, over all elements.
-
-        Returns:
-            `float`: \\( \langle \lambda_g, g_t \rangle \\), over these elements.
+        Walks the clipping of the same step back: `out` of [`~Optimizer.adjoint_`], whose sum over all elements `inner` is, becomes
+        \\( \lambda_g \\). Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
         """
         grads = zip(tape.blocks, tape.last_gradient(), strict=True)
         return sum(self.clipping.adjoint_(tape.last, out[part], grad, inner) for (part, _), grad in grads)
