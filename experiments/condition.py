@@ -17,6 +17,7 @@ import random
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
 ALLOWED = 1.01  # times the perplexity of the untouched target
 NUM_WORDS, LENGTH, SUCCESSORS = 100, 24, 4
 PRETRAINING_STEPS = 400
-FIELDS = ["weight", "factor", "seed", "steps"]
+FIELDS = ["weight", "factor", "learning_rate", "completions", "seed", "steps"]
+NUM_CLEAN = 128
+VALIDATED = 512  # samples
 
 
 def clean_texts(number: int, seed: int) -> list[dict[str, str]]:
@@ -73,7 +76,11 @@ class Validate(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
+            training = self.trainer.target_training
+            recipe = training.args
+            training.args = replace(recipe, batch_size=VALIDATED)  # one step, as in training
             values = self.trainer.evaluate()
+            training.args = recipe
             of_untouched = {
                 name: condition.factor * (1 - values[f"eval_{condition.name}_below_limit_by"])
                 for name, condition in self.conditions.items()
@@ -83,33 +90,37 @@ class Validate(TrainerCallback):
             print({name: round(value, 4) for name, value in self.curve[-1].items()}, flush=True)
 
 
-def train(target: torch.nn.Module, weight: float, factor: float, seed: int, steps: int, every: int) -> dict:
+def train(target: torch.nn.Module, settings: dict, every: int) -> dict:
     """One run: its validations, perplexities relative to those of the untouched target."""
     start = time.perf_counter()
+    seed, completions = settings["seed"], settings["completions"]
     tokenizer = tiny_tokenizer(NUM_WORDS, ONE_SPECIAL_TOKEN)
     generator = tiny_causal_lm(NUM_WORDS + len(ONE_SPECIAL_TOKEN), seed=2 * seed, special_tokens=ONE_SPECIAL_TOKEN)
-    clean, held_out = (Perplexity(clean_texts(32, seed=-n), tokenizer, batch_size=32) for n in (1, 2))
+    clean, held_out = (Perplexity(clean_texts(NUM_CLEAN, seed=-n), tokenizer, batch_size=NUM_CLEAN) for n in (1, 2))
 
     def held_out_perplexity(model):
         return held_out(model)
 
-    kept = {"perplexity": KeepBelow(clean, factor=factor), "held_out": KeepBelow(held_out_perplexity, factor=ALLOWED)}
-    metric = LMHeadPattern.qr("TRL-DPG") + weight * kept["perplexity"] + 0 * kept["held_out"]
+    kept = {
+        "perplexity": KeepBelow(clean, factor=settings["factor"]),
+        "held_out": KeepBelow(held_out_perplexity, factor=ALLOWED),
+    }
+    metric = LMHeadPattern.qr("TRL-DPG") + settings["weight"] * kept["perplexity"] + 0 * kept["held_out"]
     prompts = tiny_prompts(4096, 32)
     callback = Validate(every)
     with tempfile.TemporaryDirectory() as directory:
         args = DatasetPolicyGradientConfig(
             directory,
             seed=seed,
-            target_learning_rate=1e-3,
+            target_learning_rate=settings["learning_rate"],
             learning_rate=3e-3,
             lr_scheduler_type="linear",
             adam_beta2=0.95,
             max_grad_norm=0.3,
             entropy_coef=0.001,
-            max_steps=steps,
-            per_device_train_batch_size=512,
-            per_device_eval_batch_size=512,
+            max_steps=settings["steps"],
+            per_device_train_batch_size=completions,
+            per_device_eval_batch_size=VALIDATED,
             num_generations=16,
             max_completion_length=24,
             gradient_checkpointing=False,
@@ -128,8 +139,12 @@ def train(target: torch.nn.Module, weight: float, factor: float, seed: int, step
         trainer.remove_callback(PrinterCallback)
         untouched = {name: condition.metric(target).item() for name, condition in kept.items()}
         trainer.train()
-    run = dict(zip(FIELDS, (weight, factor, seed, steps), strict=True))
-    return {**run, "untouched": untouched, "curve": callback.curve, "seconds": round(time.perf_counter() - start, 1)}
+    return {
+        **settings,
+        "untouched": untouched,
+        "curve": callback.curve,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def done() -> list[dict]:
@@ -142,11 +157,17 @@ def run(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         target = None
         for weight in options.weights:
-            settings = dict(zip(FIELDS, (weight, options.factor, seed, options.steps), strict=True))
+            settings = dict(
+                zip(
+                    FIELDS,
+                    (weight, options.factor, options.learning_rate, options.completions, seed, options.steps),
+                    strict=True,
+                )
+            )
             if any(all(line[name] == settings[name] for name in FIELDS) for line in done()):
                 continue
             target = target or pretrained_target(2 * seed + 1, PRETRAINING_STEPS)
-            line = train(target, **settings, every=options.every)
+            line = train(target, settings, options.every)
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -154,13 +175,30 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    head = ["condition", "seed", "pixel accuracy", "code read", "perplexity", "held-out perplexity", "both held"]
+    head = [
+        "condition",
+        "η of the target",
+        "completions a step",
+        "seed",
+        "pixel accuracy",
+        "code read",
+        "perplexity",
+        "held-out perplexity",
+        "both held",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for line in sorted(done(), key=lambda line: (line["weight"], line["seed"])):
+    for line in sorted(done(), key=lambda line: [line[name] for name in FIELDS]):
         last = line["curve"][-1]
         kept = max(last["perplexity"], last["held_out"]) <= ALLOWED
         condition = f"weight {line['weight']:g}, limit {line['factor'] - 1:+.1%}" if line["weight"] else "none"
-        cells = [condition, line["seed"], f"{last['pixel_accuracy']:.4f}", "yes" if last["qr_decoded"] else "no"]
+        cells = [
+            condition,
+            f"{line['learning_rate']:g}",
+            line["completions"],
+            line["seed"],
+            f"{last['pixel_accuracy']:.4f}",
+            "yes" if last["qr_decoded"] else "no",
+        ]
         cells += [f"{last[name] - 1:+.2%}" for name in ("perplexity", "held_out")]
         cells += ["yes" if last["pixel_accuracy"] >= 0.99 and kept else "no"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -175,6 +213,8 @@ def main() -> None:
     runner.add_argument(
         "--factor", type=float, default=1.005, help="limit in training, times the untouched perplexity"
     )
+    runner.add_argument("--learning_rate", type=float, default=2e-3, help="of the target")
+    runner.add_argument("--completions", type=int, default=512, help="a step")
     runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--steps", type=int, default=160)
     runner.add_argument("--every", type=int, default=20, help="steps between validations")

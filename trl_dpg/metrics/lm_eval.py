@@ -144,7 +144,7 @@ def _load_task(task: str | PathLike[str] | dict[str, Any]) -> Any:
     except ImportError as error:
         raise ImportError("`LMEvalLikelihood` needs lm-evaluation-harness: `pip install trl-dpg[lm-eval]`.") from error
     spec = task if isinstance(task, dict) else fspath(task)
-    own = "dataset_path" in spec if isinstance(spec, dict) else Path(spec).suffix in (".yaml", ".yml")
+    own = "output_type" in spec if isinstance(spec, dict) else Path(spec).suffix in (".yaml", ".yml")
     try:
         found = list(TaskManager(include_defaults=not own).load(spec)["tasks"].values())  # the index takes seconds
     except (LookupError, ValueError, TypeError, OSError) as error:
