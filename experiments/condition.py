@@ -209,11 +209,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     commands = parser.add_subparsers(required=True)
     runner = commands.add_parser("run")
-    runner.add_argument("--weights", nargs="+", type=float, default=[0.0, 1000.0], help="of the condition")
+    runner.add_argument("--weights", nargs="+", type=float, default=[0.0, 10000.0], help="of the condition")
     runner.add_argument(
         "--factor", type=float, default=1.005, help="limit in training, times the untouched perplexity"
     )
-    runner.add_argument("--learning_rate", type=float, default=2e-3, help="of the target")
+    runner.add_argument("--learning_rate", type=float, default=1.5e-3, help="of the target")
     runner.add_argument("--completions", type=int, default=512, help="a step")
     runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--steps", type=int, default=160)

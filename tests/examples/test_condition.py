@@ -44,4 +44,4 @@ def test_run_and_report(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["condition", "report"])
     condition.main()
-    assert "| weight 1000, limit +0.5% | 0.002 | 16 | 0 |" in capsys.readouterr().out
+    assert "| weight 1000, limit +0.5% | 0.0015 | 16 | 0 |" in capsys.readouterr().out
