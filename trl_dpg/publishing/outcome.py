@@ -60,7 +60,7 @@ def outcome(facts: dict[str, Any]) -> str:
     Says whether validation found what a generator was trained towards, and what an untrained one comes to.
 
     A picture is reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and above that
-    before training, by more than two standard errors where there are several draws.
+    before training, by more than two standard errors where there are several draws. Conditions must hold in every draw.
 
     `facts` are what [`~trl_dpg.publishing.training_facts`] gives. Each validation set gets one sentence.
     """
@@ -71,7 +71,8 @@ def outcome(facts: dict[str, Any]) -> str:
         deciding = facts["metric"]["readouts"]  # of shares, the last is the goal itself
         names = dict.fromkeys([*deciding, main_readout({"validation": {prefix: validation}})])
         figures = "; ".join(_figure(name, validation) for name in names)
-        verdict = "reached" if _is_reached(deciding, validation) else "not reached"
+        held = all(validation["after"]["mean"].get(name) == 1 for name in facts["metric"].get("conditions", ()))
+        verdict = "reached" if held and _is_reached(deciding, validation) else "not reached"
         sentences.append(f"In validation at {where}, this was {verdict}: {figures}.")
     return " ".join(sentences) or "Whether this was reached is not known: the generator was not validated."
 
