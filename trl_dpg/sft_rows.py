@@ -39,6 +39,14 @@ def check_loss(
     processing_class: PreTrainedTokenizerBase | None,
 ) -> None:
     """Refuses a loss that the target's examples cannot have, as far as it can be seen before there are any."""
+    for name, value, choices in (
+        ("completion_only_loss", completion_only_loss, (None, True, False)),
+        ("assistant_only_loss", assistant_only_loss, (True, False)),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"`{name}` (`target_{name}` in the trainer) must be {' or '.join(map(str, choices))}, got {value!r}."
+            )
     if formatting_func is None:
         _check_kind(False, False, completion_only_loss, assistant_only_loss)
     if assistant_only_loss and processing_class is not None:
