@@ -600,7 +600,7 @@ def test_verify_of_completions_after_prompts(here, capsys):
     losses = {}
     for value in ("True", "False"):
         main([*argv, "--completion_only_loss", value])
-        losses[value] = json.loads(capsys.readouterr().out)["data"]["loss"]
+        losses[value] = json.loads((here / "out" / "verification.json").read_text())["data"]["loss"]
         config = SFTConfig(
             "sft", learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=1, bf16=False, use_cpu=True,
             completion_only_loss=value == "True", report_to="none", save_strategy="no",
