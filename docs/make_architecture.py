@@ -1,5 +1,5 @@
 """
-Draws docs/architecture.svg: the rooms of the package, their lines, and who imports whom.
+Draws docs/architecture.svg: the rooms of the package, and who imports whom.
 
     python docs/make_architecture.py
 """
@@ -24,14 +24,6 @@ ROWS = [
     [("kernels", ["metagradients/kernels"]), ("runtime", ["metagradients/runtime"])],
 ]  # fmt: skip
 WIDTH, BOX, ROW, MARGIN = 920, (210, 54), 104, 24
-
-
-def files(room_paths: list[str]) -> list[Path]:
-    found = []
-    for path in room_paths:
-        place = ROOT / "trl_dpg" / path
-        found += [place] if place.suffix == ".py" else sorted(place.rglob("*.py"))
-    return found
 
 
 def imports(path: Path) -> set[str]:
@@ -77,12 +69,11 @@ def room_of(module: str) -> str | None:
 
 
 def draw() -> str:
-    places, sizes = {}, {}
+    places = {}
     for i, row in enumerate(ROWS):
-        for j, (name, paths) in enumerate(row):
+        for j, (name, _) in enumerate(row):
             x = WIDTH / (len(row) + 1) * (j + 1)
             places[name] = (x, MARGIN + i * ROW + BOX[1] / 2)
-            sizes[name] = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files(paths))
     edges: dict[tuple[str, str], int] = defaultdict(int)
     for module, targets in graph().items():
         for target in targets:
@@ -110,8 +101,7 @@ def draw() -> str:
         w, h = BOX
         lines.append(
             f'<rect x="{x - w / 2:.0f}" y="{y - h / 2:.0f}" width="{w}" height="{h}" rx="7" fill="#fff" stroke="#345"/>'
-            f'<text x="{x:.0f}" y="{y - 3:.0f}" text-anchor="middle" font-weight="bold">{name}</text>'
-            f'<text x="{x:.0f}" y="{y + 16:.0f}" text-anchor="middle" font-size="12" fill="#567">{sizes[name]:,} lines</text>'
+            f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" font-weight="bold">{name}</text>'
         )
     return "\n".join([*lines, "</svg>", ""])
 

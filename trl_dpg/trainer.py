@@ -36,6 +36,7 @@ from .publishing.cards import PAPER
 from .publishing.hub import PublishingMixin
 from .reporting import ReportCallback
 from .rewards import MetagradientReward, NaiveReward, text_reward
+from .sft_rows import Row, check_loss
 from .target import load_target_model, load_target_tokenizer
 from .waiting import bound_waiting
 
@@ -97,7 +98,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
             Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
+            it is the completion's text alone.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further rewards beside that of `args.reward`, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
             weight of `args.reward`.
@@ -136,7 +138,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         eval_dataset: "Prompts | dict[str, Prompts] | None" = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         target_processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -200,16 +202,21 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             processing_class = load_target_tokenizer(
                 target_model, trust_remote_code=kwargs["trust_remote_code"], revision=kwargs.get("revision")
             )
+        loss = {
+            "completion_only_loss": args.target_completion_only_loss,
+            "assistant_only_loss": args.target_assistant_only_loss,
+        }
+        check_loss(formatting_func, processing_class=processing_class, **loss)
         # As TRL does for the generator: new adapters are random, and must be alike on every process
         set_seed(args.seed)
         target_model = load_target_model(target_model, args.target_untie_lm_head, peft_config, **kwargs)
         target = target_model, metric, recipe, processing_class, formatting_func
-        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite}
+        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **loss}
         if args.reward == "metagradient":
             return MetagradientReward(*target, cross_group_batching=args.cross_group_batching, **batch)
         if args.reward == "naive":
             return NaiveReward(*target, **batch)
-        return TargetFineTuning(*target)
+        return TargetFineTuning(*target, **loss)
 
     def _set_up_credit(self) -> None:
         """Decides which estimator of the policy gradient to use, and says so."""

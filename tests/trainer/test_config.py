@@ -90,6 +90,8 @@ class TestDefaults:
             "reward_language",
             "target_model_init_kwargs",
             "target_untie_lm_head",
+            "target_completion_only_loss",  # of the texts, not of the recipe
+            "target_assistant_only_loss",
         }
         assert ours == {*others, *RECIPE}
         values = {

@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..data import dataset_examples
 from ..metagradients.metric import Metric, as_metric
 from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
@@ -56,7 +57,10 @@ class VerifyArguments(MetricArguments):
         "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
         "on the Hub.",
     )
-    dataset: str | None = option(None, "What to fine-tune on: a file or a data set's id, with a column `text`.")
+    dataset: str | None = option(
+        None,
+        "What to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
+    )
     dataset_split: str = option("train", "Its split.")
     generator: str | None = option(
         None,
@@ -219,7 +223,7 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     rows = load_data(args)
     metric = as_metric(args.load_metric())
     target, tokenizer = load_target(args)
-    check_lengths(args, rows, target, tokenizer, config.max_length)
+    check_lengths(args, rows, target, tokenizer, config)
     number = len(rows["data"])
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
     for name in rows:
@@ -247,7 +251,7 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         path = getattr(args, argument)
         if path is None:
             continue
-        rows[name] = data = load_texts(path, args.dataset_split, argument, args.num_examples)
+        rows[name] = data = load_sft_rows(path, args.dataset_split, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
                 f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
@@ -257,6 +261,15 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
         print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     return {name: r.take(number) for name, r in rows.items()}
+
+
+def load_sft_rows(path: str, split: str, argument: str, number: int | None) -> Dataset:
+    """Rows with `text`, or else with one of the other sets of columns that `SFTTrainer` takes."""
+    rows = load_rows(path, split, argument)
+    columns = set(rows.column_names)
+    if "text" not in columns and ({"prompt", "completion"} <= columns or "messages" in columns):
+        return rows.take(min(number or len(rows), len(rows)))
+    return load_texts(path, split, argument, number)
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
@@ -269,16 +282,21 @@ def load_target(args: VerifyArguments) -> tuple[Any, Any]:
 
 
 def check_lengths(
-    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, max_length: int | None
+    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, config: SFTConfig
 ) -> None:
-    """Refuses texts that are longer than the target's positions."""
+    """Refuses rows that cannot be trained on, and texts that are longer than the target's positions."""
     positions = positions_of(target)
     for name, data in rows.items():
-        longest = max(len(ids) for ids in tokenizer(data["text"][:])["input_ids"]) + 1  # and an EOS
-        longest = min(longest, max_length or longest)
+        what = f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r}"
+        try:
+            examples = dataset_examples(data, tokenizer, config.completion_only_loss, config.assistant_only_loss)
+        except ValueError as error:
+            raise ValueError(f"{what} has rows that the target cannot be trained on: {error}") from error
+        longest = max(len(example["input_ids"]) for example in examples)
+        longest = min(longest, config.max_length or longest)
         if longest > positions:
             raise ValueError(
-                f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r} has a text of {longest} tokens, but `target` has {positions} "
+                f"{what} has a text of {longest} tokens, but `target` has {positions} "
                 f"positions. Set `max_length` to {positions} or less, to cut it off there."
             )
 
