@@ -149,6 +149,7 @@ RESERVED |= {
     "cut",
     "seconds",
     "skipped",
+    "replayed",
     "distinct",
     "completion_length",
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,6 +25,7 @@ from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
 from ..publishing.facts import FACTS_FILE
 from ..publishing.outcome import heading, markdown_table
+from ..replay import check_ratio, draw, num_replayed
 from ..reporting.plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
 from .common import (
@@ -69,6 +70,11 @@ class VerifyArguments(MetricArguments):
     control_dataset: str | None = option(
         None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
+    replay_dataset: str | None = option(
+        None,
+        "Real data that stands beside the data and the control, with a column `text`. Take texts that no training had.",
+    )
+    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
     untie_lm_head: bool = option(
         False, "Give the target's LM head a weight of its own. As `generator` says by default."
     )
@@ -86,6 +92,11 @@ class VerifyArguments(MetricArguments):
         if self.generator is None and self.prompts is not None:
             raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
         at_least_one(self, "num_examples")
+        check_ratio(self.replay_ratio)
+        if (self.replay_dataset is None) != (self.replay_ratio == 0):
+            raise ValueError(
+                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither."
+            )
 
     def load_metric(self) -> Any:
         """The metric. A picture of `dpg.json` is taken as it is there."""
@@ -217,11 +228,18 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
+    number = len(rows["data"])
+    replayed = num_replayed(number, args.replay_ratio)
+    if args.replay_dataset is not None:
+        real = load_texts(args.replay_dataset, args.dataset_split, "replay_dataset")
+        real = real.select(draw(len(real), replayed, config.seed))
+        rows = {name: concatenate_datasets([data, real]) for name, data in rows.items()}
     metric = as_metric(args.load_metric())
     target, tokenizer = load_target(args)
     check_lengths(args, rows, target, tokenizer, config.max_length)
-    number = len(rows["data"])
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
+    if replayed > 0:
+        result["replayed"] = replayed
     for name in rows:
         model, loss, steps = fine_tune(target, tokenizer, rows[name], config)
         readouts = read(metric, target, model)
