@@ -43,7 +43,7 @@ from .common import (
 from .generate import GenerateArguments, describe, write
 
 
-ARGUMENTS = {"data": "dataset", "control": "control_dataset"}
+ARGUMENTS = {"data": "dataset", "control": "control_dataset", "replay": "replay_dataset"}
 
 
 @dataclass
@@ -229,19 +229,15 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
     number = len(rows["data"])
-    replayed = num_replayed(number, args.replay_ratio)
-    if args.replay_dataset is not None:
-        real = load_texts(args.replay_dataset, args.dataset_split, "replay_dataset")
-        real = real.select(draw(len(real), replayed, config.seed))
-        rows = {name: concatenate_datasets([data, real]) for name, data in rows.items()}
+    real = load_replay(args, num_replayed(number, args.replay_ratio), config.seed)
     metric = as_metric(args.load_metric())
     target, tokenizer = load_target(args)
-    check_lengths(args, rows, target, tokenizer, config.max_length)
+    check_lengths(args, rows | real, target, tokenizer, config.max_length)
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
-    if replayed > 0:
-        result["replayed"] = replayed
+    if real:
+        result["replayed"] = len(real["replay"])
     for name in rows:
-        model, loss, steps = fine_tune(target, tokenizer, rows[name], config)
+        model, loss, steps = fine_tune(target, tokenizer, concatenate_datasets([rows[name], *real.values()]), config)
         readouts = read(metric, target, model)
         model.save_pretrained(output_dir / f"after_{name}")
         tokenizer.save_pretrained(output_dir / f"after_{name}")
@@ -261,7 +257,8 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
 def load_data(args: VerifyArguments) -> dict[str, Dataset]:
     """Texts of the data, and of the control where there is one: as many of each."""
     rows = {}
-    for name, argument in ARGUMENTS.items():
+    for name in ("data", "control"):
+        argument = ARGUMENTS[name]
         path = getattr(args, argument)
         if path is None:
             continue
@@ -275,6 +272,14 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
         print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     return {name: r.take(number) for name, r in rows.items()}
+
+
+def load_replay(args: VerifyArguments, number: int, seed: int) -> dict[str, Dataset]:
+    """Texts that stand beside the data and beside the control: this many, drawn by the seed. Empty where there are none."""
+    if args.replay_dataset is None:
+        return {}
+    rows = load_texts(args.replay_dataset, args.dataset_split, "replay_dataset")
+    return {"replay": rows.select(draw(len(rows), number, seed))}
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
