@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import datasets
 import torch
 
 from experiments.common import append, cell, decoded, lines_of, sft, strangers_texts, target_of, trained, written_by
@@ -45,6 +46,7 @@ def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> 
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
     for seed in options.seeds:
         for ratio in options.ratios:
             settings = {"seed": seed, "ratio": ratio, "steps": options.steps, "completions": options.completions}

@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from examples.robustness import pruned, rounded
@@ -71,6 +72,7 @@ def one(seed: int, generator: str, steps: int, completions: int, samples: int) -
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
     for seed in options.seeds:
         for generator in options.generators:
             settings = {"seed": seed, "generator": generator, "steps": options.steps}

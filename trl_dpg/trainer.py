@@ -342,7 +342,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         part = self._step % args.gradient_accumulation_steps // args.steps_per_generation  # of several in one step
         folder = Path(args.output_dir) / "generated"
         folder.mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(rows).to_parquet(folder / f"step-{step:06d}{f'-{part}' if part else ''}.parquet")
+        path = folder / f"step-{step:06d}{f'-{part}' if part else ''}.parquet"
+        Dataset.from_dict(rows).to_pandas().to_parquet(path)  # type: ignore[union-attr]  # without a progress bar
 
     def _give_credit(self, output: dict[str, Any], mine: slice) -> None:
         """Adds each token's own advantage to that of its completion, which gives them the shape `(b, t)`."""
