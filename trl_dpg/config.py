@@ -118,6 +118,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         target_max_length (`int`, *optional*):
             Tokens kept of each example. `None` means `max_completion_length` plus one for a BOS token. Count
             `metagradient/cut` in the logs where the target's tokenizer makes more tokens of a text than the generator's.
+        target_completion_only_loss (`bool`, *optional*):
+            Whether the target's loss is on the completion alone, as in [`~trl.SFTConfig`]. `None` is yes where `formatting_func`
+            returns a prompt and a completion. Text alone has a loss everywhere.
+        target_assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether the target's loss is on what the assistant says alone, as in [`~trl.SFTConfig`]. It needs messages, and a chat
+            template that marks it with `{% generation %}`.
         target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
             Added inside the square root of AdamW's denominator. `"auto"` is measured on the first generation batch and kept.
         target_seed (`int`, *optional*, defaults to `0`):
@@ -202,6 +208,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_batch_size: int | None = _field(None, "Examples per step. `None` is the whole generation batch (one step).")
     target_micro_batch_size: int | None = _field(None, "Examples per forward pass and process of the target.")
     target_max_length: int | None = _field(None, "Tokens kept of each example. `None` is `max_completion_length` + 1.")
+    target_completion_only_loss: bool | None = _field(
+        None, "Whether the loss is on the completion alone. `None`: where the target is given a prompt, too."
+    )
+    target_assistant_only_loss: bool = _field(False, "Whether the loss is on the assistant's messages alone.")
     target_shuffle: bool = _field(True, "Whether examples are shuffled before batching.")
     target_seed: int = _field(0, "Seed of the shuffle.")
     target_loss_normalization: str = _field("batch_tokens", "`'batch_tokens'`, `'example'` or `'max_length'`.")

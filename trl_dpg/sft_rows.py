@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -39,6 +38,14 @@ def check_loss(
     processing_class: PreTrainedTokenizerBase | None,
 ) -> None:
     """Refuses a loss that the target's examples cannot have, as far as it can be seen before there are any."""
+    for name, value, choices in (
+        ("completion_only_loss", completion_only_loss, (None, True, False)),
+        ("assistant_only_loss", assistant_only_loss, (True, False)),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"`{name}` (`target_{name}` in the trainer) must be {' or '.join(map(str, choices))}, got {value!r}."
+            )
     if formatting_func is None:
         _check_kind(False, False, completion_only_loss, assistant_only_loss)
     if assistant_only_loss and processing_class is not None:
@@ -135,11 +142,12 @@ def encode(
         completion_only_loss = has_prompt
     prompts: list[list[int]] = [[]] * len(rows)
     if chat:
-        template = partial(_templated, processing_class=processing_class, assistant_only_loss=assistant_only_loss)
-        template = partial(template, tokenize=True, return_dict=True)
-        encoded = [template(r, _messages(r), return_assistant_tokens_mask=assistant_only_loss) for r in rows]
+        as_template = processing_class, assistant_only_loss
+        whole: Any = {"return_assistant_tokens_mask": assistant_only_loss, "tokenize": True, "return_dict": True}
+        encoded = [_templated(row, _messages(row), *as_template, **whole) for row in rows]
         if completion_only_loss:
-            prompts = [template(r, r["prompt"], add_generation_prompt=True)["input_ids"] for r in rows]
+            alone: Any = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            prompts = [_templated(row, row["prompt"], *as_template, **alone) for row in rows]
     else:
         tokens = processing_class([row_text(r, processing_class, False) for r in rows])["input_ids"]
         encoded = [{"input_ids": ids} for ids in tokens]
@@ -151,11 +159,11 @@ def encode(
 def _with_loss(row: Row, encoded: Any, prompt: list[int]) -> tuple[list[int], list[bool]]:
     """Tokens of a row, and whether each has a loss: none of the `prompt`, and none that the assistant did not say."""
     ids = list(encoded["input_ids"])
-    said = encoded.get("assistant_masks", [1] * len(ids))
-    if 1 not in said:
+    said = encoded.get("assistant_masks")
+    if said is not None and 1 not in said:
         raise ValueError(
             f"`assistant_only_loss=True` (`target_assistant_only_loss` in the trainer), but the assistant says nothing in {row!r:.80}, "
             "by the `{% generation %}` marks of the chat template. Correct the template or the row, or leave it at False."
         )
     start = common_prefix_length(prompt, ids)
-    return ids, [i >= start and bool(bit) for i, bit in enumerate(said)]
+    return ids, [i >= start and bool(said is None or said[i]) for i in range(len(ids))]

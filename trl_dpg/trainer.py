@@ -40,6 +40,7 @@ from .publishing.cards import PAPER
 from .publishing.hub import PublishingMixin
 from .reporting import ReportCallback
 from .rewards import MetagradientReward, NaiveReward, TargetReward, text_reward
+from .sft_rows import Row, check_loss
 from .target import load_target_model, load_target_tokenizer
 from .variants import with_models
 from .waiting import bound_waiting
@@ -102,7 +103,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
             Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
+            it is the completion's text alone.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further rewards beside that of `args.reward`, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
             weight of `args.reward`.
@@ -145,7 +147,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         eval_dataset: "Prompts | dict[str, Prompts] | None" = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         target_processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -212,6 +214,11 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             processing_class = load_target_tokenizer(
                 target_model, trust_remote_code=kwargs["trust_remote_code"], revision=kwargs.get("revision")
             )
+        loss = {
+            "completion_only_loss": args.target_completion_only_loss,
+            "assistant_only_loss": args.target_assistant_only_loss,
+        }
+        check_loss(formatting_func, processing_class=processing_class, **loss)
         # As TRL does for the generator: new adapters are random, and must be alike on every process
         set_seed(args.seed)
 
@@ -226,12 +233,12 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             "variants": with_models(args.target_variants, processing_class, partial(load, **kwargs)) or None,
         }
         target = target_model, metric, recipe, processing_class, formatting_func
-        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **data}
+        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **loss, **data}
         if args.reward == "metagradient":
             return MetagradientReward(*target, cross_group_batching=args.cross_group_batching, **batch)
         if args.reward == "naive":
             return NaiveReward(*target, **batch)
-        return TargetFineTuning(*target, **data)
+        return TargetFineTuning(*target, **loss, **data)
 
     def _set_up_credit(self) -> None:
         """Decides which estimator of the policy gradient to use, and says so."""

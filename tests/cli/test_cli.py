@@ -623,6 +623,30 @@ def test_verify_beside_real_data(here, capsys):
         assert torch.equal(weight, saved[name]), name
 
 
+def test_verify_of_completions_after_prompts(here, capsys):
+    """The loss is where `SFTTrainer` puts it, and what does not go with the data is said before a run."""
+    pairs = [{"prompt": "good ask", "completion": " blue sea"}, {"prompt": "old", "completion": " day dry cold"}] * 4
+    Dataset.from_list(pairs).to_json("pairs.jsonl")
+    argv = ["verify", "--target", "target", "--dataset", "pairs.jsonl", "--metric", "lm_head_norm", "--use_cpu"]
+    argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--output_dir", "out", "--json"]
+    losses = {}
+    for value in ("True", "False"):
+        main([*argv, "--completion_only_loss", value])
+        losses[value] = json.loads((here / "out" / "verification.json").read_text())["data"]["loss"]
+        config = SFTConfig(
+            "sft", learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=1, bf16=False, use_cpu=True,
+            completion_only_loss=value == "True", report_to="none", save_strategy="no",
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained("target")
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(pairs), processing_class=TOKENIZER
+        )
+        assert trainer.train().training_loss == losses[value]
+    assert losses["True"] != losses["False"]
+    assert main([*argv, "--assistant_only_loss", "True"]) == 2
+    assert "`dataset` 'pairs.jsonl'" in (error := capsys.readouterr().err) and "`assistant_only_loss=True`" in error
+
+
 def test_recipe_and_metric_of_a_generator(here):
     assert dpg.main(flags(target_learning_rate=3e-4, target_weight_decay=0.1)) == 0
     args, config = verify.parse(["--generator", "run", "--prompts", "prompts.jsonl", "--target", "target"])

@@ -148,6 +148,8 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         f"weight decay {recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
         f"gradients clipped to {recipe['max_grad_norm']:g}" if recipe["max_grad_norm"] else "",
         f"texts of up to {recipe['max_length']} tokens",
+        "loss on completions alone" if recipe.get("completion_only_loss") else "",
+        "loss on the assistant's messages alone" if recipe.get("assistant_only_loss") else "",
         "LM head untied from the input embedding" if recipe["untie_lm_head"] else "",
         f"rewards are means over {recipe['variants']} variants of this" if recipe.get("variants", 1) > 1 else "",
     ]

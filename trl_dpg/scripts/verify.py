@@ -20,6 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..data import dataset_examples
 from ..metagradients.metric import Metric, as_metric
 from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
@@ -57,7 +58,10 @@ class VerifyArguments(MetricArguments):
         "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
         "on the Hub.",
     )
-    dataset: str | None = option(None, "What to fine-tune on: a file or a data set's id, with a column `text`.")
+    dataset: str | None = option(
+        None,
+        "What to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
+    )
     dataset_split: str = option("train", "Its split.")
     generator: str | None = option(
         None,
@@ -72,7 +76,7 @@ class VerifyArguments(MetricArguments):
     )
     replay_dataset: str | None = option(
         None,
-        "Real data that stands beside the data and the control, with a column `text`. Take texts that no training had.",
+        "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
     )
     replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
     untie_lm_head: bool = option(
@@ -229,10 +233,10 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
     number = len(rows["data"])
-    real = load_replay(args, num_replayed(number, args.replay_ratio), config.seed)
+    real = load_replay(args, rows["data"], config.seed)
     metric = as_metric(args.load_metric())
     target, tokenizer = load_target(args)
-    check_lengths(args, rows | real, target, tokenizer, config.max_length)
+    check_lengths(args, rows | real, target, tokenizer, config)
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
     if real:
         result["replayed"] = len(real["replay"])
@@ -262,7 +266,7 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         path = getattr(args, argument)
         if path is None:
             continue
-        rows[name] = data = load_texts(path, args.dataset_split, argument, args.num_examples)
+        rows[name] = data = load_sft_rows(path, args.dataset_split, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
                 f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
@@ -274,12 +278,27 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
     return {name: r.take(number) for name, r in rows.items()}
 
 
-def load_replay(args: VerifyArguments, number: int, seed: int) -> dict[str, Dataset]:
-    """Texts that stand beside the data and beside the control: this many, drawn by the seed. Empty where there are none."""
+def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Dataset]:
+    """Rows that stand beside the data and beside the control, drawn by the seed. Empty where there are none."""
     if args.replay_dataset is None:
         return {}
-    rows = load_texts(args.replay_dataset, args.dataset_split, "replay_dataset")
+    rows = load_sft_rows(args.replay_dataset, args.dataset_split, "replay_dataset", None)
+    if set(rows.column_names) != set(data.column_names):
+        raise ValueError(
+            f"`replay_dataset` {args.replay_dataset!r} has the columns {rows.column_names}, but the data {data.column_names}. Give both "
+            "the same ones."
+        )
+    number = num_replayed(len(data), args.replay_ratio)
     return {"replay": rows.select(draw(len(rows), number, seed))}
+
+
+def load_sft_rows(path: str, split: str, argument: str, number: int | None) -> Dataset:
+    """Rows with `text`, or else with one of the other sets of columns that `SFTTrainer` takes."""
+    rows = load_rows(path, split, argument)
+    columns = set(rows.column_names)
+    if "text" not in columns and ({"prompt", "completion"} <= columns or "messages" in columns):
+        return rows.take(min(number or len(rows), len(rows)))
+    return load_texts(path, split, argument, number)
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
@@ -292,16 +311,21 @@ def load_target(args: VerifyArguments) -> tuple[Any, Any]:
 
 
 def check_lengths(
-    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, max_length: int | None
+    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, config: SFTConfig
 ) -> None:
-    """Refuses texts that are longer than the target's positions."""
+    """Refuses rows that cannot be trained on, and texts that are longer than the target's positions."""
     positions = positions_of(target)
     for name, data in rows.items():
-        longest = max(len(ids) for ids in tokenizer(data["text"][:])["input_ids"]) + 1  # and an EOS
-        longest = min(longest, max_length or longest)
+        what = f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r}"
+        try:
+            examples = dataset_examples(data, tokenizer, config.completion_only_loss, config.assistant_only_loss)
+        except ValueError as error:
+            raise ValueError(f"{what} has rows that the target cannot be trained on: {error}") from error
+        longest = max(len(example["input_ids"]) for example in examples)
+        longest = min(longest, config.max_length or longest)
         if longest > positions:
             raise ValueError(
-                f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r} has a text of {longest} tokens, but `target` has {positions} "
+                f"{what} has a text of {longest} tokens, but `target` has {positions} "
                 f"positions. Set `max_length` to {positions} or less, to cut it off there."
             )
 

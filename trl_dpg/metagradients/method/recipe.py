@@ -168,11 +168,15 @@ class TargetTrainingArguments:
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
 
+        Which tokens have a loss is not in the recipe but in the examples: `completion_only_loss=False` and `assistant_only_loss=True`
+        are refused unless they are among the overrides, which says that texts were made into tokens by them (`target_` fields of
+        the trainer, arguments of [`MetagradientReward`] and [`~trl_dpg.data.dataset_examples`]).
+
         Four things of [`~trl.SFTTrainer`] are not reproduced:
 
         - dropout and mixed precision;
         - the order into which its seeds shuffle examples (with `train_sampling_strategy="sequential"` batches are the same);
-        - it drops examples without any label before it forms batches;
+        - it drops examples without any label before it forms batches, as rewards and validation do;
         - for models whose class is not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the
           loss's denominator, although nothing predicts it. Set that label to -100 to have the two agree.
 
