@@ -238,7 +238,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             return MetagradientReward(*target, cross_group_batching=args.cross_group_batching, **batch)
         if args.reward == "naive":
             return NaiveReward(*target, **batch)
-        return TargetFineTuning(*target, **loss, **data)
+        return TargetFineTuning(*target, **loss, **data)  # type: ignore[misc]
 
     def _set_up_credit(self) -> None:
         """Decides which estimator of the policy gradient to use, and says so."""
@@ -333,7 +333,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         if not self.accelerator.is_main_process:
             return
         args: Any = self.args
-        training, logs, name = self.target_training, self._logs, self.reward_func_names[0]
+        training, name = self.target_training, self.reward_func_names[0]
+        logs: Any = self._logs
         completions = list(logs["completion"])[-total:]
         texts, raw = [completion_text(completion) for completion in completions], logs["rewards"][name]
         if isinstance(training, TargetReward):

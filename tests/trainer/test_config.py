@@ -90,6 +90,8 @@ class TestDefaults:
             "reward_language",
             "replay_ratio",
             "save_generated",
+            "target_assistant_only_loss",
+            "target_completion_only_loss",
             "target_model_init_kwargs",
             "target_untie_lm_head",
             "target_variants",
