@@ -10,6 +10,7 @@ from examples.resources import save_tiny_models, tiny_causal_lm, tiny_tokenizer
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
+from trl_dpg.variants import random_head
 
 
 TEXTS = ["the red sun", "six seven", "old boat on the sea", "walk to the moon"]
@@ -139,9 +140,7 @@ def test_json(make_config):
     assert make_config(target_variants='[{}, {"seed": 1}]').target_variants == [{}, {"seed": 1}]
 
 
-def test_a_batch_of_large_models_is_as_tiny_ones():
-    """The weight that stands in for the head is of the head's own type and shape."""
-    from trl_dpg.variants import random_head
-
+def test_a_new_head_is_like_the_old_one():
+    """Of its type and shape."""
     head = random_head(tiny_causal_lm().bfloat16(), 0)
     assert head.dtype == torch.bfloat16 and head.shape == (64, 64)
