@@ -17,7 +17,7 @@ ROWS = [
     [("scripts", ["scripts", "cli.py"])],
     [("trainer", ["trainer.py", "config.py", "checks.py", "checkpoints.py", "callbacks.py", "evaluation.py", "waiting.py"])],
     [("reporting", ["reporting"]), ("credit", ["credit"]), ("rewards", ["rewards"])],
-    [("publishing", ["publishing"]), ("target and data", ["data.py", "sft_rows.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],
+    [("publishing", ["publishing"]), ("target and data", ["data.py", "sft_rows.py", "replay.py", "variants.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],
     [("check", ["checking.py", "metagradients/check.py"])],
     [("compute and run", ["metagradients/compute.py", "metagradients/run.py", "metagradients/output.py"]), ("metric", ["metagradients/metric.py"])],
     [("method", ["metagradients/method"])],

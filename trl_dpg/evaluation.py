@@ -16,6 +16,7 @@ from .config import naming_target_fields
 from .data import indices_to_train_on
 from .fine_tuning import TargetFineTuning
 from .metagradients.runtime.processes import failing_together
+from .replay import num_replayed
 from .rewards import TargetReward
 
 
@@ -68,6 +69,8 @@ class EvaluationMixin(GRPOTrainer):
 
         Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that of
         training, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
+        Held-out rows of `replay_dataset` stand beside what was generated, as others do in training. With `args.target_variants`,
+        figures of each are `eval_variant_0_metric_gain`, ...; the others are of the recipe itself.
         `predict(prompts)` does the same and returns the generated texts as `predictions`, too.
         """
         self.model.eval()  # type: ignore[union-attr]
@@ -121,7 +124,8 @@ class EvaluationMixin(GRPOTrainer):
         """Figures of a fresh target that was fine-tuned on the examples; the worst where they are not finite."""
         if isinstance(self.target_training, TargetReward):  # else nothing is trained for the target
             num_trained = self.args.num_target_examples()  # type: ignore[attr-defined]
-            warn_of_other_steps(self.target_training.args, num_trained, len(examples))
+            replayed = num_replayed(len(examples), self.args.replay_ratio)  # type: ignore[attr-defined]
+            warn_of_other_steps(self.target_training.args, num_trained, len(examples) + replayed)
         try:
             with naming_target_fields():
                 return self.target_training.validate(examples, self.accelerator.device)

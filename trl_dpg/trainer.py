@@ -1,7 +1,10 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
+import copy
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -29,15 +32,17 @@ from .credit.policy import (
     obstacle_to_expected_credit,
     settings_without_effect,
 )
+from .data import completion_text
 from .evaluation import EvaluationMixin, Generated
 from .fine_tuning import TargetFineTuning
 from .metagradients.runtime.processes import failing_together
 from .publishing.cards import PAPER
 from .publishing.hub import PublishingMixin
 from .reporting import ReportCallback
-from .rewards import MetagradientReward, NaiveReward, text_reward
+from .rewards import MetagradientReward, NaiveReward, TargetReward, text_reward
 from .sft_rows import Row, check_loss
 from .target import load_target_model, load_target_tokenizer
+from .variants import with_models
 from .waiting import bound_waiting
 
 
@@ -118,6 +123,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             Read-outs of what validation generates: takes the list of texts, returns a dict of floats, which are reported with
             `eval_metric`. For example `functools.partial(evaluate_texts, language="es")`, see
             [`~trl_dpg.metrics.evaluate_texts`], or a judge of your own.
+        replay_dataset ([`~datasets.Dataset`] or `list[dict]`, *optional*):
+            Real data, of which every run of the target has the share `args.replay_ratio`: rows with `text`, with `prompt` and
+            `completion`, or with `messages`. One row in five, from the first, stands in validations alone, the others in training
+            alone. They have no reward.
 
     Raises:
         [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
@@ -150,17 +159,18 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         rollout_func: Any = None,
         reference_texts: list[str] | None = None,
         text_evaluation: Callable[[list[str]], dict[str, float]] | None = None,
+        replay_dataset: "Dataset | list[dict[str, Any]] | None" = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DatasetPolicyGradientConfig(f"{name.split('/')[-1]}-DPG")
-        check_arguments(model, target_model, metric, args, train_dataset, eval_dataset)
+        check_arguments(model, target_model, metric, args, train_dataset, eval_dataset, replay_dataset)
         warn_of_settings(args, reference_texts)
         bound_waiting(args)
         args = with_best_metric_of_one_dataset(args, eval_dataset)
         reward = text_reward(args.reward, reference_texts, args.reward_language)  # before any model is loaded
         self.target_training = self._load_target(
-            args, target_model, metric, target_processing_class, formatting_func, target_peft_config
+            args, target_model, metric, target_processing_class, formatting_func, target_peft_config, replay_dataset
         )
         self.metric = self.target_training.metric
         self.text_evaluation = text_evaluation
@@ -194,7 +204,9 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         self.add_callback(ReportCallback(self))
 
     @staticmethod
-    def _load_target(args, target_model, metric, processing_class, formatting_func, peft_config) -> TargetFineTuning:
+    def _load_target(
+        args, target_model, metric, processing_class, formatting_func, peft_config, replay_dataset
+    ) -> TargetFineTuning:
         """What validation needs whatever the reward is. A reward that fine-tunes the target is one with it."""
         recipe = args.target_training_arguments()
         kwargs = {"trust_remote_code": args.trust_remote_code, **(args.target_model_init_kwargs or {})}
@@ -209,14 +221,24 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         check_loss(formatting_func, processing_class=processing_class, **loss)
         # As TRL does for the generator: new adapters are random, and must be alike on every process
         set_seed(args.seed)
-        target_model = load_target_model(target_model, args.target_untie_lm_head, peft_config, **kwargs)
+
+        def load(model, **kwargs):
+            return load_target_model(model, args.target_untie_lm_head, copy.deepcopy(peft_config), **kwargs)
+
+        target_model = load(target_model, **kwargs)
+        kwargs.pop("revision", None)  # of that model
+        data = {
+            "replay_dataset": replay_dataset,
+            "replay_ratio": args.replay_ratio,
+            "variants": with_models(args.target_variants, processing_class, partial(load, **kwargs)) or None,
+        }
         target = target_model, metric, recipe, processing_class, formatting_func
-        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **loss}
+        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **loss, **data}
         if args.reward == "metagradient":
             return MetagradientReward(*target, cross_group_batching=args.cross_group_batching, **batch)
         if args.reward == "naive":
             return NaiveReward(*target, **batch)
-        return TargetFineTuning(*target, **loss)
+        return TargetFineTuning(*target, **loss, **data)  # type: ignore[misc]
 
     def _set_up_credit(self) -> None:
         """Decides which estimator of the policy gradient to use, and says so."""
@@ -283,6 +305,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         """
         with naming_target_fields():
             output = super()._generate_and_score_completions(inputs)
+        if self.args.save_generated and self.model.training:
+            self._save_generated(len(inputs) * self.accelerator.num_processes)
         gives_credit = self.credit_assignment != "sequence"
         if not gives_credit and self.args.reward != "naive":
             return output
@@ -303,6 +327,31 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             kept = list(self._logs["advantages"])[:-total]
             self._logs["advantages"].extend([*kept, *advantages.tolist()])
         return output
+
+    def _save_generated(self, total: int) -> None:
+        """Writes the generation batch of all processes to a file. A run that is resumed writes the same file again."""
+        if not self.accelerator.is_main_process:
+            return
+        args: Any = self.args
+        training, name = self.target_training, self.reward_func_names[0]
+        logs: Any = self._logs
+        completions = list(logs["completion"])[-total:]
+        texts, raw = [completion_text(completion) for completion in completions], logs["rewards"][name]
+        if isinstance(training, TargetReward):
+            texts, raw = training.texts, logs["extra"][f"{name}_raw"]
+        step = self.state.global_step + 1
+        rows = {
+            "step": [step] * total,
+            "prompt": list(logs["prompt"])[-total:],
+            "completion": completions,
+            "text": texts,
+            "raw": list(raw)[-total:],
+        }
+        part = self._step % args.gradient_accumulation_steps // args.steps_per_generation  # of several in one step
+        folder = Path(args.output_dir) / "generated"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{step:06d}{f'-{part}' if part else ''}.parquet"
+        Dataset.from_dict(rows).to_pandas().to_parquet(path)  # type: ignore[union-attr]  # without a progress bar
 
     def _give_credit(self, output: dict[str, Any], mine: slice) -> None:
         """Adds each token's own advantage to that of its completion, which gives them the shape `(b, t)`."""

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
+from trl_dpg import untie_lm_head
 from trl_dpg.cli import main
 from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.replay import draw
 from trl_dpg.scripts import dpg, generate, verify
 from trl_dpg.scripts.common import Parser, checkpoint_to_resume, run_script
 from trl_dpg.scripts.generate import fingerprint, start_token
@@ -191,6 +193,14 @@ def test_every_command_explains_itself(capsys, command):
             "`num_examples` is 9, but `dataset` 'd.jsonl' has 1",
         ),
         ([*VERIFY, "--dataset", "d.jsonl", "--learning_rate", "-1e-3"], "`learning_rate` must be above 0, got -0.001"),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--replay_ratio", "0.5"],
+            "`replay_dataset` None and `replay_ratio` 0.5 belong",
+        ),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--replay_dataset", "long.jsonl", "--replay_ratio", "0.9"],
+            "`replay_dataset` 'long.jsonl' has a text of 41 tokens",
+        ),
         ([*VERIFY, "--dataset", "d.jsonl", "--resume_from_checkpoint", "True"], "is not for `verify`"),
         ([*VERIFY, "--dataset", "d.jsonl", "--target", "nowhere"], "`target` 'nowhere' cannot be loaded"),
         (
@@ -589,6 +599,28 @@ def test_verify_is_stock_sft(here, capsys):
     swapped = {"data.jsonl": "control.jsonl", "control.jsonl": "data.jsonl"}
     assert main([swapped.get(item, item) for item in argv]) == 1  # the control is what raises it
     assert "Not verified, as this does not hold: Φ is above that after the control" in capsys.readouterr().out
+
+
+def test_verify_beside_real_data(here, capsys):
+    """Stock SFT on the mix."""
+    texts, real = ["good ask blue", "blue old day", "cold cup dry"] * 2, ["sun and moon", "the sea", "a cat"]
+    Dataset.from_list([{"text": text} for text in texts]).to_json("data.jsonl")
+    Dataset.from_list([{"text": text} for text in real]).to_json("real.jsonl")
+    argv = [*VERIFY, "--dataset", "data.jsonl", "--replay_dataset", "real.jsonl", "--replay_ratio", "0.4"]
+    argv += ["--per_device_train_batch_size", "4", "--output_dir", "out", "--json"]
+    assert main(argv) in (0, 1)
+    result = json.loads(capsys.readouterr().out)
+    assert (result["examples"], result["replayed"], result["data"]["steps"]) == (6, 4, 3)
+    mixed = [*texts, *(real[i] for i in draw(3, 4, 42))]  # by Transformers' default seed
+    config = SFTConfig("sft", per_device_train_batch_size=4, num_train_epochs=1, bf16=False, use_cpu=True)
+    config.report_to, config.save_strategy = [], "no"
+    model = AutoModelForCausalLM.from_pretrained("target")
+    untie_lm_head(model)
+    rows = Dataset.from_dict({"text": mixed})
+    SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=TOKENIZER).train()
+    saved = AutoModelForCausalLM.from_pretrained("out/after_data").state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved[name]), name
 
 
 def test_verify_of_completions_after_prompts(here, capsys):

@@ -319,6 +319,7 @@ RESERVED |= {
     "cut",
     "seconds",
     "skipped",
+    "replayed",
     "distinct",
     "completion_length",
 }

@@ -143,6 +143,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     parts = [
         f"{steps} of {'AdamW' if is_adam else 'SGD'}",
         f"{recipe['batch_size']} examples a step",
+        f"{recipe['replay_ratio']:.0%} of them real" if recipe.get("replay_ratio") else "",  # no field in older files
         f"learning rate {recipe['learning_rate']:g} ({recipe['lr_scheduler_type'].replace('_', ' ')})",
         f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}" if is_adam else "",
         f"weight decay {recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
@@ -151,5 +152,6 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "loss on completions alone" if recipe.get("completion_only_loss") else "",
         "loss on the assistant's messages alone" if recipe.get("assistant_only_loss") else "",
         "LM head untied from the input embedding" if recipe["untie_lm_head"] else "",
+        f"rewards are means over {recipe['variants']} variants of this" if recipe.get("variants", 1) > 1 else "",
     ]
     return ", ".join(filter(None, parts))

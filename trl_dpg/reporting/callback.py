@@ -83,8 +83,12 @@ class ReportCallback(TrainerCallback):
             rows = [row for row in read_rows(self.folder / name) if row["step"] <= state.global_step]
             rows = rows if state.global_step > 0 else []  # of another run
             (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for path in self.folder.glob("patterns/step-*.png"):
-            if state.global_step == 0 or int(path.stem.removeprefix("step-")) > state.global_step:
+        pictures, generated = (
+            self.folder.glob("patterns/step-*.png"),
+            self.folder.parent.glob("generated/step-*.parquet"),
+        )
+        for path in [*pictures, *(generated if args.save_generated else ())]:
+            if state.global_step == 0 or int(path.stem.split("-")[1]) > state.global_step:
                 path.unlink()
         self._write_run()
 

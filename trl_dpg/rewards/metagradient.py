@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages
@@ -61,6 +62,9 @@ class MetagradientReward(TargetReward):
             `"skip"` the batch, all of whose rewards are then 0.
         completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
             As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: where the target's loss stands.
+        replay_dataset (`Dataset`), replay_ratio (`float`), variants (`list[dict]`) (*optional*):
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: real examples beside completions, which have no metagradient of their
+            own, and variants of the recipe, over which metagradients are averaged.
 
     Example:
 
@@ -91,6 +95,9 @@ class MetagradientReward(TargetReward):
         nonfinite: str = "raise",
         completion_only_loss: bool | None = None,
         assistant_only_loss: bool = False,
+        replay_dataset: Dataset | list[dict[str, Any]] | None = None,
+        replay_ratio: float = 0.0,
+        variants: list[dict[str, Any]] | None = None,
     ):
         if not cross_group_batching and num_generations is None:
             raise ValueError(
@@ -103,6 +110,9 @@ class MetagradientReward(TargetReward):
             nonfinite=nonfinite,
             completion_only_loss=completion_only_loss,
             assistant_only_loss=assistant_only_loss,
+            replay_dataset=replay_dataset,
+            replay_ratio=replay_ratio,
+            variants=variants,
         )
         self.tape = "device"  # where it was last
         self.largest_unit = 0.0
@@ -180,6 +190,14 @@ class MetagradientReward(TargetReward):
         candidates = None if self._candidates is None else self._candidates[index]
         return word_credits(self.generator_processing_class, example, self._tokens[index], candidates)  # type: ignore[arg-type]
 
+    def _values(self, examples: list[dict[str, Any]], trainer_state: TrainerState | None) -> tuple[Tensor, dict]:
+        self._examples = examples
+        self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]
+        self._candidates = None
+        if self.candidate_ids is not None:
+            self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
+        return super()._values(examples, trainer_state)
+
     def measure(
         self,
         examples: list[dict[str, Any]],
@@ -190,17 +208,13 @@ class MetagradientReward(TargetReward):
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
         self._say_where_the_tape_lies(outs.values(), args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)
-        self._examples = examples
-        self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]
-        self._candidates = None
-        if self.candidate_ids is not None:
-            self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
-        for number, out in outs.items():
-            raw[datasets[number]] = out.metagradients.double()
+        share = 1 / len(self.variants)
+        for number, out in outs.items():  # real examples stand behind those of the dataset, and get nothing
+            raw[datasets[number]] = out.metagradients[: len(datasets[number])].double()
             for row, i in enumerate(datasets[number]):
-                self._tokens[i] = out.token_metagradients[row]
+                self._tokens[i] += share * out.token_metagradients[row]
                 if self._candidates is not None and out.candidate_metagradients is not None:
-                    self._candidates[i] = out.candidate_metagradients[row]
+                    self._candidates[i] += share * out.candidate_metagradients[row]
         if not raw.isfinite().any():
             raise FloatingPointError(
                 "No metagradient of this generation batch is finite. Lower `target_learning_rate` or raise "

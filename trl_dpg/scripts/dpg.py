@@ -29,6 +29,7 @@ from .common import (
     Parser,
     checkpoint_to_resume,
     load_callable,
+    load_rows,
     load_splits,
     loading,
     option,
@@ -57,6 +58,10 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     reference_texts: list[str] | None = option(
         None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
     )
+    replay_dataset_name: str | None = option(
+        None, "Real data of which every run of the target has the share `replay_ratio`: a file or a data set's id."
+    )
+    replay_dataset_split: str = option("train", "Its split.")
 
 
 def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
@@ -156,6 +161,11 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         reward_funcs.insert(0, script_args.reward_model_name_or_path)
+    replay_dataset = None
+    if script_args.replay_dataset_name is not None:
+        replay_dataset = load_rows(
+            script_args.replay_dataset_name, script_args.replay_dataset_split, "replay_dataset_name"
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -174,6 +184,7 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
         peft_config=get_peft_config(model_args),
         reference_texts=script_args.reference_texts,
         text_evaluation=text_evaluation,
+        replay_dataset=replay_dataset,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -26,6 +26,7 @@ from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
 from ..publishing.facts import FACTS_FILE
 from ..publishing.outcome import heading, markdown_table
+from ..replay import check_ratio, draw, num_replayed
 from ..reporting.plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
 from .common import (
@@ -43,7 +44,7 @@ from .common import (
 from .generate import GenerateArguments, describe, write
 
 
-ARGUMENTS = {"data": "dataset", "control": "control_dataset"}
+ARGUMENTS = {"data": "dataset", "control": "control_dataset", "replay": "replay_dataset"}
 
 
 @dataclass
@@ -73,6 +74,11 @@ class VerifyArguments(MetricArguments):
     control_dataset: str | None = option(
         None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
+    replay_dataset: str | None = option(
+        None,
+        "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
+    )
+    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
     untie_lm_head: bool = option(
         False, "Give the target's LM head a weight of its own. As `generator` says by default."
     )
@@ -90,6 +96,11 @@ class VerifyArguments(MetricArguments):
         if self.generator is None and self.prompts is not None:
             raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
         at_least_one(self, "num_examples")
+        check_ratio(self.replay_ratio)
+        if (self.replay_dataset is None) != (self.replay_ratio == 0):
+            raise ValueError(
+                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither."
+            )
 
     def load_metric(self) -> Any:
         """The metric. A picture of `dpg.json` is taken as it is there."""
@@ -221,13 +232,16 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
+    number = len(rows["data"])
+    real = load_replay(args, rows["data"], config.seed)
     metric = as_metric(args.load_metric())
     target, tokenizer = load_target(args)
-    check_lengths(args, rows, target, tokenizer, config)
-    number = len(rows["data"])
+    check_lengths(args, rows | real, target, tokenizer, config)
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
+    if real:
+        result["replayed"] = len(real["replay"])
     for name in rows:
-        model, loss, steps = fine_tune(target, tokenizer, rows[name], config)
+        model, loss, steps = fine_tune(target, tokenizer, concatenate_datasets([rows[name], *real.values()]), config)
         readouts = read(metric, target, model)
         model.save_pretrained(output_dir / f"after_{name}")
         tokenizer.save_pretrained(output_dir / f"after_{name}")
@@ -247,7 +261,8 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
 def load_data(args: VerifyArguments) -> dict[str, Dataset]:
     """Texts of the data, and of the control where there is one: as many of each."""
     rows = {}
-    for name, argument in ARGUMENTS.items():
+    for name in ("data", "control"):
+        argument = ARGUMENTS[name]
         path = getattr(args, argument)
         if path is None:
             continue
@@ -261,6 +276,20 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
         print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     return {name: r.take(number) for name, r in rows.items()}
+
+
+def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Dataset]:
+    """Rows that stand beside the data and beside the control, drawn by the seed. Empty where there are none."""
+    if args.replay_dataset is None:
+        return {}
+    rows = load_sft_rows(args.replay_dataset, args.dataset_split, "replay_dataset", None)
+    if set(rows.column_names) != set(data.column_names):
+        raise ValueError(
+            f"`replay_dataset` {args.replay_dataset!r} has the columns {rows.column_names}, but the data {data.column_names}. Give both "
+            "the same ones."
+        )
+    number = num_replayed(len(data), args.replay_ratio)
+    return {"replay": rows.select(draw(len(rows), number, seed))}
 
 
 def load_sft_rows(path: str, split: str, argument: str, number: int | None) -> Dataset:
