@@ -10,6 +10,7 @@ from torch.func import functional_call
 from ..kernels import building_graph
 from ..runtime.examples import MicroBatch
 from ..runtime.model import twice_differentiable
+from ..runtime.second_derivative import check_second_derivatives
 from .derivatives import Derivatives, Direction
 
 
@@ -34,6 +35,7 @@ class Exact(Derivatives):
                     vector
                 )  # forward mode wants a storage like that of `phi`
             vectors = self.space.views(vector)
+            check_second_derivatives(self, batches, product)
             for batch in batches:
                 result = (
                     self._double_backward(batch, vectors)
