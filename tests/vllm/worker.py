@@ -16,14 +16,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
 import trl.generation.vllm_generation as generation
+import vllm
 import vllm._custom_ops
-from transformers import LlamaConfig, LlamaForCausalLM
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from vllm import LLM
 
 from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
-from trl_dpg.scripts.common import run_script
 from trl_dpg.scripts.generate import main as generate
 
 
@@ -115,16 +117,33 @@ def best(folder: Path) -> dict:
     }
 
 
-def run_generate(folder: Path, *argv: str) -> dict:
-    """`trl-dpg generate --use_vllm`, in eager mode."""
-    import vllm
-
+def of_command(folder: Path) -> dict:
+    """Texts of `trl-dpg generate --use_vllm`; those of an adapter also by Transformers, greedily."""
     vllm.LLM = partial(LLM, enforce_eager=True)
-    code = run_script(generate, ["--use_vllm", *argv], "trl-dpg generate")
-    return {"code": code}
+    prompts = [*PROMPTS["train"]["prompt"][:15], ""]
+    Dataset.from_dict({"prompt": prompts}).to_json(folder / "prompts.jsonl")
+    generator = save_generator(folder, "llama")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(generator),
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]),
+    )
+    adapted.save_pretrained(folder / "adapter")
+    TOKENIZER.save_pretrained(folder / "adapter")
+    never = {"suppress_tokens": list(range(10)), "bad_words_ids": [[10], [11]]}
+    found = {}
+    for name, settings in {"llama": {"do_sample": True, **never}, "adapter": {"do_sample": False}}.items():
+        facts = {"generation": {"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, **settings}}
+        (folder / name / "dpg.json").write_text(json.dumps(facts))
+        for how in ["vllm", "transformers"]:
+            argv = ["--model", str(folder / name), "--prompts", str(folder / "prompts.jsonl"), "--num_examples", "64"]
+            argv += ["--output", str(folder / f"{name}_{how}.jsonl"), *(["--use_vllm"] if how == "vllm" else [])]
+            assert generate(argv) == 0
+            rows = (folder / f"{name}_{how}.jsonl").read_text().splitlines()
+            found[f"{name}_{how}"] = [json.loads(row)["text"] for row in rows]
+    return found
 
 
-TRIALS = {"training": training, "seeds": seeds, "best": best, "generate": run_generate}
+TRIALS = {"training": training, "seeds": seeds, "best": best, "command": of_command}
 
 if __name__ == "__main__":
     print(json.dumps(TRIALS[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])))
