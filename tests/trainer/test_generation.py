@@ -7,10 +7,10 @@ from tests.trainer.test_tools import byte_tokenizer, conversations  # noqa: F401
 
 
 def test_continuous_batching(make_trainer):
-    """Takes a small part of the memory, where Transformers would take most of it."""
+    sizes = {"max_batch_tokens": 64, "num_blocks": 16, "page_size": 16}
     trainer = make_trainer(
         use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config={"max_memory_percent": 0.01},
+        transformers_continuous_batching_config={**sizes, "max_memory_percent": 0.05},
         max_steps=2,
     )
     trainer.train()
