@@ -86,7 +86,7 @@ def run(which: str, pytest_args: list[str]) -> int:
         row = {"python": platform.python_version(), **versions, "tests": " ".join(pytest_args)}
         row["failed"] = number["failures"] + number["errors"]
         row["passed"] = number["tests"] - row["failed"] - number["skipped"]
-        record = json.loads(RECORD.read_text()) if RECORD.exists() else []
+        record = read_record()
         kept = [
             other
             for other in record
@@ -96,9 +96,14 @@ def run(which: str, pytest_args: list[str]) -> int:
     return code
 
 
+def read_record() -> list[dict]:
+    """What was run: versions, tests and how they ended."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else []
+
+
 def table() -> str:
     """What was run, as Markdown."""
-    rows = json.loads(RECORD.read_text())
+    rows = read_record()
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

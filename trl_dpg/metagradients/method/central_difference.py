@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double, float64_device
 from .derivatives import Derivatives, Direction
 from .exact import Exact
 
@@ -60,7 +61,7 @@ class CentralDifference(Derivatives):
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         """As of [`Derivatives`]."""
         # The second is slow, but cannot underflow.
-        norm = direction.vector.norm().item() or direction.vector.norm(dtype=torch.float64).item()
+        norm = direction.vector.norm().item() or double(direction.vector).norm().item()
         if norm == 0:
             self.errors.append(0.0)
             if product is not None:
@@ -135,7 +136,9 @@ class CentralDifference(Derivatives):
         with self.space.accumulating(None, sums), torch.no_grad():
             for batch in few:
                 values = batch.example_sums(self.token_losses(batch)[:, 0])
-                change = (values - direction.example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
+                change = (values - direction.example_losses[batch.indices]) / double(
+                    batch.scale * batch.num_supervised
+                )
                 sums[0] += len(batch.indices)
                 sums[1] += change.abs().sum().item()
         return sums
@@ -150,7 +153,8 @@ class CentralDifference(Derivatives):
         """
         epsilon = self._distance / norm
         results = [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
-        changes = [torch.zeros(2, len(b.indices), dtype=torch.float64, device=self.space.device) for b in batches]
+        device = float64_device(self.space.device)
+        changes = [torch.zeros(2, len(b.indices), dtype=torch.float64, device=device) for b in batches]
         sums = [0.0] * 6
         with self.space.accumulating(product, sums):
             for sign in (1, -1):
@@ -167,8 +171,8 @@ class CentralDifference(Derivatives):
                     odd += sign * change
                     even += change
             for batch, (odd, even) in zip(batches, changes, strict=True):
-                nats = 1 / (batch.scale * batch.num_supervised).double()
-                weighted = odd * batch.weights.double() / (2 * epsilon)
+                nats = 1 / double(batch.scale * batch.num_supervised)
+                weighted = odd * double(batch.weights) / (2 * epsilon)
                 rows = (direction.example_losses[batch.indices] * nats, (odd * nats).abs(), (even * nats).abs())
                 parts = (*(row.sum().item() for row in rows), weighted.sum().item(), weighted.abs().sum().item())
                 sums[:] = [total + part for total, part in zip(sums, (len(batch.indices), *parts), strict=True)]

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from ..kernels import building_graph
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from ..runtime.model import twice_differentiable
 from ..runtime.second_derivative import check_second_derivatives
 from .derivatives import Derivatives, Direction
@@ -42,7 +43,7 @@ class Exact(Derivatives):
                     if product is not None
                     else self._forward_mode(batch, vectors)
                 )
-                weighted = batch.example_sums(result[:, 0]) * batch.weights
+                weighted = batch.example_sums(result[:, 0]) * double(batch.weights)
                 sums[0] += weighted.sum().item()
                 sums[1] += weighted.abs().sum().item()
                 results.append(result)
