@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..metagradients.metric import Metric
 from ..metagradients.runtime.examples import apply_columns
+from ..metagradients.runtime.host import double
 from .heads import input_embedding_weight
 from .texts import common_share
 
@@ -270,7 +271,7 @@ class LanguageModelingLikelihood(Metric):
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none").double().sum()
+    return double(F.cross_entropy(logits, targets, reduction="none")).sum()
 
 
 def _check_columns(examples: list[dict[str, Any]]) -> tuple[str, ...]:
