@@ -256,6 +256,11 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                     f"`{name}` must be keyword arguments, got {getattr(self, name)!r}. Write them as an object, such as "
                     '\'{"dtype": "float32"}\'.'
                 )
+        if "seed" in (self.generation_kwargs or {}):
+            raise ValueError(
+                f"`generation_kwargs` has the `seed` {self.generation_kwargs['seed']!r}, with which all completions of a prompt are the "
+                "same, and so are their rewards. Set the field `seed`, which every process draws its own numbers from."
+            )
         if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
             raise ValueError(
                 f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "

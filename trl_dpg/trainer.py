@@ -114,7 +114,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             As in [`~trl.GRPOTrainer`]. They are the generator's.
         target_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the target, which are then what is fine-tuned.
-        tools (list of `Callable`, *optional*):
+        tools (list of `Callable`), environment_factory (`Callable` or `dict`, *optional*):
             As in [`~trl.GRPOTrainer`]. The target is trained on the assistant's texts alone.
         reference_texts (`list[str]`, *optional*):
             What completions are compared to with `args.reward` `"embedding_similarity"` or `"edit_distance"`: of several,
@@ -157,6 +157,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         target_peft_config: "PeftConfig | None" = None,
         tools: list[Callable] | None = None,
         rollout_func: Any = None,
+        environment_factory: Any = None,
         reference_texts: list[str] | None = None,
         text_evaluation: Callable[[list[str]], dict[str, float]] | None = None,
         replay_dataset: "Dataset | list[dict[str, Any]] | None" = None,
@@ -195,7 +196,12 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             peft_config=peft_config,
             tools=tools,
             rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
+        if (
+            args.use_vllm and args.vllm_mode == "colocate"
+        ):  # an engine seeds its process anew, by the process's number alone
+            set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
         # TRL calls a completion ended if its last token is one of these
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
@@ -380,6 +386,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         metrics = self._metrics["train"]
         metrics["metagradient/credit_unit"].append(result.unit)
         metrics["metagradient/credit_not_written"].append(result.not_written)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._last_loaded_step = -1  # TRL sends weights to vLLM where the step is another than at the last time
 
     # An optimizer step on it
 

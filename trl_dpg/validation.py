@@ -14,6 +14,7 @@ from .metagradients.method.recipe import TargetTrainingArguments
 from .metagradients.method.updates import AdamW
 from .metagradients.metric import as_metric, read_out
 from .metagradients.runtime.examples import MicroBatch, micro_batches, prepare_examples
+from .metagradients.runtime.host import double
 from .metagradients.runtime.memory import clear_frames, explaining_metric_memory, halved, is_out_of_memory
 from .metagradients.runtime.model import (
     TargetModel,
@@ -136,7 +137,7 @@ def _zero_gradients(params: list) -> None:
 def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:
     total = 0.0
     for batch in batches:
-        value = torch.sum(losses(batch) * batch.token_weights(), dtype=torch.float64)
+        value = double(losses(batch) * batch.token_weights()).sum()
         value.backward()
         total += value.item()
     return total

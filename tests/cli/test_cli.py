@@ -476,16 +476,18 @@ def test_generate_knows_data_of_other_weights(here, capsys):
     assert (here / "data.jsonl").read_bytes() == whole
 
 
-def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch):
-    """By a stand-in for vLLM, whose text says the request and its sampling."""
+def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch, capsys):
+    """By a stand-in that keeps what it is asked for; vLLM itself is in tests/vllm."""
+    asked = []
 
     class LLM:
         def __init__(self, model, dtype, seed):
-            self.get_tokenizer = lambda: TOKENIZER
+            assert dtype == torch.float32  # the checkpoint's, where vLLM would choose another
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=32))
 
         def generate(self, requests, parameters, use_tqdm):
-            texts = [json.dumps([r, p], sort_keys=True) for r, p in zip(requests, parameters, strict=True)]
-            return [SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in texts]
+            asked.extend(zip([r["prompt_token_ids"] for r in requests], parameters, strict=True))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[3, 4])]) for _ in requests]
 
     vllm = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, lambda seed, top_k=0, max_tokens=16, temperature=1.0: [seed, max_tokens]
@@ -493,15 +495,43 @@ def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     Dataset.from_list([{"prompt": "air"}, {"prompt": ""}]).to_json("prompts.jsonl")
     assert main([*GENERATE, "--use_vllm"]) == 0
-    rows = [json.loads(row["text"]) for row in read(here / "data.jsonl")]
-    assert [parameters for _, parameters in rows] == [[2 * 1_000_003 + index, 5] for index in range(7)]
+    assert [row["text"] for row in read(here / "data.jsonl")] == [TOKENIZER.decode([3, 4])] * 7
+    assert [parameters for _, parameters in asked] == [[2 * 1_000_003 + index, 5] for index in range(7)]
     air, empty = TOKENIZER("air")["input_ids"], [start_token(TOKENIZER)]
-    assert [request["prompt_token_ids"] for request, _ in rows] == [air, empty, air, empty, air, empty, air]
+    assert [ids for ids, _ in asked] == [air, empty, air, empty, air, empty, air]
+
+    assert main([*GENERATE, "--use_vllm", "--device", "cpu"]) == 2
+    assert "`device` 'cpu' is not for `use_vllm`" in capsys.readouterr().err
+    Dataset.from_list([{"prompt": "good ask blue " * 10}]).to_json("long.jsonl")
+    with pytest.raises(ValueError, match="A prompt of 30 tokens and `max_new_tokens` 5 do not fit into the 32"):
+        generate.main(
+            [
+                "--model",
+                "generator",
+                "--prompts",
+                "long.jsonl",
+                "--output",
+                "l.jsonl",
+                "--max_new_tokens",
+                "5",
+                "--use_vllm",
+            ]
+        )
 
     vllm.SamplingParams = lambda seed, max_tokens: None
     (here / "generator" / "dpg.json").write_text(json.dumps({"generation": {"num_beams": 2}}))
     with pytest.raises(ValueError, match="sampling that vLLM does not know: .*'temperature'"):
         generate.main([*GENERATE[1:5], "--output", "other.jsonl", "--use_vllm"])
+
+
+def test_sampling_of_training_in_the_words_of_vllm():
+    facts = {"max_new_tokens": 5, "top_k": 0, "do_sample": False, "temperature": 0.7}
+    facts |= {"suppress_tokens": [1, 2], "bad_words_ids": [[3]]}
+    asked = {"max_tokens": 5, "top_k": -1, "temperature": 0.0, "logit_bias": {1: -100.0, 2: -100.0, 3: -100.0}}
+    assert generate.vllm_sampling(facts) == asked
+    assert generate.vllm_sampling({"do_sample": True, "temperature": 0.7}) == {"temperature": 0.7}
+    with pytest.raises(ValueError, match=r"`bad_words_ids` \[\[3, 4\]\], of which vLLM can leave out single tokens"):
+        generate.vllm_sampling({"bad_words_ids": [[3, 4]]})
 
 
 def test_seeds_may_be_any_number(here):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .runtime.host import double
+
 
 class Metric(ABC):
     r"""
@@ -192,8 +194,8 @@ class WeightedSum(Metric):
             metric.setup(model)
 
     def __call__(self, model: nn.Module) -> Tensor:
-        values = [weight * evaluate(metric, model) for weight, metric in self.parts if weight != 0]
-        return torch.stack([value.to(values[0].device, torch.float64) for value in values]).sum()
+        values = [double(weight * evaluate(metric, model)) for weight, metric in self.parts if weight != 0]
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:

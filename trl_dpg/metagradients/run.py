@@ -24,6 +24,7 @@ from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
 from .output import TrainingOutput
 from .runtime.examples import MicroBatch, micro_batches, prepare_examples
+from .runtime.host import float64_device
 from .runtime.memory import (
     MemoryPlan,
     OutOfMemory,
@@ -137,7 +138,7 @@ class TargetRun:
         """The forward sweep. With `keep_tape`, what the adjoint sweep needs is kept."""
         space, processes = self.space, self.processes
         shape = self.recipe.num_train_epochs, len(self.examples)
-        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=space.device)
+        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=float64_device(space.device))
         self.storage = Storage()
         with processes.failing_together():
             grad = space.buffer()
@@ -302,7 +303,7 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
     """`"auto"`: four times the mean square of the first gradient: \\( \\sqrt{r} \\) is twice its root mean square."""
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
-    square = grad.norm(dtype=torch.float64).item() ** 2
+    square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
     if square == 0 and recipe.rule.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..metagradients.metric import Metric, as_metric, description, evaluate, read_out, snake_case
+from ..metagradients.runtime.host import double
 
 
 class Condition(Metric):
@@ -54,7 +55,7 @@ class Condition(Metric):
             raise ValueError(
                 f"`{type(self).__name__}.setup(model)` must be called on the original model before fine-tuning."
             )
-        excess = self.sign * (evaluate(self.metric, model).double() - self.limit)
+        excess = self.sign * (double(evaluate(self.metric, model)) - self.limit)
         return excess / (abs(self.limit) or 1.0)
 
     def describe(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..metagradients.metric import Metric
 from ..metagradients.runtime.examples import apply_columns
+from ..metagradients.runtime.host import double, float64_device
 from .heads import input_embedding_weight
 from .texts import common_share
 
@@ -276,11 +277,11 @@ def score_rows(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[
         supervised = targets != -100
         logits, targets = logits[supervised.to(logits.device)], targets[supervised].to(logits.device)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, targets, reduction="none").double()
+        losses = double(F.cross_entropy(logits, targets, reduction="none"))
         counts = supervised.sum(1).tolist()
         sums += [-part.sum() for part in losses.split(counts)]
         greedy += [part.all() for part in (logits.argmax(-1) == targets).split(counts)]
-    return torch.stack(sums).to(device), torch.stack(greedy).to(device)
+    return torch.stack(sums).to(float64_device(device)), torch.stack(greedy).to(device)
 
 
 def load_processing_class(model: nn.Module, metric: Any, instead: str = "") -> Any:

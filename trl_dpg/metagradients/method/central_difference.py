@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from .derivatives import Derivatives, Direction
 from .exact import Exact
 
@@ -60,7 +61,7 @@ class CentralDifference(Derivatives):
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         """As of [`Derivatives`]."""
         # The second is slow, but cannot underflow.
-        norm = direction.vector.norm().item() or direction.vector.norm(dtype=torch.float64).item()
+        norm = direction.vector.norm().item() or double(direction.vector).norm().item()
         if norm == 0:
             self.errors.append(0.0)
             if product is not None:
@@ -135,7 +136,9 @@ class CentralDifference(Derivatives):
         with self.space.accumulating(None, sums), torch.no_grad():
             for batch in few:
                 values = batch.example_sums(self.token_losses(batch)[:, 0])
-                change = (values - direction.example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
+                change = (values - direction.example_losses[batch.indices]) / double(
+                    batch.scale * batch.num_supervised
+                )
                 sums[0] += len(batch.indices)
                 sums[1] += change.abs().sum().item()
         return sums
@@ -167,8 +170,8 @@ class CentralDifference(Derivatives):
                         results[i] = (results[i] - values) / (2 * epsilon)
             for batch, ahead, behind in zip(batches, *changes, strict=True):
                 odd, even = ahead - behind, ahead + behind
-                nats = 1 / (batch.scale * batch.num_supervised).double()
-                weighted = odd * batch.weights.double() / (2 * epsilon)
+                nats = 1 / double(batch.scale * batch.num_supervised)
+                weighted = odd * double(batch.weights) / (2 * epsilon)
                 losses = direction.example_losses[batch.indices] * nats
                 columns = losses, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()
                 parts = len(batch.indices), *(column.sum().item() for column in columns)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from ..runtime.workspace import Workspace
 from .loss import TokenLosses
 
@@ -33,7 +34,7 @@ def gradient(
         values.backward(batch.token_weights(), inputs=space.params)
         examples = batch.example_sums(values.detach()[:, 0])
         example_losses[batch.indices] = examples
-        total += torch.dot(examples, batch.weights.double()).item()
+        total += torch.dot(examples, double(batch.weights)).item()
     return total
 
 

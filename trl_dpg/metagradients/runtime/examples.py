@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .host import double
 from .processes import Processes
 
 
@@ -77,8 +78,9 @@ class MicroBatch(NamedTuple):
     def example_sums(self, values: Tensor) -> Tensor:
         """Sums over the tokens of each example, in float64: `(t,)` in, `(b,)` out."""
         rows, _ = self.supervised()
+        values = double(values)
         sums = torch.zeros(len(self.indices), dtype=torch.float64, device=values.device)
-        return sums.index_add(0, rows, values.double())
+        return sums.index_add(0, rows.to(values.device), values)
 
 
 def prepare_examples(examples: Sequence[Mapping[str, Any]], max_length: int, vocab_size: int) -> list[Example]:

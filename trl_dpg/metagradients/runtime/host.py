@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -57,6 +58,16 @@ def _read_limit(group: Path, names: tuple[str, str, tuple[str, str]]) -> tuple[i
     except (OSError, ValueError):  # no such group, or no limit: "max"
         return None
     return limit, used - sum(int(statistics.get(name, 0)) for name in cache)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where numbers of a device are kept in float64: on the host if the device has none, as Apple's."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on its [`float64_device`]."""
+    return tensor.to(float64_device(tensor.device)).double()
 
 
 def is_in_memory(directory: str) -> bool:

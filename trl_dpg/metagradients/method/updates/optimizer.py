@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ...runtime.host import double, float64_device
 from .clipping import Clipping
 from .update import Update
 
@@ -69,12 +70,12 @@ class Optimizer:
         Returns:
             `float`: Its inner product with \\( g_t \\), over these elements.
         """
-        step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=phi.device)
+        step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=float64_device(phi.device))
         for (part, rule), before, of_state in zip(tape.blocks, tape.replay(phi), cotangent.states(), strict=True):
             clipped = self.clipping.clipped(step, before.grad)
             of_phi = cotangent.phi[part]
             of_grad = rule.adjoint_(step, self.rates[step], before.phi, before.state, clipped, of_phi, of_state)
-            inner += torch.dot(of_grad, before.grad)
+            inner += double(torch.dot(of_grad, before.grad))
             out[part].copy_(of_grad)
             if step > 0:
                 cotangent.keep(of_state)
