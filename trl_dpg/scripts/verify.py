@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +103,14 @@ class VerifyArguments(MetricArguments):
 OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
 OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
 
+GROUPS = {
+    "verification": [field.name for field in fields(VerifyArguments) if field.init],
+    "recipe (further fields of SFTConfig: `--help-all`)": [
+        *(name for name in OF_A_RECIPE if name != "untie_lm_head"),
+        *("optim", "per_device_train_batch_size", "max_length", "seed", "use_cpu", "output_dir"),
+    ],
+}
+
 
 def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
@@ -132,7 +140,7 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     )
     facts = facts_of(given.generator, "generator") if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
-    parser = Parser(dataclasses, prog="trl-dpg verify")
+    parser = Parser(dataclasses, prog="trl-dpg verify", groups=GROUPS)
     values = defaults(facts, given.metric)
     parser.set_defaults_with_config(output_dir="verification", **values)
     args, config = parser.parse_args_and_config(argv)
