@@ -9,6 +9,8 @@ of the checkpoint's `dpg.json` unless a flag says otherwise. Every call writes a
 `samples.jsonl` (the data set), `marked` (the fine-tuned target), `decoded.png` and `verification.json`.
 """
 
+from trl_dpg.quiet import for_a_command  # isort: skip (before the imports that warn)
+
 import argparse
 import copy
 import json
@@ -136,4 +138,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    for_a_command()
     main()

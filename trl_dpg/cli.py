@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from . import __version__
-from .quiet import ignore_line
+from .quiet import for_a_command, ignore_line
 
 
 COMMANDS = {
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"trl-dpg: error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
+    for_a_command()
     from .scripts.parsing import run_script  # nothing is imported before it is needed: PyTorch takes seconds
 
     if command == "train":

@@ -238,7 +238,11 @@ def changed_settings(args: Any) -> dict[str, Any]:
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         value = getattr(value, "value", value)  # of an enumeration
-        if "dir" in field.name or "token" in field.name or field.name in ("run_name", "resume_from_checkpoint"):
+        if (
+            "dir" in field.name
+            or "token" in field.name
+            or field.name in ("run_name", "resume_from_checkpoint", "dataloader_pin_memory")
+        ):
             continue
         is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
         if isinstance(value, (bool, int, float, str)) and value != field.default and not is_path:

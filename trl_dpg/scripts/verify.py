@@ -115,6 +115,7 @@ GROUPS = {
 def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
     values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
+    values["dataloader_pin_memory"] = torch.accelerator.is_available()  # else PyTorch warns that it has no effect
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
