@@ -97,15 +97,18 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
     """
     kinds: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
     parser = Parser(kinds, prog="trl-dpg train", description=DESCRIPTION, groups=GROUPS)
-    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    launch_args = resolve_accelerate_config_argument(rest)
     launcher = launch_command_parser()
     launcher.error = parser.error  # type: ignore[method-assign]
-    known, unknown = launcher.parse_known_args([*launch_args, "script"])
-    if known.training_script != "script":  # a word without a flag
-        unknown.append(known.training_script)
-    remedy = ", `accelerate launch --help` what concerns processes and devices"
-    parser.refuse(unknown, flags=launcher._option_string_actions, remedy=remedy)
+
+    def check_rest(rest: list[str], where: str = "") -> None:
+        known, unknown = launcher.parse_known_args([*resolve_accelerate_config_argument(rest), "script"])
+        if known.training_script != "script":  # a word without a flag
+            unknown.append(known.training_script)
+        remedy = ", `accelerate launch --help` what concerns processes and devices"
+        parser.refuse(unknown, where, launcher._option_string_actions, remedy)
+
+    *parsed, rest = parser.parse_args_and_config(argv, check_rest)
+    launch_args = resolve_accelerate_config_argument(rest)
     check_arguments(*parsed)
     return parsed, launch_args
 

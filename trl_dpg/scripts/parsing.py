@@ -59,6 +59,7 @@ class Parser(TrlParser):
     def __init__(self, *args: Any, groups: dict[str, list[str]] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # Python's own takes -1e-3 for the name of a flag
+        self.check_rest: Callable[..., None] = self.refuse
         self.groups, self.shows_all = groups or {}, groups is None
         if groups is not None:
             self.add_argument("--help-all", action=HelpAll, help="Show all flags, with their whole texts, and exit.")
@@ -100,16 +101,21 @@ class Parser(TrlParser):
             f"Unknown arguments{where}: {' '.join(unknown)}.{hint} `{self.prog} --help` lists what there is{remedy}."
         )
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As of [`~argparse.ArgumentParser`]."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        self.refuse(unknown)
-        return parsed
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As of [`~argparse.ArgumentParser`], but what is left is looked at before values are."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        self.check_rest(rest)
+        return parsed, rest
 
     def parse_args_and_config(  # type: ignore[override]
-        self, args: Iterable[str] | None = None, return_remaining_strings: bool = False
+        self, args: Iterable[str] | None = None, check_rest: Callable[..., None] | None = None
     ) -> Any:
-        """As of [`~trl.TrlParser`], and takes `--config=FILE`, too."""
+        """
+        As of [`~trl.TrlParser`], and takes `--config=FILE`, too.
+
+        With `check_rest`, which is called with arguments that are none and where they are from, these are returned, too.
+        """
+        self.check_rest = check_rest or self.refuse
         flags: list[str] = []
         for flag in sys.argv[1:] if args is None else args:
             flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
@@ -119,18 +125,12 @@ class Parser(TrlParser):
         if positions and positions[0] + 1 == len(flags):
             raise ValueError("`--config` has no value. Give it the path of a YAML file.")
         try:
-            *parsed, of_file, of_flags = super().parse_args_and_config(
-                flags, return_remaining_strings=True, separate_remaining_strings=True
-            )
+            parsed = super().parse_args_and_config(flags, return_remaining_strings=True)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` {flags[positions[0] + 1]!r} is no YAML: {error}") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{error.doc!r} was given as JSON, but is none: {error}. Correct the value.") from error
-        if return_remaining_strings:
-            return *parsed, of_file + of_flags
-        self.refuse(of_file, " from config file")
-        self.refuse(of_flags)
-        return tuple(parsed)
+        return parsed if check_rest is not None else parsed[:-1]
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """As of [`~trl.TrlParser`], but converts and checks each value as if it were on the command line."""
@@ -147,7 +147,9 @@ class Parser(TrlParser):
                 quotes = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
                 self.error(f"{error}{quotes if isinstance(value, bool) else ''}")
             kwargs[action.dest] = values if isinstance(value, list) or action.nargs == "+" else values[0]
-        return super().set_defaults_with_config(**kwargs)
+        rest = super().set_defaults_with_config(**kwargs)
+        self.check_rest(rest, " from config file")
+        return rest
 
 
 def option(default: Any, help: str) -> Any:

@@ -137,7 +137,7 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     """Arguments, with what the generator says as their defaults."""
     first: Any = GivenFirst
     given, *_ = Parser(first, prog="trl-dpg verify", add_help=False).parse_args_and_config(
-        argv, return_remaining_strings=True
+        argv, check_rest=lambda *rest: None
     )
     facts = facts_of(given.generator, "generator") if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
