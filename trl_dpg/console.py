@@ -9,6 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from .metagradients.metric import description
 from .publishing.facts import training_facts
 from .publishing.outcome import heading, outcome
+from .reporting.callback import whatever_happens
 
 
 if TYPE_CHECKING:
@@ -113,9 +114,9 @@ class SummaryCallback(TrainerCallback):
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
         self.trainer = trainer
 
+    @whatever_happens
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            print(summary(self.trainer), f"A page of them: `trl-dpg report {args.output_dir}`", sep="\n", flush=True)
+        print(summary(self.trainer), f"A page of them: `trl-dpg report {args.output_dir}`", sep="\n", flush=True)
 
 
 def summary(trainer: "DatasetPolicyGradientTrainer") -> str:
