@@ -68,7 +68,7 @@ class LinesCallback(PrinterCallback):
         if not state.is_world_process_zero:
             return
         cells = self.figures.of_training(logs)
-        what, seconds, left = f"{state.global_step}/{state.max_steps}", logs.get("step_time"), ""
+        what, seconds, left = f"{state.global_step}/{state.max_steps}", logs.get("step_time"), "-"
         if cells and state.global_step > self.start_step:
             pace = (time.monotonic() - self.start_time) / (state.global_step - self.start_step)
             left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
