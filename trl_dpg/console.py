@@ -133,7 +133,8 @@ def summary(trainer: "DatasetPolicyGradientTrainer") -> str:
 
 def replace_console(trainer: "DatasetPolicyGradientTrainer") -> None:
     """Puts these callbacks in the place of Transformers' own; one in a notebook, or of the user, stays."""
-    for callback in list(trainer.callback_handler.callbacks):
+    callbacks: list[Any] = list(trainer.callback_handler.callbacks)
+    for callback in callbacks:
         for own, ours in {ProgressCallback: BarCallback, PrinterCallback: LinesCallback}.items():
             if type(callback) is own:
                 trainer.remove_callback(callback)
