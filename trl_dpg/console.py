@@ -133,10 +133,9 @@ def summary(trainer: "DatasetPolicyGradientTrainer") -> str:
 
 def replace_console(trainer: "DatasetPolicyGradientTrainer") -> None:
     """Puts these callbacks in the place of Transformers' own; one in a notebook, or of the user, stays."""
-    callbacks: list[Any] = list(trainer.callback_handler.callbacks)
-    for callback in callbacks:
-        for own, ours in {ProgressCallback: BarCallback, PrinterCallback: LinesCallback}.items():
-            if type(callback) is own:
-                trainer.remove_callback(callback)
-                trainer.add_callback(ours(trainer))
+    replacements: dict[type, Any] = {ProgressCallback: BarCallback, PrinterCallback: LinesCallback}
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) in replacements:
+            trainer.remove_callback(callback)
+            trainer.add_callback(replacements[type(callback)](trainer))
     trainer.add_callback(SummaryCallback(trainer))
