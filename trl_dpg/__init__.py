@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import quiet as _quiet  # noqa: F401 (before what it is about)
+
 
 if TYPE_CHECKING:
     from .config import DatasetPolicyGradientConfig
@@ -10,16 +12,20 @@ if TYPE_CHECKING:
     from .target import untie_lm_head
     from .trainer import DatasetPolicyGradientTrainer
 
-
 __version__ = "0.1.0"
 
 __all__ = ["DatasetPolicyGradientConfig", "DatasetPolicyGradientTrainer", "MetagradientReward", "untie_lm_head"]
 
-_MODULES = dict(zip(__all__, (".config", ".trainer", ".rewards", ".target"), strict=True))
+_MODULES = {
+    "DatasetPolicyGradientConfig": "config",
+    "DatasetPolicyGradientTrainer": "trainer",
+    "MetagradientReward": "rewards",
+    "untie_lm_head": "target",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: TRL's trainer imports vLLM where it is installed, which takes seconds and the engine needs neither."""
+    """Imports what is asked for only then: PyTorch, and vLLM in TRL, take seconds, which `trl-dpg --help` and the engine do not need."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name], __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -4,9 +4,8 @@ import importlib
 import subprocess
 import sys
 
-from accelerate.commands.launch import launch_command, launch_command_parser
-
 from . import __version__
+from .quiet import for_a_command, ignore_line
 
 
 COMMANDS = {
@@ -43,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"trl-dpg: error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
-    from .scripts.common import run_script  # not before `--help` was shown: torch takes seconds
+    for_a_command()
+    from .scripts.parsing import run_script  # nothing is imported before it is needed: PyTorch takes seconds
 
     if command == "train":
         run = _train
@@ -54,9 +54,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str] | None) -> int:
     """Starts `trl_dpg.scripts.dpg` by Accelerate, once the arguments are known to be good."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
     from .scripts import dpg
 
     _, launch_args = dpg.parse(argv)
+    ignore_line("accelerate.commands.launch", "The following values were not passed to `accelerate launch`")
     try:  # the script knows which flags are for Accelerate, and leaves them
         launch_command(launch_command_parser().parse_args([*launch_args, "--module", dpg.__name__, *(argv or [])]))
     except subprocess.CalledProcessError as error:  # it has said why

@@ -175,6 +175,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         None, "Language for `reward='language_identification'`, as a code such as 'es'."
     )
     scale_rewards: str = _field("none", "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`.")
+    disable_tqdm: bool | None = _field(
+        None, "Whether to print lines, not a bar. By default where there is neither a terminal nor a notebook."
+    )
     target_model_init_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments for `from_pretrained` when the target is given by name."
     )

@@ -25,6 +25,7 @@ from .checks import (
     with_best_metric_of_one_dataset,
 )
 from .config import DatasetPolicyGradientConfig, naming_target_fields
+from .console import replace_console
 from .credit import credit_text, reward_advantages
 from .credit.policy import (
     ExpectedCredit,
@@ -169,6 +170,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         warn_of_settings(args, reference_texts)
         bound_waiting(args)
         args = with_best_metric_of_one_dataset(args, eval_dataset)
+        args.dataloader_pin_memory &= args.device.type != "cpu"  # PyTorch warns that it has no effect
         reward = text_reward(args.reward, reference_texts, args.reward_language)  # before any model is loaded
         self.target_training = self._load_target(
             args, target_model, metric, target_processing_class, formatting_func, target_peft_config, replay_dataset
@@ -208,6 +210,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
         self.add_callback(ReportCallback(self))
+        replace_console(self)
 
     @staticmethod
     def _load_target(

@@ -379,6 +379,8 @@ def test_train_is_launched(here):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("The generator is in run.")
+    assert "Next: trl-dpg generate --model run " in done.stdout and (here / "run" / "report.html").exists()
+    assert "Warning" not in done.stderr and "accelerate launch" not in done.stderr, done.stderr
     late = subprocess.run([*command, "--per_device_train_batch_size", "12"], capture_output=True, text=True)
     assert late.returncode == 2 and "`train_dataset` has 2 prompts" in late.stderr
 

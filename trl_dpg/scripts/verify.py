@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,10 +118,19 @@ class VerifyArguments(MetricArguments):
 OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
 OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
 
+GROUPS = {
+    "verification": [field.name for field in fields(VerifyArguments) if field.init],
+    "recipe (further fields of SFTConfig: `--help-all`)": [
+        *(name for name in OF_A_RECIPE if name != "untie_lm_head"),
+        *("optim", "per_device_train_batch_size", "max_length", "seed", "use_cpu", "output_dir"),
+    ],
+}
+
 
 def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
     values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
+    values["dataloader_pin_memory"] = torch.accelerator.is_available()  # else PyTorch warns that it has no effect
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
@@ -143,11 +152,11 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     """Arguments, with what the generator says as their defaults."""
     first: Any = GivenFirst
     given, *_ = Parser(first, prog="trl-dpg verify", add_help=False).parse_args_and_config(
-        argv, return_remaining_strings=True
+        argv, check_rest=lambda *rest: None
     )
     facts = facts_of(given.generator, "generator") if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
-    parser = Parser(dataclasses, prog="trl-dpg verify")
+    parser = Parser(dataclasses, prog="trl-dpg verify", groups=GROUPS)
     values = defaults(facts, given.metric)
     parser.set_defaults_with_config(output_dir="verification", **values)
     args, config = parser.parse_args_and_config(argv)
