@@ -156,8 +156,7 @@ def report(options: argparse.Namespace) -> None:
         "γ",
         "candidates",
         "seeds",
-        "to 0.95",
-        "to 0.99",
+        *(f"to {bound}" for bound in BOUNDS),
         "best",
     ]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
