@@ -30,6 +30,7 @@ from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, c
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 from trl_dpg.scripts.dpg import DPGScriptArguments
+from trl_dpg.scripts.parsing import Parser
 
 
 LANGUAGES = {"python", "bash", "yaml", "diff", "text"}
@@ -151,7 +152,7 @@ def stop_once_parsed(monkeypatch):
 
         def parse(self, *args, **kwargs):
             result = original(self, *args, **kwargs)
-            if kwargs.get("return_remaining_strings"):
+            if kwargs.get("return_remaining_strings") or "check_rest" in kwargs:
                 return result  # the rest is for another parser
             raise Parsed
 
@@ -160,6 +161,7 @@ def stop_once_parsed(monkeypatch):
     stop_after(argparse.ArgumentParser, "parse_args")
     stop_after(HfArgumentParser, "parse_args_into_dataclasses")
     stop_after(TrlParser, "parse_args_and_config")
+    stop_after(Parser, "parse_args_and_config")
     # `trl-dpg train` and `trl grpo` check what is left over, and launch
     monkeypatch.setattr("trl_dpg.scripts.dpg.AutoConfig.from_pretrained", lambda *args, **kwargs: None)
     monkeypatch.setattr("trl_dpg.scripts.common.load_splits", stop)

@@ -112,7 +112,7 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
         remedy = ", `accelerate launch --help` what concerns processes and devices"
         parser.refuse(unknown, where, launcher._option_string_actions, remedy)
 
-    *parsed, rest = parser.parse_args_and_config(argv, check_rest)
+    *parsed, rest = parser.parse_args_and_config(argv, check_rest=check_rest)
     launch_args = resolve_accelerate_config_argument(rest)
     check_arguments(*parsed)
     return parsed, launch_args
