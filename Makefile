@@ -18,9 +18,13 @@ demo real test test-slow bench faults picture: export TOKENIZERS_PARALLELISM := 
 # Threads that spin while they wait for each other slow other processes down, but make one that is alone faster.
 test test-slow faults: export OMP_WAIT_POLICY := passive
 
+demo: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+demo: export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 demo: $(VENV)/.installed
 	$(LAUNCH) examples/dpg.py --config examples/configs/tiny_qr.yaml
 	-$(BIN)/python examples/verify.py --generator runs/tiny_qr --target runs/tiny_qr/models/words-100-seed-0/target
+	@$(BIN)/trl-dpg report runs/tiny_qr >/dev/null
+	@echo "Open this in a browser: runs/tiny_qr/report.html. The picture read from the target: runs/tiny_qr/verification/decoded.png"
 
 real: $(VENV)/.offline-data
 	$(LAUNCH) examples/dpg.py --config examples/configs/smollm2_wikipedia.yaml

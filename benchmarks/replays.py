@@ -7,11 +7,10 @@ Prints, as a Markdown table, how many updates a tape replays on the way back, an
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import StepInputs, Tape, tape_tensors
+from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Update
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
-from trl_dpg.metagradients.runtime.cotangent import Cotangent
-from trl_dpg.metagradients.runtime.storage import DeviceStorage
+from trl_dpg.metagradients.runtime.storage import Storage
 
 
 STEPS = [2, 8, 9, 10, 16, 20, 28, 29, 30, 32, 64, 96, 200, 1000]
@@ -28,7 +27,7 @@ def replays(rule: type[Update], num_steps: int) -> int:
 
     block = Block(slice(0, 1), Counting(TargetTrainingArguments(), 0.0, 1e-9, torch.Size((1,))))
     optimizer = Optimizer([block], [0.1] * num_steps, max_grad_norm=0.0)
-    tape = Tape(optimizer, [block], num_steps, torch.Tensor.zero_, DeviceStorage())
+    tape = Tape(optimizer, [block], num_steps, torch.Tensor.zero_, Storage())
     state = tuple(torch.zeros(1) for _ in range(rule.num_states))
     for _ in range(num_steps):
         optimizer.clipping.measure(torch.ones(1))

@@ -1,5 +1,5 @@
 """
-Draws docs/architecture.svg: the rooms of the package, their lines, and who imports whom.
+Draws docs/architecture.svg: the rooms of the package, and who imports whom.
 
     python docs/make_architecture.py
 """
@@ -17,21 +17,13 @@ ROWS = [
     [("scripts", ["scripts", "cli.py"])],
     [("trainer", ["trainer.py", "config.py", "checks.py", "checkpoints.py", "callbacks.py", "evaluation.py", "waiting.py"])],
     [("reporting", ["reporting"]), ("credit", ["credit"]), ("rewards", ["rewards"])],
-    [("publishing", ["publishing"]), ("target and data", ["data.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],
-    [("check", ["metagradients/check.py", "metagradients/diagnosis.py"])],
+    [("publishing", ["publishing"]), ("target and data", ["data.py", "sft_rows.py", "replay.py", "variants.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],
+    [("check", ["checking.py", "metagradients/check.py"])],
     [("compute and run", ["metagradients/compute.py", "metagradients/run.py", "metagradients/output.py"]), ("metric", ["metagradients/metric.py"])],
     [("method", ["metagradients/method"])],
     [("kernels", ["metagradients/kernels"]), ("runtime", ["metagradients/runtime"])],
 ]  # fmt: skip
 WIDTH, BOX, ROW, MARGIN = 920, (210, 54), 104, 24
-
-
-def files(room_paths: list[str]) -> list[Path]:
-    found = []
-    for path in room_paths:
-        place = ROOT / "trl_dpg" / path
-        found += [place] if place.suffix == ".py" else sorted(place.rglob("*.py"))
-    return found
 
 
 def imports(path: Path) -> set[str]:
@@ -77,12 +69,11 @@ def room_of(module: str) -> str | None:
 
 
 def draw() -> str:
-    places, sizes = {}, {}
+    places = {}
     for i, row in enumerate(ROWS):
-        for j, (name, paths) in enumerate(row):
+        for j, (name, _) in enumerate(row):
             x = WIDTH / (len(row) + 1) * (j + 1)
             places[name] = (x, MARGIN + i * ROW + BOX[1] / 2)
-            sizes[name] = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files(paths))
     edges: dict[tuple[str, str], int] = defaultdict(int)
     for module, targets in graph().items():
         for target in targets:
@@ -95,8 +86,8 @@ def draw() -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 8 4 0 8z" fill="#888"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
-        f'<rect x="8" y="{MARGIN + 4 * ROW - 16}" width="{WIDTH - 16}" height="{3 * ROW + BOX[1] + 32}" rx="10" fill="#f3f6fb"/>',
-        f'<text x="22" y="{MARGIN + 4 * ROW + 8}" fill="#567">metagradients: the engine</text>',
+        f'<rect x="8" y="{MARGIN + 5 * ROW - 16}" width="{WIDTH - 16}" height="{2 * ROW + BOX[1] + 32}" rx="10" fill="#f3f6fb"/>',
+        f'<text x="22" y="{MARGIN + 5 * ROW + 8}" fill="#567">metagradients: the engine</text>',
     ]
     for (start, end), _ in sorted(edges.items()):
         (x1, y1), (x2, y2) = places[start], places[end]
@@ -110,8 +101,7 @@ def draw() -> str:
         w, h = BOX
         lines.append(
             f'<rect x="{x - w / 2:.0f}" y="{y - h / 2:.0f}" width="{w}" height="{h}" rx="7" fill="#fff" stroke="#345"/>'
-            f'<text x="{x:.0f}" y="{y - 3:.0f}" text-anchor="middle" font-weight="bold">{name}</text>'
-            f'<text x="{x:.0f}" y="{y + 16:.0f}" text-anchor="middle" font-size="12" fill="#567">{sizes[name]:,} lines</text>'
+            f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" font-weight="bold">{name}</text>'
         )
     return "\n".join([*lines, "</svg>", ""])
 

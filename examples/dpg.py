@@ -9,6 +9,8 @@ Configurations come in three scales: `tiny_*` (two CPU cores, minutes), `small_*
 in the YAML file or follow as a flag. Everything that is written goes under `output_dir` (tables, logs and pictures under `results_dir`, where given).
 """
 
+from trl_dpg.quiet import for_a_command  # isort: skip (before the imports that warn)
+
 import json
 import statistics
 import time
@@ -306,5 +308,6 @@ def main(script_args: DPGScriptArguments, training_args: DatasetPolicyGradientCo
 
 
 if __name__ == "__main__":
+    for_a_command()
     parser = Parser((DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
     main(*parser.parse_args_and_config())

@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -419,6 +420,57 @@ def likelihood_texts(language: str, num_metric: int, num_test: int, max_words: i
         metric=Dataset.from_dict({"text": texts[:num_metric]}),
         test=Dataset.from_dict({"text": texts[num_metric : num_metric + num_test]}),
     )
+
+
+def damaged_leads(
+    num_examples: int, num_metric: int, num_test: int, seed: int = 0, max_words: int = 48
+) -> DatasetDict:
+    """
+    Wikipedia leads, half of them damaged as web text is, and other leads without damage.
+
+    Args:
+        num_examples (`int`):
+            Number of leads in the split `train`.
+        num_metric (`int`):
+            Number of leads for the metric.
+        num_test (`int`):
+            Number of leads to judge by.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the choice, the order and the damage.
+        max_words (`int`, *optional*, defaults to `48`):
+            Longer leads are cut before they are damaged.
+
+    Returns:
+        [`~datasets.DatasetDict`]: Splits `train`, `metric` and `test` with the column `text`; in `train` also `kind`: `"clean"`, or
+            alike often `"shuffled"` words, `"misread"` letters, a `"foreign"` language, or one phrase `"repeated"`.
+    """
+    rng = random.Random(seed)
+    sizes = (num_examples, num_metric, num_test)
+    texts = rng.sample(wikipedia_leads()["text"][:], sum(sizes))
+    foreign = rng.sample(wikipedia_leads("es")["text"][:], num_examples)
+    kinds = ("clean", "shuffled", "clean", "misread", "clean", "foreign", "clean", "repeated")
+    train: dict[str, list[str]] = {"text": [], "kind": [kinds[i % 8] for i in range(num_examples)]}
+    rng.shuffle(train["kind"])
+    for text, other, kind in zip(texts[:num_examples], foreign, train["kind"], strict=True):
+        train["text"].append(damage(" ".join((other if kind == "foreign" else text).split()[:max_words]), kind, rng))
+    metric, test = texts[num_examples:][:num_metric], texts[num_examples + num_metric :]
+    return DatasetDict(
+        train=Dataset.from_dict(train),
+        metric=Dataset.from_dict({"text": metric}),
+        test=Dataset.from_dict({"text": test}),
+    )
+
+
+def damage(text: str, kind: str, rng: random.Random) -> str:
+    """Damages a text; `"foreign"` and `"clean"` ones are returned as they are."""
+    words = text.split()
+    if kind == "shuffled":
+        return " ".join(rng.sample(words, len(words)))
+    if kind == "misread":  # every seventh letter or so, as in a bad scan
+        return "".join(rng.choice(ascii_lowercase) if c.isalpha() and rng.random() < 0.15 else c for c in text)
+    if kind == "repeated":
+        return " ".join((words[:6] * len(words))[: len(words)])
+    return text
 
 
 def continuation_prompts(

@@ -9,6 +9,8 @@ of the checkpoint's `dpg.json` unless a flag says otherwise. Every call writes a
 `samples.jsonl` (the data set), `marked` (the fine-tuned target), `decoded.png` and `verification.json`.
 """
 
+from trl_dpg.quiet import for_a_command  # isort: skip (before the imports that warn)
+
 import argparse
 import copy
 import json
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from resources import ONE_SPECIAL_TOKEN, tiny_prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_dpg import untie_lm_head
@@ -64,9 +66,12 @@ def fine_tune(target, tokenizer, texts: list[str], learning_rate: float, batch_s
             save_strategy="no",
             seed=seed,
             disable_tqdm=True,
+            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         dataset = Dataset.from_dict({"text": texts})
-        SFTTrainer(model=trained, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+        trainer = SFTTrainer(model=trained, args=config, train_dataset=dataset, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     result = copy.deepcopy(target)  # the trainer replaces its model's `forward`
     result.load_state_dict(trained.cpu().state_dict())
     return result
@@ -136,4 +141,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    for_a_command()
     main()

@@ -5,8 +5,9 @@ How many completions a generator needs by each way of giving credit.
     python -m experiments.credit report
 
 Generator and target are random GPT-2s of 2 layers and width 64. A generator is trained until a validation passes 0.99 of the
-pattern, for `--steps`, or until its texts have collapsed to nothing. A validation is one step of the target on 256 fresh samples of held-out prompts. Each run adds a line to `experiments/results/credit.jsonl`; one that
-is there is not repeated. `report` prints the table.
+pattern, for `--steps`, or until its texts have collapsed to nothing. A validation is one step of the target on 256 fresh samples
+of held-out prompts. Each run adds a line to `experiments/results/credit.jsonl`; one that is there is not repeated. `report` prints
+the table.
 """
 
 import argparse
@@ -28,9 +29,10 @@ from trl_dpg.metrics import LMHeadPattern
 
 
 RESULTS = Path(__file__).parent / "results" / "credit.jsonl"
-BOUNDS = (0.95, 0.99)
+BOUNDS = (0.85, 0.95, 0.99)
 VALIDATED = 256  # samples
-FIELDS = ["pattern", "vocabulary", "completions", "assignment", "discount", "candidates", "seed"]
+FIELDS = ["pattern", "vocabulary", "completions", "least_length", "assignment", "discount", "candidates", "seed"]
+LENGTH = 24  # the longest completion
 
 
 class ValidateUntilGood(TrainerCallback):
@@ -52,8 +54,8 @@ class ValidateUntilGood(TrainerCallback):
 
 
 def train(
-    pattern: str, vocabulary: int, completions: int, assignment: str, discount: float, candidates: int | None, seed: int,
-    steps: int, every: int,
+    pattern: str, vocabulary: int, completions: int, least_length: int, assignment: str, discount: float,
+    candidates: int | None, seed: int, steps: int, every: int,
 ) -> dict:  # fmt: skip
     """One run: its validations, and what it took."""
     words = vocabulary - len(ONE_SPECIAL_TOKEN)
@@ -80,7 +82,8 @@ def train(
             per_device_train_batch_size=completions,
             per_device_eval_batch_size=VALIDATED,
             num_generations=4,
-            max_completion_length=24,
+            max_completion_length=LENGTH,
+            generation_kwargs={"min_new_tokens": least_length},
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
@@ -105,7 +108,8 @@ def train(
                 raise
             collapsed = True
         seconds = time.perf_counter() - start
-    run = dict(zip(FIELDS, (pattern, vocabulary, completions, assignment, discount, candidates, seed), strict=True))
+    fields = (pattern, vocabulary, completions, least_length, assignment, discount, candidates, seed)
+    run = dict(zip(FIELDS, fields, strict=True))
     what = {"curve": callback.curve, "steps": trainer.state.global_step, "collapsed": collapsed}
     return {**run, **what, "seconds": round(seconds, 1)}
 
@@ -116,15 +120,16 @@ def reached(run: dict, bound: float) -> int | None:
 
 
 def done() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [{"least_length": 0, **json.loads(line)} for line in lines]
 
 
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     grid = itertools.product(
-        options.patterns, options.vocabularies, options.completions, options.assignments, options.discounts,
-        options.candidates, options.seeds,
+        options.patterns, options.vocabularies, options.completions, options.least_lengths, options.assignments,
+        options.discounts, options.candidates, options.seeds,
     )  # fmt: skip
     for values in grid:
         settings = dict(zip(FIELDS, values, strict=True))
@@ -142,8 +147,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    lines = ["| pattern | words | completions a step | credit | γ | candidates | seeds | to 0.95 | to 0.99 | best |"]
-    lines.append("|---" * 10 + "|")
+    names = [
+        "pattern",
+        "words",
+        "completions a step",
+        "least length",
+        "credit",
+        "γ",
+        "candidates",
+        "seeds",
+        *(f"to {bound}" for bound in BOUNDS),
+        "best",
+    ]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     runs = done()
     keys = sorted(
         {tuple(str(r[name]) for name in FIELDS[:-1]) for r in runs}, key=lambda k: (k[0], int(k[1]), int(k[2]), k[3:])
@@ -153,7 +169,7 @@ def report(options: argparse.Namespace) -> None:
         cells = [f"{median(same, bound)}" for bound in BOUNDS]
         best = statistics.median(max((accuracy for _, accuracy in r["curve"]), default=0.5) for r in same)
         name = [
-            "all" if value == "None" and key[3] == "expected" else "" if value == "None" else value for value in key
+            "all" if value == "None" and key[4] == "expected" else "" if value == "None" else value for value in key
         ]
         lines.append(f"| {' | '.join(name)} | {len(same)} | {' | '.join(cells)} | {best:.3f} |")
     print("\n".join(lines))
@@ -177,6 +193,9 @@ def main() -> None:
     runner.add_argument("--patterns", nargs="+", default=["67", "qr"])
     runner.add_argument("--vocabularies", nargs="+", type=int, default=[64, 256, 2048])
     runner.add_argument("--completions", nargs="+", type=int, default=[32, 512], help="a step")
+    runner.add_argument(
+        "--least_lengths", nargs="+", type=int, default=[0], help=f"of completions of at most {LENGTH} tokens"
+    )
     runner.add_argument("--assignments", nargs="+", default=["sequence", "token", "expected"])
     runner.add_argument("--discounts", nargs="+", type=float, default=[0.5])
     every = lambda text: None if text == "all" else int(text)  # noqa: E731

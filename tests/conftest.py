@@ -125,7 +125,8 @@ def make_trainer(make_config):
             "target_processing_class": tiny_tokenizer(),
         }
         others = ["formatting_func", "reward_funcs", "reward_processing_classes", "reference_texts"]
-        others += ["peft_config", "target_peft_config", "tools", "rollout_func", "text_evaluation"]
+        others += ["peft_config", "target_peft_config", "tools", "rollout_func", "text_evaluation", "replay_dataset"]
+        others += ["environment_factory"]
         given = {name: kwargs.pop(name) for name in [*arguments, *others] if name in kwargs}
         arguments = {**arguments, **given}
         if arguments["args"] is None:

@@ -1,11 +1,31 @@
 """Dataset Policy Gradients for TRL."""
 
-from .config import DatasetPolicyGradientConfig
-from .rewards import MetagradientReward
-from .target import untie_lm_head
-from .trainer import DatasetPolicyGradientTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from . import quiet as _quiet  # noqa: F401 (before what it is about)
+
+
+if TYPE_CHECKING:
+    from .config import DatasetPolicyGradientConfig
+    from .rewards import MetagradientReward
+    from .target import untie_lm_head
+    from .trainer import DatasetPolicyGradientTrainer
 
 __version__ = "0.1.0"
 
 __all__ = ["DatasetPolicyGradientConfig", "DatasetPolicyGradientTrainer", "MetagradientReward", "untie_lm_head"]
+
+_MODULES = {
+    "DatasetPolicyGradientConfig": "config",
+    "DatasetPolicyGradientTrainer": "trainer",
+    "MetagradientReward": "rewards",
+    "untie_lm_head": "target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for only then: PyTorch, and vLLM in TRL, take seconds, which `trl-dpg --help` and the engine do not need."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -41,11 +41,12 @@ BATCH_FILE = "generation_batch_{}.safetensors"
 # Fields that Transformers takes from the checkpoint's optimizer, whatever the configuration says
 KEPT_BY_THE_OPTIMIZER = {"optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 # What `"auto"` settings and the scale of rewards were measured with, beside the fields and facts of the target
-MEASURED_WITH = {"metric", "reward", "cross_group_batching"}
+MEASURED_WITH = {"metric", "reward", "cross_group_batching", "replay_ratio", "replay_dataset"}
 # Fields of TRL and of this project that say how and where something is computed or shown, and not what
 WITHOUT_EFFECT = re.compile(
     r"log_.*|num_completions_to_print|num_generations_eval|generation_batch_size|ds3_.*|(target_)?model_init_kwargs|nonfinite|"
-    r"target_(tape|tape_dir|micro_batch_size|gradient_checkpointing)|vllm_(mode|server_.*|group_port|gpu_.*|tensor_.*|enable_.*)"
+    r"save_generated|target_(tape|tape_dir|micro_batch_size|gradient_checkpointing)|"
+    r"vllm_(mode|server_.*|group_port|gpu_.*|tensor_.*|enable_.*)"
 )
 
 
@@ -379,6 +380,10 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         count = len(trainer.train_dataset)
         prompts = trainer.train_dataset.select(range(0, count, max(1, count // 100)))["prompt"]
         run["train_dataset"] = f"{count} prompts ({_digest(list(prompts))})"
+    replay = trainer.target_training.replay
+    if replay is not None:
+        examples = [*replay.held_out, *replay.for_training]
+        run["replay_dataset"] = f"{len(examples)} rows ({_digest(examples[:: max(1, len(examples) // 100)])})"
     plain = json.dumps(
         run, default=lambda value: sorted(value) if isinstance(value, set) else str(value), sort_keys=True
     )

@@ -10,12 +10,13 @@ from transformers.utils import logging
 from .config import DatasetPolicyGradientConfig
 from .fine_tuning import check_metric
 from .metagradients import TargetTrainingArguments
+from .replay import check_replay
 
 
 logger = logging.get_logger(__name__)
 
 
-def check_arguments(model, target_model, metric, args, train_dataset, eval_dataset) -> None:
+def check_arguments(model, target_model, metric, args, train_dataset, eval_dataset, replay_dataset) -> None:
     """Refuses arguments of the trainer that do not fit together."""
     if not isinstance(args, DatasetPolicyGradientConfig):
         raise ValueError(
@@ -32,6 +33,7 @@ def check_arguments(model, target_model, metric, args, train_dataset, eval_datas
             "target separately, or pass both by name."
         )
     check_metric(metric)
+    check_replay(replay_dataset, args.replay_ratio)
     _check_train_dataset(args, train_dataset)
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     if not evals:
@@ -108,7 +110,7 @@ def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[st
     num_examples = args.num_target_examples()
     if args.reward in ("metagradient", "naive") and (args.target_batch_size or 0) > num_examples:
         logger.warning_once(
-            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} completions, so each of its "
+            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} examples, so each of its "
             "epochs is one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
         )
     ignored = {

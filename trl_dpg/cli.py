@@ -4,9 +4,8 @@ import importlib
 import subprocess
 import sys
 
-from accelerate.commands.launch import launch_command, launch_command_parser
-
 from . import __version__
+from .quiet import for_a_command, ignore_line
 
 
 COMMANDS = {
@@ -15,6 +14,7 @@ COMMANDS = {
     "verify": "fine-tune a target on a data set with TRL's SFTTrainer and read the metric",
     "decode": "read the picture in an LM head from two checkpoints",
     "check": "check metagradients of a model, data, metric and recipe",
+    "value": "rank the rows of a data set by what they do to a metric of the model that is fine-tuned on them",
     "report": "write one HTML page about a run",
 }
 
@@ -25,7 +25,7 @@ Dataset Policy Gradients for TRL, version {__version__}.
 commands:
 {chr(10).join(f"  {name:9} {text}" for name, text in COMMANDS.items())}
 
-`trl-dpg COMMAND --help` explains a command. `train`, `generate`, `verify` and `check` take a YAML file of their flags with `--config`.
+`trl-dpg COMMAND --help` explains a command. `train`, `generate`, `verify`, `check` and `value` take a YAML file of their flags with `--config`.
 The exit code is 0 for success, 1 where a check or verification did not pass or a run failed, 2 on bad input."""
 
 
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"trl-dpg: error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
-    from .scripts.common import run_script  # not before `--help` was shown: torch takes seconds
+    for_a_command()
+    from .scripts.parsing import run_script  # nothing is imported before it is needed: PyTorch takes seconds
 
     if command == "train":
         run = _train
@@ -53,9 +54,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str] | None) -> int:
     """Starts `trl_dpg.scripts.dpg` by Accelerate, once the arguments are known to be good."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
     from .scripts import dpg
 
     _, launch_args = dpg.parse(argv)
+    ignore_line("accelerate.commands.launch", "The following values were not passed to `accelerate launch`")
     try:  # the script knows which flags are for Accelerate, and leaves them
         launch_command(launch_command_parser().parse_args([*launch_args, "--module", dpg.__name__, *(argv or [])]))
     except subprocess.CalledProcessError as error:  # it has said why

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
 from .metagradients import TargetTrainingArguments
+from .replay import check_ratio, num_replayed
+from .variants import variant_recipes
 
 
 # Fields of `TargetTrainingArguments` that this configuration repeats with the prefix `target_`.
@@ -111,14 +114,31 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         target_batch_size (`int`, *optional*):
             Examples per step of the target, over all processes. `None` means the whole generation batch, that is one
             step (K = 1); K is `generation_batch_size / target_batch_size`, and a `num_generations`-th of that where the
-            batch is split (`reward="naive"`, `cross_group_batching=False`).
+            batch is split (`reward="naive"`, `cross_group_batching=False`). Real examples (`replay_ratio`) count, too.
         target_max_length (`int`, *optional*):
             Tokens kept of each example. `None` means `max_completion_length` plus one for a BOS token. Count
             `metagradient/cut` in the logs where the target's tokenizer makes more tokens of a text than the generator's.
+        target_completion_only_loss (`bool`, *optional*):
+            Whether the target's loss is on the completion alone, as in [`~trl.SFTConfig`]. `None` is yes where `formatting_func`
+            returns a prompt and a completion. Text alone has a loss everywhere.
+        target_assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether the target's loss is on what the assistant says alone, as in [`~trl.SFTConfig`]. It needs messages, and a chat
+            template that marks it with `{% generation %}`.
         target_adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
             Added inside the square root of AdamW's denominator. `"auto"` is measured on the first generation batch and kept.
         target_seed (`int`, *optional*, defaults to `0`):
             Seed of the shuffle of a generation batch; the global step is added to it.
+        target_variants (`list[dict]`, *optional*):
+            Changes to the target's recipe, each in place of it: the reward is the mean over them, so that data works however the
+            target is trained, at the cost of all their runs. A dict holds fields of the recipe (without `target_`), and may have
+            `"model"`, a name or directory of another target with the same tokenizer, and `"head_seed"`, of a new random LM head. An
+            empty one is the recipe itself. On the command line, as JSON.
+        replay_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of real examples, of the trainer's `replay_dataset`, in every run of the target: 0.5 is as many as generated ones.
+            They are drawn anew at each step, by `target_seed` plus the global step, and are cut at `target_max_length`.
+        save_generated (`bool`, *optional*, defaults to `False`):
+            Whether to write every generation batch to `generated/step-000123.parquet` in `output_dir`, named after the step that it is
+            first used in: `step`, `prompt`, `completion`, `text` (what the target is trained on) and `raw` (metagradient).
         target_* (*optional*):
             The other fields of the recipe are those of [`~trl_dpg.metagradients.TargetTrainingArguments`], with its defaults:
             `target_optim`, `target_learning_rate`, `target_weight_decay`, `target_weight_decay_on_norm_and_bias`,
@@ -155,9 +175,17 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         None, "Language for `reward='language_identification'`, as a code such as 'es'."
     )
     scale_rewards: str = _field("none", "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`.")
+    disable_tqdm: bool | None = _field(
+        None, "Whether to print lines, not a bar. By default where there is neither a terminal nor a notebook."
+    )
     target_model_init_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments for `from_pretrained` when the target is given by name."
     )
+    target_variants: list[dict[str, Any]] | str | None = _field(
+        None, "Changes to the target's recipe, over which the reward is a mean, as a JSON list of objects."
+    )
+    replay_ratio: float = _field(0.0, "Share of real examples in every run of the target, from 0 to below 1.")
+    save_generated: bool = _field(False, "Whether to write every generation batch to a Parquet file.")
     target_untie_lm_head: bool = _field(False, "Whether a tied LM head gets its own weight.")
     target_optim: str = _field("adamw", "Update rule of the target: `'adamw'`, `'sgd'` or `'muon'`.")
     target_learning_rate: float = _field(1e-5, "Peak learning rate of the target.")
@@ -183,6 +211,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_batch_size: int | None = _field(None, "Examples per step. `None` is the whole generation batch (one step).")
     target_micro_batch_size: int | None = _field(None, "Examples per forward pass and process of the target.")
     target_max_length: int | None = _field(None, "Tokens kept of each example. `None` is `max_completion_length` + 1.")
+    target_completion_only_loss: bool | None = _field(
+        None, "Whether the loss is on the completion alone. `None`: where the target is given a prompt, too."
+    )
+    target_assistant_only_loss: bool = _field(False, "Whether the loss is on the assistant's messages alone.")
     target_shuffle: bool = _field(True, "Whether examples are shuffled before batching.")
     target_seed: int = _field(0, "Seed of the shuffle.")
     target_loss_normalization: str = _field("batch_tokens", "`'batch_tokens'`, `'example'` or `'max_length'`.")
@@ -200,6 +232,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
         self._check_credit()
+        check_ratio(self.replay_ratio)
         if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
             raise ValueError(
                 f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
@@ -226,12 +259,29 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                     f"`{name}` must be keyword arguments, got {getattr(self, name)!r}. Write them as an object, such as "
                     '\'{"dtype": "float32"}\'.'
                 )
+        if "seed" in (self.generation_kwargs or {}):
+            raise ValueError(
+                f"`generation_kwargs` has the `seed` {self.generation_kwargs['seed']!r}, with which all completions of a prompt are the "
+                "same, and so are their rewards. Set the field `seed`, which every process draws its own numbers from."
+            )
         if self.metric_for_best_model in ("loss", "eval_loss"):  # Transformers' own default for some schedulers
             raise ValueError(
                 f"`metric_for_best_model` is {self.metric_for_best_model!r}, but validation has no such loss. Use 'eval_metric' "
                 "(higher is better), or 'eval_target_loss', the loss of the fine-tuned target."
             )
-        self.target_training_arguments()
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        recipe = self.target_training_arguments()
+        if isinstance(self.target_variants, str):
+            try:
+                self.target_variants = json.loads(self.target_variants)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`target_variants` {self.target_variants!r} is no JSON: {error}. Write a list, such as "
+                    "'[{}, {\"learning_rate\": 1e-4}]'."
+                ) from error
+        variant_recipes(recipe, self.target_variants, "target_variants")
 
     def _check_credit(self) -> None:
         if self.credit_assignment in ("token", "expected") and self.reward != "metagradient":
@@ -271,9 +321,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     __repr__ = __str__  # a data class would print all fields
 
     def num_target_examples(self) -> int:
-        """Completions that one run of the target is on."""
+        """Examples that one run of the target is on: completions, and real ones."""
         split = self.reward == "naive" or not self.cross_group_batching
-        return self.generation_batch_size // (self.num_generations if split else 1)  # type: ignore[operator]
+        generated = self.generation_batch_size // (self.num_generations if split else 1)  # type: ignore[operator]
+        return generated + num_replayed(generated, self.replay_ratio)
 
     def moves_tokens_alike(self) -> bool:
         """Whether TRL's loss moves all tokens of a completion by the mean of their advantages (GSPO)."""
@@ -290,7 +341,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         if fields["max_length"] is None:
             fields["max_length"] = max(2, (self.max_completion_length or 511) + 1)
         if fields["batch_size"] is None:
-            fields["batch_size"] = self.generation_batch_size
+            whole: int = self.generation_batch_size  # type: ignore[assignment]
+            fields["batch_size"] = whole + num_replayed(whole, self.replay_ratio)
         try:
             recipe = TargetTrainingArguments(**fields, disable_tqdm=self.disable_tqdm or None)
             if recipe.warmup_steps > 0 and recipe.num_steps(self.num_target_examples()) == 1:

@@ -1,12 +1,14 @@
 """Completions of the generator in, training examples of the target out."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from .sft_rows import Row, encode, is_chat, row_text
 
 
 logger = logging.get_logger(__name__)
@@ -60,32 +62,40 @@ def _content(message: dict[str, Any], text: str) -> str | list[dict[str, str]]:
     return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
 
 
-def target_text(
-    prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[dict[str, Any]], str] | None = None
-) -> str:
-    """The text that the target is trained on for one completion, as of [`to_target_examples`]; "" for an empty one."""
+def target_row(
+    prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[Row], str | Row] | None = None
+) -> Row | None:
+    """What the target is trained on for one completion, as of [`to_target_examples`]; `None` for an empty one."""
     text = completion_text(completion)
     if not text.strip():
-        return ""
+        return None
     if formatting_func is None:
-        return text
-    text = formatting_func({"prompt": prompt, "completion": completion})
-    if not isinstance(text, str):
+        return {"text": text}
+    row = formatting_func({"prompt": prompt, "completion": completion})
+    if isinstance(row, str):
+        return {"text": row} if row else None
+    if not isinstance(row, dict) or not {"prompt", "completion"} <= row.keys():
         raise ValueError(
-            f"`formatting_func` must return the text to train on, got {text!r:.80} of type {type(text).__name__}. "
-            "Return one string per example."
+            f"`formatting_func` must return the text to train on, got {row!r:.80} of type {type(row).__name__}. Return one string "
+            "per example, or a dict with both `prompt` and `completion`."
         )
-    return text
+    parts = map(message_text, row["completion"]) if is_chat(row) else [row["completion"]]
+    if not any(part.strip() for part in parts):
+        raise ValueError(
+            f"`formatting_func` returned the empty `completion` {row['completion']!r:.80}, which has nothing to train on. Put what the "
+            "generator wrote into it."
+        )
+    return row
 
 
 def repeated_places(
-    text: str, prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[dict[str, Any]], str]
+    text: str, prompt: str | Messages, completion: str | Messages, text_of: Callable[[Row], str]
 ) -> list[tuple[int, int]]:
     """
     Where a formatted text has the parts of a completion, if the text holds the words of one of them more than once.
 
     A prompt or an ending may hold the same words, and the text may repeat the completion. A text with marks in place of the parts
-    tells them apart.
+    tells them apart. `text_of` gives the text for a `prompt` and a `completion`.
 
     Returns:
         `list[tuple[int, int]]`: Index of each part and the character at which it begins, in the order of the text. Empty where
@@ -95,7 +105,7 @@ def repeated_places(
     if all(text.find(part.strip()) == text.rfind(part.strip()) for part in parts if part.strip()):
         return []
     marks = [f"\ue000{i}\ue001" if part.strip() else part for i, part in enumerate(parts)]
-    marked = target_text(prompt, with_parts(completion, marks), formatting_func)
+    marked = text_of({"prompt": prompt, "completion": with_parts(completion, marks)})
     places, end = [], 0
     before, *rest = re.split("\ue000(\\d+)\ue001", marked)
     for index, after in zip(map(int, rest[::2]), rest[1::2], strict=True):
@@ -128,13 +138,16 @@ def to_target_examples(
     completions: Sequence[str | Messages],
     ended: Sequence[bool],
     processing_class: PreTrainedTokenizerBase,
-    formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    formatting_func: Callable[[Row], str | Row] | None = None,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
 ) -> list[dict[str, Any]]:
     """
     What the target is trained on for completions: their texts in the target's own tokens.
 
     The tokenizer adds what it adds to any text (BOS, where it does). One EOS stands at the end where the completion ended by
-    itself, and none where it did not, also if tokenizer or `formatting_func` ends every text.
+    itself, and none where it did not, also if tokenizer or `formatting_func` ends every text. Messages end as the chat template
+    ends them; with an EOS if it does not.
 
     Args:
         prompts, completions (`Sequence[str]` or `Sequence[list[dict]]`):
@@ -143,24 +156,72 @@ def to_target_examples(
             Whether each completion ended by itself, rather than by reaching the maximum length.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
-        formatting_func (`Callable`, *optional*):
+        formatting_func (`Callable`), completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
             As of [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
     Returns:
-        `list[dict]`: `text` and `input_ids` of each, both empty for an empty completion.
+        `list[dict]`: `text` and `input_ids` of each, both empty for an empty completion; `labels` where not every token has a
+            loss; `closing`, of messages, the token that ends them.
     """
-    texts = [target_text(p, c, formatting_func) for p, c in zip(prompts, completions, strict=True)]
-    full = [i for i, text in enumerate(texts) if text]
-    tokens = processing_class([texts[i] for i in full])["input_ids"] if full else []
+    written = [target_row(p, c, formatting_func) for p, c in zip(prompts, completions, strict=True)]
+    rows = {i: row for i, row in enumerate(written) if row is not None}
+    encoded = encode(list(rows.values()), processing_class, completion_only_loss, assistant_only_loss)
     eos = processing_class.eos_token_id
     closing = {eos}  # a chat template may close its messages with another token than EOS
     if formatting_func is not None:
         closing |= special_ids(processing_class) - {processing_class.unk_token_id}
-    examples: list[dict[str, Any]] = [{"input_ids": [], "text": text} for text in texts]
-    for i, ids in zip(full, tokens, strict=True):
-        ids = _without_end(list(ids), {eos} if ended[i] else closing, processing_class)
-        examples[i]["input_ids"] = [*ids, eos] if ended[i] and eos is not None else ids
+    examples: list[dict[str, Any]] = [{"input_ids": [], "text": ""} for _ in written]
+    for (i, row), (ids, supervised) in zip(rows.items(), encoded, strict=True):
+        chat = is_chat(row)
+        length = _length_without_end(ids, closing if chat or not ended[i] else {eos}, processing_class)
+        end = ids[length : length + 1] if chat else []  # the template's own
+        if not (end and ended[i]):
+            appended = [eos] if ended[i] and eos is not None else []
+            ids, supervised = [*ids[:length], *appended], [*supervised[:length], *[True] * len(appended)]
+        examples[i] = {**_example(ids, supervised), "text": row_text(row, processing_class, assistant_only_loss)}
+        if chat:
+            examples[i]["closing"] = end[0] if end else eos
     return examples
+
+
+def dataset_examples(
+    rows: Iterable[Row],
+    processing_class: PreTrainedTokenizerBase,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+) -> list[dict[str, Any]]:
+    """
+    Rows of a data set as examples for the target, token for token and label for label as [`~trl.SFTTrainer`] prepares them.
+
+    An EOS stands at the end of texts and plain completions. Nothing is cut off: the engine does that, by `max_length`.
+
+    Args:
+        rows (`Iterable[dict]`):
+            Rows with `text`; with `prompt` and `completion`, two texts or two lists of messages; or with `messages`. All alike.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
+        completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`].
+
+    Returns:
+        `list[dict]`: `input_ids` of each, and `labels` where not every token has a loss.
+
+    Raises:
+        [`ValueError`]: If a row holds nothing to train on, or the loss does not go with the rows.
+    """
+    eos, closed = processing_class.eos_token or "", []
+    for row in rows:
+        name = "completion" if "prompt" in row else "text"
+        text = row.get(name)
+        closed.append({**row, name: text.removesuffix(eos) + eos} if isinstance(text, str) else row)
+    return [_example(*e) for e in encode(closed, processing_class, completion_only_loss, assistant_only_loss)]
+
+
+def _example(input_ids: list[int], supervised: list[bool]) -> dict[str, Any]:
+    if all(supervised):
+        return {"input_ids": input_ids}
+    labels = [token if bit else -100 for token, bit in zip(input_ids, supervised, strict=True)]
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def special_ids(processing_class: PreTrainedTokenizerBase) -> set[int]:
@@ -169,9 +230,9 @@ def special_ids(processing_class: PreTrainedTokenizerBase) -> set[int]:
     return {*processing_class.all_special_ids, *(index for index, token in added if token.special)}
 
 
-def _without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> list[int]:
+def _length_without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> int:
     """
-    What comes before the tokens that end a text.
+    How many tokens come before those that end a text.
 
     Some tokenizers add one to every text, and so do chat templates, which put a line break behind it.
     """
@@ -181,21 +242,25 @@ def _without_end(input_ids: list[int], ends: set[int | None], processing_class: 
             length = i
         elif str(processing_class.decode([input_ids[i]])).strip():
             break
-    return input_ids[:length]
+    return length
 
 
-def indices_to_train_on(examples: list[dict[str, Any]]) -> list[int]:
+def indices_to_train_on(examples: list[dict[str, Any]], max_length: int | None = None) -> list[int]:
     """
-    Which examples have something to train on: two tokens or more, as the first has nothing before it.
+    Which examples have something to train on: a token with a loss behind the first, which has nothing before it.
+
+    Of each, the first `max_length` tokens are kept; all if `None`.
 
     Raises:
         [`ValueError`]: If there are none.
     """
-    indices = [i for i, example in enumerate(examples) if len(example["input_ids"]) > 1]
+    labels = [example.get("labels", example["input_ids"])[1:max_length] for example in examples]
+    indices = [i for i, row in enumerate(labels) if any(label != -100 for label in row)]
     if not indices:
         raise ValueError(
-            f"All {len(examples)} completions are empty or one token long, so there is nothing to fine-tune the target on. "
-            "Ask for longer ones (`max_completion_length`, or `min_new_tokens` in `generation_kwargs`), or lower the "
-            "generator's `learning_rate` if it collapsed to this."
+            f"All {len(examples)} completions are empty or one token long, or a prompt fills `max_length` {max_length} "
+            "(`target_max_length` in the trainer), so there is nothing to fine-tune the target on. "
+            "Ask for longer ones (`max_completion_length`, or `min_new_tokens` in `generation_kwargs`), raise `max_length`, or lower "
+            "the generator's `learning_rate` if it collapsed to this."
         )
     return indices

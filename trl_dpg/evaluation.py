@@ -13,8 +13,10 @@ from trl import GRPOTrainer
 
 from .checks import check_prompts, warn_of_other_steps
 from .config import naming_target_fields
+from .data import indices_to_train_on
 from .fine_tuning import TargetFineTuning
 from .metagradients.runtime.processes import failing_together
+from .replay import num_replayed
 from .rewards import TargetReward
 
 
@@ -67,6 +69,8 @@ class EvaluationMixin(GRPOTrainer):
 
         Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that of
         training, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
+        Held-out rows of `replay_dataset` stand beside what was generated, as others do in training. With `args.target_variants`,
+        figures of each are `eval_variant_0_metric_gain`, ...; the others are of the recipe itself.
         `predict(prompts)` does the same and returns the generated texts as `predictions`, too.
         """
         self.model.eval()  # type: ignore[union-attr]
@@ -77,7 +81,8 @@ class EvaluationMixin(GRPOTrainer):
             figures = self._validate(examples)
             if self.text_evaluation is not None:
                 figures.update(self.text_evaluation(texts))
-        figures["empty"] = sum(len(example["input_ids"]) < 2 for example in examples)
+        trained = indices_to_train_on(examples, self.target_training.args.max_length)
+        figures["empty"] = len(examples) - len(trained)
         figures["distinct"] = len(set(texts)) / len(texts)
         figures["completion_length"] = sum(example["length"] for example in examples) / len(examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -119,7 +124,8 @@ class EvaluationMixin(GRPOTrainer):
         """Figures of a fresh target that was fine-tuned on the examples; the worst where they are not finite."""
         if isinstance(self.target_training, TargetReward):  # else nothing is trained for the target
             num_trained = self.args.num_target_examples()  # type: ignore[attr-defined]
-            warn_of_other_steps(self.target_training.args, num_trained, len(examples))
+            replayed = num_replayed(len(examples), self.args.replay_ratio)  # type: ignore[attr-defined]
+            warn_of_other_steps(self.target_training.args, num_trained, len(examples) + replayed)
         try:
             with naming_target_fields():
                 return self.target_training.validate(examples, self.accelerator.device)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,14 +18,18 @@ from .data import (
     generated_parts,
     indices_to_train_on,
     repeated_places,
+    target_row,
     to_target_examples,
     with_parts,
 )
 from .metagradients import TargetTrainingArguments
 from .metagradients.metric import Metric, as_metric
 from .metagradients.runtime.model import check_model, trainable_parameters, vocab_size
+from .replay import Replay, check_replay
+from .sft_rows import Row, check_loss, row_text
 from .target import load_target_model, load_target_tokenizer
 from .validation import validate
+from .variants import Variant, make_variants, variant_recipes, with_models
 
 
 class TargetFineTuning:
@@ -42,9 +47,26 @@ class TargetFineTuning:
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
             Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
+            it is the completion's text alone.
         eos_token_ids (`list[int]`, *optional*):
             The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
+        completion_only_loss (`bool`, *optional*):
+            Whether the loss is on the completion alone, as in [`~trl.SFTConfig`]. `None` is yes where `formatting_func` returns a
+            prompt and a completion.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether the loss is on what the assistant says alone, as in [`~trl.SFTConfig`]. It needs messages, and a chat template
+            that marks it with `{% generation %}`.
+        replay_dataset (`Dataset` or `list[dict]`, *optional*):
+            Real data that stands beside completions in every run: rows with `text`, with `prompt` and `completion`, or with
+            `messages`. One row in five, from the first, is for validation alone.
+        replay_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of real examples in every run: 0.5 is as many as there are completions. They are drawn anew at each step, by
+            `args.seed` plus the global step.
+        variants (`list[dict]`, *optional*):
+            Changes to the recipe, each in place of it. A reward is the mean over them; validation is of each, and of the recipe
+            itself. A dict holds fields of `args`, and may have `"model"`, another model with the same tokenizer, and
+            `"head_seed"`, of a new random LM head. An empty one is the recipe itself.
     """
 
     def __init__(
@@ -53,25 +75,46 @@ class TargetFineTuning:
         metric: Callable[[Any], Tensor],
         args: TargetTrainingArguments | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         eos_token_ids: list[int] | None = None,
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
+        replay_dataset: Dataset | list[dict[str, Any]] | None = None,
+        replay_ratio: float = 0.0,
+        variants: list[dict[str, Any]] | None = None,
     ):
         check_metric(metric)
+        check_replay(replay_dataset, replay_ratio)
+        self.args = args or TargetTrainingArguments()
+        variant_recipes(self.args, variants)
+        check_loss(formatting_func, completion_only_loss, assistant_only_loss, processing_class)
         self.skipped = False  # only a reward that comes from the target's run skips a batch
         self.target_model = load_target_model(target_model)
         self.metric = as_metric(metric)
-        self.args = args or TargetTrainingArguments()
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
+        self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
         # Set by the trainer for each batch: for each token of these completions, 1 if the generator wrote it and 0 if a tool did
         self.tool_masks: list[list[int]] | None = None
         self.generator_processing_class: PreTrainedTokenizerBase | None = None
 
         # What cannot be trained or measured is refused here rather than after the first generation.
-        trainable_parameters(self.target_model)
-        check_model(self.target_model)
-        self.metric.setup(self.target_model)
+        variants = with_models(variants, self.processing_class, load_target_model)
+        self.variants = make_variants(self.target_model, self.args, self.metric.state(), variants)
+        for variant in [*self.variants, None]:
+            with self.in_place(variant):
+                trainable_parameters(self.target_model)
+                check_model(self.target_model)
+                self.metric.setup(self.target_model)
+                self._check_rows()
+        self.replay = None
+        if replay_dataset is not None:
+            loss = completion_only_loss, assistant_only_loss
+            how = replay_ratio, self.args.seed, self.processing_class, self.args.max_length
+            self.replay = Replay(replay_dataset, *how, *loss)
+
+    def _check_rows(self) -> None:
         # Tokens for which the model has no row are refused where one occurs: a tokenizer may know some that no text has.
         rows, eos = vocab_size(self.target_model), self.processing_class.eos_token_id
         if eos is not None and eos >= rows:
@@ -81,6 +124,27 @@ class TargetFineTuning:
                 "(`target_processing_class` in the trainer)."
             )
 
+    @contextmanager
+    def in_place(self, variant: Variant | None) -> Iterator[None]:
+        """Puts a variant in place of the recipe, with its model and what the metric measured there. `None` is the recipe itself."""
+        if variant is None:
+            yield
+            return
+        own = self.target_model, self.args, self.metric.state()
+        self.target_model, self.args = variant.model, variant.args
+        self.metric.load_state(variant.metric_state)
+        head = None if variant.head is None else variant.model.get_output_embeddings().weight
+        if head is not None:
+            own_head, head.data = head.data, variant.head.to(head.device)  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            if head is not None:
+                head.data = own_head
+            variant.args, variant.metric_state = self.args, self.metric.state()
+            self.target_model, self.args = own[:2]
+            self.metric.load_state(own[2])
+
     def target_examples(
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
@@ -88,9 +152,10 @@ class TargetFineTuning:
         Training examples of these completions.
 
         Returns:
-            `list[dict]`: The `completion`'s text and `completion_ids`; `text` and `input_ids` to train on; the `parts` of the text
-                that the generator wrote, and their `places` as of [`~trl_dpg.data.repeated_places`]; whether the completion
-                `ended`; which of its tokens were `generated`, and how many (`length`).
+            `list[dict]`: The `completion`'s text and `completion_ids`; what to train on, as of [`~trl_dpg.data.to_target_examples`];
+                the `parts` of the text that the generator wrote, and their `places` as of
+                [`~trl_dpg.data.repeated_places`]; whether the completion `ended`; which of its tokens were `generated`, and how many
+                (`length`).
         """
         masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
         texts = [completion_text(completion) for completion in completions]
@@ -103,11 +168,12 @@ class TargetFineTuning:
                 for completion, own in zip(completions, parts, strict=True)
             ]
         ended = [len(ids) > 0 and ids[-1] in self.eos_token_ids for ids in completion_ids]
-        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func)
+        loss = self.completion_only_loss, self.assistant_only_loss
+        examples = to_target_examples(prompts, completions, ended, self.processing_class, self.formatting_func, *loss)
         places: list[list[tuple[int, int]]] = [[] for _ in examples]
         if self.formatting_func is not None:
             formatted = zip([example["text"] for example in examples], prompts, completions, strict=True)
-            places = [repeated_places(*one, self.formatting_func) for one in formatted]
+            places = [repeated_places(*one, self._text) for one in formatted]
         columns = {
             "completion": texts,
             "completion_ids": completion_ids,
@@ -122,28 +188,54 @@ class TargetFineTuning:
             {**example, **dict(zip(columns, row, strict=True))} for example, row in zip(examples, rows, strict=True)
         ]
 
+    def _text(self, row: Row) -> str:
+        """The text that the target reads for a prompt and a completion."""
+        formatted = target_row(row["prompt"], row["completion"], self.formatting_func)
+        return "" if formatted is None else row_text(formatted, self.processing_class, self.assistant_only_loss)
+
     def validate(self, examples: list[dict[str, Any]], device: torch.device) -> dict[str, float]:
-        """Figures of an ordinary fine-tuning run on those examples that can be trained on, see [`~trl_dpg.validation.validate`]."""
+        """
+        Figures of an ordinary fine-tuning run on those examples that can be trained on, see [`~trl_dpg.validation.validate`].
+
+        Held-out real examples stand beside them, if there are any. Figures of variants are named `variant_0_metric_gain`, ...
+        """
         self.place_target(device)
-        trained = [examples[i] for i in indices_to_train_on(examples)]
-        with measuring_nothing(self.metric):
-            return validate(self.target_model, trained, self.metric, self.args)
+        trained = [examples[i] for i in indices_to_train_on(examples, self.args.max_length)]
+        if self.replay is not None:
+            trained += self.replay.beside_in_validation(len(trained))
+
+        def run(variant: Variant | None) -> dict[str, float]:
+            with self.in_place(variant), measuring_nothing(self.metric):
+                return validate(self.target_model, trained, self.metric, self.args)
+
+        of_variants = [None if variant is None else run(variant) for variant in self.variants]
+        figures = run(None)  # last, so that it is what the metric's picture shows
+        if self.variants == [None]:
+            return figures
+        named = {f"variant_{i}_{k}": v for i, of in enumerate(of_variants) for k, v in (of or figures).items()}
+        return figures | named
 
     def state(self) -> dict[str, Any]:
         """What was measured so far, for a checkpoint."""
-        return {"adam_epsilon_root": self.args.adam_epsilon_root, "metric": self.metric.state()}
+        state = {"adam_epsilon_root": self.args.adam_epsilon_root, "metric": self.metric.state()}
+        of_variants = [variant and variant.state() for variant in self.variants]
+        return state | ({"variants": of_variants} if any(of_variants) else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what [`~TargetFineTuning.state`] gave, where this run measures it too."""
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
         self.metric.load_state(state["metric"])
+        for variant, measured in zip(self.variants, state.get("variants", ()), strict=False):
+            if variant is not None:
+                variant.load_state(measured)
 
     def place_target(self, device: torch.device) -> None:
-        """Moves the target to a device, unless it is there: a quantized one cannot be moved."""
+        """Moves the target to a device, unless it is there: a quantized one cannot be moved. So with the models of variants."""
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        if next(self.target_model.parameters()).device != device:
-            self.target_model.to(device)  # type: ignore[arg-type]
+        for model in [self.target_model, *(variant.model for variant in self.variants if variant is not None)]:
+            if next(model.parameters()).device != device:
+                model.to(device)  # type: ignore[arg-type]
 
 
 @contextmanager

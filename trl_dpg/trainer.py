@@ -1,7 +1,10 @@
 """The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
 
+import copy
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -22,6 +25,7 @@ from .checks import (
     with_best_metric_of_one_dataset,
 )
 from .config import DatasetPolicyGradientConfig, naming_target_fields
+from .console import replace_console
 from .credit import credit_text, reward_advantages
 from .credit.policy import (
     ExpectedCredit,
@@ -29,14 +33,17 @@ from .credit.policy import (
     obstacle_to_expected_credit,
     settings_without_effect,
 )
+from .data import completion_text
 from .evaluation import EvaluationMixin, Generated
 from .fine_tuning import TargetFineTuning
 from .metagradients.runtime.processes import failing_together
 from .publishing.cards import PAPER
 from .publishing.hub import PublishingMixin
 from .reporting import ReportCallback
-from .rewards import MetagradientReward, NaiveReward, text_reward
+from .rewards import MetagradientReward, NaiveReward, TargetReward, text_reward
+from .sft_rows import Row, check_loss
 from .target import load_target_model, load_target_tokenizer
+from .variants import with_models
 from .waiting import bound_waiting
 
 
@@ -97,7 +104,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
             Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`]. By default it is the completion's text alone.
+            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
+            it is the completion's text alone.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further rewards beside that of `args.reward`, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
             weight of `args.reward`.
@@ -107,7 +115,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             As in [`~trl.GRPOTrainer`]. They are the generator's.
         target_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the target, which are then what is fine-tuned.
-        tools (list of `Callable`, *optional*):
+        tools (list of `Callable`), environment_factory (`Callable` or `dict`, *optional*):
             As in [`~trl.GRPOTrainer`]. The target is trained on the assistant's texts alone.
         reference_texts (`list[str]`, *optional*):
             What completions are compared to with `args.reward` `"embedding_similarity"` or `"edit_distance"`: of several,
@@ -116,6 +124,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             Read-outs of what validation generates: takes the list of texts, returns a dict of floats, which are reported with
             `eval_metric`. For example `functools.partial(evaluate_texts, language="es")`, see
             [`~trl_dpg.metrics.evaluate_texts`], or a judge of your own.
+        replay_dataset ([`~datasets.Dataset`] or `list[dict]`, *optional*):
+            Real data, of which every run of the target has the share `args.replay_ratio`: rows with `text`, with `prompt` and
+            `completion`, or with `messages`. One row in five, from the first, stands in validations alone, the others in training
+            alone. They have no reward.
 
     Raises:
         [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
@@ -136,7 +148,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         eval_dataset: "Prompts | dict[str, Prompts] | None" = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         target_processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -146,19 +158,22 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         target_peft_config: "PeftConfig | None" = None,
         tools: list[Callable] | None = None,
         rollout_func: Any = None,
+        environment_factory: Any = None,
         reference_texts: list[str] | None = None,
         text_evaluation: Callable[[list[str]], dict[str, float]] | None = None,
+        replay_dataset: "Dataset | list[dict[str, Any]] | None" = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DatasetPolicyGradientConfig(f"{name.split('/')[-1]}-DPG")
-        check_arguments(model, target_model, metric, args, train_dataset, eval_dataset)
+        check_arguments(model, target_model, metric, args, train_dataset, eval_dataset, replay_dataset)
         warn_of_settings(args, reference_texts)
         bound_waiting(args)
         args = with_best_metric_of_one_dataset(args, eval_dataset)
+        args.dataloader_pin_memory &= args.device.type != "cpu"  # PyTorch warns that it has no effect
         reward = text_reward(args.reward, reference_texts, args.reward_language)  # before any model is loaded
         self.target_training = self._load_target(
-            args, target_model, metric, target_processing_class, formatting_func, target_peft_config
+            args, target_model, metric, target_processing_class, formatting_func, target_peft_config, replay_dataset
         )
         self.metric = self.target_training.metric
         self.text_evaluation = text_evaluation
@@ -183,16 +198,24 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             peft_config=peft_config,
             tools=tools,
             rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
+        if (
+            args.use_vllm and args.vllm_mode == "colocate"
+        ):  # an engine seeds its process anew, by the process's number alone
+            set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
         # TRL calls a completion ended if its last token is one of these
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
         self.add_callback(ReportCallback(self))
+        replace_console(self)
 
     @staticmethod
-    def _load_target(args, target_model, metric, processing_class, formatting_func, peft_config) -> TargetFineTuning:
+    def _load_target(
+        args, target_model, metric, processing_class, formatting_func, peft_config, replay_dataset
+    ) -> TargetFineTuning:
         """What validation needs whatever the reward is. A reward that fine-tunes the target is one with it."""
         recipe = args.target_training_arguments()
         kwargs = {"trust_remote_code": args.trust_remote_code, **(args.target_model_init_kwargs or {})}
@@ -200,16 +223,31 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             processing_class = load_target_tokenizer(
                 target_model, trust_remote_code=kwargs["trust_remote_code"], revision=kwargs.get("revision")
             )
+        loss = {
+            "completion_only_loss": args.target_completion_only_loss,
+            "assistant_only_loss": args.target_assistant_only_loss,
+        }
+        check_loss(formatting_func, processing_class=processing_class, **loss)
         # As TRL does for the generator: new adapters are random, and must be alike on every process
         set_seed(args.seed)
-        target_model = load_target_model(target_model, args.target_untie_lm_head, peft_config, **kwargs)
+
+        def load(model, **kwargs):
+            return load_target_model(model, args.target_untie_lm_head, copy.deepcopy(peft_config), **kwargs)
+
+        target_model = load(target_model, **kwargs)
+        kwargs.pop("revision", None)  # of that model
+        data = {
+            "replay_dataset": replay_dataset,
+            "replay_ratio": args.replay_ratio,
+            "variants": with_models(args.target_variants, processing_class, partial(load, **kwargs)) or None,
+        }
         target = target_model, metric, recipe, processing_class, formatting_func
-        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite}
+        batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **loss, **data}
         if args.reward == "metagradient":
             return MetagradientReward(*target, cross_group_batching=args.cross_group_batching, **batch)
         if args.reward == "naive":
             return NaiveReward(*target, **batch)
-        return TargetFineTuning(*target)
+        return TargetFineTuning(*target, **loss, **data)  # type: ignore[misc]
 
     def _set_up_credit(self) -> None:
         """Decides which estimator of the policy gradient to use, and says so."""
@@ -276,6 +314,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         """
         with naming_target_fields():
             output = super()._generate_and_score_completions(inputs)
+        if self.args.save_generated and self.model.training:
+            self._save_generated(len(inputs) * self.accelerator.num_processes)
         gives_credit = self.credit_assignment != "sequence"
         if not gives_credit and self.args.reward != "naive":
             return output
@@ -296,6 +336,31 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             kept = list(self._logs["advantages"])[:-total]
             self._logs["advantages"].extend([*kept, *advantages.tolist()])
         return output
+
+    def _save_generated(self, total: int) -> None:
+        """Writes the generation batch of all processes to a file. A run that is resumed writes the same file again."""
+        if not self.accelerator.is_main_process:
+            return
+        args: Any = self.args
+        training, name = self.target_training, self.reward_func_names[0]
+        logs: Any = self._logs
+        completions = list(logs["completion"])[-total:]
+        texts, raw = [completion_text(completion) for completion in completions], logs["rewards"][name]
+        if isinstance(training, TargetReward):
+            texts, raw = training.texts, logs["extra"][f"{name}_raw"]
+        step = self.state.global_step + 1
+        rows = {
+            "step": [step] * total,
+            "prompt": list(logs["prompt"])[-total:],
+            "completion": completions,
+            "text": texts,
+            "raw": list(raw)[-total:],
+        }
+        part = self._step % args.gradient_accumulation_steps // args.steps_per_generation  # of several in one step
+        folder = Path(args.output_dir) / "generated"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{step:06d}{f'-{part}' if part else ''}.parquet"
+        Dataset.from_dict(rows).to_pandas().to_parquet(path)  # type: ignore[union-attr]  # without a progress bar
 
     def _give_credit(self, output: dict[str, Any], mine: slice) -> None:
         """Adds each token's own advantage to that of its completion, which gives them the shape `(b, t)`."""
@@ -324,6 +389,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         metrics = self._metrics["train"]
         metrics["metagradient/credit_unit"].append(result.unit)
         metrics["metagradient/credit_not_written"].append(result.not_written)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._last_loaded_step = -1  # TRL sends weights to vLLM where the step is another than at the last time
 
     # An optimizer step on it
 

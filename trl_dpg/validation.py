@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .metagradients.method.recipe import TargetTrainingArguments
 from .metagradients.method.updates import AdamW
 from .metagradients.metric import as_metric, read_out
 from .metagradients.runtime.examples import MicroBatch, micro_batches, prepare_examples
+from .metagradients.runtime.host import double
 from .metagradients.runtime.memory import clear_frames, explaining_metric_memory, halved, is_out_of_memory
 from .metagradients.runtime.model import (
     TargetModel,
@@ -21,7 +23,6 @@ from .metagradients.runtime.model import (
     decayed_parameters,
     make_deterministic,
     restored,
-    restored_parameters,
     trainable_parameters,
     vocab_size,
 )
@@ -56,7 +57,7 @@ def validate(
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     metric = as_metric(metric)
-    with restored(model), restored_parameters(params), torch.enable_grad():
+    with restored(model), _restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
         with explaining_metric_memory():
             metric.setup(model)
@@ -80,6 +81,19 @@ def validate(
         "target_steps": len(losses),
         **readouts,
     }
+
+
+@contextmanager
+def _restored_parameters(params: list) -> Iterator[None]:
+    """Puts parameters back on leaving."""
+    originals = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for param, original in zip(params, originals, strict=True):
+                param.grad = None
+                param.copy_(original)
 
 
 def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTrainingArguments) -> list[float]:
@@ -123,7 +137,7 @@ def _zero_gradients(params: list) -> None:
 def _backward(losses: TokenLosses, batches: list[MicroBatch]) -> float:
     total = 0.0
     for batch in batches:
-        value = torch.sum(losses(batch) * batch.token_weights(), dtype=torch.float64)
+        value = double(losses(batch) * batch.token_weights()).sum()
         value.backward()
         total += value.item()
     return total

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
+from trl_dpg import untie_lm_head
 from trl_dpg.cli import main
 from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.replay import draw
 from trl_dpg.scripts import dpg, generate, verify
 from trl_dpg.scripts.common import Parser, checkpoint_to_resume, run_script
 from trl_dpg.scripts.generate import fingerprint, start_token
@@ -191,6 +193,14 @@ def test_every_command_explains_itself(capsys, command):
             "`num_examples` is 9, but `dataset` 'd.jsonl' has 1",
         ),
         ([*VERIFY, "--dataset", "d.jsonl", "--learning_rate", "-1e-3"], "`learning_rate` must be above 0, got -0.001"),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--replay_ratio", "0.5"],
+            "`replay_dataset` None and `replay_ratio` 0.5 belong",
+        ),
+        (
+            [*VERIFY, "--dataset", "d.jsonl", "--replay_dataset", "long.jsonl", "--replay_ratio", "0.9"],
+            "`replay_dataset` 'long.jsonl' has a text of 41 tokens",
+        ),
         ([*VERIFY, "--dataset", "d.jsonl", "--resume_from_checkpoint", "True"], "is not for `verify`"),
         ([*VERIFY, "--dataset", "d.jsonl", "--target", "nowhere"], "`target` 'nowhere' cannot be loaded"),
         (
@@ -369,6 +379,8 @@ def test_train_is_launched(here):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("The generator is in run.")
+    assert "Next: trl-dpg generate --model run " in done.stdout and (here / "run" / "report.html").exists()
+    assert "Warning" not in done.stderr and "accelerate launch" not in done.stderr, done.stderr
     late = subprocess.run([*command, "--per_device_train_batch_size", "12"], capture_output=True, text=True)
     assert late.returncode == 2 and "`train_dataset` has 2 prompts" in late.stderr
 
@@ -466,16 +478,18 @@ def test_generate_knows_data_of_other_weights(here, capsys):
     assert (here / "data.jsonl").read_bytes() == whole
 
 
-def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch):
-    """By a stand-in for vLLM, whose text says the request and its sampling."""
+def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch, capsys):
+    """By a stand-in that keeps what it is asked for; vLLM itself is in tests/vllm."""
+    asked = []
 
     class LLM:
         def __init__(self, model, dtype, seed):
-            self.get_tokenizer = lambda: TOKENIZER
+            assert dtype == torch.float32  # the checkpoint's, where vLLM would choose another
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=32))
 
         def generate(self, requests, parameters, use_tqdm):
-            texts = [json.dumps([r, p], sort_keys=True) for r, p in zip(requests, parameters, strict=True)]
-            return [SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in texts]
+            asked.extend(zip([r["prompt_token_ids"] for r in requests], parameters, strict=True))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[3, 4])]) for _ in requests]
 
     vllm = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, lambda seed, top_k=0, max_tokens=16, temperature=1.0: [seed, max_tokens]
@@ -483,15 +497,43 @@ def test_generate_with_vllm_has_a_seed_a_request(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     Dataset.from_list([{"prompt": "air"}, {"prompt": ""}]).to_json("prompts.jsonl")
     assert main([*GENERATE, "--use_vllm"]) == 0
-    rows = [json.loads(row["text"]) for row in read(here / "data.jsonl")]
-    assert [parameters for _, parameters in rows] == [[2 * 1_000_003 + index, 5] for index in range(7)]
+    assert [row["text"] for row in read(here / "data.jsonl")] == [TOKENIZER.decode([3, 4])] * 7
+    assert [parameters for _, parameters in asked] == [[2 * 1_000_003 + index, 5] for index in range(7)]
     air, empty = TOKENIZER("air")["input_ids"], [start_token(TOKENIZER)]
-    assert [request["prompt_token_ids"] for request, _ in rows] == [air, empty, air, empty, air, empty, air]
+    assert [ids for ids, _ in asked] == [air, empty, air, empty, air, empty, air]
+
+    assert main([*GENERATE, "--use_vllm", "--device", "cpu"]) == 2
+    assert "`device` 'cpu' is not for `use_vllm`" in capsys.readouterr().err
+    Dataset.from_list([{"prompt": "good ask blue " * 10}]).to_json("long.jsonl")
+    with pytest.raises(ValueError, match="A prompt of 30 tokens and `max_new_tokens` 5 do not fit into the 32"):
+        generate.main(
+            [
+                "--model",
+                "generator",
+                "--prompts",
+                "long.jsonl",
+                "--output",
+                "l.jsonl",
+                "--max_new_tokens",
+                "5",
+                "--use_vllm",
+            ]
+        )
 
     vllm.SamplingParams = lambda seed, max_tokens: None
     (here / "generator" / "dpg.json").write_text(json.dumps({"generation": {"num_beams": 2}}))
     with pytest.raises(ValueError, match="sampling that vLLM does not know: .*'temperature'"):
         generate.main([*GENERATE[1:5], "--output", "other.jsonl", "--use_vllm"])
+
+
+def test_sampling_of_training_in_the_words_of_vllm():
+    facts = {"max_new_tokens": 5, "top_k": 0, "do_sample": False, "temperature": 0.7}
+    facts |= {"suppress_tokens": [1, 2], "bad_words_ids": [[3]]}
+    asked = {"max_tokens": 5, "top_k": -1, "temperature": 0.0, "logit_bias": {1: -100.0, 2: -100.0, 3: -100.0}}
+    assert generate.vllm_sampling(facts) == asked
+    assert generate.vllm_sampling({"do_sample": True, "temperature": 0.7}) == {"temperature": 0.7}
+    with pytest.raises(ValueError, match=r"`bad_words_ids` \[\[3, 4\]\], of which vLLM can leave out single tokens"):
+        generate.vllm_sampling({"bad_words_ids": [[3, 4]]})
 
 
 def test_seeds_may_be_any_number(here):
@@ -589,6 +631,52 @@ def test_verify_is_stock_sft(here, capsys):
     swapped = {"data.jsonl": "control.jsonl", "control.jsonl": "data.jsonl"}
     assert main([swapped.get(item, item) for item in argv]) == 1  # the control is what raises it
     assert "Not verified, as this does not hold: Φ is above that after the control" in capsys.readouterr().out
+
+
+def test_verify_beside_real_data(here, capsys):
+    """Stock SFT on the mix."""
+    texts, real = ["good ask blue", "blue old day", "cold cup dry"] * 2, ["sun and moon", "the sea", "a cat"]
+    Dataset.from_list([{"text": text} for text in texts]).to_json("data.jsonl")
+    Dataset.from_list([{"text": text} for text in real]).to_json("real.jsonl")
+    argv = [*VERIFY, "--dataset", "data.jsonl", "--replay_dataset", "real.jsonl", "--replay_ratio", "0.4"]
+    argv += ["--per_device_train_batch_size", "4", "--output_dir", "out", "--json"]
+    assert main(argv) in (0, 1)
+    result = json.loads(capsys.readouterr().out)
+    assert (result["examples"], result["replayed"], result["data"]["steps"]) == (6, 4, 3)
+    mixed = [*texts, *(real[i] for i in draw(3, 4, 42))]  # by Transformers' default seed
+    config = SFTConfig("sft", per_device_train_batch_size=4, num_train_epochs=1, bf16=False, use_cpu=True)
+    config.report_to, config.save_strategy = [], "no"
+    model = AutoModelForCausalLM.from_pretrained("target")
+    untie_lm_head(model)
+    rows = Dataset.from_dict({"text": mixed})
+    SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=TOKENIZER).train()
+    saved = AutoModelForCausalLM.from_pretrained("out/after_data").state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved[name]), name
+
+
+def test_verify_of_completions_after_prompts(here, capsys):
+    """The loss is where `SFTTrainer` puts it, and what does not go with the data is said before a run."""
+    pairs = [{"prompt": "good ask", "completion": " blue sea"}, {"prompt": "old", "completion": " day dry cold"}] * 4
+    Dataset.from_list(pairs).to_json("pairs.jsonl")
+    argv = ["verify", "--target", "target", "--dataset", "pairs.jsonl", "--metric", "lm_head_norm", "--use_cpu"]
+    argv += ["--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--output_dir", "out", "--json"]
+    losses = {}
+    for value in ("True", "False"):
+        main([*argv, "--completion_only_loss", value])
+        losses[value] = json.loads((here / "out" / "verification.json").read_text())["data"]["loss"]
+        config = SFTConfig(
+            "sft", learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=1, bf16=False, use_cpu=True,
+            completion_only_loss=value == "True", report_to="none", save_strategy="no",
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained("target")
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(pairs), processing_class=TOKENIZER
+        )
+        assert trainer.train().training_loss == losses[value]
+    assert losses["True"] != losses["False"]
+    assert main([*argv, "--assistant_only_loss", "True"]) == 2
+    assert "`dataset` 'pairs.jsonl'" in (error := capsys.readouterr().err) and "`assistant_only_loss=True`" in error
 
 
 def test_recipe_and_metric_of_a_generator(here):

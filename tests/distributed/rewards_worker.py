@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 
 from examples.resources import save_tiny_models, tiny_prompts
 from tests.distributed.worker import COMMON, deterministic_generation
@@ -17,6 +19,13 @@ from trl_dpg.metrics import LMHeadPattern
 def sum_of_ids(completion_ids, **kwargs):
     """Tells the completions of a prompt apart, and scores not all of them."""
     return [float(sum(ids)) if len(ids) % 3 else None for ids in completion_ids]
+
+
+MIXED = {
+    "replay_ratio": 0.5,
+    "target_variants": [{}, {"learning_rate": 1e-2, "batch_size": 5, "seed": 3}, {"head_seed": 1}],
+    "save_generated": True,
+}
 
 
 def run(reward, state, directory):
@@ -31,8 +40,9 @@ def run(reward, state, directory):
         reward_weights=[1.0, 0.01],
         target_batch_size=2,
         target_learning_rate=1e-3,
-        reward="naive" if reward == "failing" else reward,
+        reward={"failing": "naive", "mixed": "metagradient"}.get(reward, reward),
         cross_group_batching=reward != "metagradient",
+        **(MIXED if reward == "mixed" else {}),
     )
     with state.main_process_first():
         generator, target = save_tiny_models(os.path.join(directory, "models"))
@@ -52,6 +62,9 @@ def run(reward, state, directory):
         prompts["train"],
         prompts["test"],
         reward_funcs=sum_of_ids,
+        replay_dataset=[{"text": text} for text in tiny_prompts(20, 1, seed=1)["train"]["prompt"]]
+        if reward == "mixed"
+        else None,
     )
     deterministic_generation(trainer)
     score = trainer._generate_and_score_completions
@@ -66,7 +79,7 @@ def run(reward, state, directory):
                 "logged": list(trainer._logs["advantages"]),
                 "rewards": [str(value) for value in rewards.pop("sum_of_ids")],  # some are NaN
                 **rewards,
-                "raw": list(trainer._logs["extra"][f"{reward}_raw"]),
+                "raw": list(trainer._logs["extra"][f"{args.reward}_raw"]),
             }
         )
         return output
@@ -77,10 +90,14 @@ def run(reward, state, directory):
         key: value
         for row in trainer.state.log_history
         for key, value in row.items()
-        if key.startswith(f"{reward}/") and not key.endswith("seconds")
+        if key.startswith(f"{args.reward}/") and not key.endswith("seconds")
     }
     metrics = trainer.evaluate()
     figures |= {key: metrics[f"eval_{key}"] for key in ("metric", "distinct", "completion_length")}
+    if reward == "mixed":
+        figures |= {key: value for key, value in metrics.items() if key.startswith("eval_variant_")}
+        files = sorted(Path(directory, "generated").iterdir())
+        figures["saved"] = sum(Dataset.from_parquet(str(path), keep_in_memory=True).num_rows for path in files)
     return {"steps": steps, "figures": figures}
 
 

@@ -32,8 +32,8 @@ def launch(rewards, processes, tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """`"metagradient"` without cross-group batching."""
-    rewards = ["naive", "metagradient"]
+    """`"metagradient"` without cross-group batching; `"mixed"` is one with real data beside generated, and variants."""
+    rewards = ["naive", "metagradient", "mixed"]
     (_, ones), (result, twos) = (launch(rewards, processes, tmp_path) for processes in (1, 2))
     assert ones and twos, result.stderr[-3000:]
     for reward in rewards:
@@ -42,9 +42,10 @@ def test_two_processes_equal_one(tmp_path):
         for a, b in zip(one["steps"], two["steps"], strict=True):
             assert a["used"] == a["logged"] and b["used"] == b["logged"]
             assert a["rewards"] == b["rewards"] and "nan" in a["rewards"]
-            for key in ("logged", reward, "raw"):
+            for key in ("logged", "metagradient" if reward == "mixed" else reward, "raw"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-4 * max(map(abs, a[key])))
         assert two["figures"] == pytest.approx(one["figures"], rel=1e-4, abs=1e-9)
+    assert twos["mixed"]["figures"]["saved"] == 24 and twos["mixed"]["figures"]["metagradient/replayed"] == 12
     for step in twos["naive"]["steps"]:
         assert step["raw"][:4] == step["raw"][4:8] == step["raw"][8:] and len(set(step["raw"])) == 4
         assert sum(step["logged"]) == pytest.approx(0, abs=1e-4)

@@ -13,6 +13,7 @@ from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts, t
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.tape import Tape
+from trl_dpg.metagradients.runtime.processes import Processes
 from trl_dpg.metrics import LMHeadPattern
 
 
@@ -41,6 +42,10 @@ def engine(state, directory):
     model = tiny_causal_lm(hidden_size=16, seed=1).double()
     metric = LMHeadPattern.sixty_seven()
     results = {}
+    sums = [0.1 / state.num_processes]
+    with Processes(state).summing(torch.zeros(4), sums):
+        pass
+    assert abs(sums[0] - 0.1) < 1e-15  # in float64, whatever the gradient's type
     for name, fields in {
         "adamw": {"adam_epsilon_root": 1e-6, "learning_rate": 1e-3},
         "auto": {"adam_epsilon_root": "auto", "learning_rate": 1e-3, "max_grad_norm": 0.1, "micro_batch_size": 1},

@@ -1,6 +1,8 @@
 """The house: rooms that are in the picture, no cycles, and additions that take one file."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +55,9 @@ def test_an_addition_is_one_short_file(addition, tmp_path, monkeypatch):
     assert len(code.splitlines()) <= 40 and "assert" in code
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(path), "exec"), {"__name__": addition})
+
+
+def test_the_engine_needs_neither_trl_nor_vllm():
+    """Which take seconds to import."""
+    code = "import sys, trl_dpg.metagradients, trl_dpg.metrics; assert not {'trl', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

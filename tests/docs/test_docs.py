@@ -86,7 +86,7 @@ NOT_OURS = {
     "git": "a shell's",
     "hf": "the Hub's own",
     "pip-audit": "its own",
-    "vllm": "needs a GPU; its flags are held to TRL's in tests/examples/test_scaling_configs.py",
+    "vllm": "needs a server; its flags are held to TRL's in tests/examples/test_scaling_configs.py",
 }
 
 

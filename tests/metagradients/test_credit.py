@@ -208,5 +208,5 @@ def test_positions_of_padded_examples():
 )
 def test_bad_candidates(candidates):
     examples = [{"input_ids": [1, 2, 3], "candidates": candidates}]
-    with pytest.raises(ValueError, match=r"examples\[0\]\['candidates'\]"):
+    with pytest.raises(ValueError, match=r"`examples\[0\]` .*`candidates`"):
         compute_metagradients(gpt2(), examples, metric)

@@ -173,6 +173,7 @@ UNSUPPORTED = {
     "packing": {"packing": True},
     "padding_free": {"padding_free": True},
     "assistant_only_loss": {"assistant_only_loss": True},
+    "completion_only_loss": {"completion_only_loss": False},
     "loss_type": {"loss_type": "dft"},
     "truncation_mode": {"truncation_mode": "keep_end"},
     "max_length": {"max_length": None},
@@ -212,6 +213,13 @@ def test_from_sft_config_overrides(fields, overrides, tmp_path):
     args = TargetTrainingArguments.from_sft_config(sft_config(tmp_path, **fields), **overrides)
     stock = TargetTrainingArguments.from_sft_config(sft_config(tmp_path))
     assert args == dataclasses.replace(stock, **overrides)
+
+
+def test_from_sft_config_leaves_the_loss_to_the_texts(tmp_path):
+    """Named among the overrides, which tokens have a loss is known to be settled elsewhere."""
+    config = sft_config(tmp_path, assistant_only_loss=True, completion_only_loss=False)
+    named = TargetTrainingArguments.from_sft_config(config, assistant_only_loss=None, completion_only_loss=None)
+    assert named == TargetTrainingArguments.from_sft_config(sft_config(tmp_path, completion_only_loss=True))
 
 
 def test_from_sft_config_reads_every_field(tmp_path):

@@ -121,37 +121,49 @@ BAD_EXAMPLES = {
     "list-of-lists": ([GOOD, [1, 2]], r"`examples` must be a sequence of dicts.*item 1 is of type list.*Write"),
     "none": ([None], r"`examples` must be a sequence of dicts.*item 0 is of type NoneType.*Write"),
     "no-input-ids": ([GOOD, {"text": "a"}], r"`examples\[1\]` has the keys \['text'\] but no `input_ids`.*Tokenize"),
-    "nested": ([{"input_ids": [[1, 2]]}], r"`examples\[0\]\['input_ids'\]` must be a flat list.*one example per dict"),
-    "ragged": ([{"input_ids": [[1, 2], [3]]}], r"`examples\[0\]\['input_ids'\]` must be a flat list.*per dict"),
-    "nested-tensor": ([{"input_ids": torch.ones(1, 2, dtype=torch.long)}], r"\['input_ids'\]` must be a flat list"),
-    "scalar": ([{"input_ids": 3}], r"`examples\[0\]\['input_ids'\]` must be a flat list.*got 3.*tokenized"),
-    "text": ([{"input_ids": "abc"}], r"`examples\[0\]\['input_ids'\]` must be a flat list.*got 'abc'.*tokenized"),
-    "null": ([{"input_ids": None}], r"`examples\[0\]\['input_ids'\]` must be a flat list.*got None.*tokenized"),
-    "null-token": ([{"input_ids": [1, None]}], r"`examples\[0\]\['input_ids'\]` must be a flat list"),
-    "fractions": ([{"input_ids": [1.0, 2.5]}], r"`examples\[0\]\['input_ids'\]` must be a flat list"),
-    "bools": ([{"input_ids": [True, False]}], r"`examples\[0\]\['input_ids'\]` must be a flat list"),
-    "huge-token": ([{"input_ids": [1, 2**70]}], r"`examples\[0\]\['input_ids'\]` must be a flat list"),
+    "nested": (
+        [{"input_ids": [[1, 2]]}],
+        r"`examples\[0\]` needs `input_ids` to be a flat list.*one example per dict",
+    ),
+    "ragged": ([{"input_ids": [[1, 2], [3]]}], r"`examples\[0\]` needs `input_ids` to be a flat list.*per dict"),
+    "nested-tensor": ([{"input_ids": torch.ones(1, 2, dtype=torch.long)}], r"` needs `input_ids` to be a flat list"),
+    "scalar": ([{"input_ids": 3}], r"`examples\[0\]` needs `input_ids` to be a flat list.*got 3.*tokenized"),
+    "text": ([{"input_ids": "abc"}], r"`examples\[0\]` needs `input_ids` to be a flat list.*got 'abc'.*tokenized"),
+    "null": ([{"input_ids": None}], r"`examples\[0\]` needs `input_ids` to be a flat list.*got None.*tokenized"),
+    "null-token": ([{"input_ids": [1, None]}], r"`examples\[0\]` needs `input_ids` to be a flat list"),
+    "fractions": ([{"input_ids": [1.0, 2.5]}], r"`examples\[0\]` needs `input_ids` to be a flat list"),
+    "bools": ([{"input_ids": [True, False]}], r"`examples\[0\]` needs `input_ids` to be a flat list"),
+    "huge-token": ([{"input_ids": [1, 2**70]}], r"`examples\[0\]` needs `input_ids` to be a flat list"),
     "token-above": (
         [{"input_ids": [1, VOCAB]}],
-        rf"holds token {VOCAB}, outside the target's vocabulary of {VOCAB}.*own",
+        rf"holds token {VOCAB} in `input_ids`, outside the target's vocabulary of {VOCAB}.*own",
     ),
-    "token-below": ([{"input_ids": [16, -1]}], rf"holds token -1, outside the target's vocabulary of {VOCAB}.*own"),
-    "few-labels": ([{**GOOD, "labels": [1, 2]}], r"`examples\[0\]\['labels'\]` has 2 entries for 3 `input_ids`.*-100"),
-    "many-labels": ([{**GOOD, "labels": [1] * 4}], r"`examples\[0\]\['labels'\]` has 4 entries for 3 `input_ids`"),
-    "nested-labels": ([{**GOOD, "labels": [[1, 2, 3]]}], r"`examples\[0\]\['labels'\]` must be a flat list"),
-    "fraction-labels": ([{**GOOD, "labels": [1.5, 2.0, 3.0]}], r"`examples\[0\]\['labels'\]` must be a flat list"),
-    "label-above": ([{**GOOD, "labels": [1, 2, VOCAB]}], rf"\['labels'\]` holds {VOCAB}.*below {VOCAB}, or -100"),
-    "label-below": ([{**GOOD, "labels": [1, 2, -1]}], rf"\['labels'\]` holds -1.*below {VOCAB}, or -100"),
+    "token-below": (
+        [{"input_ids": [16, -1]}],
+        rf"holds token -1 in `input_ids`, outside the target's vocabulary of {VOCAB}.*own",
+    ),
+    "few-labels": (
+        [{**GOOD, "labels": [1, 2]}],
+        r"`examples\[0\]` needs `labels` to be a flat list of 3 .*got \[1, 2\].*-100",
+    ),
+    "many-labels": (
+        [{**GOOD, "labels": [1] * 4}],
+        r"`examples\[0\]` needs `labels` to be a flat list of 3 .*one for each",
+    ),
+    "nested-labels": ([{**GOOD, "labels": [[1, 2, 3]]}], r"`examples\[0\]` needs `labels` to be a flat list"),
+    "fraction-labels": ([{**GOOD, "labels": [1.5, 2.0, 3.0]}], r"`examples\[0\]` needs `labels` to be a flat list"),
+    "label-above": ([{**GOOD, "labels": [1, 2, VOCAB]}], rf"holds token {VOCAB} in `labels`.* of {VOCAB}.*or -100"),
+    "label-below": ([{**GOOD, "labels": [1, 2, -1]}], rf"holds token -1 in `labels`.* of {VOCAB}.*or -100"),
     "weight-nan": (
         [{**GOOD, "weight": math.nan}],
-        r"`examples\[0\]\['weight'\]` must be a finite number.*Leave it out",
+        r"`examples\[0\]` needs `weight` to be a finite number.*leave it out",
     ),
-    "weight-inf": ([{**GOOD, "weight": -math.inf}], r"`examples\[0\]\['weight'\]` must be a finite number, got -inf"),
+    "weight-inf": ([{**GOOD, "weight": -math.inf}], r"`examples\[0\]` needs `weight` to be a finite number, got -inf"),
     "weight-text": (
         [{**GOOD, "weight": "a lot"}],
-        r"`examples\[0\]\['weight'\]` must be a finite number, got 'a lot'",
+        r"`examples\[0\]` needs `weight` to be a finite number, got 'a lot'",
     ),
-    "weight-vector": ([{**GOOD, "weight": [1.0, 2.0]}], r"`examples\[0\]\['weight'\]` must be a finite number"),
+    "weight-vector": ([{**GOOD, "weight": [1.0, 2.0]}], r"`examples\[0\]` needs `weight` to be a finite number"),
     "hole": (
         [{**GOOD, "attention_mask": [1, 0, 1]}],
         r"`examples\[0\]` has an `attention_mask` with a 0 between ones, at position 1.*Remove the tokens",
@@ -168,9 +180,12 @@ BAD_EXAMPLES = {
     ),
     "positions": (
         [GOOD, {**GOOD, "position_ids": [0, 1, 0]}],
-        r"`examples\[1\]` has `position_ids` \[0, 1, 0\].*counts from 0.*one example per text",
+        r"`examples\[1\]` has `position_ids` \[0, 1, 0\].*nothing only where it is \[0, 1, 2\].*one example per text",
     ),
-    "segments": ([{**GOOD, "token_type_ids": [0, 0, 1]}], r"has `token_type_ids` \[0, 0, 1\].*is 0 at every token"),
+    "segments": (
+        [{**GOOD, "token_type_ids": [0, 0, 1]}],
+        r"has `token_type_ids` \[0, 0, 1\].*only where it is \[0, 0, 0\]",
+    ),
     "image": ([{**GOOD, "pixel_values": [[0.0]]}], r"`examples\[0\]` has `pixel_values`, which.*Remove the column"),
     "too-long": (
         [{"input_ids": [1] * 17}],
@@ -255,7 +270,15 @@ def test_longer_than_the_model_but_cut():
 
 # Metrics
 
+
+class UncalledMetric:
+    def __call__(self, model):
+        return metric(model)
+
+
 BAD_METRICS = {
+    "missing": (None, ValueError, "`metric` must be a function of the model.*got None.*Pass"),
+    "class": (UncalledMetric, ValueError, "`metric` must be a function of the model.*UncalledMetric.*an instance"),
     "vector": (lambda m: m.lm_head.weight.sum(0), ValueError, r"`metric` must return a scalar.*shape \(8,\).*Reduce"),
     "float": (lambda m: 1.0, ValueError, "`metric` must return a scalar tensor, got one of type float"),
     "none": (lambda m: None, ValueError, "`metric` must return a scalar tensor, got one of type NoneType"),

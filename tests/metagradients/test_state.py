@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
 from trl_dpg.metagradients.method.derivatives import Direction, gradient
 from trl_dpg.metagradients.method.exact import Exact
 from trl_dpg.metagradients.method.loss import TokenLosses
@@ -170,6 +170,29 @@ def test_state_after_success(function, fields):
     assert not torch.equal(during["buffer forwards"], before["buffer forwards"])
     assert not torch.equal(during["random"], before["random"])
     assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("function", [compute_metagradients, train_and_measure])
+@pytest.mark.parametrize("phase", ["setup", "before", "after"])
+def test_state_after_a_metric_that_writes_to_weights(function, phase):
+    """What it writes before the run plays no part in it, either."""
+    model, calls = prepared_model(), []
+
+    def writing(model):
+        calls.append(None)
+        if phase == ("before", "after")[len(calls) - 1]:
+            model.lm_head.weight.data.mul_(2.0)
+        return metric(model)
+
+    def setup(model):
+        if phase == "setup":
+            model.lm_head.weight.data.mul_(2.0)
+
+    writing.setup = setup
+    before = snapshot(model)
+    out = run(function, model, writing, RECIPES["adamw-k4"])
+    assert_unchanged(before, snapshot(model))
+    assert out.losses == run(function, model, metric, RECIPES["adamw-k4"]).losses
 
 
 @pytest.mark.parametrize("phase", ["setup", "metric before", "metric after", "readouts"])

@@ -19,13 +19,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from examples.resources import tiny_causal_lm
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.metagradients.method.tape import StepInputs, Tape, tape_tensors
+from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from trl_dpg.metagradients.method.updates import SGD, AdamW
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime import host
-from trl_dpg.metagradients.runtime.cotangent import Cotangent
 from trl_dpg.metagradients.runtime.memory import free_memory, free_room, place_tape
-from trl_dpg.metagradients.runtime.storage import AHEAD, DeviceStorage, DiskStorage, open_storage
+from trl_dpg.metagradients.runtime.storage import AHEAD, DiskStorage, Storage, open_storage
 
 
 SIZE = 7
@@ -157,7 +156,7 @@ def check_walk(name, num_steps, location, device, size, tmp_path):
     storage.close()
 
 
-class CountingStorage(DeviceStorage):
+class CountingStorage(Storage):
     def __init__(self):
         self.count = self.peak = 0
 
@@ -166,8 +165,8 @@ class CountingStorage(DeviceStorage):
         self.peak = max(self.peak, self.count)
         return super().put(tensors)
 
-    def drop(self, key):
-        self.count -= 1
+    def drop(self, keys):
+        self.count -= len(keys)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 30, 32, 96, 200])

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
-from trl_dpg.metagradients.method.tape import StepInputs, Tape
+from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape
 from trl_dpg.metagradients.method.updates import SGD, AdamW, Clipping, Muon
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
-from trl_dpg.metagradients.runtime.cotangent import Cotangent
-from trl_dpg.metagradients.runtime.storage import DeviceStorage
+from trl_dpg.metagradients.runtime.storage import Storage
 from trl_dpg.metagradients.runtime.workspace import ALIGNMENT
 
 
@@ -251,7 +250,7 @@ def walk_back(optimizer, part, num_steps, total=float):
     blocks = optimizer.blocks(part.start, part.stop, torch.device("cpu"))
     phi = tensor(0)[part].clone()
     state = tuple(torch.zeros_like(phi) for _ in range(optimizer.num_states))
-    tape = Tape(optimizer, blocks, num_steps, lambda out: out.copy_(tensor(0)[part]), DeviceStorage())
+    tape = Tape(optimizer, blocks, num_steps, lambda out: out.copy_(tensor(0)[part]), Storage())
     for step in range(num_steps):
         grad = tensor(10 + step)[part].clone()
         tape.push(StepInputs(phi, state, grad))

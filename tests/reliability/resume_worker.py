@@ -60,6 +60,9 @@ def make_trainer(directory: str, **config) -> DatasetPolicyGradientTrainer:
         eval_dataset=prompts["test"],
         processing_class=tiny_tokenizer(),
         target_processing_class=tiny_tokenizer(),
+        replay_dataset=tiny_prompts(20, 1, seed=1)["train"].rename_column("prompt", "text")
+        if "replay_ratio" in config
+        else None,
     )
 
 
@@ -127,6 +130,7 @@ def outcome(directory: str) -> dict:
         "history": rows,
         "reward": json.loads((folder / "reward.json").read_text()),
         "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*")),
+        "generated": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("generated/*"))],
         "log": (folder / "report" / "log.jsonl").read_text().count("\n"),
     }
 

@@ -16,7 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, check_metagradients, compute_metagradients
+from trl_dpg.metagradients.method.updates import AdamW
 from trl_dpg.metagradients.runtime.model import check_model
+from trl_dpg.metagradients.runtime.workspace import Workspace
 from trl_dpg.validation import validate
 
 
@@ -191,6 +193,18 @@ def test_a_metric_that_runs_out_of_memory(function, call):
     with pytest.raises(MemoryError, match="`metric` ran out of memory.*fewer or shorter texts.*20.00 GiB"):
         function(gpt2(), EXAMPLES, metric, arguments("adamw"))
     assert metric.calls == call
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Workspace, "start_adjoint"), (AdamW, "update_"), (AdamW, "adjoint_")])
+def test_memory_that_runs_out_beside_the_model(owner, name, monkeypatch):
+    """Smaller micro-batches would not help there."""
+
+    def fail(*args):
+        raise ERRORS["device"]()
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(MemoryError, match="`micro_batch_size` has no part.*`tape=.*train adapters.*20.00 GiB"):
+        compute_metagradients(gpt2(), EXAMPLES, Metric(), arguments("adamw"))
 
 
 def test_validation_halves_too(caplog):

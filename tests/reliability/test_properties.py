@@ -214,3 +214,54 @@ def test_any_number_of_processes_gives_the_same(tmp_path):
                 whole = [value for part in parts for value in part[name]]
                 size = max(abs(value) for value in expected[name])
                 assert whole == pytest.approx(expected[name], rel=0, abs=2e-6 * size + 1e-12)
+
+
+REAL = ["real", "data", "beside", "what", "was", "written"]
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "learning_rate": st.just(3e-3),
+        "num_train_epochs": st.just(2),
+        "seed": st.integers(0, 3),
+        "optim": st.just("sgd"),
+    },
+)
+
+
+@drawn(30)
+@given(
+    rows=COMPLETIONS,
+    recipe=RECIPES,
+    ratio=st.sampled_from([0.0, 0.3, 0.6]),
+    variants=st.lists(CHANGES, min_size=1, max_size=2),
+)
+def test_mixed_and_varied_completions_to_rewards(rows, recipe, ratio, variants):
+    """Real examples stand in each variant's run, and have no reward of their own; the reward is the mean over variants."""
+    args = TargetTrainingArguments(**recipe)
+    target = model()
+    real = [{"text": text} for text in REAL] if ratio else None
+    reward = MetagradientReward(
+        target, metric, args, TOKENIZER, replay_dataset=real, replay_ratio=ratio, variants=variants
+    )
+    tokens = [tokens_of(*row) for row in rows]
+    trained = [i for i, row in enumerate(tokens) if len(row) > 1]
+    if not trained:
+        return
+    texts, ends = zip(*rows, strict=True)
+    ids = [[7, TOKENIZER.eos_token_id] if ended else [7, 8] for ended in ends]
+    columns = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rewards = reward(["same"] * len(texts), list(texts), ids, log_extra=columns.__setitem__)
+    data = [(tokens[i], tokens[i], 1.0) for i in trained]
+    if ratio:
+        beside = [row["input_ids"] for row in reward.replay.beside(len(trained), 0)]
+        assert len(beside) == round(len(trained) * ratio / (1 - ratio))
+        assert all(row in [tokens_of(text, True) for text in REAL[1:5]] for row in beside)
+        data += [(row, row, 1.0) for row in beside]
+    expected = torch.zeros(len(texts), dtype=torch.float64)
+    for changes in variants:
+        expected[trained] += reference(target, data, replace(args, **changes))[: len(trained)] / len(variants)
+    raw = torch.tensor(columns["metagradient_raw"], dtype=torch.float64)
+    assert close(raw, expected)
+    assert rewards == pytest.approx(standardized(raw).tolist(), rel=1e-9, abs=1e-9)

@@ -46,6 +46,11 @@ SETTINGS = {
     "adaptive_entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.01},
     "logged_now_and_then": {"logging_steps": 4},
     "whole_batches": {"steps_per_generation": 1, "num_iterations": 1},
+    "replay_and_variants": {
+        "replay_ratio": 0.5,
+        "target_variants": [{}, {"learning_rate": 1e-2, "seed": 3}, {"head_seed": 1}],
+        "save_generated": True,
+    },
     "second_epoch": {"steps_per_generation": 1, "num_iterations": 1, "max_steps": 12},
 }
 
@@ -65,7 +70,7 @@ def run(directory: Path, scenarios: dict[str, dict]) -> dict[str, dict]:
 
 def check(killed: dict, whole: dict, moments: list[str]) -> None:
     assert killed["kills"] == [9] * len(moments) + [0]
-    for what in ("weights", "history", "reward", "checkpoints", "log"):
+    for what in ("weights", "history", "reward", "checkpoints", "log", "generated"):
         assert killed[what] == whole[what], what
 
 

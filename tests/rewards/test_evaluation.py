@@ -143,10 +143,10 @@ def test_evaluation_sets_that_cannot_be_used(make_trainer):
     ("fields", "said"),
     [
         ({}, "A generation batch has 2 prompts"),
-        ({"target_batch_size": 16}, "`target_batch_size` is 16, but a run of the target has 8 completions"),
+        ({"target_batch_size": 16}, "`target_batch_size` is 16, but a run of the target has 8 examples"),
         (
             {"target_batch_size": 4, "cross_group_batching": False},
-            "`target_batch_size` is 4, but a run of the target has 2 completions",
+            "`target_batch_size` is 4, but a run of the target has 2 examples",
         ),
         ({"reward_language": "es"}, "`reward_language` 'es' has no effect, as `reward` is 'metagradient'"),
         (

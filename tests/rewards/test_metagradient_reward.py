@@ -428,7 +428,7 @@ class TestConstruction:
         assert len(tokenizer) == reward.target_model.config.vocab_size + 1
         assert call(reward, TEXTS) == expected
         with pytest.raises(
-            ValueError, match=r"`examples\[1\]\['input_ids'\]` holds token 64.*`target_processing_class`"
+            ValueError, match=r"`examples\[1\]` holds token 64 in `input_ids`.*`target_processing_class`"
         ):
             call(reward, [TEXTS[0], "six <image_soft_token> seven"])
 

@@ -37,6 +37,8 @@ class TestBeforeAnyModelIsLoaded:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
+            ({"target_completion_only_loss": True}, "`target_completion_only_loss` in the trainer. needs a prompt"),
+            ({"target_assistant_only_loss": True}, "`target_assistant_only_loss` in the trainer. needs messages"),
             (
                 {"train_dataset": Dataset.from_dict({"prompt": []})},
                 "`train_dataset` is empty. Pass at least one prompt",

@@ -88,8 +88,13 @@ class TestDefaults:
             "credit_candidates",
             "credit_discount",
             "reward_language",
+            "replay_ratio",
+            "save_generated",
             "target_model_init_kwargs",
             "target_untie_lm_head",
+            "target_variants",
+            "target_completion_only_loss",  # of the texts, not of the recipe
+            "target_assistant_only_loss",
         }
         assert ours == {*others, *RECIPE}
         values = {

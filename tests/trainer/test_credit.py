@@ -361,6 +361,29 @@ def test_a_text_that_repeats_the_completion(batch, assignment):
         assert sum(credits) == pytest.approx(raw, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("assignment", ["token", "expected"])
+def test_a_prompt_without_a_loss(batch, assignment):
+    """All credit is the generator's, the first word of a completion has its own, and so have the words that could stand there."""
+
+    def formatting_func(row):
+        return {"prompt": row["prompt"] + " ", "completion": row["completion"]}
+
+    fields = {"generation_kwargs": {"suppress_tokens": [60, 61, 62, 63]}, "formatting_func": formatting_func}
+    trainer, _ = batch(credit_assignment=assignment, target_max_length=16, **fields)
+    assert trainer._metrics["train"]["metagradient/credit_not_written"] == [0.0]
+    reward = trainer.target_training
+    for example in reward._examples:
+        start = len(example["input_ids"]) - 6
+        assert start > 0 and example["labels"] == [-100] * start + example["input_ids"][start:]
+    for index, raw in enumerate(trainer._logs["extra"]["metagradient_raw"]):
+        words = reward.credit_by_word(index)
+        assert sum(word.credit for word in words) == pytest.approx(raw, rel=1e-5, abs=1e-9)
+        assert all(word.credit != 0 and (word.best is not None) == (assignment == "expected") for word in words)
+    trainer, _ = batch(credit_assignment=assignment, target_max_length=16, target_completion_only_loss=False, **fields)
+    assert not any("labels" in example for example in trainer.target_training._examples)
+    assert trainer._metrics["train"]["metagradient/credit_not_written"][0] > 0
+
+
 def test_credit_in_plain_text():
     words = [WordCredit("the", 2e-5), WordCredit(" cat", -4e-5, "sea", 6e-5)]
     assert credit_text(words) == "the +0.7 | cat -1.3 (sea +2.0)"

@@ -27,7 +27,8 @@ def written_by(
     Args:
         example (`dict`):
             An example of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`]. `parts` are what the generator wrote, several
-            if tools were called. Without `places`, they are looked for in `text` from its end: a prompt stands before them.
+            if tools were called. Without `places`, they are looked for in `text` from its end: a prompt stands before them. With
+            `closing`, `text` is a chat template's, in which that token is the end.
         generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the generator.
         target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -40,9 +41,13 @@ def written_by(
         [`ValueError`]: If a part does not occur in `text`.
     """
     parts, text, input_ids = example["parts"], example["text"], example["input_ids"]
-    written = example["ended"] and target_tokenizer.eos_token_id is not None  # the end, too
+    closing = example.get("closing", target_tokenizer.eos_token_id)
+    written = example["ended"] and closing is not None  # the end, too
     body = example["completion_ids"][:-1] if written else example["completion_ids"]
-    end = [len(body)] if written else []
+    end, tokens = [], input_ids
+    if written:
+        behind = input_ids[::-1].index(closing)  # of a chat template
+        end, tokens = [len(body)] + [NOT_WRITTEN] * behind, input_ids[: len(input_ids) - 1 - behind]
     num_before = len(input_ids) - len(body) - len(end)  # a BOS token
     same_text = len(parts) == 1 and text == parts[0]
     if same_text and num_before in (0, 1) and input_ids[num_before : num_before + len(body)] == body:
@@ -57,8 +62,8 @@ def written_by(
         part = parts[index] if text.startswith(parts[index], start) else parts[index].strip()
         writers = _writers(part, body[turn.start : turn.stop], generator_tokenizer)
         owner[start : start + len(part)] = [turn.start + j for j in writers]
-    tokens = input_ids[:-1] if written else input_ids
-    return [owner[c] if c >= 0 else NOT_WRITTEN for c in _last_characters(target_tokenizer, tokens, text)] + end
+    last = _last_characters(target_tokenizer, tokens, text, add_special_tokens="closing" not in example)
+    return [owner[c] if c >= 0 else NOT_WRITTEN for c in last] + end
 
 
 def _places_from_the_end(parts: list[str], text: str) -> list[tuple[int, int]]:
@@ -123,10 +128,13 @@ def complete_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str
     return ends
 
 
-def _last_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
+def _last_characters(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, add_special_tokens: bool
+) -> list[int]:
     """Index of the last character that each of a text's tokens has a part in, -1 for those that the tokenizer added."""
     if tokenizer.is_fast:  # which also knows what an unknown token stands for
-        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        kwargs = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True}
+        encoded = tokenizer(text, return_offsets_mapping=True, **kwargs)
         places = zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
         return [-1 if added else max(end - 1, 0) for added, (_, end) in places][: len(ids)]
     special = special_ids(tokenizer)
@@ -150,27 +158,29 @@ def aligned_candidates(
     """
     The generator's candidates where the target's tokens stand, shape `(len(input_ids), k)`, -1 for none.
 
-    A position has candidates if the two tokenizers agree on it: one token of each, the same one.
+    A position has candidates if the two tokenizers agree on it (one token of each, the same one) and it has a loss.
 
     Args:
         candidates (`Tensor`):
             Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`, -1 for none.
         example (`dict`):
-            `completion_ids`, `input_ids`, and what [`written_by`] returned, as `written_by`.
+            `completion_ids`, `input_ids`, maybe `labels`, and what [`written_by`] returned, as `written_by`.
         eos_token_ids (`list[int]`):
             Tokens that end a completion; any of them is the target's `eos`.
         eos (`int`, *optional*):
-            The target's EOS token. Without one, no end is a candidate.
+            The token that ends the target's text: its EOS, or the example's `closing`. Without one, no end is a candidate.
     """
     for ending in set(eos_token_ids) - {eos}:
         candidates = candidates.masked_fill(candidates == ending, -1 if eos is None else eos)
     owners, ids, input_ids = example["written_by"], example["completion_ids"], example["input_ids"]
+    labels = example.get("labels", input_ids)
     tokens = Counter(owners)
     agreeing = [
         position
         for position, owner in enumerate(owners)
         if position > 0  # nothing predicts the first
         and owner != NOT_WRITTEN
+        and labels[position] != -100
         and tokens[owner] == 1
         and input_ids[position] == (eos if ids[owner] in eos_token_ids else ids[owner])
     ]

@@ -17,7 +17,6 @@ from torch import Tensor
 from .method.recipe import TargetTrainingArguments
 from .output import MetagradientOutput, TrainingOutput
 from .run import TargetRun
-from .runtime.examples import Example
 from .runtime.model import TargetModel
 
 
@@ -45,7 +44,7 @@ def compute_metagradients(
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
     Parameters, buffers, train/eval mode, random state and attention implementation of the model are as before when the
-    call returns, also after an error.
+    call returns, also after an error, and also where `metric` writes to trained parameters. (Frozen ones it must leave alone.)
 
     Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size, and so are all
     that follow; the log says so. That changes results by no more than rounding.
@@ -73,8 +72,8 @@ def compute_metagradients(
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
-        [`MemoryError`]: If one example at a time, the metric or the planned tape does not fit into memory; the message
-            names what to lower.
+        [`MemoryError`]: If one example at a time, the metric, the planned tape or what lies beside them does not fit into memory;
+            the message names what to lower.
 
     Example:
 
@@ -100,7 +99,7 @@ def compute_metagradients(
         )
     with TargetRun(model, examples, metric, args, accelerator) as run:
         run.train(keep_tape=True)
-        value, cotangent, readouts = run.metric_gradient()
+        cotangent = run.metric_gradient()
         derivatives = run.derivatives()
         for step in reversed(range(run.num_steps)):
             direction = run.walk_back_update(step, cotangent)
@@ -109,24 +108,20 @@ def compute_metagradients(
                 cotangent.phi += product
         token_metagradients = run.processes.sum_(run.token_metagradients)
 
-    lengths = [len(example.input_ids) for example in run.examples]
-    of_examples = token_metagradients.cpu().split(lengths)
-    sizes = [len(example["input_ids"]) for example in examples]
-    whole = [_padded_back(*each) for each in zip(of_examples, run.examples, sizes, strict=True)]
+    of_examples = token_metagradients.cpu().split([len(example.input_ids) for example in run.examples])
+    whole = [  # rows of all tokens as they were given: zeros for padding, and for what was cut
+        F.pad(values, (0, 0, example.start, len(given["input_ids"]) - example.start - len(values)))
+        for values, example, given in zip(of_examples, run.examples, examples, strict=True)
+    ]
     candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(whole, run.examples, strict=True)]
     return MetagradientOutput(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
         token_metagradients=[part[:, 0].float() for part in whole],
         candidate_metagradients=candidates if run.num_columns > 1 else None,
-        metric_before=run.measured.metric_before,
-        metric_after=value,
-        adam_epsilon_root=run.measured.epsilon_root,
-        micro_batch_size=run.measured.micro_batch_size,
-        losses=run.measured.losses,
-        readouts=readouts,
-        plan=run.measured.plan,
+        plan=run.plan,
         curvature_errors=derivatives.errors[::-1],
         num_exact_fallbacks=derivatives.num_fallbacks,
+        **vars(run.measured),
     )
 
 
@@ -144,17 +139,5 @@ def train_and_measure(
     """
     with TargetRun(model, examples, metric, args or TargetTrainingArguments(), accelerator) as run:
         run.train(keep_tape=False)
-        value, readouts = run.measure()
-    return TrainingOutput(
-        metric_before=run.measured.metric_before,
-        metric_after=value,
-        adam_epsilon_root=run.measured.epsilon_root,
-        micro_batch_size=run.measured.micro_batch_size,
-        losses=run.measured.losses,
-        readouts=readouts,
-    )
-
-
-def _padded_back(values: Tensor, example: Example, num_tokens: int) -> Tensor:
-    """Rows of all tokens of an example as it was given: zeros for padding, and for what was cut."""
-    return F.pad(values, (0, 0, example.start, num_tokens - example.start - len(values)))
+        run.measure()
+    return run.measured

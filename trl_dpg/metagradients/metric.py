@@ -1,6 +1,8 @@
 r"""Metrics \\( \Phi \\): what a target is fine-tuned for."""
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Real
 from os import PathLike
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .runtime.host import double
+
 
 class Metric(ABC):
     r"""
@@ -16,6 +20,8 @@ class Metric(ABC):
 
     A plain function `metric(model) -> scalar tensor` works wherever a metric does, and so does one with some of these methods.
     Every method but `__call__` has a default that does nothing. What they return is shown in logs, reports and cards.
+
+    Metrics add and scale: `a + 0.1 * b`, `a - b` and `-a` are metrics, see [`WeightedSum`].
 
     Example:
 
@@ -84,6 +90,26 @@ class Metric(ABC):
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (a hook)
         """Takes up what [`~Metric.state`] gave."""
 
+    def __add__(self, other: Any) -> "WeightedSum":
+        return _weighted_sum((1.0, self), (1.0, other))
+
+    def __radd__(self, other: Any) -> "WeightedSum":
+        return _weighted_sum((1.0, other), (1.0, self))
+
+    def __sub__(self, other: Any) -> "WeightedSum":
+        return _weighted_sum((1.0, self), (-1.0, other))
+
+    def __rsub__(self, other: Any) -> "WeightedSum":
+        return _weighted_sum((1.0, other), (-1.0, self))
+
+    def __mul__(self, weight: float) -> "WeightedSum":
+        return WeightedSum([(weight, self)]) if isinstance(weight, Real) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "WeightedSum":
+        return -1.0 * self
+
 
 class FunctionMetric(Metric):
     """
@@ -113,6 +139,152 @@ class FunctionMetric(Metric):
 def as_metric(metric: Any) -> Metric:
     """A [`Metric`] of whatever a user may pass."""
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
+
+
+class WeightedSum(Metric):
+    r"""
+    A weighted sum of metrics, which `a + 0.1 * b`, `a - b` and `-a` make. Each may be a plain function.
+
+    Every part is set up, read out and described. A part of weight 0 is read out, but not differentiated.
+
+    `readouts` are those of all parts, and the value of each as `NAME_value`, where `NAME` is the part's name in snake case, such as
+    `lm_head_norm`. Where an earlier part has a read-out of the same name, `NAME_` goes in front. Parts of one name are numbered from 2.
+
+    The activations of all parts are held until the gradient is taken.
+
+    Args:
+        terms (`Sequence[tuple[float, Callable]]`):
+            Weights and metrics.
+
+    Raises:
+        [`ValueError`]: If a weight is not finite.
+
+    Example:
+
+    ```python
+    >>> from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
+
+    >>> metric = LMHeadPattern.qr("DPG") + 0.1 * LMHeadNorm()
+    >>> metric.describe()["name"]
+    'LMHeadPattern + 0.1 * LMHeadNorm'
+
+    ```
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Any]]):
+        self.parts: list[tuple[float, Metric]] = []
+        for weight, metric in terms:
+            if not abs(weight) < float("inf"):
+                raise ValueError(f"The weight of a metric must be finite, got {weight}. Multiply by a number.")
+            inner = metric.parts if isinstance(metric, WeightedSum) else [(1.0, as_metric(metric))]
+            self.parts += [(float(weight) * own, part) for own, part in inner]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each part, no two alike."""
+        names: list[str] = []
+        for _, metric in self.parts:
+            name = snake_case(description(metric)["name"])
+            number = sum(re.fullmatch(rf"{name}(_\d+)?", earlier) is not None for earlier in names)
+            names.append(f"{name}_{number + 1}" if number else name)
+        return names
+
+    def setup(self, model: nn.Module) -> None:
+        for _, metric in self.parts:
+            metric.setup(model)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        values = [double(weight * evaluate(metric, model)) for weight, metric in self.parts if weight != 0]
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
+
+    @torch.no_grad()
+    def readouts(self, model: nn.Module) -> dict[str, float]:
+        """Read-outs of all parts, and their values. Costs a further evaluation of each."""
+        own = [read_out(metric, model) for _, metric in self.parts]
+        shown = self._shown(own)
+        values = {shown[i][key]: value for i, part in enumerate(own) for key, value in part.items()}
+        for name, (_, metric) in zip(self.names, self.parts, strict=True):
+            values[f"{name}_value"] = evaluate(metric, model).item()
+        return values
+
+    def _shown(self, own: Sequence[Iterable[str]]) -> list[dict[str, str]]:
+        """The name under which each read-out of each part is shown."""
+        shown: list[dict[str, str]] = []
+        for part, keys in zip(self.names, own, strict=True):
+            taken = {name for earlier in shown for name in earlier.values()}
+            shown.append({key: f"{part}_{key}" if key in taken else key for key in keys})
+        return shown
+
+    def picture(self) -> tuple[Tensor, Tensor] | None:
+        """That of the first part that has one."""
+        return next((picture for _, metric in self.parts if (picture := metric.picture()) is not None), None)
+
+    def decode(self, before: str | PathLike[str], after: str | PathLike[str]) -> dict[str, Any]:
+        return {key: value for _, metric in self.parts for key, value in metric.decode(before, after).items()}
+
+    def judge(self, data: dict[str, Any], other: dict[str, Any]) -> tuple[bool, str]:
+        r"""All conditions must hold, and parts with a `judge` of their own must pass. Without such parts, \\( \Phi \\) must rise."""
+        own = [part for _, part in self.parts if "judge" in vars(part) or type(part).judge is not Metric.judge]
+        verdicts = [part.judge(data, other) for part in own] or [super().judge(data, other)]
+        verdicts += [(data[name] == 1, name.replace("_", " ")) for name in self.describe()["conditions"]]
+        return all(passed for passed, _ in verdicts), ", and ".join(criterion for _, criterion in verdicts)
+
+    def describe(self) -> dict[str, Any]:
+        """As of [`~trl_dpg.metrics.Metric.describe`], with `parts`, what each part says, and `conditions`, read-outs that are to be 1."""
+        parts = [description(metric) for _, metric in self.parts]
+        weights = [weight for weight, _ in self.parts]
+        conditions, readouts = (
+            [name for names in self._shown([part.get(key, ()) for part in parts]) for name in names.values()]
+            for key in ("conditions", "readouts")
+        )
+        goals = [name for name in readouts if name not in conditions and not name.endswith("metric_gain")]
+        effects = [
+            part["effect"] if weight > 0 else f"its `{part['name']}` falls"
+            for weight, part in zip(weights, parts, strict=True)
+            if weight != 0
+        ]
+        pictures = [{"picture": part["picture"]} for part in parts if "picture" in part]
+        each = [f"{weight:g} × {part['description']}" for weight, part in zip(weights, parts, strict=True)]
+        names = [part["name"] if w == 1 else f"{w:g} * {part['name']}" for w, part in zip(weights, parts, strict=True)]
+        return {
+            "name": " + ".join(names),
+            "effect": ", and ".join(effects),
+            "description": "A weighted sum. " + " ".join(each),
+            "readouts": [*conditions, *goals, *([] if goals else ["metric_gain"])],
+            "conditions": conditions,
+            "parts": parts,
+            **(pictures[0] if pictures else {}),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"parts": [metric.state() for _, metric in self.parts]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for (_, metric), part in zip(self.parts, state["parts"], strict=True):
+            metric.load_state(part)
+
+
+def _weighted_sum(*terms: tuple[float, Any]) -> WeightedSum:
+    """The sum, or `NotImplemented`, of which Python makes a `TypeError`, where a term is no metric."""
+    if any(isinstance(metric, type) or not callable(metric) for _, metric in terms):
+        return NotImplemented
+    return WeightedSum(terms)
+
+
+def snake_case(name: str) -> str:
+    """
+    The name of a class or function for a read-out.
+
+    Example:
+
+    ```python
+    >>> snake_case("LMHeadNorm"), snake_case("<lambda>"), snake_case("KeepBelow(Perplexity)")
+    ('lm_head_norm', 'lambda', 'keep_below_perplexity')
+
+    ```
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|\W+", "_", name)
+    return re.sub(r"_+", "_", words).strip("_").lower()
 
 
 def description_of(metric: Any) -> dict[str, Any]:
@@ -149,6 +321,7 @@ RESERVED |= {
     "cut",
     "seconds",
     "skipped",
+    "replayed",
     "distinct",
     "completion_length",
 }

@@ -13,18 +13,13 @@ class TrainingOutput:
     Result of [`train_and_measure`].
 
     Attributes:
-        metric_before (`float`):
-            \\( \Phi \\) of the original model.
-        metric_after (`float`):
-            \\( \Phi \\) of the fine-tuned model.
-        adam_epsilon_root (`float`):
-            The value used, which is of interest where `"auto"` was asked for.
+        metric_before (`float`): \\( \Phi \\) of the original model.
+        metric_after (`float`): \\( \Phi \\) of the fine-tuned model.
+        adam_epsilon_root (`float`): The value used, which is of interest where `"auto"` was asked for.
         micro_batch_size (`int`, *optional*):
             That of the arguments, or what was left of it after memory ran out. Worth passing on to the next run.
-        losses (`list[float]`):
-            Training loss of each step.
-        readouts (`dict[str, float]`):
-            What the metric's `readouts` returned on the fine-tuned model; empty without one.
+        losses (`list[float]`): Training loss of each step.
+        readouts (`dict[str, float]`): What the metric's `readouts` returned on the fine-tuned model; empty without one.
     """
 
     metric_before: float
@@ -56,8 +51,7 @@ class MetagradientOutput(TrainingOutput):
             Where the tape was, and how large; `None` for a run of one step, which needs no tape.
         curvature_errors (`list[float]`):
             Estimated relative error of each step's central difference; empty with `curvature="exact"`.
-        num_exact_fallbacks (`int`):
-            Steps whose estimate was above `curvature_tolerance`, so that they were repeated exactly.
+        num_exact_fallbacks (`int`): Steps that were repeated exactly, as their estimate was above `curvature_tolerance`.
     """
 
     metagradients: Tensor

@@ -1,9 +1,9 @@
 """One fine-tuning run of the target: what the sweeps of the method go over, and all that the paper does not speak of."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,15 +18,17 @@ from .method.derivatives import Derivatives, Direction, gradient
 from .method.exact import Exact
 from .method.loss import TokenLosses
 from .method.recipe import TargetTrainingArguments
-from .method.tape import StepInputs, Tape, tape_tensors
+from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
 from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
-from .runtime.cotangent import Cotangent
+from .output import TrainingOutput
 from .runtime.examples import MicroBatch, micro_batches, prepare_examples
+from .runtime.host import float64_device
 from .runtime.memory import (
     MemoryPlan,
     OutOfMemory,
+    explaining_memory,
     explaining_metric_memory,
     free_room,
     halved,
@@ -46,7 +48,7 @@ from .runtime.model import (
     vocab_size,
 )
 from .runtime.processes import Processes
-from .runtime.storage import DeviceStorage, Storage, open_storage
+from .runtime.storage import Storage, open_storage
 from .runtime.workspace import Workspace, parameter_groups
 
 
@@ -58,32 +60,15 @@ AUTO_EPSILON_ROOT = 4.0
 Result = TypeVar("Result")
 
 
-@dataclass
-class Measured:
-    """
-    What a run found out.
-
-    Attributes:
-        metric_before (`float`): The metric of the original model.
-        micro_batch_size (`int`, *optional*): That of the recipe, or what was left of it after memory ran out.
-        epsilon_root (`float`): `adam_epsilon_root`, or what `"auto"` came to.
-        losses (`list[float]`): Training loss of each step.
-        plan ([`MemoryPlan`], *optional*): Where the tape lies, if there is one.
-    """
-
-    metric_before: float
-    micro_batch_size: int | None
-    epsilon_root: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    plan: MemoryPlan | None = None
-
-
 class TargetRun:
     """
     A run while it is open: its forward sweep, and the steps that walk it back.
 
-    Takes what [`~trl_dpg.metagradients.compute_metagradients`] takes.
+    Takes what [`~trl_dpg.metagradients.compute_metagradients`] takes. `measured` fills up as the run goes, and `plan` says where
+    the tape lies, if there is one.
     """
+
+    plan: MemoryPlan | None = None
 
     def __init__(
         self,
@@ -93,6 +78,11 @@ class TargetRun:
         recipe: TargetTrainingArguments,
         accelerator: Accelerator | PartialState | None,
     ):
+        if not callable(metric) or isinstance(metric, type):
+            raise ValueError(
+                f"`metric` must be a function of the model, or an object that is called like one, got {metric!r:.80}. Pass "
+                "`lambda model: ...`, or an instance of the class."
+            )
         self.model, self.metric, self.recipe = model, as_metric(metric), recipe
         self.processes = Processes(accelerator)
         with self.processes.failing_together():
@@ -102,7 +92,6 @@ class TargetRun:
                 check_full_precision(model)
             self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
-        self.num_tokens = sum(len(e.input_ids) for e in self.examples)
         self.num_columns = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
         self.num_steps = recipe.num_steps(len(self.examples))
         self.batches = list(recipe.batches(len(self.examples)))
@@ -110,6 +99,7 @@ class TargetRun:
 
     def __enter__(self) -> "TargetRun":
         with ExitStack() as stack:
+            stack.enter_context(explaining_memory())
             stack.enter_context(restored(self.model))
             stack.enter_context(torch.enable_grad())
             device = self.params[0].device.type  # `bf16` decides about autocast, not the caller's context
@@ -117,18 +107,27 @@ class TargetRun:
             make_deterministic(self.model)
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
-                with explaining_metric_memory():
-                    self.metric.setup(self.model)
-                    with torch.no_grad():
-                        before = evaluate(self.metric, self.model).item()
-                self.measured = Measured(before, self.recipe.micro_batch_size)
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
                 self.groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
                 sharded = all(group.rule.elementwise for group in self.groups)
-                space = Workspace(self.groups, self.processes, sharded)
+                self.space = Workspace(self.groups, self.processes, sharded)
+                with self.space.undoing_writes(), explaining_metric_memory():
+                    self.metric.setup(self.model)
+                    with torch.no_grad():
+                        before = evaluate(self.metric, self.model).item()
+                self.measured = TrainingOutput(
+                    metric_before=before,
+                    metric_after=math.nan,
+                    adam_epsilon_root=math.nan,
+                    micro_batch_size=self.recipe.micro_batch_size,
+                )
                 self.token_losses = TokenLosses(self.model, self.recipe.bf16)
-                self.space = stack.enter_context(space)
-            self.progress = stack.enter_context(progress_bar(self.recipe, self.processes, 2 * self.num_steps))
+                stack.enter_context(self.space)
+            total = 2 * self.num_steps
+            hidden = (
+                self.recipe.disable_tqdm if total > 2 and self.processes.index == 0 else True
+            )  # one step needs no bar
+            self.progress = stack.enter_context(tqdm(total=total, desc="Target", leave=False, disable=hidden))
             self._stack = stack.pop_all()
         return self
 
@@ -139,33 +138,28 @@ class TargetRun:
         """The forward sweep. With `keep_tape`, what the adjoint sweep needs is kept."""
         space, processes = self.space, self.processes
         shape = self.recipe.num_train_epochs, len(self.examples)
-        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=space.device)
-        self.storage: Storage = DeviceStorage()
+        self.example_losses = torch.zeros(shape, dtype=torch.float64, device=float64_device(space.device))
+        self.storage = Storage()
         with processes.failing_together():
-            buffer = space.buffer()
+            grad = space.buffer()
         for step in range(self.num_steps):
-            total = self.retrying_smaller(step, partial(self._sum_gradient, buffer, self.losses_of_epoch(step)))
-            grad = buffer[: space.size]
-            check_finite(f"the loss of step {step + 1}", torch.tensor(total))
+            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.losses_of_epoch(step)))
+            check_finite(f"the loss of step {step + 1}", torch.tensor(loss))
             check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
                 self._start(grad, keep_tape)
             self.optimizer.clipping.measure(grad)
-            if keep_tape:
-                with processes.raising_later():
-                    kept = grad[space.shard].clone() if space.sharded else grad
-                    self.tape.push(
-                        StepInputs(space.phi[space.shard], tuple(s[space.shard] for s in self._state), kept)
-                    )
             with processes.raising_later():
+                if keep_tape:
+                    kept = grad[space.shard].clone() if space.sharded else grad
+                    state = tuple(tensor[space.shard] for tensor in self._state)
+                    self.tape.push(StepInputs(space.phi[space.shard], state, kept))
                 for part, rule in self._blocks:
                     state = tuple(tensor[part] for tensor in self._state)
                     self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
-            if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
-                del grad, buffer  # the tape has it
-                space.release_gradients()
-                buffer = space.buffer()
-            self.measured.losses.append(total)
+                if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
+                    grad = space.buffer()  # the tape has the other
+            self.measured.losses.append(loss)
             self.progress.update()
         del self._state
         space.release_gradients()  # a metric may call `backward()`
@@ -174,11 +168,11 @@ class TargetRun:
         """What needs the first gradient, or the size of a state: the optimizer and its state, and the tape."""
         space, recipe, processes = self.space, self.recipe, self.processes
         with processes.failing_together():
-            self.measured.epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params))
+            self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params))
             parts = []
             for group, part in zip(self.groups, space.parts, strict=True):
                 weight_decay = recipe.weight_decay if group.decayed else 0.0
-                rule = group.rule(recipe, weight_decay, self.measured.epsilon_root, group.params[0].shape)
+                rule = group.rule(recipe, weight_decay, self.measured.adam_epsilon_root, group.params[0].shape)
                 parts.append(Block(part, rule))
             self.optimizer = Optimizer(parts, recipe.learning_rates(len(self.examples)), recipe.max_grad_norm)
             self._blocks = self.optimizer.blocks(0, space.size, space.device)
@@ -190,9 +184,9 @@ class TargetRun:
                 size = space.shard_size * space.phi.element_size()
                 free = free_room(space.device, recipe.tape_dir, processes_here(processes.count))
                 tape = tape_tensors(self.num_steps, num_states) * size
-                self.measured.plan = place_tape(recipe, tape, num_states * size, free)
-                logger.info(str(self.measured.plan))
-                self.storage = open_storage(self.measured.plan.tape, recipe.tape_dir, space.device)
+                self.plan = place_tape(recipe, tape, num_states * size, free)
+                logger.info(str(self.plan))
+                self.storage = open_storage(self.plan.tape, recipe.tape_dir, space.device)
                 self._stack.callback(self.storage.close)
             blocks = self.optimizer.blocks(space.shard.start, space.shard.stop, space.device)
             self.tape = Tape(self.optimizer, blocks, self.num_steps, space.load_originals, self.storage)
@@ -204,43 +198,36 @@ class TargetRun:
             self.storage.settle()  # what the buffer holds may be on its way to the tape
             self.space.accumulate_into(buffer)
 
-        if self.processes.count > 1:  # where a failure writes to the buffer before that
-            self.storage.settle()
         with self.processes.summing(buffer, total):
             total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
         return total[0]
 
-    def measure(self) -> tuple[float, dict[str, float]]:
-        r"""\\( \Phi \\) of the fine-tuned model, and its read-outs."""
+    def measure(self) -> None:
+        r"""Notes \\( \Phi \\) of the fine-tuned model, and its read-outs."""
         with self.processes.failing_together(), explaining_metric_memory(), torch.no_grad():
-            return evaluate(self.metric, self.model).item(), read_out(self.metric, self.model)
+            self.measured.metric_after = evaluate(self.metric, self.model).item()
+            self.measured.readouts = read_out(self.metric, self.model)
 
-    def metric_gradient(self) -> tuple[float, Cotangent, dict[str, float]]:
-        r"""\\( \Phi \\) of the fine-tuned model; \\( \lambda_\phi, \lambda_s \\), its gradient; and read-outs."""
+    def metric_gradient(self) -> Cotangent:
+        r"""\\( \lambda_\phi, \lambda_s \\), the gradient of \\( \Phi \\) of the fine-tuned model. Notes what `measure` does."""
         space = self.space
         with self.processes.failing_together():
             with explaining_metric_memory():
-                value, grad = _metric_gradient(self.metric, self.model, space)
-                readouts = read_out(self.metric, self.model)
+                self.measured.metric_after, grad = _metric_gradient(self.metric, self.model, space)
+                self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
-            shape = self.num_tokens, self.num_columns
-            self.token_metagradients = space.zeros(self.num_tokens * self.num_columns).view(shape)
-        return value, Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape), readouts
+            num_tokens = sum(len(e.input_ids) for e in self.examples)
+            self.token_metagradients = space.zeros(num_tokens, self.num_columns)
+            return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
     def derivatives(self) -> Derivatives:
         """What differentiates the loss a second time."""
         exact = Exact(self.token_losses, self.space)
-        if self.recipe.curvature == "exact":
-            return exact
-        return CentralDifference(exact, self.recipe.curvature_tolerance)
+        is_exact = self.recipe.curvature == "exact"
+        return exact if is_exact else CentralDifference(exact, self.recipe.curvature_tolerance)
 
     def walk_back_update(self, step: int, cotangent: Cotangent) -> Direction:
-        r"""
-        Walks the update of a step back: \\( \lambda_\phi, \lambda_s \\) become those before it, and the model gets \\( \phi_t \\).
-
-        Returns:
-            [`Direction`]: \\( \lambda_g \\).
-        """
+        r"""Walks the update of a step back: gives \\( \lambda_g \\). \\( \lambda_\phi, \lambda_s \\) become those before, the model gets \\( \phi_t \\)."""
         space = self.space
         along, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
         with self.processes.raising_later():
@@ -257,20 +244,18 @@ class TargetRun:
         return Direction(vector, inner, self.losses_of_epoch(step))
 
     def differentiate(self, step: int, derivatives: Derivatives, direction: Direction) -> Tensor | None:
-        r"""
-        Adds a step's \\( r_{ij} \\) to `token_metagradients`, and returns \\( H_t \lambda_g \\), this process's shard; `None` at the first.
-        """
+        r"""Adds a step's \\( r_{ij} \\) to `token_metagradients`. Gives \\( H_t \lambda_g \\), this process's shard; `None` at the first."""
         product = self.space.product if step > 0 else None
 
-        def work(batches: list[MicroBatch]) -> tuple[list[MicroBatch], list[Tensor]]:
-            return batches, derivatives(batches, direction, product)
+        def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
+            return zip(batches, derivatives(batches, direction, product), strict=True)
 
-        for batch, result in zip(*self.retrying_smaller(step, work), strict=True):
+        for batch, result in self.retrying_smaller(step, work):
             self.token_metagradients[batch.places()] += result
         self.progress.update()
         if product is None:
             return None
-        check_finite(f"the Hessian-vector product of step {step + 1}", product[: self.space.size])
+        check_finite(f"the Hessian-vector product of step {step + 1}", product)
         self.space.release_gradients()
         return product[self.space.shard]
 
@@ -318,7 +303,7 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
     """`"auto"`: four times the mean square of the first gradient: \\( \\sqrt{r} \\) is twice its root mean square."""
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
-    square = grad.norm(dtype=torch.float64).item() ** 2
+    square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
     if square == 0 and recipe.rule.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
@@ -337,7 +322,7 @@ def _metric_gradient(metric: Metric, model: TargetModel, space: Workspace) -> tu
             "model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
             "`torch.no_grad()` or NumPy."
         )
-    grad = space.buffer()[: space.size]
+    grad = space.buffer()
     space.accumulate_into(grad)
     value.backward(inputs=space.params)
     space.release_gradients()
@@ -357,9 +342,3 @@ def check_finite(what: str, tensor: Tensor) -> None:
             f"Not finite: {what}. Lower `learning_rate`, clip with `max_grad_norm`, raise `adam_epsilon_root`, or look for a "
             "broken example."
         )
-
-
-def progress_bar(recipe: TargetTrainingArguments, processes: Processes, total: int) -> tqdm:
-    # one step is not worth a bar
-    hidden = True if total == 2 or processes.index != 0 else recipe.disable_tqdm
-    return tqdm(total=total, desc="Target", leave=False, disable=hidden)

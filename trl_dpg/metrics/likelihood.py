@@ -1,6 +1,6 @@
-"""The likelihood metric: learn a text, a language, a UUID."""
+"""The likelihood metric: learn a text, a language, a UUID. And perplexity, for conditions."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import takewhile
 from statistics import fmean
 from typing import Any
@@ -14,8 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..metagradients.metric import Metric
 from ..metagradients.runtime.examples import apply_columns
+from ..metagradients.runtime.host import double, float64_device
 from .heads import input_embedding_weight
 from .texts import common_share
+
+
+Row = tuple[list[int], list[int]]  # (input_ids, labels)
 
 
 class LanguageModelingLikelihood(Metric):
@@ -84,7 +88,7 @@ class LanguageModelingLikelihood(Metric):
         self.max_length = max_length
         self._examples = list(dataset)
         self._columns = _check_columns(self._examples)
-        self._rows: list[tuple[list[int], list[int]]] = []  # (input_ids, labels)
+        self._rows: list[Row] = []
         if processing_class is not None or "input_ids" in self._columns:
             self._rows = self._encode_all()
 
@@ -96,30 +100,10 @@ class LanguageModelingLikelihood(Metric):
             [`ValueError`]: If the tokenizer cannot be loaded, if a row has no supervised token or more tokens than the
                 model has positions, or if a token is out of the vocabulary.
         """
-        config: Any = model.config
         if not self._rows:
-            name = config._name_or_path
-            try:
-                self.processing_class = AutoTokenizer.from_pretrained(name)
-            except Exception as error:
-                raise ValueError(
-                    f"`processing_class` is None and the tokenizer of `target_model` (name {name!r}) cannot be loaded. "
-                    "Pass `processing_class=` to `LanguageModelingLikelihood`, or a `dataset` with 'input_ids'."
-                ) from error
+            self.processing_class = load_processing_class(model, self, ", or a `dataset` with 'input_ids'")
             self._rows = self._encode_all()
-        vocab_size = input_embedding_weight(model).shape[0]
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        for index, (input_ids, labels) in enumerate(self._rows):
-            if positions is not None and len(input_ids) > positions:
-                raise ValueError(
-                    f"`dataset` row {index} has {len(input_ids)} tokens, but `target_model` has {positions} positions. "
-                    f"Set `max_length` to {positions} or less."
-                )
-            if max(input_ids + labels) >= vocab_size:
-                raise ValueError(
-                    f"`dataset` row {index} has the token id {max(input_ids + labels)}, but the vocabulary of "
-                    f"`target_model` has {vocab_size} tokens. Use the tokenizer of that model as `processing_class`."
-                )
+        check_rows(model, self._rows, [f"`dataset` row {index}" for index in range(len(self._rows))])
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """
@@ -128,11 +112,8 @@ class LanguageModelingLikelihood(Metric):
         Raises:
             [`ValueError`]: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
         """
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        for logits, targets, _ in self._scores(model):
-            total = total + _cross_entropy(logits, targets)
-            count += len(targets)
-        return -total / count
+        log_likelihoods, _ = self._score(model)
+        return log_likelihoods.sum() / self._num_supervised()
 
     def describe(self) -> dict[str, Any]:
         """As of [`~trl_dpg.metrics.Metric.describe`]. The texts themselves are not in it."""
@@ -159,39 +140,23 @@ class LanguageModelingLikelihood(Metric):
         Raises:
             [`ValueError`]: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
         """
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        known = torch.ones(len(self._examples), dtype=torch.bool)
-        for logits, targets, rows in self._scores(model):
-            total = total + _cross_entropy(logits, targets)
-            count += len(targets)
-            # Greedy decoding gives the completion if and only if each of its tokens is the most likely one after
-            # those before it, so no generation is needed to know.
-            known[rows[logits.argmax(-1) != targets].cpu()] = False
-        values = {"perplexity": (total / count).exp().item()}
+        log_likelihoods, known = self._score(model)
+        values = {"perplexity": (-log_likelihoods.sum() / self._num_supervised()).exp().item()}
         if "completion" in self._columns:
             shares = [self._common_share(model, index, k) for index, k in enumerate(known.tolist())]
             values["exact_match"] = fmean(share == 1 for share in shares)
             values["longest_common_substring"] = fmean(shares)
         return values
 
-    def _scores(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Logits `(tokens, vocab)`, targets `(tokens,)` and row `(tokens,)` of the supervised tokens by batch."""
+    def _score(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._rows:
             raise ValueError(
-                "`LanguageModelingLikelihood.setup(model)` must be called first, because `processing_class` is None."
+                f"`{type(self).__name__}.setup(model)` must be called first, because `processing_class` is None."
             )
-        device = input_embedding_weight(model).device
-        for start in range(0, len(self._rows), self.batch_size):
-            ids, labels = zip(*self._rows[start : start + self.batch_size], strict=True)
-            input_ids = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-            attention_mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask.to(device), use_cache=False).logits
-            logits = logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
-            targets = pad_sequence([torch.tensor(row[1:]) for row in labels], batch_first=True, padding_value=-100)
-            targets = targets.to(logits.device)
-            # Only the supervised positions go on: vocabulary-sized float32 tensors are the largest ones here.
-            rows, positions = (targets != -100).nonzero(as_tuple=True)
-            yield logits[rows, positions], targets[rows, positions], rows + start
+        return score_rows(model, self._rows, self.batch_size)
+
+    def _num_supervised(self) -> int:
+        return sum(label != -100 for _, labels in self._rows for label in labels[1:])
 
     def _common_share(self, model: nn.Module, index: int, known: bool) -> float:
         input_ids, labels = self._rows[index]
@@ -216,7 +181,7 @@ class LanguageModelingLikelihood(Metric):
         )
         return common_share(text[len(before) :], self._examples[index]["completion"])
 
-    def _encode_all(self) -> list[tuple[list[int], list[int]]]:
+    def _encode_all(self) -> list[Row]:
         rows = []
         for index, example in enumerate(self._examples):
             input_ids, labels = self._encode(index, example)
@@ -229,7 +194,7 @@ class LanguageModelingLikelihood(Metric):
                 )
         return rows
 
-    def _encode(self, index: int, example: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def _encode(self, index: int, example: dict[str, Any]) -> Row:
         if "input_ids" in self._columns:
             input_ids = [int(token) for token in example["input_ids"]]
             labels = example.get("labels")  # None in a `Dataset` where only other rows have labels
@@ -268,9 +233,90 @@ class LanguageModelingLikelihood(Metric):
         return token
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none").double().sum()
+class Perplexity(LanguageModelingLikelihood):
+    """
+    Perplexity of texts, for a condition such as `KeepBelow(Perplexity(texts), factor=1.01)`. As a goal, use `-Perplexity(texts)`.
+
+    Args:
+        dataset, processing_class, batch_size, max_length:
+            As of [`LanguageModelingLikelihood`].
+    """
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        """Perplexity of a model in eval mode, shape `()`, in float64."""
+        return (-super().__call__(model)).exp()
+
+    def describe(self) -> dict[str, Any]:
+        """As of [`~trl_dpg.metrics.Metric.describe`]. The texts themselves are not in it."""
+        texts = f"{len(self._examples)} text{'s' if len(self._examples) > 1 else ''}"
+        return {
+            **super().describe(),
+            "effect": f"its perplexity on {texts} rises",
+            "description": f"Perplexity of {texts}.",
+        }
+
+
+def score_rows(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Reads rows with a model. Nothing predicts a first token, and nothing reads a last one.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Sum of the log-likelihoods of each row's supervised tokens, shape `(rows,)`, in float64; and whether
+            each of them is the most likely one after those before it, shape `(rows,)`.
+    """
+    device = input_embedding_weight(model).device
+    sums, greedy = [], []
+    for start in range(0, len(rows), batch_size):
+        ids, labels = zip(*rows[start : start + batch_size], strict=True)
+        input_ids = pad_sequence([torch.tensor(row[:-1]) for row in ids], batch_first=True).to(device)
+        attention_mask = pad_sequence([torch.ones(len(row) - 1, dtype=torch.long) for row in ids], batch_first=True)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask.to(device), use_cache=False).logits
+        logits = logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
+        targets = pad_sequence([torch.tensor(row[1:]) for row in labels], batch_first=True, padding_value=-100)
+        # Only the supervised positions go on: vocabulary-sized float32 tensors are the largest ones here.
+        supervised = targets != -100
+        logits, targets = logits[supervised.to(logits.device)], targets[supervised].to(logits.device)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = double(F.cross_entropy(logits, targets, reduction="none"))
+        counts = supervised.sum(1).tolist()
+        sums += [-part.sum() for part in losses.split(counts)]
+        greedy += [part.all() for part in (logits.argmax(-1) == targets).split(counts)]
+    return torch.stack(sums).to(float64_device(device)), torch.stack(greedy).to(device)
+
+
+def load_processing_class(model: nn.Module, metric: Any, instead: str = "") -> Any:
+    """The tokenizer of a target, or an error that says what to pass instead."""
+    name = model.config._name_or_path  # type: ignore[union-attr]
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"`processing_class` is None and the tokenizer of `target_model` (name {name!r}) cannot be loaded. "
+            f"Pass `processing_class=` to `{type(metric).__name__}`{instead}."
+        ) from error
+
+
+def check_rows(model: nn.Module, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Refuses rows that the target cannot read, by their names."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for (input_ids, labels), name in zip(rows, names, strict=True):
+        if positions is not None and len(input_ids) > positions:
+            raise ValueError(
+                f"{name} has {len(input_ids)} tokens, but `target_model` has {positions} positions. "
+                f"Set `max_length` to {positions} or less."
+            )
+        check_vocabulary(model, input_ids + labels, name)
+
+
+def check_vocabulary(model: nn.Module, tokens: list[int], name: str) -> None:
+    """Refuses a row with a token that the target does not know."""
+    vocab_size = input_embedding_weight(model).shape[0]
+    if max(tokens) >= vocab_size:
+        raise ValueError(
+            f"{name} has the token id {max(tokens)}, but the vocabulary of "
+            f"`target_model` has {vocab_size} tokens. Use the tokenizer of that model as `processing_class`."
+        )
 
 
 def _check_columns(examples: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..metagradients.metric import Metric
+from ..metagradients.runtime.host import float64_device
 from .heads import lm_head_weight
 
 
@@ -31,7 +32,8 @@ class LMHeadNorm(Metric):
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """Φ, shape `()`, in float64. Raises a [`ValueError`] if the model has no LM head."""
-        return -torch.linalg.vector_norm(lm_head_weight(model), dtype=torch.float64)
+        weight = lm_head_weight(model)
+        return -torch.linalg.vector_norm(weight.to(float64_device(weight.device)), dtype=torch.float64)
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from ..metagradients.metric import Metric
+from ..metagradients.runtime.host import double
 from .heads import get_lm_head, is_lm_head_tied, lm_head_weight
 
 
@@ -216,7 +217,7 @@ class LMHeadPattern(Metric):
 
     def _patch(self, weight: torch.Tensor) -> torch.Tensor:
         rows, columns = self.pattern.shape
-        return weight[:columns, :rows].T.double()
+        return double(weight[:columns, :rows].T)
 
     def _change(self, model: nn.Module) -> torch.Tensor:
         if self._initial is None:

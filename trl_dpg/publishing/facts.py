@@ -173,6 +173,9 @@ def training_facts(trainer: Any) -> dict[str, Any]:
         del recipe[name]  # where and how it was computed, not what
     recipe["steps"] = training.args.num_steps(args.num_target_examples())
     recipe["untie_lm_head"] = args.target_untie_lm_head
+    recipe["replay_ratio"], recipe["variants"] = args.replay_ratio, len(args.target_variants or [{}])
+    recipe["completion_only_loss"] = training.completion_only_loss
+    recipe["assistant_only_loss"] = training.assistant_only_loss
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     generation = {"max_new_tokens": args.max_completion_length, **{name: getattr(args, name) for name in names}}
     generation |= args.generation_kwargs or {}

@@ -60,7 +60,7 @@ def outcome(facts: dict[str, Any]) -> str:
     Says whether validation found what a generator was trained towards, and what an untrained one comes to.
 
     A picture is reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and above that
-    before training, by more than two standard errors where there are several draws.
+    before training, by more than two standard errors where there are several draws. Conditions must hold in every draw.
 
     `facts` are what [`~trl_dpg.publishing.training_facts`] gives. Each validation set gets one sentence.
     """
@@ -71,7 +71,8 @@ def outcome(facts: dict[str, Any]) -> str:
         deciding = facts["metric"]["readouts"]  # of shares, the last is the goal itself
         names = dict.fromkeys([*deciding, main_readout({"validation": {prefix: validation}})])
         figures = "; ".join(_figure(name, validation) for name in names)
-        verdict = "reached" if _is_reached(deciding, validation) else "not reached"
+        held = all(validation["after"]["mean"].get(name) == 1 for name in facts["metric"].get("conditions", ()))
+        verdict = "reached" if held and _is_reached(deciding, validation) else "not reached"
         sentences.append(f"In validation at {where}, this was {verdict}: {figures}.")
     return " ".join(sentences) or "Whether this was reached is not known: the generator was not validated."
 
@@ -142,11 +143,15 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     parts = [
         f"{steps} of {'AdamW' if is_adam else 'SGD'}",
         f"{recipe['batch_size']} examples a step",
+        f"{recipe['replay_ratio']:.0%} of them real" if recipe.get("replay_ratio") else "",  # no field in older files
         f"learning rate {recipe['learning_rate']:g} ({recipe['lr_scheduler_type'].replace('_', ' ')})",
         f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}" if is_adam else "",
         f"weight decay {recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
         f"gradients clipped to {recipe['max_grad_norm']:g}" if recipe["max_grad_norm"] else "",
         f"texts of up to {recipe['max_length']} tokens",
+        "loss on completions alone" if recipe.get("completion_only_loss") else "",
+        "loss on the assistant's messages alone" if recipe.get("assistant_only_loss") else "",
         "LM head untied from the input embedding" if recipe["untie_lm_head"] else "",
+        f"rewards are means over {recipe['variants']} variants of this" if recipe.get("variants", 1) > 1 else "",
     ]
     return ", ".join(filter(None, parts))

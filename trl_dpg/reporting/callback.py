@@ -34,7 +34,7 @@ NUM_SAMPLES = 3  # of the best, and of the worst, of each logged step
 MAX_CHARACTERS = 2_000  # kept of a text
 
 
-def _whatever_happens(method: Callable) -> Callable:
+def whatever_happens(method: Callable) -> Callable:
     """A report is not worth a run: where it cannot be written, for whatever reason, training goes on, and says so."""
 
     @wraps(method)
@@ -74,7 +74,7 @@ class ReportCallback(TrainerCallback):
         self.trainer = trainer
         self.folder = Path(trainer.args.output_dir) / "report"  # type: ignore[arg-type]
 
-    @_whatever_happens
+    @whatever_happens
     def on_train_begin(self, args, state, control, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)
         history = "".join(json.dumps(row) + "\n" for row in state.log_history)
@@ -83,12 +83,16 @@ class ReportCallback(TrainerCallback):
             rows = [row for row in read_rows(self.folder / name) if row["step"] <= state.global_step]
             rows = rows if state.global_step > 0 else []  # of another run
             (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for path in self.folder.glob("patterns/step-*.png"):
-            if state.global_step == 0 or int(path.stem.removeprefix("step-")) > state.global_step:
+        pictures, generated = (
+            self.folder.glob("patterns/step-*.png"),
+            self.folder.parent.glob("generated/step-*.parquet"),
+        )
+        for path in [*pictures, *(generated if args.save_generated else ())]:
+            if state.global_step == 0 or int(path.stem.split("-")[1]) > state.global_step:
                 path.unlink()
         self._write_run()
 
-    @_whatever_happens
+    @whatever_happens
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)  # of an evaluation without training
         self._append("log.jsonl", [state.log_history[-1]])
@@ -119,7 +123,7 @@ class ReportCallback(TrainerCallback):
         self._append("samples.jsonl", samples)
         self._track_text(samples, step)
 
-    @_whatever_happens
+    @whatever_happens
     def on_evaluate(self, args, state, control, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)
         step, picture = state.global_step, self.trainer.metric.picture()
@@ -130,7 +134,7 @@ class ReportCallback(TrainerCallback):
             plot_pattern(*picture, self.folder / "patterns" / f"step-{step:06d}.png", title=f"step {step}")
         self._draw(state)
 
-    @_whatever_happens
+    @whatever_happens
     def on_train_end(self, args, state, control, **kwargs):
         self._draw(state)
 
@@ -238,7 +242,11 @@ def changed_settings(args: Any) -> dict[str, Any]:
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         value = getattr(value, "value", value)  # of an enumeration
-        if "dir" in field.name or "token" in field.name or field.name in ("run_name", "resume_from_checkpoint"):
+        if (
+            "dir" in field.name
+            or "token" in field.name
+            or field.name in ("run_name", "resume_from_checkpoint", "dataloader_pin_memory")
+        ):
             continue
         is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
         if isinstance(value, (bool, int, float, str)) and value != field.default and not is_path:

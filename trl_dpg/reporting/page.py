@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,8 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     samples = read_rows(folder / "samples.jsonl")
     patterns = sorted((folder / "patterns").glob("step-*.png"))
     steps = sorted({sample["step"] for sample in samples})
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["colored"] = _colored
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.render(
+    page = render(
+        "report.html",
         name=Path(run_dir).absolute().name,
         run=run,
         outcome=outcome(run),
@@ -75,6 +70,19 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     path = Path(path) if path is not None else Path(run_dir) / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills in one of this package's templates."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(str(__package__), ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["colored"] = _colored
+    return environment.get_template(template).render(**values)
 
 
 def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:

@@ -56,6 +56,8 @@ class TargetReward(TargetFineTuning, ABC):
         self.num_datasets = num_datasets
         self.nonfinite = nonfinite
         self.largest_std = 0.0
+        self.texts: list[str] = []  # that the target was trained on last
+        self._real: list[list[dict[str, Any]]] = []  # beside each dataset of this generation batch
 
     @abstractmethod
     def measure(
@@ -66,7 +68,7 @@ class TargetReward(TargetFineTuning, ABC):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         """
-        Values of the examples of the whole generation batch in float64, and figures to log.
+        Values of the examples of the whole generation batch in float64, and figures to log. Called for each variant of the recipe.
 
         Args:
             examples (`list[dict]`): As of [`~TargetReward.examples_to_measure`], of all processes.
@@ -102,6 +104,7 @@ class TargetReward(TargetFineTuning, ABC):
         with self._learning_nothing_in_evaluation(log_metric):
             local = self._local_examples(prompts, completions, completion_ids)
             examples, mine = self._gathered(local, prompts)
+            self.texts = [example["text"] for example in examples]
             self._warn_of_texts(examples)
             try:
                 values, figures = self._values(examples, trainer_state)
@@ -109,7 +112,6 @@ class TargetReward(TargetFineTuning, ABC):
                 self._skip_or_raise(error, trainer_state)
                 self._log([None] * len(local), {"skipped": 1.0}, log_extra, log_metric)
                 return [0.0] * len(local)
-            self._keep_what_was_measured(figures)
             rewards, of_values = self._standardized(values)
         figures = {**of_values, **self._counts(examples), **figures}
         if self.nonfinite == "skip":
@@ -140,11 +142,13 @@ class TargetReward(TargetFineTuning, ABC):
             yield
             return
         largest_std, skipped, args = self.largest_std, self.skipped, self.args
+        variants = [variant and replace(variant) for variant in self.variants]
         try:
             with measuring_nothing(self.metric):
                 yield
         finally:
             self.largest_std, self.skipped, self.args = largest_std, skipped, args
+            self.variants = variants
 
     def _local_examples(self, prompts, completions, completion_ids) -> list[dict[str, Any]]:
         """This process's training examples, with what `measure` wants to know of them."""
@@ -179,7 +183,7 @@ class TargetReward(TargetFineTuning, ABC):
 
     def _counts(self, examples: list[dict[str, Any]]) -> dict[str, int]:
         return {
-            "empty": len(examples) - len(indices_to_train_on(examples)),
+            "empty": len(examples) - len(indices_to_train_on(examples, self.args.max_length)),
             "truncated": sum(not example["ended"] for example in examples),
             "cut": sum(len(example["input_ids"]) > self.args.max_length for example in examples),
         }
@@ -202,15 +206,26 @@ class TargetReward(TargetFineTuning, ABC):
             )
 
     def _values(self, examples: list[dict[str, Any]], trainer_state: TrainerState | None) -> tuple[Tensor, dict]:
-        """What `measure` gives for this step."""
-        args = self.args
-        if trainer_state is not None:
-            args = replace(args, seed=(args.seed + trainer_state.global_step) % 2**64)
-        trained = indices_to_train_on(examples)
+        """What `measure` gives for this step, as a mean over the variants of the recipe."""
+        step = 0 if trainer_state is None else trainer_state.global_step
+        trained = indices_to_train_on(examples, self.args.max_length)
         datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
-        values, figures = self.measure(examples, datasets, args, PartialState())
+        self._real = [[] if self.replay is None else self.replay.beside(len(d), step) for d in datasets]
+        values, found = [], []
+        for variant in self.variants:
+            with self.in_place(variant):
+                args = replace(self.args, seed=(self.args.seed + step) % 2**64)
+                of_variant, figures = self.measure(examples, datasets, args, PartialState())
+            values.append(of_variant)
+            found.append(figures)
         self.skipped = False
-        return values, figures
+        for variant, figures in zip(self.variants, found, strict=True):
+            with self.in_place(variant):
+                self._keep_what_was_measured(figures)
+        figures = mean_over_variants(found)
+        if self.replay is not None:
+            figures["replayed"] = sum(map(len, self._real))
+        return torch.stack(values).mean(dim=0), figures
 
     def _skip_or_raise(self, error: FloatingPointError, trainer_state: TrainerState | None) -> None:
         step = "" if trainer_state is None else f" of step {trainer_state.global_step}"
@@ -258,11 +273,15 @@ class TargetReward(TargetFineTuning, ABC):
         args: TargetTrainingArguments,
         processes: PartialState,
     ) -> dict[int, Output]:
-        """Outputs of `run` on the datasets that are not empty, by number. `"auto"` is measured on the first."""
+        """
+        Outputs of `run` on the datasets that are not empty, by number. `"auto"` is measured on the first.
+
+        Real examples, if there are any, come after those of the dataset.
+        """
         outputs = {}
         for number, dataset in enumerate(datasets):
             if dataset:
-                data = [examples[i] for i in dataset]
+                data = [examples[i] for i in dataset] + self._real[number]
                 output = run(self.target_model, data, self.metric, args, accelerator=processes)
                 args = replace(
                     args, adam_epsilon_root=output.adam_epsilon_root, micro_batch_size=output.micro_batch_size
@@ -300,3 +319,12 @@ def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:
         **({} if size is None else {"micro_batch_size": size}),
         **{name: fmean(out.readouts[name] for out in outputs) for name in outputs[0].readouts},
     }
+
+
+def mean_over_variants(found: list[dict[str, float]]) -> dict[str, float]:
+    """What is logged of several variants: means of what all of them have, and each one's own."""
+    if len(found) == 1:
+        return found[0]
+    names = [name for name in found[0] if all(name in figures for figures in found)]
+    means = {name: fmean(figures[name] for figures in found) for name in names}
+    return means | {f"variant_{i}/{name}": value for i, of in enumerate(found) for name, value in of.items()}

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages
 from ..metagradients import TargetTrainingArguments, compute_metagradients
+from ..sft_rows import Row
 from .base import STD_FLOOR, TargetReward, mean_figures
 
 
@@ -34,8 +36,8 @@ class MetagradientReward(TargetReward):
 
     Rules for what cannot be scored:
 
-    - An empty completion is not trained on and has a raw metagradient of exactly 0, which is its effect. A batch of
-      nothing else is an error.
+    - An empty completion is not trained on and has a raw metagradient of exactly 0, which is its effect. So it is with one
+      of which no token has a loss, as where a prompt fills `args.max_length`. A batch of nothing else is an error.
     - A truncated completion is trained on like any other, but without EOS. What is longer than `args.max_length` in the
       target's tokens is cut there.
     - A completion whose own metagradient is not finite gets `None`, which TRL leaves out of the baseline and gives no
@@ -58,6 +60,11 @@ class MetagradientReward(TargetReward):
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What to do where a loss, gradient or metric of the run is not finite: `"raise"` a [`FloatingPointError`], or
             `"skip"` the batch, all of whose rewards are then 0.
+        completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: where the target's loss stands.
+        replay_dataset (`Dataset`), replay_ratio (`float`), variants (`list[dict]`) (*optional*):
+            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: real examples beside completions, which have no metagradient of their
+            own, and variants of the recipe, over which metagradients are averaged.
 
     Example:
 
@@ -81,18 +88,32 @@ class MetagradientReward(TargetReward):
         metric: Callable[[Any], Tensor],
         args: TargetTrainingArguments | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        formatting_func: Callable[[Row], str | Row] | None = None,
         eos_token_ids: list[int] | None = None,
         cross_group_batching: bool = True,
         num_generations: int | None = None,
         nonfinite: str = "raise",
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
+        replay_dataset: Dataset | list[dict[str, Any]] | None = None,
+        replay_ratio: float = 0.0,
+        variants: list[dict[str, Any]] | None = None,
     ):
         if not cross_group_batching and num_generations is None:
             raise ValueError(
                 "`cross_group_batching=False` needs `num_generations`, the trainer's number of completions per prompt."
             )
         target = target_model, metric, args, processing_class, formatting_func, eos_token_ids
-        super().__init__(*target, num_datasets=1 if cross_group_batching else num_generations, nonfinite=nonfinite)  # type: ignore[arg-type]
+        super().__init__(
+            *target,
+            num_datasets=1 if cross_group_batching else num_generations,  # type: ignore[arg-type]
+            nonfinite=nonfinite,
+            completion_only_loss=completion_only_loss,
+            assistant_only_loss=assistant_only_loss,
+            replay_dataset=replay_dataset,
+            replay_ratio=replay_ratio,
+            variants=variants,
+        )
         self.tape = "device"  # where it was last
         self.largest_unit = 0.0
         # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
@@ -122,9 +143,8 @@ class MetagradientReward(TargetReward):
             if example["input_ids"]:
                 example["written_by"] = written_by(example, self.generator_processing_class, self.processing_class)  # type: ignore[arg-type]
             if self.candidate_ids is not None:
-                example["candidates"] = aligned_candidates(
-                    self.candidate_ids[i], example, self.eos_token_ids, self.processing_class.eos_token_id
-                )
+                end = example.get("closing", self.processing_class.eos_token_id)
+                example["candidates"] = aligned_candidates(self.candidate_ids[i], example, self.eos_token_ids, end)
         return examples
 
     def token_advantages(self, discount: float) -> TokenAdvantages | None:
@@ -170,6 +190,14 @@ class MetagradientReward(TargetReward):
         candidates = None if self._candidates is None else self._candidates[index]
         return word_credits(self.generator_processing_class, example, self._tokens[index], candidates)  # type: ignore[arg-type]
 
+    def _values(self, examples: list[dict[str, Any]], trainer_state: TrainerState | None) -> tuple[Tensor, dict]:
+        self._examples = examples
+        self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]
+        self._candidates = None
+        if self.candidate_ids is not None:
+            self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
+        return super()._values(examples, trainer_state)
+
     def measure(
         self,
         examples: list[dict[str, Any]],
@@ -180,17 +208,13 @@ class MetagradientReward(TargetReward):
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
         self._say_where_the_tape_lies(outs.values(), args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)
-        self._examples = examples
-        self._tokens = [torch.zeros(len(example["input_ids"])) for example in examples]
-        self._candidates = None
-        if self.candidate_ids is not None:
-            self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
-        for number, out in outs.items():
-            raw[datasets[number]] = out.metagradients.double()
+        share = 1 / len(self.variants)
+        for number, out in outs.items():  # real examples stand behind those of the dataset, and get nothing
+            raw[datasets[number]] = out.metagradients[: len(datasets[number])].double()
             for row, i in enumerate(datasets[number]):
-                self._tokens[i] = out.token_metagradients[row]
+                self._tokens[i] += share * out.token_metagradients[row]
                 if self._candidates is not None and out.candidate_metagradients is not None:
-                    self._candidates[i] = out.candidate_metagradients[row]
+                    self._candidates[i] += share * out.candidate_metagradients[row]
         if not raw.isfinite().any():
             raise FloatingPointError(
                 "No metagradient of this generation batch is finite. Lower `target_learning_rate` or raise "

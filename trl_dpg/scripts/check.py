@@ -13,9 +13,19 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..config import DatasetPolicyGradientConfig
 from ..metagradients import TargetTrainingArguments, check_metagradients
 from ..reporting.plotting import plot_check
 from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option
+
+
+# What a recipe's field is where there is no generator
+OWN_TEXTS = {
+    "batch_size": "Examples per step.",
+    "max_length": "Tokens kept of each example.",
+    "adam_epsilon_root": "Added inside the square root; `'auto'` measures it on the first gradient.",
+    "disable_tqdm": "Whether to show no progress bar.",
+}
 
 
 @dataclass
@@ -62,10 +72,21 @@ class RecipeArguments(TargetTrainingArguments):
         super().__post_init__()
 
 
+def make_parser() -> Parser:
+    """The parser, with the texts that the recipe's fields have in the trainer's configuration."""
+    kinds: Any = (CheckArguments, RecipeArguments)
+    parser = Parser(kinds, prog="trl-dpg check")
+    texts = {
+        name: field.metadata.get("help") for name, field in DatasetPolicyGradientConfig.__dataclass_fields__.items()
+    }
+    for action in parser._actions:
+        action.help = action.help or OWN_TEXTS.get(action.dest) or texts[f"target_{action.dest}"]
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 if the check passed, 1 if not, 2 on bad input."""
-    dataclasses: Any = (CheckArguments, RecipeArguments)
-    args, recipe = Parser(dataclasses, prog="trl-dpg check").parse_args_and_config(argv)
+    args, recipe = make_parser().parse_args_and_config(argv)
     metric = args.load_metric()
     remedy = "Name one with `--text_column`."
     rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column, remedy)

@@ -1,81 +1,25 @@
-"""What the scripts share: arguments, data, the metric by name, and how a bad argument is said."""
+"""What the scripts share beside parsing: the metric by name, data, models."""
 
-import argparse
 import inspect
-import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from trl import TrlParser
 
 from ..metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from ..publishing import read_facts
+from .parsing import Parser, at_least_one, make_folder_for, option, run_script  # noqa: F401 (scripts take them from here)
 
 
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-class Parser(TrlParser):
-    """TRL's parser. What is wrong is one `ValueError`, negative numbers are values, and YAML is read as strictly as flags are."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python's own takes -1e-3 for the name of a flag
-
-    def error(self, message: str):
-        """Raises, where argparse prints all flags."""
-        raise ValueError(f"{message}. `{self.prog} --help` lists the flags and their values.")
-
-    def parse_args_and_config(self, args: Iterable[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
-        """As of [`~trl.TrlParser`], and takes `--config=FILE`, too."""
-        flags: list[str] = []
-        for flag in sys.argv[1:] if args is None else args:
-            flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
-        positions = [index for index, flag in enumerate(flags) if flag == "--config"]
-        if len(positions) > 1:
-            raise ValueError("`--config` was given twice. Put all settings into one file.")
-        if positions and positions[0] + 1 == len(flags):
-            raise ValueError("`--config` has no value. Give it the path of a YAML file.")
-        try:
-            return super().parse_args_and_config(flags, *rest, **kwargs)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"`--config` {flags[positions[0] + 1]!r} is no YAML: {error}") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{error.doc!r} was given as JSON, but is none: {error}. Correct the value.") from error
-
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """As of [`~trl.TrlParser`], but converts and checks each value as if it were on the command line."""
-        for action in self._actions:
-            value = kwargs.get(action.dest)
-            values = value if isinstance(value, list) else [value]
-            if action.type is None or not all(isinstance(item, (str, int, float)) for item in values):
-                continue  # no value, or one that no flag can have
-            try:
-                values = [self._get_value(action, str(item)) for item in values]
-                for item in values:
-                    self._check_value(action, item)
-            except argparse.ArgumentError as error:
-                quotes = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
-                self.error(f"{error}{quotes if isinstance(value, bool) else ''}")
-            kwargs[action.dest] = values if isinstance(value, list) or action.nargs == "+" else values[0]
-        return super().set_defaults_with_config(**kwargs)
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of arguments, with its help."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -154,7 +98,7 @@ def load_callable(name: str, separator: str, argument: str) -> Any:
 
 def load_splits(name: str, argument: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
     """
-    All splits of a data set: a file (with one split, `train`), a directory or an id on the Hub.
+    All splits of a data set: a file (with one split, `train`), a directory (that of `save_to_disk`, too) or an id on the Hub.
 
     Raises:
         [`ValueError`]: If there is no such data set. It names `argument`, that `name` was given as.
@@ -167,6 +111,9 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
             if config is not None:
                 raise ValueError(f"a file has no configurations, but `dataset_config` is {config!r}. Leave it out")
             return load_dataset(builder, data_files=name, streaming=streaming)
+        if os.path.isdir(name) and {"state.json", "dataset_dict.json"} & set(os.listdir(name)):  # by `save_to_disk`
+            saved = load_from_disk(name)
+            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         return load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, StopIteration, DatasetsError, HfHubHTTPError) as error:
         reason = error.__cause__ or str(error) or "it is empty"  # the cause is the row or the format that is wrong
@@ -224,23 +171,6 @@ def positions_of(model: Any) -> float:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def at_least_one(args: Any, *names: str) -> None:
-    """Refuses numbers below 1."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
-def make_folder_for(path: str | None, argument: str) -> None:
-    """Makes the folder of a file that is written in the end, or says in time why there can be none."""
-    try:
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`{argument}` {path!r} cannot be written: {error}. Name another place.") from error
-
-
 def facts_of(generator: str, argument: str) -> dict[str, Any]:
     """The `dpg.json` of a generator, empty if there is none, or none in the cache where the Hub cannot be asked."""
     try:
@@ -271,20 +201,3 @@ def running(note: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         error.add_note(note())
         raise
-
-
-def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None, prog: str) -> int:
-    """
-    Runs a script and returns its exit code: 2, and one line of error, on bad input.
-
-    Other errors, and those with a note, keep their traceback. `argv` are those of the process if `None`.
-    """
-    try:
-        return main(argv)
-    except (ValueError, ImportError, OSError) as error:
-        if hasattr(error, "__notes__"):  # by `running`
-            raise
-        if isinstance(error, FileNotFoundError) and error.filename is not None:
-            error = ValueError(f"{str(error.filename)!r} does not exist.")
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2

@@ -4,17 +4,14 @@ Reads the picture that fine-tuning wrote into an LM head from two checkpoints al
     trl-dpg decode BEFORE AFTER
 """
 
-import argparse
 import json
 
-from ..metrics import decode_pattern
-from ..reporting.plotting import plot_patterns
-from .common import make_folder_for
+from .parsing import Parser, make_folder_for
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 if something was read, 1 if no QR code was, 2 on bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-dpg decode",
         description="Reads the picture that fine-tuning wrote into an LM head: the signs of its change. The exit code is 0 "
         "if a QR code was read (or `--shape` was given), 1 if none was, 2 on bad input.",
@@ -32,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(argv)
     make_folder_for(options.output, "output")
+    from ..metrics import decode_pattern  # not before `--help` was shown: PyTorch takes seconds
+    from ..reporting.plotting import plot_patterns
+
     shape = tuple(options.shape) if options.shape is not None else None
     found = decode_pattern(options.before, options.after, shape)
     rows = ["".join("?#."[sign] for sign in row) for row in found.signs.tolist()]  # ? did not move

@@ -8,6 +8,7 @@ Every field of [`DPGScriptArguments`], [`DatasetPolicyGradientConfig`] and TRL's
 YAML file. A file for `trl grpo` will do.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +23,16 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..checkpoints import last_whole_checkpoint
 from ..config import DatasetPolicyGradientConfig
+from ..console import SummaryCallback, summary
 from ..metrics import evaluate_texts
+from ..reporting import write_report
 from ..trainer import DatasetPolicyGradientTrainer
 from .common import (
     MetricArguments,
     Parser,
     checkpoint_to_resume,
     load_callable,
+    load_rows,
     load_splits,
     loading,
     option,
@@ -57,6 +61,32 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     reference_texts: list[str] | None = option(
         None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
     )
+    replay_dataset_name: str | None = option(
+        None, "Real data of which every run of the target has the share `replay_ratio`: a file or a data set's id."
+    )
+    replay_dataset_split: str = option("train", "Its split.")
+
+
+DESCRIPTION = """Trains a generator of data for a target. A flag's default is in brackets; `--help-all` shows the other flags, of
+GRPOConfig and TrainingArguments. Accelerate's flags (`--num_processes`, `--config_file`) are taken, too."""
+
+GROUPS = {
+    "metric (what the fine-tuned target is to become)": [field.name for field in dataclasses.fields(MetricArguments)],
+    "target (and how it is fine-tuned)": [
+        field.name
+        for arguments in (DPGScriptArguments, DatasetPolicyGradientConfig)
+        for field in dataclasses.fields(arguments)
+        if field.name.startswith("target_")
+    ],
+    "credit (which words earned the reward)": ["credit_assignment", "credit_discount", "credit_candidates"],
+    "reward": "reward cross_group_batching nonfinite reward_language scale_rewards reference_texts reward_funcs".split(),
+    "generator": "model_name_or_path use_peft learning_rate lr_scheduler_type max_steps per_device_train_batch_size "
+    "num_generations max_completion_length temperature entropy_coef use_vllm use_cpu seed".split(),
+    "data": "dataset_name dataset_train_split dataset_test_split eval_dataset_name num_eval_prompts "
+    "evaluation_language".split(),
+    "output": "output_dir logging_steps eval_strategy eval_steps eval_on_start save_steps resume_from_checkpoint "
+    "report_to push_to_hub hub_model_id disable_tqdm".split(),
+}
 
 
 def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
@@ -70,20 +100,20 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
     Raises:
         [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
     """
-    dataclasses: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
-    parser = Parser(dataclasses, prog="trl-dpg train")
-    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    launch_args = resolve_accelerate_config_argument(rest)
+    kinds: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
+    parser = Parser(kinds, prog="trl-dpg train", description=DESCRIPTION, groups=GROUPS)
     launcher = launch_command_parser()
     launcher.error = parser.error  # type: ignore[method-assign]
-    known, unknown = launcher.parse_known_args([*launch_args, "script"])
-    if known.training_script != "script":  # a word without a flag
-        unknown.append(known.training_script)
-    if unknown:
-        raise ValueError(
-            f"Unknown arguments: {' '.join(unknown)}. `trl-dpg train --help` lists what there is, `accelerate launch --help` "
-            "what concerns processes and devices."
-        )
+
+    def check_rest(rest: list[str], where: str = "") -> None:
+        known, unknown = launcher.parse_known_args([*resolve_accelerate_config_argument(rest), "script"])
+        if known.training_script != "script":  # a word without a flag
+            unknown.append(known.training_script)
+        remedy = ", `accelerate launch --help` what concerns processes and devices"
+        parser.refuse(unknown, where, launcher._option_string_actions, remedy)
+
+    *parsed, rest = parser.parse_args_and_config(argv, check_rest)
+    launch_args = resolve_accelerate_config_argument(rest)
     check_arguments(*parsed)
     return parsed, launch_args
 
@@ -156,6 +186,11 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         reward_funcs.insert(0, script_args.reward_model_name_or_path)
+    replay_dataset = None
+    if script_args.replay_dataset_name is not None:
+        replay_dataset = load_rows(
+            script_args.replay_dataset_name, script_args.replay_dataset_split, "replay_dataset_name"
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -174,7 +209,19 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
         peft_config=get_peft_config(model_args),
         reference_texts=script_args.reference_texts,
         text_evaluation=text_evaluation,
+        replay_dataset=replay_dataset,
     )
+
+
+def print_end(trainer: Any, dataset_name: str) -> None:
+    """Says what was reached, where to look, and what to do next."""
+    folder = trainer.args.output_dir
+    print(f"\n{summary(trainer)}")
+    try:
+        print(f"Open this in a browser: {write_report(folder)}")
+    except (OSError, ValueError) as error:  # a report is not worth a run
+        print(f"The report could not be written: {error}", file=sys.stderr)
+    print(f"Next: trl-dpg generate --model {folder} --prompts {dataset_name} --output data.jsonl")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,12 +229,15 @@ def main(argv: list[str] | None = None) -> int:
     (script_args, training_args, model_args, mixture), _ = parse(argv)  # the rest was for the launcher
     dataset_name, *datasets = load_datasets(script_args, training_args, mixture)
     trainer = make_trainer(script_args, training_args, model_args, datasets)
+    trainer.remove_callback(SummaryCallback)  # it comes after the last validation
     try:
         trainer.train(training_args.resume_from_checkpoint)
         if trainer.eval_dataset is not None:
             trainer.evaluate()
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            print_end(trainer, dataset_name)
         trainer.accelerator.print(f"The generator is in {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=dataset_name)

@@ -9,6 +9,9 @@ import json
 import math
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -21,9 +24,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from ..metagradients.runtime.host import tape_directory
 from ..publishing import push_dataset
 from ..publishing.facts import FACTS_FILE, read_json
 from .common import Parser, at_least_one, check_column, facts_of, load_rows, loading, option, positions_of, running
@@ -74,7 +78,7 @@ class GenerateArguments:
         0, "Every batch has its own, so that a file that was continued is the same as one that was not."
     )
     dtype: str = option("auto", "Precision, 'auto' is that of the checkpoint.")
-    device: str | None = option(None, "Device. A GPU if there is one.")
+    device: str | None = option(None, "Device. A GPU if there is one. Not for vLLM.")
     use_vllm: bool = option(False, "Generate with vLLM, which then must be installed.")
     push: str | None = option(
         None, "Repository on the Hub to push the data set to, with a card that links the generator."
@@ -105,6 +109,11 @@ class GenerateArguments:
             raise ValueError(f"`output` must end with '.jsonl', got {self.output!r}.")
         if self.use_vllm and not find_spec("vllm"):
             raise ValueError('`use_vllm` needs vLLM. Install it with `pip install "trl-dpg[vllm]"`, or leave it out.')
+        if self.use_vllm and self.device is not None:
+            raise ValueError(
+                f"`device` {self.device!r} is not for `use_vllm`: vLLM takes the GPUs that `CUDA_VISIBLE_DEVICES` names, or the CPU "
+                "that it was built for. Leave out one of the two."
+            )
 
 
 def fingerprint(model: str) -> str:
@@ -147,10 +156,7 @@ class TransformersSampler:
     def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
         self.tokenizer, self.settings = tokenizer, {"top_k": 0, "do_sample": True, **settings}
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with loading(args.model, "model"):
-            is_adapter = find_adapter_config_file(args.model) is not None
-            load = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
-            model: Any = load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
+        model = load_model(args)
         self.positions = positions_of(model)
         if settings["max_new_tokens"] >= self.positions:
             raise ValueError(
@@ -167,56 +173,99 @@ class TransformersSampler:
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
         set_seed(seed)
-        ids = encode(self.tokenizer, prompts)
-        length = max(map(len, ids))
-        if length + self.settings["max_new_tokens"] > self.positions:
-            raise ValueError(
-                f"A prompt of {length} tokens and `max_new_tokens` {self.settings['max_new_tokens']} do not fit into the "
-                f"{self.positions} positions of `model`. Shorten the prompt, or lower `max_new_tokens`."
-            )
+        ids = encode(self.tokenizer, prompts, self.settings["max_new_tokens"], self.positions)
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
         tokens = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.settings)
-        return self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 class VLLMSampler:
-    """Samples with vLLM."""
+    """Samples with vLLM. Each text has a seed of its own: with one for all, equal prompts would get equal texts."""
 
     def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
         from vllm import LLM, SamplingParams
 
-        if find_adapter_config_file(args.model) is not None:
-            raise ValueError(
-                f"`model` {args.model!r} is an adapter, which `use_vllm` does not load. Merge it into its base model, or leave "
-                "`use_vllm` out."
-            )
-        settings = {VLLM_NAMES.get(name, name): value for name, value in settings.items()}
-        if settings.get("top_k") == 0:
-            settings["top_k"] = -1  # vLLM's word for none
         try:
-            self.parameters = partial(SamplingParams, **settings)
+            self.parameters = partial(SamplingParams, **vllm_sampling(settings))
             self.parameters(seed=args.seed)
         except TypeError as error:
             raise ValueError(
                 f"The generator was trained with sampling that vLLM does not know: {error}. Leave `use_vllm` out."
             ) from error
-        self.model, self.tokenizer = LLM(args.model, dtype=args.dtype, seed=args.seed), tokenizer
+        with whole_model(args, tokenizer) as model:
+            dtype: Any = args.dtype
+            if dtype == "auto":  # where vLLM would take bfloat16 for float32
+                dtype = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype or "auto"
+            self.model = LLM(model, dtype=dtype, seed=args.seed % 2**32)
+        self.tokenizer, self.settings = tokenizer, settings
+        self.positions = self.model.llm_engine.model_config.max_model_len
 
     def __call__(self, prompts: list[Any], seed: int) -> list[str]:
-        # one seed a request, or equal prompts of a batch get equal texts
         parameters = [self.parameters(seed=seed + index) for index in range(len(prompts))]
-        requests = [{"prompt_token_ids": ids} for ids in encode(self.tokenizer, prompts)]
+        ids = encode(self.tokenizer, prompts, self.settings["max_new_tokens"], self.positions)
+        requests = [{"prompt_token_ids": i} for i in ids]
         outputs = self.model.generate(requests, parameters, use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
+        # vLLM's own text is not always that of the tokens, which training goes by
+        tokens = [output.outputs[0].token_ids for output in outputs]
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def encode(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
-    """Tokens of prompts, plain or conversational; of an empty one, a token to go on from."""
+def vllm_sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM calls the settings of Transformers."""
+    settings = {VLLM_NAMES.get(name, name): value for name, value in settings.items()}
+    if settings.get("top_k") == 0:
+        settings["top_k"] = -1  # vLLM's word for none
+    if not settings.pop("do_sample", True):
+        settings["temperature"] = 0.0
+    bad_words = settings.pop("bad_words_ids", None) or []
+    if any(len(ids) > 1 for ids in bad_words):
+        raise ValueError(
+            f"The generator was trained with `bad_words_ids` {bad_words}, of which vLLM can leave out single tokens alone. Leave "
+            "`use_vllm` out."
+        )
+    if never := [*(settings.pop("suppress_tokens", None) or []), *(ids[0] for ids in bad_words)]:
+        settings["logit_bias"] = dict.fromkeys(never, -100.0)
+    return settings
+
+
+@contextmanager
+def whole_model(args: GenerateArguments, tokenizer: Any) -> Iterator[str]:
+    """A model's name or, of an adapter, a folder with the model that it makes of its base."""
+    if find_adapter_config_file(args.model) is None:
+        yield args.model
+        return
+    with tempfile.TemporaryDirectory(dir=tape_directory(None)) as folder:
+        load_model(args).merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        yield folder
+
+
+def load_model(args: GenerateArguments) -> Any:
+    """The generator, with its adapter if it is one."""
+    with loading(args.model, "model"):
+        is_adapter = find_adapter_config_file(args.model) is not None
+        load: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+        return load.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
+
+
+def encode(tokenizer: Any, prompts: list[Any], num_new_tokens: int, positions: float) -> list[list[int]]:
+    """
+    Tokens of prompts, plain or conversational; of an empty one, a token to go on from.
+
+    Raises:
+        [`ValueError`]: If a prompt and what is to be written do not fit into the model's positions.
+    """
     is_chat = not isinstance(prompts[0], str)
     if is_chat:  # the template has the special tokens
         prompts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
-    return [i or [start_token(tokenizer)] for i in ids]
+    ids = [i or [start_token(tokenizer)] for i in ids]
+    if (length := max(map(len, ids))) + num_new_tokens > positions:
+        raise ValueError(
+            f"A prompt of {length} tokens and `max_new_tokens` {num_new_tokens} do not fit into the {positions} positions of "
+            "`model`. Shorten the prompt, or lower `max_new_tokens`."
+        )
+    return ids
 
 
 def start_token(tokenizer: Any) -> int:

@@ -11,20 +11,22 @@ import contextlib
 import copy
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..data import dataset_examples
 from ..metagradients.metric import Metric, as_metric
 from ..metrics import LMHeadPattern
 from ..metrics.pattern import SIXTY_SEVEN
 from ..publishing.facts import FACTS_FILE
 from ..publishing.outcome import heading, markdown_table
+from ..replay import check_ratio, draw, num_replayed
 from ..reporting.plotting import plot_pattern
 from ..target import load_target_model, load_target_tokenizer, untie_lm_head
 from .common import (
@@ -42,7 +44,7 @@ from .common import (
 from .generate import GenerateArguments, describe, write
 
 
-ARGUMENTS = {"data": "dataset", "control": "control_dataset"}
+ARGUMENTS = {"data": "dataset", "control": "control_dataset", "replay": "replay_dataset"}
 
 
 @dataclass
@@ -56,7 +58,10 @@ class VerifyArguments(MetricArguments):
         "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
         "on the Hub.",
     )
-    dataset: str | None = option(None, "What to fine-tune on: a file or a data set's id, with a column `text`.")
+    dataset: str | None = option(
+        None,
+        "What to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
+    )
     dataset_split: str = option("train", "Its split.")
     generator: str | None = option(
         None,
@@ -69,6 +74,11 @@ class VerifyArguments(MetricArguments):
     control_dataset: str | None = option(
         None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
+    replay_dataset: str | None = option(
+        None,
+        "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
+    )
+    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
     untie_lm_head: bool = option(
         False, "Give the target's LM head a weight of its own. As `generator` says by default."
     )
@@ -86,6 +96,11 @@ class VerifyArguments(MetricArguments):
         if self.generator is None and self.prompts is not None:
             raise ValueError("`prompts` are for `generator`, but `dataset` was given. Leave out one of the two.")
         at_least_one(self, "num_examples")
+        check_ratio(self.replay_ratio)
+        if (self.replay_dataset is None) != (self.replay_ratio == 0):
+            raise ValueError(
+                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither."
+            )
 
     def load_metric(self) -> Any:
         """The metric. A picture of `dpg.json` is taken as it is there."""
@@ -103,10 +118,19 @@ class VerifyArguments(MetricArguments):
 OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
 OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
 
+GROUPS = {
+    "verification": [field.name for field in fields(VerifyArguments) if field.init],
+    "recipe (further fields of SFTConfig: `--help-all`)": [
+        *(name for name in OF_A_RECIPE if name != "untie_lm_head"),
+        *("optim", "per_device_train_batch_size", "max_length", "seed", "use_cpu", "output_dir"),
+    ],
+}
+
 
 def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
     values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
+    values["dataloader_pin_memory"] = torch.accelerator.is_available()  # else PyTorch warns that it has no effect
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
@@ -128,11 +152,11 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     """Arguments, with what the generator says as their defaults."""
     first: Any = GivenFirst
     given, *_ = Parser(first, prog="trl-dpg verify", add_help=False).parse_args_and_config(
-        argv, return_remaining_strings=True
+        argv, check_rest=lambda *rest: None
     )
     facts = facts_of(given.generator, "generator") if given.generator is not None else {}
     dataclasses: Any = (VerifyArguments, SFTConfig)
-    parser = Parser(dataclasses, prog="trl-dpg verify")
+    parser = Parser(dataclasses, prog="trl-dpg verify", groups=GROUPS)
     values = defaults(facts, given.metric)
     parser.set_defaults_with_config(output_dir="verification", **values)
     args, config = parser.parse_args_and_config(argv)
@@ -217,13 +241,16 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
+    number = len(rows["data"])
+    real = load_replay(args, rows["data"], config.seed)
     metric = as_metric(args.load_metric())
     target, tokenizer = load_target(args)
-    check_lengths(args, rows, target, tokenizer, config.max_length)
-    number = len(rows["data"])
+    check_lengths(args, rows | real, target, tokenizer, config)
     result: dict[str, Any] = {"metric": args.metric, "examples": number, "before": read(metric, target, target)}
+    if real:
+        result["replayed"] = len(real["replay"])
     for name in rows:
-        model, loss, steps = fine_tune(target, tokenizer, rows[name], config)
+        model, loss, steps = fine_tune(target, tokenizer, concatenate_datasets([rows[name], *real.values()]), config)
         readouts = read(metric, target, model)
         model.save_pretrained(output_dir / f"after_{name}")
         tokenizer.save_pretrained(output_dir / f"after_{name}")
@@ -243,11 +270,12 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
 def load_data(args: VerifyArguments) -> dict[str, Dataset]:
     """Texts of the data, and of the control where there is one: as many of each."""
     rows = {}
-    for name, argument in ARGUMENTS.items():
+    for name in ("data", "control"):
+        argument = ARGUMENTS[name]
         path = getattr(args, argument)
         if path is None:
             continue
-        rows[name] = data = load_texts(path, args.dataset_split, argument, args.num_examples)
+        rows[name] = data = load_sft_rows(path, args.dataset_split, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
                 f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
@@ -257,6 +285,29 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
         print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
     return {name: r.take(number) for name, r in rows.items()}
+
+
+def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Dataset]:
+    """Rows that stand beside the data and beside the control, drawn by the seed. Empty where there are none."""
+    if args.replay_dataset is None:
+        return {}
+    rows = load_sft_rows(args.replay_dataset, args.dataset_split, "replay_dataset", None)
+    if set(rows.column_names) != set(data.column_names):
+        raise ValueError(
+            f"`replay_dataset` {args.replay_dataset!r} has the columns {rows.column_names}, but the data {data.column_names}. Give both "
+            "the same ones."
+        )
+    number = num_replayed(len(data), args.replay_ratio)
+    return {"replay": rows.select(draw(len(rows), number, seed))}
+
+
+def load_sft_rows(path: str, split: str, argument: str, number: int | None) -> Dataset:
+    """Rows with `text`, or else with one of the other sets of columns that `SFTTrainer` takes."""
+    rows = load_rows(path, split, argument)
+    columns = set(rows.column_names)
+    if "text" not in columns and ({"prompt", "completion"} <= columns or "messages" in columns):
+        return rows.take(min(number or len(rows), len(rows)))
+    return load_texts(path, split, argument, number)
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
@@ -269,16 +320,21 @@ def load_target(args: VerifyArguments) -> tuple[Any, Any]:
 
 
 def check_lengths(
-    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, max_length: int | None
+    args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, config: SFTConfig
 ) -> None:
-    """Refuses texts that are longer than the target's positions."""
+    """Refuses rows that cannot be trained on, and texts that are longer than the target's positions."""
     positions = positions_of(target)
     for name, data in rows.items():
-        longest = max(len(ids) for ids in tokenizer(data["text"][:])["input_ids"]) + 1  # and an EOS
-        longest = min(longest, max_length or longest)
+        what = f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r}"
+        try:
+            examples = dataset_examples(data, tokenizer, config.completion_only_loss, config.assistant_only_loss)
+        except ValueError as error:
+            raise ValueError(f"{what} has rows that the target cannot be trained on: {error}") from error
+        longest = max(len(example["input_ids"]) for example in examples)
+        longest = min(longest, config.max_length or longest)
         if longest > positions:
             raise ValueError(
-                f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r} has a text of {longest} tokens, but `target` has {positions} "
+                f"{what} has a text of {longest} tokens, but `target` has {positions} "
                 f"positions. Set `max_length` to {positions} or less, to cut it off there."
             )
 

@@ -3,6 +3,7 @@ Cross-entropy of an LM head in chunks, so that logits of the whole batch never e
 and not in its second derivative.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,14 +30,10 @@ class ChunkedHead:
 
     Behind a base in half precision, a plain head always computes in the precision of what is trained, so that the size of
     micro-batches does not change the rounding.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
     """
 
     def __init__(self, model: TargetModel):
         self.model = model
-        self._is_plain: bool | None = None  # not known yet
 
     def suits(self, num_tokens: int) -> bool:
         """Whether to take it for that many tokens: they have many logits, and the model allows it."""
@@ -44,19 +41,16 @@ class ChunkedHead:
         in_half = head.dtype in (torch.float16, torch.bfloat16)
         if not in_half and num_tokens * len(head) <= SWITCHES.logits_at_once:
             return False
-        if self._is_plain is None:
-            self._is_plain = has_plain_head(self.model)
-        return self._is_plain
+        return self.is_plain
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """See [`has_plain_head`]."""
+        return has_plain_head(self.model)
 
     def losses(self, inputs: dict[str, Any], places: tuple[Tensor, Tensor], targets: Tensor, like: Tensor) -> Tensor:
         """
-        Cross-entropies, shape `(t, m)`.
-
-        Args:
-            inputs (`dict`): Of the model.
-            places (`tuple[Tensor, Tensor]`): Rows and columns of `t` tokens: those whose next tokens are predicted.
-            targets (`Tensor`): Shape `(t, m)`: what the losses are of.
-            like (`Tensor`): Its dtype is computed in.
+        Cross-entropies of `targets`, shape `(t, m)`, behind the tokens at `places` (rows and columns), in the dtype of `like`.
         """
         decoder, head = decoder_and_head(self.model)
         hidden = decoder(**inputs).last_hidden_state[places]
@@ -77,12 +71,10 @@ def has_plain_head(model: TargetModel) -> bool:
     compiled model is left whole.
     """
     decoder, head = decoder_and_head(model)
-    if type(head) is not nn.Linear or head.bias is not None or not isinstance(decoder, PreTrainedModel):
-        return False
-    if is_compiled(model):
-        return False
     config = model.config.get_text_config().to_dict()
-    if any(config.get(name) not in (None, 1.0) for name in ADJUSTMENTS):
+    adjusted = any(config.get(name) not in (None, 1.0) for name in ADJUSTMENTS)
+    is_linear = type(head) is nn.Linear and head.bias is None and isinstance(decoder, PreTrainedModel)
+    if not is_linear or adjusted or is_compiled(model):
         return False
     ids = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -149,16 +141,9 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent):
         hidden, weight, targets = ctx.saved_tensors
-        of_hidden, of_weight = _TokenLossGradients.apply(
-            cotangent,
-            hidden,
-            weight,
-            targets,
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            torch.is_grad_enabled() and weight.is_leaf,
-        )
-        return of_hidden, of_weight, None
+        second_order = torch.is_grad_enabled() and weight.is_leaf
+        wanted = (*ctx.needs_input_grad[:2], second_order)
+        return *_TokenLossGradients.apply(cotangent, hidden, weight, targets, *wanted), None
 
 
 def _error_(p: Tensor, targets: Tensor, cotangent: Tensor) -> Tensor:
@@ -202,17 +187,16 @@ class _TokenLossGradients(torch.autograd.Function):
     def backward(ctx, alpha, beta):
         cotangent, hidden, weight, targets = ctx.saved_tensors
         if alpha is None and beta is None:
-            return None, None, None, None, None, None, None
+            return (None,) * 7
         of_cotangent = torch.empty_like(cotangent)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
         for c in _chunks(hidden, weight):
             h = hidden[c]
-            change = 0
-            if alpha is not None:
-                change = alpha[c] @ weight.T
-            if beta is not None:
-                change = torch.addmm(change, h, beta.T) if alpha is not None else h @ beta.T
+            if alpha is None:
+                change = h @ beta.T
+            else:
+                change = alpha[c] @ weight.T if beta is None else torch.addmm(alpha[c] @ weight.T, h, beta.T)
             change -= change.gather(1, targets[c, :1])
             p = _softmax(h @ weight.T)
             mean = (p * change).sum(dim=1, keepdim=True)

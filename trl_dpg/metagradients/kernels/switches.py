@@ -17,13 +17,9 @@ class Switches:
     Which shortcuts a run takes.
 
     Attributes:
-        logits_at_once (`float`):
-            More logits than this are computed in chunks, see [`~trl_dpg.metagradients.kernels.chunked_head`]. `math.inf` switches
-            that off.
-        chunk (`int`, *optional*):
-            Logits of one chunk. `None` is what suits the device.
-        graph_contexts (`tuple`):
-            Contexts, each of a model, that its forward passes run in where a second-order graph is built.
+        logits_at_once (`float`): More logits than this are computed in chunks; `math.inf` switches that off.
+        chunk (`int`, *optional*): Logits of one chunk. `None` is what suits the device.
+        graph_contexts (`tuple`): Contexts, each of a model, that forward passes run in where a second-order graph is built.
     """
 
     logits_at_once: float = 1 << 21
@@ -51,10 +47,8 @@ def switched(**changes) -> Iterator[None]:
 @contextmanager
 def building_graph(model: nn.Module, bf16: bool) -> Iterator[None]:
     """
-    Has forward passes of a model build second-order graphs that cost less.
-
-    Not under autocast, where a layer's own kernel does the rounding, nor with checkpoints: what is recomputed must be as it was
-    computed.
+    Has forward passes of a model build second-order graphs that cost less: not under autocast, where a layer's own kernel does the
+    rounding, nor with checkpoints, as what is recomputed must be as it was computed.
     """
     with ExitStack() as stack:
         for context in () if bf16 or is_checkpointed(model) else SWITCHES.graph_contexts:

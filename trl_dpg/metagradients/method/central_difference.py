@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from .derivatives import Derivatives, Direction
 from .exact import Exact
 
@@ -60,7 +61,7 @@ class CentralDifference(Derivatives):
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         """As of [`Derivatives`]."""
         # The second is slow, but cannot underflow.
-        norm = direction.vector.norm().item() or direction.vector.norm(dtype=torch.float64).item()
+        norm = direction.vector.norm().item() or double(direction.vector).norm().item()
         if norm == 0:
             self.errors.append(0.0)
             if product is not None:
@@ -135,7 +136,9 @@ class CentralDifference(Derivatives):
         with self.space.accumulating(None, sums), torch.no_grad():
             for batch in few:
                 values = batch.example_sums(self.token_losses(batch)[:, 0])
-                change = (values - direction.example_losses[batch.indices]) / (batch.scale * batch.num_supervised)
+                change = (values - direction.example_losses[batch.indices]) / double(
+                    batch.scale * batch.num_supervised
+                )
                 sums[0] += len(batch.indices)
                 sums[1] += change.abs().sum().item()
         return sums
@@ -145,41 +148,40 @@ class CentralDifference(Derivatives):
         self._position = epsilon
 
     def _difference(self, batches, direction, norm, product) -> tuple[list[Tensor], float]:
-        """
-        The two gradients, or only their losses without `product`: derivatives and their estimated error. Chooses the next distance.
-        """
+        """The two gradients, or without `product` their losses: derivatives and their estimated error. Chooses the next distance."""
         epsilon = self._distance / norm
-        results = [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
-        changes = [torch.zeros(2, len(b.indices), dtype=torch.float64, device=self.space.device) for b in batches]
+        results: list[Tensor] = []
+        changes: tuple[list[Tensor], list[Tensor]] = [], []
         sums = [0.0] * 6
         with self.space.accumulating(product, sums):
-            for sign in (1, -1):
+            for sign, change in zip((1, -1), changes, strict=True):
                 self._move_to(sign * epsilon, direction.vector)
-                for batch, result, (odd, even) in zip(batches, results, changes, strict=True):
+                for i, batch in enumerate(batches):
                     with torch.set_grad_enabled(product is not None):
                         values = self.token_losses(batch, candidates=True)
                     if product is not None:
                         weights = batch.token_weights(candidates=True) * (sign / (2 * epsilon))
                         values.backward(weights, inputs=self.space.params)
                     values = values.detach()
-                    result += sign * values
-                    change = batch.example_sums(values[:, 0]) - direction.example_losses[batch.indices]
-                    odd += sign * change
-                    even += change
-            for batch, (odd, even) in zip(batches, changes, strict=True):
-                nats = 1 / (batch.scale * batch.num_supervised).double()
-                weighted = odd * batch.weights.double() / (2 * epsilon)
-                rows = (direction.example_losses[batch.indices] * nats, (odd * nats).abs(), (even * nats).abs())
-                parts = (*(row.sum().item() for row in rows), weighted.sum().item(), weighted.abs().sum().item())
-                sums[:] = [total + part for total, part in zip(sums, (len(batch.indices), *parts), strict=True)]
-        return [result / (2 * epsilon) for result in results], self._estimate_and_adapt(sums, direction.dot_with_grad)
+                    change.append(batch.example_sums(values[:, 0]) - direction.example_losses[batch.indices])
+                    if sign > 0:
+                        results.append(values)
+                    else:
+                        results[i] = (results[i] - values) / (2 * epsilon)
+            for batch, ahead, behind in zip(batches, *changes, strict=True):
+                odd, even = ahead - behind, ahead + behind
+                nats = 1 / double(batch.scale * batch.num_supervised)
+                weighted = odd * double(batch.weights) / (2 * epsilon)
+                losses = direction.example_losses[batch.indices] * nats
+                columns = losses, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()
+                parts = len(batch.indices), *(column.sum().item() for column in columns)
+                sums[:] = [total + part for total, part in zip(sums, parts, strict=True)]
+        return results, self._estimate_and_adapt(sums, direction.dot_with_grad)
 
     def _estimate_and_adapt(self, sums: list[float], inner: float) -> float:
         """Estimated error of a difference, and the next distance. `inner` is not a number where the sums are not over all examples."""
         count, loss, first, second, found, size = sums
-        if (
-            count == 0
-        ):  # no example with a supervised token on any process: all derivatives are 0, and nothing was learned
+        if count == 0:  # no supervised token on any process: all derivatives are 0, and nothing was learned
             self._distance = 0.0
             return 0.0
         if not math.isfinite(first + second + loss + found):

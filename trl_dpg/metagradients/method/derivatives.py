@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from ..runtime.workspace import Workspace
 from .loss import TokenLosses
 
@@ -20,10 +21,8 @@ def gradient(
     before_backward: Callable[[], None],
 ) -> float:
     r"""
-    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss.
-
-    The \\( \ell_i(\phi_t) / Z_t \\) are written into `example_losses`, shape `(n,)`. `before_backward` is called before the first
-    backward pass. Takes about as long as 3 forward passes.
+    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss; the
+    \\( \ell_i(\phi_t) / Z_t \\) go into `example_losses`, shape `(n,)`. Takes about as long as 3 forward passes.
     """
     total = 0.0
     if not batches:
@@ -35,7 +34,7 @@ def gradient(
         values.backward(batch.token_weights(), inputs=space.params)
         examples = batch.example_sums(values.detach()[:, 0])
         example_losses[batch.indices] = examples
-        total += torch.dot(examples, batch.weights.double()).item()
+        total += torch.dot(examples, double(batch.weights)).item()
     return total
 
 
@@ -70,8 +69,7 @@ class Derivatives(ABC):
         Args:
             batches (`list[MicroBatch]`): This process's part of the batch.
             direction ([`Direction`]): \\( \lambda_g \\).
-            product (`Tensor`, *optional*):
-                Becomes \\( H_t \lambda_g \\) over all processes, shape `(size + TAIL,)`. `None`: it is not wanted.
+            product (`Tensor`, *optional*): Becomes \\( H_t \lambda_g \\) over all processes, shape `(size,)`. `None` if not wanted.
 
         Returns:
             `list[Tensor]`: For each micro-batch, \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\) of its supervised

@@ -9,7 +9,9 @@ from torch.func import functional_call
 
 from ..kernels import building_graph
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from ..runtime.model import twice_differentiable
+from ..runtime.second_derivative import check_second_derivatives
 from .derivatives import Derivatives, Direction
 
 
@@ -28,19 +30,12 @@ class Exact(Derivatives):
         """As of [`Derivatives`]."""
         results, sums = [], [0.0, 0.0]
         with self.space.accumulating(product, sums), twice_differentiable(self.token_losses.model):
-            vector = direction.vector
-            if product is None and vector.untyped_storage().nbytes() != self.space.phi.untyped_storage().nbytes():
-                vector = self.space.buffer()[: self.space.size].copy_(
-                    vector
-                )  # forward mode wants a storage like that of `phi`
-            vectors = self.space.views(vector)
+            vectors = self.space.views(direction.vector)
+            check_second_derivatives(self, batches, product)
             for batch in batches:
-                result = (
-                    self._double_backward(batch, vectors)
-                    if product is not None
-                    else self._forward_mode(batch, vectors)
-                )
-                weighted = batch.example_sums(result[:, 0]) * batch.weights
+                differentiate = self._forward_mode if product is None else self._double_backward
+                result = differentiate(batch, vectors)
+                weighted = batch.example_sums(result[:, 0]) * double(batch.weights)
                 sums[0] += weighted.sum().item()
                 sums[1] += weighted.abs().sum().item()
                 results.append(result)

@@ -19,10 +19,8 @@ class TokenLosses(nn.Module):
     Logits are computed chunk by chunk where the model allows it and there are many, see [`~trl_dpg.metagradients.kernels`].
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model, in the state (evaluation mode, attention implementation) in which it will be run.
-        bf16 (`bool`):
-            Whether it runs under bfloat16 autocast.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): In the state in which it will be run.
+        bf16 (`bool`): Whether it runs under bfloat16 autocast.
     """
 
     def __init__(self, model: TargetModel, bf16: bool):

@@ -32,8 +32,8 @@ class TargetTrainingArguments:
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Peak learning rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            Weight decay: as in PyTorch, decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter that a step's loss does not reach counts as one whose gradient is zero, so that
-            it decays too, and its moments do; [`torch.optim.AdamW`] leaves it alone.
+            As in PyTorch: decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter that a step's loss does
+            not reach counts as one whose gradient is zero: it decays too, and so do its moments, unlike in [`torch.optim.AdamW`].
         weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
             Whether weight decay also applies to normalization weights and biases, as in a bare
             [`~torch.optim.AdamW`]. [`~transformers.Trainer`] leaves them out: `False` reproduces that.
@@ -168,19 +168,21 @@ class TargetTrainingArguments:
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
 
+        Which tokens have a loss is not in the recipe but in the examples: `completion_only_loss=False` and `assistant_only_loss=True`
+        are refused unless they are among the overrides, which says that texts were made into tokens by them (`target_` fields of
+        the trainer, arguments of [`MetagradientReward`] and [`~trl_dpg.data.dataset_examples`]).
+
         Four things of [`~trl.SFTTrainer`] are not reproduced:
 
         - dropout and mixed precision;
         - the order into which its seeds shuffle examples (with `train_sampling_strategy="sequential"` batches are the same);
-        - it drops examples without any label before it forms batches;
+        - it drops examples without any label before it forms batches, as rewards and validation do;
         - for models whose class is not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the
           loss's denominator, although nothing predicts it. Set that label to -100 to have the two agree.
 
         Args:
-            config ([`~trl.SFTConfig`]):
-                Configuration of the SFT run.
-            **overrides:
-                Fields that replace the ones read from `config`.
+            config ([`~trl.SFTConfig`]): Configuration of the SFT run.
+            **overrides: Fields that replace the ones read from `config`.
 
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.

@@ -1,4 +1,4 @@
-"""What the forward sweep keeps for the adjoint sweep."""
+"""What the forward sweep keeps for the adjoint sweep, and what walks along it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -41,16 +41,11 @@ class Tape:
     Everything goes through the parameters block by block: of what lies elsewhere, only a few blocks are in memory at a time.
 
     Args:
-        optimizer ([`~updates.optimizer.Optimizer`]):
-            The updates to replay.
-        blocks (`list[Block]`):
-            Parts of the tensors to keep.
-        num_steps (`int`):
-            Steps K of the run.
-        load_originals (`Callable`):
-            Writes the parameters before the first step into a tensor of shape `(n,)`.
-        storage ([`~trl_dpg.metagradients.runtime.storage.Storage`]):
-            Where tensors are kept.
+        optimizer ([`~updates.optimizer.Optimizer`]): The updates to replay.
+        blocks (`list[Block]`): Parts of the tensors to keep.
+        num_steps (`int`): Steps K of the run.
+        load_originals (`Callable`): Writes the parameters before the first step into a tensor of shape `(n,)`.
+        storage ([`~trl_dpg.metagradients.runtime.storage.Storage`]): Where tensors are kept.
     """
 
     def __init__(
@@ -114,7 +109,7 @@ class Tape:
 
     def pop(self) -> None:
         """Takes the last step off."""
-        self._drop(self.gradients.pop())
+        self.storage.drop(self.gradients.pop())
         if self.gradients:
             self.storage.expect(self._to_read()[1])
 
@@ -122,7 +117,7 @@ class Tape:
         """Where the last step's replay starts, and keys of all that it reads. Drops states that lie after that step."""
         while self.states and self.states[-1][0] > self.last:
             for keys in self.states.pop()[1]:
-                self._drop(keys)
+                self.storage.drop(keys)
         start, state = self.states[-1] if self.states else (0, [])
         columns = [state, *([[key] for key in gradient] for gradient in self.gradients[start:])]
         return start, [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
@@ -141,6 +136,31 @@ class Tape:
     def _keep(self, tensors: list[Tensor], rule: Any) -> list[Any]:
         return self.storage.put([t.clone() for t in tensors[: 1 + rule.num_states]])
 
-    def _drop(self, keys: list[Any]) -> None:
-        for key in keys:
-            self.storage.drop(key)
+
+class Cotangent:
+    r"""
+    \\( \lambda_\phi \\), shape `(n,)`, and \\( \lambda_s \\) between two steps, on the way back along a tape.
+
+    The model does not need \\( \lambda_s \\): while it is called, that lies in the tape's storage.
+    """
+
+    def __init__(self, phi: Tensor, tape: Tape):
+        self.phi, self.tape = phi, tape
+        self._kept: list[list[Any]] = []
+
+    def states(self) -> Iterator[tuple[Tensor, ...]]:
+        r"""\\( \lambda_s \\), block by block: zeros after the last step. Each may be written to, and is to be given to `keep`."""
+        kept, self._kept = self._kept, []
+        tensors = self.tape.storage.stream([key for keys in kept for key in keys])
+        for i, (part, rule) in enumerate(self.tape.blocks):
+            if kept:
+                state = tuple(next(tensors) for _ in range(rule.num_states))
+                self.tape.storage.drop(kept[i])
+            else:  # zeros, which nobody needs to see at the only step
+                num_states = rule.num_states if self.tape.last > 0 else 0
+                state = tuple(torch.zeros_like(self.phi[part]) for _ in range(num_states))
+            yield state
+
+    def keep(self, state: tuple[Tensor, ...]) -> None:
+        """Keeps the next block of what [`~Cotangent.states`] is to give at the step before."""
+        self._kept.append(self.tape.storage.put(list(state)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -22,9 +23,7 @@ def host_memory(membership: Path = MEMBERSHIP, groups: Path = CGROUPS) -> tuple[
     """
     Total and available memory in bytes: the machine's, or less where a container has a limit.
 
-    Args:
-        membership (`Path`): File that names the control groups (version 1 or 2) of this process.
-        groups (`Path`): Folder of all control groups.
+    `membership` names the control groups (version 1 or 2) of this process, `groups` is the folder of all of them.
     """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
@@ -61,6 +60,16 @@ def _read_limit(group: Path, names: tuple[str, str, tuple[str, str]]) -> tuple[i
     return limit, used - sum(int(statistics.get(name, 0)) for name in cache)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where numbers of a device are kept in float64: on the host if the device has none, as Apple's."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on its [`float64_device`]."""
+    return tensor.to(float64_device(tensor.device)).double()
+
+
 def is_in_memory(directory: str) -> bool:
     """Whether what is written to a directory takes memory, not disk."""
     path, best, kind = Path(os.path.realpath(directory)), -1, ""
@@ -72,14 +81,8 @@ def is_in_memory(directory: str) -> bool:
 
 def tape_directory(asked_for: str | None) -> str | None:
     """
-    Where a tape on disk lies.
-
-    Args:
-        asked_for (`str`, *optional*): `tape_dir`, which is taken as it is.
-
-    Returns:
-        `str` or `None`: Without `tape_dir`, the first directory for temporary files that is on a disk: the system's, or
-        `/var/tmp`. `None` if both are in memory, or cannot be written to.
+    Where a tape on disk lies: `tape_dir` if asked for, else the first directory for temporary files that is on a disk, the
+    system's or `/var/tmp`. `None` if both are in memory, or cannot be written to.
     """
     if asked_for is not None:
         return asked_for

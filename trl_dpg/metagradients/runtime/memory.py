@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..method.recipe import TargetTrainingArguments
 
 
+ANOTHER_FAILED = "The run ends because another process failed."
+
+
 class OutOfMemory(MemoryError):
     """Memory ran out where fewer examples at a time need less of it."""
 
@@ -28,10 +31,8 @@ class MemoryPlan:
     Where the tape of a run lies.
 
     Attributes:
-        tape (`str`):
-            `"device"`, `"host"` or `"disk"`.
-        tape_bytes (`int`):
-            The most that gradients and states take up there, of one process. Cotangents of a state come on top.
+        tape (`str`): `"device"`, `"host"` or `"disk"`.
+        tape_bytes (`int`): The most that gradients and states of one process take up there. Cotangents of a state come on top.
     """
 
     tape: str
@@ -42,14 +43,7 @@ class MemoryPlan:
 
 
 def free_room(device: torch.device, tape_dir: str | None, num_processes: int) -> dict[str, int]:
-    """
-    Bytes that each of several processes on this machine has for a tape.
-
-    Args:
-        device (`torch.device`): The model's.
-        tape_dir (`str`, *optional*): As of [`TargetTrainingArguments`].
-        num_processes (`int`): How many share this machine.
-    """
+    """Bytes that each of several processes on this machine has for a tape, by place."""
     directory = tape_directory(tape_dir)
     host = host_memory()[1] // num_processes
     disk = 0 if directory is None else shutil.disk_usage(directory).free // num_processes
@@ -62,16 +56,10 @@ def place_tape(
     recipe: "TargetTrainingArguments", tape_bytes: int, state_bytes: int, free: dict[str, int]
 ) -> MemoryPlan:
     """
-    Decides where the tape goes.
+    Decides where a tape of `tape_bytes` goes, beside which the cotangents of a state take `state_bytes`; `free` is [`free_room`].
 
     `tape="auto"` takes the first place where the tape needs at most half of the free memory, as the run itself needs some too; of
     a disk it may take all.
-
-    Args:
-        recipe ([`TargetTrainingArguments`]): Its `tape` and `tape_dir`.
-        tape_bytes (`int`): The most that gradients and states of one process take up.
-        state_bytes (`int`): What the cotangents of a state take up beside them.
-        free (`dict[str, int]`): Bytes of [`free_room`].
 
     Raises:
         [`MemoryError`]: If there is not enough room; the message names settings that need less.
@@ -117,7 +105,6 @@ def _gigabytes(number: int) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, of the device or of the host."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
     return known or "bad_alloc" in str(error)  # what C++ calls it, on the host
 
@@ -131,13 +118,7 @@ def clear_frames(error: BaseException | None) -> None:
 
 def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_examples: int, reason: str) -> int:
     """
-    Half of the micro-batch size.
-
-    Args:
-        recipe ([`TargetTrainingArguments`]): What ran out of memory.
-        micro_batch_size (`int`, *optional*): The size at which it did.
-        num_examples (`int`): The most that one process had of the batch.
-        reason (`str`): The error.
+    Half of the micro-batch size at which memory ran out, where one process had at most `num_examples` of the batch.
 
     Raises:
         [`MemoryError`]: If it was 1; the message names what else to lower.
@@ -157,14 +138,23 @@ def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_
 
 
 @contextmanager
-def explaining_metric_memory() -> Iterator[None]:
-    """Has a metric that runs out of memory say that it did: smaller micro-batches would not help."""
+def explaining_memory(
+    what: str = "Memory ran out beside the model's own passes, in which `micro_batch_size` has no part: for gradients, optimizer "
+    'state or cotangents. Keep the tape elsewhere (`tape="host"` or `"disk"`), or train adapters instead of all parameters.',
+) -> Iterator[None]:
+    """Has an error that says no more than that memory ran out say what to lower."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        explained = (type(error) is MemoryError and str(error)) or str(error).startswith(ANOTHER_FAILED)
+        if explained or not is_out_of_memory(error):
             raise
-        raise MemoryError(
-            "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or "
-            f"fewer of the model's outputs. {error}"
-        ) from error
+        raise MemoryError(f"{what} {error}") from error
+
+
+def explaining_metric_memory():
+    """[`explaining_memory`] of a metric: smaller micro-batches would not help."""
+    return explaining_memory(
+        "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or fewer of the "
+        "model's outputs."
+    )

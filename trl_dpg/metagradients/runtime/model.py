@@ -33,18 +33,8 @@ def vocab_size(model: TargetModel) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
-def num_virtual_tokens(model: TargetModel) -> int:
-    """Tokens that prompt learning puts before every text."""
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    return config.num_virtual_tokens if isinstance(config, PromptLearningConfig) else 0
-
-
 def check_whole(model: TargetModel) -> None:
-    """
-    Raises a [`ValueError`] for a model that is not all here: compiled or wrapped by another one, or with weights elsewhere.
-
-    `torch.compile(model)` and its like are another module than the one that is trained.
-    """
+    """Raises a [`ValueError`] for a model that is compiled or wrapped by another module, or has weights elsewhere."""
     for name, module in model.named_modules():
         what = f"`{name}` of the target model" if name else "The target model"
         if is_compiled_module(module):
@@ -73,8 +63,7 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
     Parameters that are trained, each distinct one once, so that tied weights are not updated twice.
 
     Raises:
-        [`ValueError`]: If the model has nothing to train, is wrapped or sharded, or has parameters to train in half precision
-            or on several devices; or under `torch.inference_mode()`, where nothing has a gradient.
+        [`ValueError`]: If there are none, or they cannot be trained here: wrapped, sharded, in half precision, made for inference.
     """
     check_whole(model)
     if torch.is_inference_mode_enabled() or any(param.is_inference() for param in model.parameters()):
@@ -91,16 +80,17 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
             "`peft.get_peft_model`; one that exists is loaded with `is_trainable=True`), or set `requires_grad` on what is to be "
             "trained."
         )
+    device, dtype = params[0].device, params[0].dtype
     for name, param in model.named_parameters():
+        what = f"`model` has the trainable parameter `{name}` in {param.dtype} on {param.device}"
         if param.requires_grad and param.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"`model` has the trainable parameter `{name}` in {param.dtype}, too coarse for metagradients: a step's "
-                "update would be rounded away. Load the target with `dtype=torch.float32`."
+                f"{what}, too coarse for metagradients: a step's update would be rounded away. Load the target with "
+                "`dtype=torch.float32`."
             )
-        if param.requires_grad and (param.device, param.dtype) != (params[0].device, params[0].dtype):
+        if param.requires_grad and (param.device, param.dtype) != (device, dtype):
             raise ValueError(
-                f"`model` has the trainable parameter `{name}` on {param.device} in {param.dtype}, but others on "
-                f"{params[0].device} in {params[0].dtype}. Load the target on one device, in one dtype."
+                f"{what}, but others in {dtype} on {device}. Load the target on one device, in one dtype."
             )
     return params
 
@@ -110,10 +100,8 @@ _CHECKED: "WeakSet[nn.Module]" = WeakSet()
 
 def check_model(model: TargetModel) -> None:
     """
-    Raises a [`ValueError`] for models whose metagradients would be silently wrong, once per model.
-
-    - Encoder-decoders, and models whose logits at a token depend on later ones: these see what they are to predict.
-    - Models that write to their own weights in the forward pass, or cut their own gradient, as DoRA does.
+    Raises a [`ValueError`] for models whose metagradients would be silently wrong, once per model: models that see what they are to
+    predict, write to their own weights in the forward pass, or cut their own gradient, as DoRA does.
     """
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
@@ -181,7 +169,8 @@ def is_compiled(model: TargetModel) -> bool:
 def check_positions(model: TargetModel, longest: int) -> None:
     """Raises a [`ValueError`] if the longest example has more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    virtual = num_virtual_tokens(model)
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    virtual = config.num_virtual_tokens if isinstance(config, PromptLearningConfig) else 0
     if limit is not None and 0 < limit < longest + virtual:
         beside = f", and {virtual} for its adapter's virtual tokens" if virtual else ""
         raise ValueError(
@@ -203,11 +192,7 @@ def decayed_parameters(
 
 
 def make_deterministic(model: TargetModel) -> None:
-    """
-    Turns dropout off, as in evaluation.
-
-    bitsandbytes layers stay in training mode: out of it they use kernels on the CPU that have no derivative.
-    """
+    """Turns dropout off. bitsandbytes layers stay in training mode: out of it, their kernels on the CPU have no derivative."""
     model.eval()
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes"):
@@ -217,19 +202,14 @@ def make_deterministic(model: TargetModel) -> None:
 @contextmanager
 def restored(model: TargetModel) -> Iterator[None]:
     """
-    Puts buffers, every `.grad`, train/eval mode and the random state back on leaving.
-
-    Until then there is no `.grad`: a caller's gradient must neither enter the run nor be changed by it.
+    Puts buffers, every `.grad`, train/eval mode and the random state back on leaving. Until then there is no `.grad`: a caller's
+    gradient must neither enter the run nor be changed by it.
     """
     device = next(model.parameters()).device
     grads = [(p, p.grad) for p in model.parameters()]
     for param, _ in grads:
         param.grad = None
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     modes = [(m, m.training) for m in model.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -243,19 +223,6 @@ def restored(model: TargetModel) -> Iterator[None]:
                 module.training = mode
             for param, grad in grads:
                 param.grad = grad
-
-
-@contextmanager
-def restored_parameters(params: list[nn.Parameter]) -> Iterator[None]:
-    """Puts parameters back on leaving."""
-    originals = [p.detach().clone() for p in params]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for param, original in zip(params, originals, strict=True):
-                param.grad = None
-                param.copy_(original)
 
 
 @contextmanager
@@ -275,11 +242,7 @@ def replaced_forwards(modules: Sequence[nn.Module], replace: Callable[[Any], Any
 
 @contextmanager
 def checkpointed(model: TargetModel, enabled: bool) -> Iterator[None]:
-    """
-    Recomputes the activations of every layer in the backward pass, if `enabled`.
-
-    Transformers' own switch acts in training mode only, which would bring dropout back.
-    """
+    """Recomputes every layer's activations in the backward pass. Transformers' own switch would bring dropout back."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
     if enabled and not layers:
         raise ValueError(
@@ -298,20 +261,16 @@ def is_checkpointed(model: nn.Module) -> bool:
 @contextmanager
 def twice_differentiable(model: TargetModel) -> Iterator[None]:
     """
-    Runs a model by kernels that have a second derivative, and restores it on leaving.
-
-    SDPA keeps its interface but takes the math kernel; any attention other than SDPA and eager becomes eager. A compiled model
-    is run as it was before.
+    Runs a model by kernels that have a second derivative: SDPA by its math kernel, any attention other than SDPA and eager as
+    eager, a compiled model uncompiled.
     """
     implementation = model.config._attn_implementation
     replaced = implementation not in (None, "eager", "sdpa")
     if replaced:
         model.set_attn_implementation("eager")
+    stance = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
     try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
-        ):
+        with sdpa_kernel(SDPBackend.MATH), stance:
             yield
     finally:
         if replaced:

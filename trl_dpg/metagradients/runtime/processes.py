@@ -8,24 +8,16 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .memory import OutOfMemory, clear_frames, is_out_of_memory
-
-
-TAIL = 64  # elements after the parameters in a gradient buffer: scalars that are summed over processes along with it
+from .memory import ANOTHER_FAILED, OutOfMemory, clear_frames, is_out_of_memory
 
 
 class Processes:
-    """
-    The processes that share a run, through Accelerate.
-
-    Args:
-        state ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):
-            `None` for a run of this process alone, also where there are others.
-    """
+    """The processes that share a run, through Accelerate; with `None` this one alone, also where there are others."""
 
     def __init__(self, state: Accelerator | PartialState | None):
         self.index = 0 if state is None else state.process_index
         self.count = 1 if state is None else state.num_processes
+        self.device = None if state is None else state.device  # of collectives
         self._failure: Exception | None = None
 
     @contextmanager
@@ -46,8 +38,8 @@ class Processes:
     @contextmanager
     def raising_later(self) -> Iterator[None]:
         """
-        Runs a block without collectives; if it raises, so does the next `summing`, `gather` or block that fails together, on
-        every process. What is computed until then is of no use.
+        Runs a block without collectives; if it raises, so does the next collective or block that fails together, on every process.
+        What is computed until then is of no use.
         """
         try:
             yield
@@ -57,13 +49,12 @@ class Processes:
             self._failure = self._failure or e
 
     @contextmanager
-    def summing(self, buffer: Tensor, scalars: list[float]) -> Iterator[None]:
+    def summing(self, buffer: Tensor | None, scalars: list[float]) -> Iterator[None]:
         """
-        Runs a block that fills `buffer` and `scalars`; then both hold their sums over all processes, by one collective.
+        Runs a block that fills `buffer`, if there is one, and `scalars`; then both hold their sums over all processes.
 
-        Fails together like [`~Processes.failing_together`]: whether a process failed is summed along. `buffer` has shape
-        `(n + TAIL,)`; `scalars` fit into the tail. Where nothing failed but that memory ran out, on one process or more, all
-        of them raise [`~memory.OutOfMemory`].
+        Fails together like [`~Processes.failing_together`]. Where nothing failed but that memory ran out, on one process or
+        more, all of them raise [`~memory.OutOfMemory`].
         """
         error = self._failure
         try:
@@ -73,32 +64,19 @@ class Processes:
                 clear_frames(e)
                 e = OutOfMemory(str(e))
             error = error or e
-        if self.count > 1:
-            tail = buffer[-TAIL:]
-            tail.zero_()
-            tail[0] = error is not None
-            tail[1 : len(scalars) + 1] = torch.tensor(scalars, dtype=buffer.dtype)
-            if error is not None:
-                buffer[:-TAIL] = 0
-            torch.distributed.all_reduce(buffer)
-            failures, *sums = tail[: len(scalars) + 1].tolist()
-            scalars[:] = sums
-            if failures == 0:
-                return
-        self._raise_any(error)
+        self._sum_scalars(scalars, error)
+        if buffer is not None:
+            self.sum_(buffer)
 
-    def gather(self, *shards: Tensor) -> tuple[Tensor, ...]:
-        """Whole tensors from every process's shards of shape `(n,)`, by one collective. Fails together."""
+    def gather(self, shard: Tensor) -> Tensor:
+        """The whole tensor from every process's shard of shape `(n,)`. Fails together."""
         if self.count == 1:
-            return shards
-        mine = torch.cat([*shards, shards[0].new_full((1,), self._failure is not None)])
-        gathered = mine.new_empty(self.count * len(mine))
-        torch.distributed.all_gather_into_tensor(gathered, mine)
-        rows = gathered.view(self.count, -1)
-        if rows[:, -1].any():
-            self._raise_any(self._failure)
-        parts = rows[:, :-1].view(self.count, len(shards), -1)
-        return tuple(parts[:, i].reshape(-1) for i in range(len(shards)))
+            return shard
+        with self.raising_later():
+            whole = shard.new_empty(self.count * len(shard))
+        self._sum_scalars([], self._failure)
+        torch.distributed.all_gather_into_tensor(whole, shard)
+        return whole
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -106,9 +84,20 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def sum_float(self, number: float, device: torch.device) -> float:
-        """Sum over all processes."""
-        return self.sum_(torch.tensor(number, dtype=torch.float64, device=device)).item()
+    def sum_float(self, number: float) -> float:
+        """Sum over all processes. Fails together."""
+        scalars = [number]
+        self._sum_scalars(scalars, self._failure)
+        return scalars[0]
+
+    def _sum_scalars(self, scalars: list[float], error: Exception | None) -> None:
+        """Sums, in place and in float64, whether a process failed along with them."""
+        if self.count > 1:
+            sums = torch.tensor([error is not None, *scalars], dtype=torch.float64, device=self.device)
+            failures, *scalars[:] = self.sum_(sums).tolist()
+            if failures == 0:
+                return
+        self._raise_any(error)
 
     def _raise_any(self, error: Exception | None) -> None:
         if self.count > 1:
@@ -120,7 +109,7 @@ class Processes:
                 raise OutOfMemory(failures[0][0])
             if causes and (error is None or isinstance(error, OutOfMemory)):
                 kind = FloatingPointError if all(kind is FloatingPointError for _, kind in causes) else RuntimeError
-                raise kind(f"The run ends because another process failed. {causes[0][0]}")
+                raise kind(f"{ANOTHER_FAILED} {causes[0][0]}")
         if error is not None:
             raise error
 

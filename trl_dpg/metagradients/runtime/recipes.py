@@ -124,7 +124,6 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
         "num_train_epochs": config.num_train_epochs != int(config.num_train_epochs),
         "packing": config.packing,
         "padding_free": config.padding_free,
-        "assistant_only_loss": config.assistant_only_loss,
         "loss_type": config.loss_type not in ("nll", "chunked_nll"),
         "truncation_mode": config.truncation_mode != "keep_start",
         "max_length": config.max_length is None,
@@ -138,6 +137,18 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
         "train_sampling_strategy": config.train_sampling_strategy not in ("random", "sequential")
         and "shuffle" not in overrides,
     }
+    of_texts = {
+        "completion_only_loss": config.completion_only_loss is False,
+        "assistant_only_loss": config.assistant_only_loss,
+    }
+    for name, is_set in of_texts.items():
+        if is_set and name not in overrides:
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` of the SFT configuration says which tokens have a loss. That is settled where texts "
+                f"become tokens, not by the recipe: set `target_{name}` of the trainer, or `{name}` of `MetagradientReward` or "
+                f"`dataset_examples`. Then pass `{name}=None` here."
+            )
+    overrides = {name: value for name, value in overrides.items() if name not in of_texts}
     for name, is_unsupported in unsupported.items():
         if is_unsupported and name not in overrides:
             raise ValueError(

@@ -5,7 +5,7 @@ import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +14,37 @@ from .host import host_memory, tape_directory
 
 
 AHEAD = 4  # tensors that are fetched while the caller computes
+Place = tuple[int, torch.Size, torch.dtype]  # of a tensor in a file: offset, shape, type
 
 
-class Storage(Protocol):
+class Storage:
     """
-    Keeps flat tensors, of which most are of one size.
+    Keeps flat tensors, of which most are of one size: here in the device's own memory, where nothing is copied.
 
     `put` takes tensors over: the caller may no longer write to them, or, if the storage `copies`, not before it calls `settle`.
     `stream` yields those of keys in order, and fetches the next ones meanwhile; the caller may write to one only if
     it drops the key. `expect` says what will be streamed next.
     """
 
-    copies: bool
+    copies = False
 
-    def put(self, tensors: list[Tensor]) -> list[Any]: ...
+    def put(self, tensors: list[Tensor]) -> list[Any]:
+        return tensors
 
-    def settle(self) -> None: ...
+    def settle(self) -> None:
+        pass
 
-    def expect(self, keys: list[Any]) -> None: ...
+    def expect(self, keys: list[Any]) -> None:
+        pass
 
-    def stream(self, keys: list[Any]) -> Iterator[Tensor]: ...
+    def stream(self, keys: list[Any]) -> Iterator[Tensor]:
+        return iter(keys)
 
-    def drop(self, key: Any) -> None: ...
+    def drop(self, keys: list[Any]) -> None:
+        pass
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        pass
 
 
 def open_storage(location: str, directory: str | None, device: torch.device) -> Storage:
@@ -46,34 +53,10 @@ def open_storage(location: str, directory: str | None, device: torch.device) -> 
         return DiskStorage(tape_directory(directory), device)
     if location == "host" and device.type == "cuda":
         return HostStorage(device)
-    return DeviceStorage()
+    return Storage()
 
 
-class DeviceStorage:
-    """The device's own memory. Nothing is copied."""
-
-    copies = False
-
-    def put(self, tensors: list[Tensor]) -> list[Tensor]:
-        return tensors
-
-    def settle(self) -> None:
-        pass
-
-    def expect(self, keys: list[Tensor]) -> None:
-        pass
-
-    def stream(self, keys: list[Tensor]) -> Iterator[Tensor]:
-        return iter(keys)
-
-    def drop(self, key: Tensor) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class HostStorage:
+class HostStorage(Storage):
     """Pinned host memory of a CUDA device; copies run on a stream of their own, beside the computation."""
 
     copies = True
@@ -108,9 +91,6 @@ class HostStorage:
         torch.cuda.current_stream(self.device).wait_event(self._left)
         self._leaving = []
 
-    def expect(self, keys: list[int]) -> None:
-        pass
-
     def stream(self, keys: list[int]) -> Iterator[Tensor]:
         self.settle()
         current = torch.cuda.current_stream(self.device)
@@ -129,8 +109,9 @@ class HostStorage:
             tensor.copy_(self._kept[key], non_blocking=True)
         return tensor, self.side.record_event()
 
-    def drop(self, key: int) -> None:
-        del self._kept[key]
+    def drop(self, keys: list[int]) -> None:
+        for key in keys:
+            del self._kept[key]
 
     def close(self) -> None:
         self.side.synchronize()
@@ -139,7 +120,7 @@ class HostStorage:
         torch.accelerator.empty_host_cache()  # PyTorch keeps freed pinned memory, which nothing else could use
 
 
-class DiskStorage:
+class DiskStorage(Storage):
     """
     A temporary file, written and read by a thread beside the computation.
 
@@ -161,7 +142,7 @@ class DiskStorage:
         self._free: dict[int, list[int]] = defaultdict(list)  # offsets, by size
         self._end = 0
 
-    def put(self, tensors: list[Tensor]) -> list[tuple[int, torch.Size, torch.dtype]]:
+    def put(self, tensors: list[Tensor]) -> list[Place]:
         self._end_writes()  # at most one call's are under way
         keys = []
         for tensor in tensors:
@@ -182,7 +163,7 @@ class DiskStorage:
             write.result()  # also raises its error, such as a full disk
         self._writes = []
 
-    def expect(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> None:
+    def expect(self, keys: list[Place]) -> None:
         """Has the operating system read into memory that is free otherwise, while the model is called."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
@@ -199,7 +180,7 @@ class DiskStorage:
         for start in range(offset, offset + size, 1 << 20):
             os.posix_fadvise(self.file.fileno(), start, min(1 << 20, offset + size - start), os.POSIX_FADV_WILLNEED)
 
-    def stream(self, keys: list[tuple[int, torch.Size, torch.dtype]]) -> Iterator[Tensor]:
+    def stream(self, keys: list[Place]) -> Iterator[Tensor]:
         for hint in self._hints:
             hint.cancel()
         self._hints = []
@@ -211,7 +192,7 @@ class DiskStorage:
             reading.result()
             yield data.to(self.device)
 
-    def _fetch(self, key: tuple[int, torch.Size, torch.dtype]) -> tuple[Tensor, Future]:
+    def _fetch(self, key: Place) -> tuple[Tensor, Future]:
         offset, shape, dtype = key
         data = torch.empty(shape, dtype=dtype)  # not in the thread, whose heap would keep the memory
         return data, self._thread.submit(self._transfer, os.preadv, data, offset)
@@ -224,9 +205,9 @@ class DiskStorage:
                 raise OSError("The tape's file ends early: it was not written whole. Is the disk of `tape_dir` full?")
             view, offset = view[done:], offset + done
 
-    def drop(self, key: tuple[int, torch.Size, torch.dtype]) -> None:
-        offset, shape, dtype = key
-        self._free[shape.numel() * dtype.itemsize].append(offset)
+    def drop(self, keys: list[Place]) -> None:
+        for offset, shape, dtype in keys:
+            self._free[shape.numel() * dtype.itemsize].append(offset)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)

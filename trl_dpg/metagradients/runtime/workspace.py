@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .processes import TAIL, Processes
+from .processes import Processes
 
 
 if TYPE_CHECKING:
@@ -34,16 +34,7 @@ def parameter_groups(
     decayed: list[nn.Parameter],
     rest: "type[Update]",
 ) -> list[Group]:
-    """
-    Shares parameters out among rules.
-
-    Args:
-        rule (`"type[Update]"`): Updates what suits it.
-        model (`nn.Module`): The model.
-        params (`list[nn.Parameter]`): Its distinct trained parameters.
-        decayed (`list[nn.Parameter]`): What weight decay applies to.
-        rest (`"type[Update]"`): Elementwise rule for all others.
-    """
+    """Shares parameters out among `rule`, where it suits one, and the elementwise `rest`; `decayed` ones have weight decay."""
     ids = {id(param) for param in decayed}
     suited = [param for param in params if rule.suits(param, model)]
     groups = [] if rule.elementwise else [Group(rule, id(param) in ids, [param]) for param in suited]
@@ -66,12 +57,9 @@ class Workspace:
     products are whole on all of them.
 
     Args:
-        groups (`Sequence[Group]`):
-            Distinct parameters, on one device and of one dtype. Groups stay together, in order.
-        processes ([`Processes`]):
-            Who shares the run.
-        shardable (`bool`):
-            Whether a process can do with a shard.
+        groups (`Sequence[Group]`): Distinct parameters, on one device and of one dtype. Groups stay together, in order.
+        processes ([`Processes`]): Who shares the run.
+        shardable (`bool`): Whether a process can do with a shard.
     """
 
     def __init__(self, groups: Sequence[Group], processes: Processes, shardable: bool):
@@ -80,12 +68,12 @@ class Workspace:
         self.offsets: list[int] = []
         self.parts: list[slice] = []  # of the groups
         end = 0
-        for group in groups:
+        for rule, _, params in groups:
             start = end
-            for param in group.params:
+            for param in params:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-            self.parts.append(slice(start, end if group.rule.elementwise else start + group.params[0].numel()))
+            self.parts.append(slice(start, end if rule.elementwise else start + params[0].numel()))
         num_shards = processes.count if shardable else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
         if groups[-1].rule.elementwise:  # what pads the shards is updated too, from zero to zero
@@ -95,13 +83,13 @@ class Workspace:
         first = processes.index * self.shard_size if self.sharded else 0
         self.shard = slice(first, first + self.shard_size)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        self.phi = self.buffer()
+        for param, view in zip(self.params, self.views(self.phi), strict=True):
+            view.copy_(param.data)
 
     def __enter__(self) -> "Workspace":
         self._originals = [(p, p.data) for p in self.params]
-        # In the storage of a gradient buffer: forward mode then copies no tangent.
-        self.phi = self.buffer()[: self.size]
         for param, view in zip(self.params, self.views(self.phi), strict=True):
-            view.copy_(param.data)
             param.data = view
         return self
 
@@ -111,13 +99,23 @@ class Workspace:
             param.data = data
         del self.phi
 
-    def zeros(self, size: int) -> Tensor:
+    @contextmanager
+    def undoing_writes(self) -> Iterator[None]:
+        """Undoes what a block writes to the caller's own tensors, before the context is entered."""
+        try:
+            yield
+        finally:
+            for param, view in zip(self.params, self.views(self.phi), strict=True):
+                if not torch.equal(param.data, view):
+                    param.data.copy_(view)
+
+    def zeros(self, *shape: int) -> Tensor:
         """Zeros on the parameters' device, of their dtype."""
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def buffer(self) -> Tensor:
-        """Zeros of shape `(size + TAIL,)`, in which something can be summed over processes."""
-        return self.zeros(self.size + TAIL)
+        """Zeros in the layout of `phi`, shape `(size,)`."""
+        return self.zeros(self.size)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat tensor in the parameters' shapes."""
@@ -130,19 +128,14 @@ class Workspace:
             param.grad = view
 
     def release_gradients(self) -> None:
-        """Has backward passes no longer write to the last buffer."""
+        """Has backward passes no longer write to that buffer."""
         for param in self.params:
             param.grad = None
 
     @contextmanager
     def accumulating(self, buffer: Tensor | None, sums: list[float]) -> Iterator[None]:
-        """
-        Runs a block whose backward passes accumulate into a buffer, if there is one, and which fills `sums`; then both hold
-        their sums over all processes, see [`Processes.summing`].
-        """
-        if buffer is None:
-            buffer = self.zeros(TAIL)
-        else:
+        """[`Processes.summing`] for a block whose backward passes accumulate into `buffer`, if there is one."""
+        if buffer is not None:
             self.accumulate_into(buffer)
         with self.processes.summing(buffer, sums):
             yield
@@ -151,7 +144,7 @@ class Workspace:
         """Makes the memory of the adjoint sweep. A single step needs none."""
         if num_steps > 1:
             self.product = self.buffer()
-            self.grad_cotangent = self.buffer()[: self.size] if not self.sharded else self.zeros(self.shard_size)
+            self.grad_cotangent = self.zeros(self.shard_size)
         self.phi_shard = self.zeros(self.shard_size) if self.sharded else self.phi
 
     def load_originals(self, out: Tensor) -> None:
@@ -165,12 +158,11 @@ class Workspace:
 
     def total(self, number: float) -> float:
         """Sum over all processes that hold a part of the parameters."""
-        return self.processes.sum_float(number, self.device) if self.sharded else number
+        return self.processes.sum_float(number) if self.sharded else number
 
     def gather_and_load_phi(self, shard: Tensor) -> Tensor:
         r"""Gathers a sharded tensor. It gathers \\( \phi_t \\) too, and loads it into the model."""
         if not self.sharded:
             return shard
-        values, other = self.processes.gather(self.phi_shard, shard)
-        self.phi.copy_(values)
-        return other
+        self.phi.copy_(self.processes.gather(self.phi_shard))
+        return self.processes.gather(shard)

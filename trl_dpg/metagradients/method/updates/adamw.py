@@ -23,10 +23,8 @@ class AdamW(Update):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.beta1, self.beta2 = (
-            self.recipe.adam_beta1,
-            max(self.recipe.adam_beta2, 1e-20),
-        )  # in place of 0, which would divide by zero
+        self.beta1 = self.recipe.adam_beta1
+        self.beta2 = max(self.recipe.adam_beta2, 1e-20)  # in place of 0, which would divide by zero
         self.epsilon = self.recipe.adam_epsilon
 
     @classmethod

@@ -8,12 +8,7 @@ from torch import Tensor
 
 
 class Clipping:
-    r"""
-    Clipping in every step of a run.
-
-    Args:
-        max_norm (`float`): \\( M \\). 0 means no clipping.
-    """
+    r"""Clipping in every step of a run to \\( M \\) = `max_norm`; 0 means no clipping."""
 
     def __init__(self, max_norm: float):
         self.max_norm = max_norm
@@ -42,11 +37,8 @@ class Clipping:
         $$ \lambda_g = c\, \lambda_{g'} - \frac{c\, \langle \lambda_{g'}, g \rangle}{(\lVert g \rVert + 10^{-6}) \lVert g \rVert} g
            \quad \text{where } c < 1 $$
 
-        Args:
-            step (`int`): Step, from 0.
-            cotangent (`Tensor`): \\( \lambda_{g'} \\); becomes \\( \lambda_g \\).
-            grad (`Tensor`): \\( g \\).
-            inner (`float`): \\( \langle \lambda_{g'}, g \rangle \\) over all parts.
+        Of a part of the gradient, `cotangent` is \\( \lambda_{g'} \\) and becomes \\( \lambda_g \\), and `grad` is \\( g \\); `inner` is
+        \\( \langle \lambda_{g'}, g \rangle \\) over all parts.
 
         Returns:
             `float`: This part of \\( \langle \lambda_g, g \rangle \\).

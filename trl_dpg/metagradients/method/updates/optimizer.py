@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ...runtime.host import double, float64_device
 from .clipping import Clipping
 from .update import Update
 
 
 if TYPE_CHECKING:
-    from ...runtime.cotangent import Cotangent
-    from ..tape import Tape
+    from ..tape import Cotangent, Tape
 
 
 # Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them; on smaller blocks, threads of
@@ -62,23 +62,20 @@ class Optimizer:
     @torch.no_grad()
     def adjoint_(self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor) -> float:
         r"""
-        Walks the last step on the tape back, up to clipping: \\( \lambda_\phi, \lambda_s \\) after its update become those before it.
+        Walks the last step on the tape back, up to clipping: \\( \lambda_\phi, \lambda_s \\) after its update become those before it,
+        and `phi` becomes \\( \phi_t \\), shape `(n,)`.
 
-        Args:
-            tape ([`Tape`]): Steps.
-            phi (`Tensor`): Becomes \\( \phi_t \\), shape `(n,)`.
-            cotangent ([`Cotangent`]): \\( \lambda_\phi, \lambda_s \\), in place.
-            out (`Tensor`): For the cotangent of the clipped gradient, shape `(n,)`. At the first step it may be `cotangent.phi`.
+        `out`, shape `(n,)`, becomes the cotangent of the clipped gradient. At the first step it may be `cotangent.phi`.
 
         Returns:
             `float`: Its inner product with \\( g_t \\), over these elements.
         """
-        step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=phi.device)
+        step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=float64_device(phi.device))
         for (part, rule), before, of_state in zip(tape.blocks, tape.replay(phi), cotangent.states(), strict=True):
             clipped = self.clipping.clipped(step, before.grad)
             of_phi = cotangent.phi[part]
             of_grad = rule.adjoint_(step, self.rates[step], before.phi, before.state, clipped, of_phi, of_state)
-            inner += torch.dot(of_grad, before.grad)
+            inner += double(torch.dot(of_grad, before.grad))
             out[part].copy_(of_grad)
             if step > 0:
                 cotangent.keep(of_state)
@@ -87,15 +84,8 @@ class Optimizer:
     @torch.no_grad()
     def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
         r"""
-        Walks the clipping of the same step back: `out` becomes \\( \lambda_g \\).
-
-        Args:
-            tape ([`Tape`]): Steps.
-            out (`Tensor`): What [`~Optimizer.adjoint_`] gave.
-            inner (`float`): What it returned, over all elements.
-
-        Returns:
-            `float`: \\( \langle \lambda_g, g_t \rangle \\), over these elements.
+        Walks the clipping of the same step back: `out` of [`~Optimizer.adjoint_`], whose sum over all elements `inner` is, becomes
+        \\( \lambda_g \\). Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
         """
         grads = zip(tape.blocks, tape.last_gradient(), strict=True)
         return sum(self.clipping.adjoint_(tape.last, out[part], grad, inner) for (part, _), grad in grads)

@@ -1,0 +1,342 @@
+"""
+Ranks the rows of a data set by metagradient: what each does to a metric of the model that is fine-tuned on all of them.
+
+    trl-dpg value --dataset data.jsonl --model openai-community/gpt2 --metric_texts held_out.jsonl --output valuation
+    accelerate launch --num_processes 8 -m trl_dpg.scripts.value --config value.yaml
+
+Every field of [`ValueArguments`], [`~trl_dpg.metagradients.TargetTrainingArguments`] and TRL's `ModelConfig` is a flag.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from torch import Tensor
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..data import dataset_examples
+from ..metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
+from ..metagradients.metric import as_metric, description
+from ..metagradients.runtime.model import TargetModel
+from ..metrics import LanguageModelingLikelihood
+from ..publishing.facts import describe_machine, describe_model, public_name
+from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
+from ..sft_rows import is_chat
+from ..target import load_target_model, load_target_tokenizer
+from .check import RecipeArguments
+from .common import MetricArguments, Parser, at_least_one, load_rows, loading, make_folder_for, option, run_script
+
+
+# What rows can be, by their columns; the first that is there counts, as in `SFTTrainer`
+KINDS = (("prompt", "completion"), ("messages",), ("text",))
+FILES = ("scores.parquet", "scores.jsonl", "valuation.json", "index.html")
+
+
+@dataclass
+class ValueArguments(MetricArguments):
+    """Arguments of `trl-dpg value`, beside those of [`MetricArguments`], the recipe and [`~trl.ModelConfig`]."""
+
+    metric: str = field(default="likelihood", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
+    metric_texts: str | None = option(
+        None, "Held-out rows whose likelihood is the metric, `NAME[:split]`: short for `metric_dataset` and its split."
+    )
+    num_metric_examples: int | None = option(  # type: ignore[assignment]
+        None, "Rows of `metric_texts` to use, from the first. All by default."
+    )
+    dataset: str = option(
+        "", "What to rank, `NAME[:split]`: a file, a folder or a data set's id; split `train` by default."
+    )
+    model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
+    output: str = option("", "Folder to write.")
+    num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
+    num_draws: int = option(1, "Orders of the rows to average over, by seeds from `seed` on.")
+    completion_only_loss: bool | None = option(None, "As in `SFTConfig`: the prompt has no loss. So by default.")
+    assistant_only_loss: bool = option(False, "As in `SFTConfig`: only what the assistant says has a loss.")
+    tokens: bool = option(False, "Write the score of each token, too.")
+    overwrite: bool = option(False, "Replace the valuation that is in `output` already.")
+    json: bool = option(False, "Print JSON.")
+
+    def __post_init__(self):
+        if self.metric_texts is not None:
+            if self.metric != "likelihood" or self.metric_dataset is not None:
+                raise ValueError(
+                    f"`metric_texts` {self.metric_texts!r} is the `metric_dataset` of `metric` 'likelihood', but `metric` is "
+                    f"{self.metric!r} and `metric_dataset` {self.metric_dataset!r}. Leave out one of the two."
+                )
+            self.metric_dataset, self.metric_dataset_split = name_and_split(self.metric_texts)
+        elif self.metric == "likelihood" and self.metric_dataset is None:
+            raise ValueError(
+                "`metric_texts` is missing. Pass held-out texts that the fine-tuned model should find likely, or another `metric`."
+            )
+        super().__post_init__()
+        for name in ("dataset", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is missing. Pass it with `--{name}`.")
+        at_least_one(self, "num_examples", "num_draws")
+
+
+def name_and_split(name: str) -> tuple[str, str]:
+    """The parts of `NAME[:split]`."""
+    before, colon, split = name.rpartition(":")
+    if not colon or not split.isidentifier() or os.path.exists(name):
+        return name, "train"
+    return before, split
+
+
+def parse(argv: list[str] | None) -> tuple[ValueArguments, RecipeArguments, ModelConfig]:
+    """The arguments, checked as far as can be before anything is loaded."""
+    dataclasses: Any = (ValueArguments, RecipeArguments, ModelConfig)
+    args, recipe, model_args = Parser(dataclasses, prog="trl-dpg value").parse_args_and_config(argv)
+    args.model = args.model or model_args.model_name_or_path
+    if not args.model:
+        raise ValueError("`model` is missing. Pass it with `--model`: a path or an id on the Hub.")
+    default = ModelConfig()
+    of_lora = [name for name in vars(default) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    unused = [name for name in of_lora if getattr(model_args, name) != getattr(default, name)]
+    if unused and not model_args.use_peft:
+        raise ValueError(
+            f"`{unused[0]}` {getattr(model_args, unused[0])!r} is for an adapter, but `use_peft` is False. Add `--use_peft`, or leave it out."
+        )
+    if args.num_draws > 1 and not recipe.shuffle:
+        raise ValueError(
+            f"`num_draws` {args.num_draws} are as many orders, but `shuffle` is False. Leave out one of the two."
+        )
+    return args, recipe, model_args
+
+
+def value_examples(
+    model: TargetModel,
+    examples: Sequence[dict[str, Any]],
+    metric: Callable[[Any], Tensor],
+    recipe: TargetTrainingArguments,
+    num_draws: int = 1,
+    accelerator: Accelerator | PartialState | None = None,
+) -> Valuation:
+    """
+    Metagradients of examples, over several orders. It costs one [`~trl_dpg.metagradients.compute_metagradients`] a draw.
+
+    Arguments beside `num_draws`, the number of orders, and errors are those of that function.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from trl_dpg.metagradients import TargetTrainingArguments
+    >>> from trl_dpg.scripts.value import value_examples
+
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+    >>> examples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}, {"input_ids": [7, 6]}]
+    >>> recipe = TargetTrainingArguments(batch_size=1, learning_rate=1e-3)
+    >>> valuation = value_examples(model, examples, lambda model: -model.lm_head.weight.norm(), recipe, num_draws=2)
+    >>> valuation.scores.shape, sorted(valuation.ranking)
+    (torch.Size([3]), [0, 1, 2])
+
+    ```
+    """
+    start = time.perf_counter()
+    outputs: list[MetagradientOutput] = []
+    for draw in range(num_draws):
+        of_draw = replace(recipe, seed=recipe.seed + draw)
+        if outputs:
+            of_draw = replace(of_draw, micro_batch_size=outputs[-1].micro_batch_size)
+        outputs.append(compute_metagradients(model, examples, metric, of_draw, accelerator))
+    return Valuation(
+        examples=list(examples),
+        recipe=recipe,
+        draws=torch.stack([output.metagradients for output in outputs]).double(),
+        token_scores=[
+            torch.stack(of_row).mean(0) for of_row in zip(*(o.token_metagradients for o in outputs), strict=True)
+        ],
+        metric_before=outputs[0].metric_before,
+        metric_after=[output.metric_after for output in outputs],
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def examples_of(rows: Dataset, argument: str, name: str, tokenizer: Any, **loss: Any) -> list[dict[str, Any]]:
+    """
+    Rows in tokens, by [`~trl_dpg.data.dataset_examples`], whose further arguments `loss` holds.
+
+    Raises:
+        [`ValueError`]: If the columns are not there, or a row holds nothing to train on. It names `argument`, that `name` was given as.
+    """
+    kind = next((kind for kind in KINDS if set(kind) <= set(rows.column_names)), None)
+    if kind is None:
+        raise ValueError(
+            f"`{argument}` {name!r} has the columns {rows.column_names}, but neither 'text' nor 'messages', nor 'prompt' and "
+            "'completion'. Rename the columns."
+        )
+    of_template = [column for column in ("tools", "chat_template_kwargs") if column in rows.column_names]
+    chosen = rows.select_columns([*kind, *of_template]).to_list()
+    for index, row in enumerate(chosen):
+        try:
+            is_chat(row)
+        except ValueError as error:
+            raise ValueError(
+                f"`{argument}` {name!r} has {row!r:.80} as row {index}, which is nothing to train on. Make {' and '.join(map(repr, kind))} "
+                "text or messages, or leave the row out."
+            ) from error
+    try:
+        return dataset_examples(chosen, tokenizer, **loss)
+    except ValueError as error:
+        raise ValueError(f"`{argument}` {name!r} cannot be trained on: {error}") from error
+
+
+def load_data(args: ValueArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, list[dict[str, Any]]]:
+    """Rows to rank, and what they are in tokens."""
+    name, split = name_and_split(args.dataset)
+    rows = load_rows(name, split, "dataset")
+    rows = rows.take(min(args.num_examples or len(rows), len(rows)))
+    loss = {"completion_only_loss": args.completion_only_loss, "assistant_only_loss": args.assistant_only_loss}
+    examples = examples_of(rows, "dataset", name, tokenizer, **loss)
+    if len(find_flags(examples, max_length)["no supervised token"]) == len(examples):
+        raise ValueError(
+            f"`dataset` {name!r} has no token with a loss among the first `max_length` {max_length} of any of its {len(rows)} rows. "
+            "Raise `max_length`, or correct the rows."
+        )
+    return rows, examples
+
+
+def load_metric(args: ValueArguments, tokenizer: Any, max_length: int) -> Any:
+    """The metric. Its texts are cut to `max_length`, as the data's are, and messages go through the chat template."""
+    if args.metric != "likelihood":
+        return args.load_metric()
+    name, argument = str(args.metric_dataset), "metric_dataset" if args.metric_texts is None else "metric_texts"
+    rows = load_rows(name, args.metric_dataset_split, argument)
+    rows = rows.take(min(args.num_metric_examples or len(rows), len(rows)))
+    texts: Any = rows
+    if not all(isinstance(rows[0].get(column, ""), str) for column in ("text", "prompt", "completion", "messages")):
+        texts = examples_of(rows, argument, name, tokenizer)
+    try:
+        return LanguageModelingLikelihood(texts, tokenizer, max_length=max_length)
+    except ValueError as error:
+        raise ValueError(f"`{argument}` {name!r} cannot be scored: {error}") from error
+
+
+def load_model(args: ValueArguments, model_args: ModelConfig, seed: int, device: torch.device) -> Any:
+    """The model, with new adapters where they are asked for."""
+    torch.manual_seed(seed)  # of the adapters' first weights, which all processes must share
+    quantization = get_quantization_config(model_args)
+    with loading(args.model, "model"):
+        model: Any = load_target_model(
+            args.model,
+            peft_config=get_peft_config(model_args),
+            revision=model_args.model_revision,
+            attn_implementation=model_args.attn_implementation,
+            dtype=model_args.dtype,
+            quantization_config=quantization,
+        )
+    return model if quantization is not None else model.to(device)
+
+
+def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[str, Any]:
+    """What was found, and how: the content of `valuation.json`, in which there is no path."""
+    scores, errors = valuation.scores, valuation.standard_errors
+    recipe = asdict(valuation.recipe)
+    for setting in ("tape", "tape_dir", "micro_batch_size", "gradient_checkpointing", "disable_tqdm"):
+        del recipe[setting]  # where and how it was computed, not what
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "dataset": public_name(name)[0],
+        "rows": len(scores),
+        "draws": len(valuation.draws),
+        "metric_before": valuation.metric_before,
+        "metric_after": valuation.metric_after,
+        "spearman": valuation.spearman,
+        "negative": int((scores < 0).sum()),
+        "beyond_two_errors": None if errors is None else int((scores.abs() > 2 * errors).sum()),
+        "flags": {kind: len(rows) for kind, rows in valuation.flags.items()},
+        "model": {**describe_model(model), "adapter": isinstance(model, PeftModel), "trained_parameters": trained},
+        "metric": description(as_metric(metric)),
+        "recipe": {**recipe, "steps": valuation.recipe.num_steps(len(scores)), "untie_lm_head": False},
+        "seconds": valuation.seconds,
+        "hardware": describe_machine(next(model.parameters()).device),
+    }
+
+
+def score_table(rows: Dataset, valuation: Valuation, tokenizer: Any | None = None) -> Dataset:
+    """
+    The rows from the best to the worst, behind their scores.
+
+    A column of `rows` that has the name of one of these is called `row_...`. With `tokenizer`, there are scores of tokens, too.
+    """
+    count, errors = len(valuation.examples), valuation.standard_errors
+    columns: dict[str, list] = {
+        "index": list(range(count)),
+        "score": valuation.scores.tolist(),
+        "standard_error": [None] * count if errors is None else errors.tolist(),
+        "tokens": [len(example["input_ids"]) for example in valuation.examples],
+        "flags": [[kind for kind, found in valuation.flags.items() if i in found] for i in range(count)],
+    }
+    if tokenizer is not None:
+        pairs = zip(valuation.examples, valuation.token_scores, strict=True)
+        of_rows = [token_credits(tokenizer, example["input_ids"], scores) for example, scores in pairs]
+        columns["token_texts"] = [[token.text for token in of_row] for of_row in of_rows]
+        columns["token_scores"] = [[token.credit for token in of_row] for of_row in of_rows]
+    own = rows.rename_columns({name: f"row_{name}" for name in rows.column_names if name in columns})
+    return concatenate_datasets([Dataset.from_dict(columns), own], axis=1).select(valuation.ranking)
+
+
+def write_valuation(
+    folder: Path, rows: Dataset, valuation: Valuation, summary: dict[str, Any], tokenizer: Any, tokens: bool = False
+) -> None:
+    """Writes `scores.parquet`, `scores.jsonl`, `valuation.json` and `index.html`. `summary` is that of [`summarize`]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = score_table(rows, valuation, tokenizer if tokens else None)
+    table.to_parquet(folder / "scores.parquet")
+    table.to_json(folder / "scores.jsonl", force_ascii=False, double_precision=15)
+    (folder / "valuation.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_valuation_page(folder / "index.html", valuation, summary, tokenizer)
+
+
+def describe(summary: dict[str, Any], output: str) -> str:
+    """What was found, in lines."""
+    after = sum(summary["metric_after"]) / summary["draws"]
+    lines = [
+        f"{summary['rows']:,} rows, {summary['draws']} draw{'s' if summary['draws'] > 1 else ''}: the metric goes from "
+        f"{summary['metric_before']:.5g} to {after:.5g}; {summary['negative']:,} rows have a negative score."
+    ]
+    if summary["spearman"] is not None:
+        lines.append(f"Mean Spearman correlation between the rankings of two draws: {summary['spearman']:.2f}.")
+    lines += [f"Rows flagged {kind!r}: {count:,}." for kind, count in summary["flags"].items() if count > 0]
+    return "\n".join([*lines, f"Written: {os.path.join(output, FILES[-1])}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0 if the scores are written, 2 on bad input."""
+    args, recipe, model_args = parse(argv)
+    folder = Path(args.output)
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(
+            f"`output` {args.output!r} holds a valuation already ({there[0]!r}). Write to another place, or add `--overwrite`."
+        )
+    make_folder_for(os.path.join(args.output, FILES[0]), "output")
+    accelerator = Accelerator()
+    with contextlib.redirect_stdout(sys.stderr):  # what is printed is the result alone
+        with loading(args.model, "model"):
+            tokenizer = load_target_tokenizer(args.model)
+        rows, examples = load_data(args, tokenizer, recipe.max_length)
+        metric = load_metric(args, tokenizer, recipe.max_length)
+        model = load_model(args, model_args, recipe.seed, accelerator.device)
+        valuation = value_examples(model, examples, metric, recipe, args.num_draws, accelerator)
+    if accelerator.is_main_process:
+        summary = summarize(valuation, model, metric, name_and_split(args.dataset)[0])
+        write_valuation(folder, rows, valuation, summary, tokenizer, args.tokens)
+        print(json.dumps(summary) if args.json else describe(summary, args.output))
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, None, "trl-dpg value"))
