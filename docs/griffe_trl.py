@@ -12,11 +12,11 @@ class TRLDocstrings(griffe.Extension):
     """Rewrites the docstring of everything in this package."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
-        self.public = {
-            f"{module.path}.{name}": f"{module.path}.{name}"
-            for module in [pkg, *(pkg[name] for name in ("metrics", "metagradients", "rewards"))]
+        self.public = [
+            f"{module.path}.{name}"
+            for module in [pkg, pkg["metrics"], pkg["metagradients"], pkg["rewards"]]
             for name in map(str, module.exports or ())
-        }
+        ]
         self.rewrite(pkg)
 
     def rewrite(self, obj: griffe.Object) -> None:
@@ -27,13 +27,13 @@ class TRLDocstrings(griffe.Extension):
                 self.rewrite(member)
 
 
-def link(name: str, public: dict[str, str]) -> str:
+def link(name: str, public: list[str]) -> str:
     """A name as code, which leads to where it is documented, if it is public."""
     places = [place for place in public if place == name or place.endswith(f".{name}")]
-    return f"[`{name.rpartition('.')[2]}`][{places[-1]}]" if places else f"`{name}`"
+    return f"[`{name.rpartition('.')[2]}`][{places[0]}]" if places else f"`{name}`"
 
 
-def markdown(doc: str, public: dict[str, str]) -> str:
+def markdown(doc: str, public: list[str]) -> str:
     """A docstring in TRL's format as Markdown."""
     doc = re.sub(r"\\\\\((.*?)\\\\\)", lambda match: f"${match[1].strip()}$", doc, flags=re.DOTALL)
     doc = re.sub(r"\[`~?([^`]*)`\](?![(\[])", lambda match: link(match[1], public), doc)

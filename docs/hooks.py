@@ -1,15 +1,19 @@
-"""MkDocs hook: files outside `docs/` that a page links to become pages of the site."""
+"""MkDocs hooks: notebooks, and files outside `docs/` that a page links to, become pages of the site; formulas become MathML."""
 
+import html
+import json
 import posixpath
 import re
 from pathlib import Path
 from urllib.parse import unquote
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:)([^)\s#]*)(#[^)\s]*)?\)")
+FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</\2>)', re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash"}
 
 
@@ -19,7 +23,20 @@ def outside(page: str, target: str) -> Path | None:
     return None if not target or path.parts[0] == "docs" else path
 
 
+def notebook_page(path: Path) -> str:
+    """A notebook's texts, code and printed output as Markdown."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [f"```text\n{''.join(output['text'])}```" for output in cell.get("outputs", ())]
+    return "\n\n".join(parts)
+
+
 def on_files(files, config):
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        content = notebook_page(Path(notebook.abs_src_path))
+        files.append(File.generated(config, notebook.src_uri.replace(".ipynb", ".md"), content=content))
     linked = set()
     for file in files.documentation_pages():
         for _, target, _ in LINK.findall(file.content_string):
@@ -50,7 +67,7 @@ def on_page_markdown(markdown, page, config, files):
         text, target, anchor = match.groups()
         path = outside(uri, target)
         if path is None:
-            return match[0]
+            return match[0].replace(".ipynb)", ".md)")
         if not (ROOT / path).is_file():
             return text  # a folder
         name = f"files/{path}" + ("" if path.suffix in (".png", ".svg") else ".md")
@@ -58,3 +75,13 @@ def on_page_markdown(markdown, page, config, files):
         return f"[{text}]({up}{name}{(anchor or '') if path.suffix == '.md' else ''})"
 
     return LINK.sub(replace, markdown)
+
+
+def on_page_content(content, page, config, files):
+    """Browsers draw MathML themselves, so that a page needs no script from elsewhere."""
+
+    def replace(match):
+        start, _, delimiter, formula, end = match.groups()
+        return start + convert(html.unescape(formula), display="block" if delimiter == "[" else "inline") + end
+
+    return FORMULA.sub(replace, content)
