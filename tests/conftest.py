@@ -15,6 +15,9 @@ from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
 
 
+collect_ignore = ["vllm/worker.py"]  # a script of its own, which needs vLLM
+
+
 # Two prompts with four completions of at most six words each, all on the CPU.
 CONFIG = {
     "max_steps": 2,

@@ -102,7 +102,7 @@ class TargetFineTuning:
         # What cannot be trained or measured is refused here rather than after the first generation.
         variants = with_models(variants, self.processing_class, load_target_model)
         self.variants = make_variants(self.target_model, self.args, self.metric.state(), variants)
-        for variant in [*self.variants, None]:
+        for variant in [*filter(None, self.variants), None]:
             with self.in_place(variant):
                 trainable_parameters(self.target_model)
                 check_model(self.target_model)

@@ -194,7 +194,8 @@ def test_bash(block, directory, cpu, stop_once_parsed, monkeypatch):
     directory.write_files()
     monkeypatch.setattr("trl.cli.accelerate_launcher.launch_training_script", launch_trl)
     monkeypatch.setattr(
-        "trl_dpg.cli.launch_command", lambda args: run(args.training_script, args.training_script_args, monkeypatch)
+        "accelerate.commands.launch.launch_command",
+        lambda args: run(args.training_script, args.training_script_args, monkeypatch),
     )
     for words in commands(block.code):
         program, *argv = words

@@ -20,6 +20,7 @@ PAGE = TEXTS["docs/troubleshooting.md"]
 SPECIAL = {
     "metagradient/micro_batch_size": "tests/reliability/test_memory.py",
     "metagradient/skipped": "tests/reliability/test_nonfinite.py",
+    "metagradient/replayed": "tests/trainer/test_replay.py",
     "metagradient/NAME": "stands for a read-out",
     "metagradient/pixel_accuracy": "a read-out",
     "eval_pixel_accuracy": "a read-out",

@@ -38,7 +38,7 @@ from trl_dpg.validation import validate
 
 def process(index, count):
     """One of several."""
-    return Processes(SimpleNamespace(process_index=index, num_processes=count))
+    return Processes(SimpleNamespace(process_index=index, num_processes=count, device=torch.device("cpu")))
 
 
 def drawn(max_examples):

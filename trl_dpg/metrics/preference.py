@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 from ..metagradients.metric import Metric
 from .likelihood import Row, check_rows, load_processing_class, score_rows
@@ -140,6 +139,8 @@ class PreferenceMargin(Metric):
 
     def _encode(self, pair: dict[str, str]) -> list[Row]:
         """Both answers. They start where the tokens of the prompt and of either whole text diverge."""
+        from trl.data_utils import common_prefix_length  # metrics need no TRL otherwise
+
         tokenizer = self.processing_class
         prompt = tokenizer(pair["prompt"])["input_ids"]
         eos = tokenizer.eos_token or ""

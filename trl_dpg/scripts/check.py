@@ -72,21 +72,19 @@ class RecipeArguments(TargetTrainingArguments):
         super().__post_init__()
 
 
-def make_parser() -> Parser:
-    """The parser, with the texts that the recipe's fields have in the trainer's configuration."""
-    kinds: Any = (CheckArguments, RecipeArguments)
-    parser = Parser(kinds, prog="trl-dpg check")
-    texts = {
-        name: field.metadata.get("help") for name, field in DatasetPolicyGradientConfig.__dataclass_fields__.items()
-    }
+def recipe_parser(prog: str, *kinds: Any) -> Parser:
+    """A parser whose [`RecipeArguments`] have the texts of the trainer's configuration."""
+    parser = Parser(kinds, prog=prog)
+    fields = DatasetPolicyGradientConfig.__dataclass_fields__
     for action in parser._actions:
-        action.help = action.help or OWN_TEXTS.get(action.dest) or texts[f"target_{action.dest}"]
+        own = OWN_TEXTS.get(action.dest)
+        action.help = action.help or own or fields[f"target_{action.dest}"].metadata["help"]
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 if the check passed, 1 if not, 2 on bad input."""
-    args, recipe = make_parser().parse_args_and_config(argv)
+    args, recipe = recipe_parser("trl-dpg check", CheckArguments, RecipeArguments).parse_args_and_config(argv)
     metric = args.load_metric()
     remedy = "Name one with `--text_column`."
     rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column, remedy)

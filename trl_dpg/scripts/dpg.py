@@ -83,9 +83,9 @@ GROUPS = {
     "generator": "model_name_or_path use_peft learning_rate lr_scheduler_type max_steps per_device_train_batch_size "
     "num_generations max_completion_length temperature entropy_coef use_vllm use_cpu seed".split(),
     "data": "dataset_name dataset_train_split dataset_test_split eval_dataset_name num_eval_prompts "
-    "evaluation_language".split(),
+    "evaluation_language replay_dataset_name replay_dataset_split replay_ratio".split(),
     "output": "output_dir logging_steps eval_strategy eval_steps eval_on_start save_steps resume_from_checkpoint "
-    "report_to push_to_hub hub_model_id disable_tqdm".split(),
+    "report_to save_generated push_to_hub hub_model_id disable_tqdm".split(),
 }
 
 

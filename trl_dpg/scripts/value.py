@@ -33,8 +33,8 @@ from ..publishing.facts import describe_machine, describe_model, public_name
 from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
 from ..sft_rows import is_chat
 from ..target import load_target_model, load_target_tokenizer
-from .check import RecipeArguments
-from .common import MetricArguments, Parser, at_least_one, load_rows, loading, make_folder_for, option, run_script
+from .check import RecipeArguments, recipe_parser
+from .common import MetricArguments, at_least_one, load_rows, loading, make_folder_for, option, run_script
 
 
 # What rows can be, by their columns; the first that is there counts, as in `SFTTrainer`
@@ -95,8 +95,8 @@ def name_and_split(name: str) -> tuple[str, str]:
 
 def parse(argv: list[str] | None) -> tuple[ValueArguments, RecipeArguments, ModelConfig]:
     """The arguments, checked as far as can be before anything is loaded."""
-    dataclasses: Any = (ValueArguments, RecipeArguments, ModelConfig)
-    args, recipe, model_args = Parser(dataclasses, prog="trl-dpg value").parse_args_and_config(argv)
+    parser = recipe_parser("trl-dpg value", ValueArguments, RecipeArguments, ModelConfig)
+    args, recipe, model_args = parser.parse_args_and_config(argv)
     args.model = args.model or model_args.model_name_or_path
     if not args.model:
         raise ValueError("`model` is missing. Pass it with `--model`: a path or an id on the Hub.")
