@@ -43,11 +43,10 @@ test-lowest test-highest: test-%: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults --steps 1000 --seconds 2 --output benchmarks/results/faults.json
 
-# The API reference, from docstrings, and the picture of the house
+# The documentation as a site, in `site/`, and the picture of the house
 docs: $(VENV)/.installed
-	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_architecture.py
-	$(BIN)/ruff format docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Cost, FLOPs, memory and accuracy of the engine: hours on two cores. Results go to benchmarks/results; on a GPU,
 # `make bench DEVICE=cuda RESULTS=benchmarks/results/NAME`.
@@ -80,7 +79,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info .venv-lowest .venv-highest .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .venv-lowest .venv-highest .mypy_cache .pytest_cache .ruff_cache
 	find trl_dpg examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml

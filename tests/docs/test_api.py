@@ -1,23 +1,21 @@
-"""The API reference is what the docstrings say."""
+"""Docstrings of the public names: as Markdown they keep what they say, and their code runs."""
 
-import runpy
+import importlib
+import inspect
+import re
 
-from tests.docs.pages import ROOT
+import pytest
 
-
-API = runpy.run_path(str(ROOT / "docs" / "make_api.py"))
-
-
-def test_up_to_date():
-    written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert written == API["render"](), "docs/api.md is out of date: run `python docs/make_api.py`"
+from docs.griffe_trl import markdown
+from examples.resources import tiny_prompts
 
 
-def test_every_public_name_is_there():
-    lines = API["render"]().splitlines()
-    for module in API["MODULES"]:
-        names = __import__(module, fromlist=["__all__"]).__all__
-        assert names and all(f"### {module}.{name}" in lines for name in names)
+MODULES = ("trl_dpg", "trl_dpg.metrics", "trl_dpg.metagradients", "trl_dpg.rewards")
+PUBLIC = {
+    f"{module}.{name}": getattr(importlib.import_module(module), name)
+    for module in MODULES
+    for name in importlib.import_module(module).__all__
+}
 
 
 def test_format_of_a_docstring():
@@ -36,8 +34,26 @@ Args:
 Returns:
     `float`: A number.
 """.strip()
-    assert API["markdown"](doc) == (
-        "Weight $w_i$ of a [`trl_dpg.metrics.LMHeadNorm`](#trl_dpgmetricslmheadnorm), as in `trl.SFTTrainer`.\n\n"
-        "**Args**\n\n- **norm** (`float`, *optional*):\n  Norm:\n\n  - of the head,\n    in float64;\n"
-        "- **\\*args, \\*\\*kwargs**:\n  Others.\n\n**Returns**\n\n- `float`: A number."
+    assert markdown(doc, list(PUBLIC)) == (
+        "Weight $w_i$ of a [`LMHeadNorm`][trl_dpg.metrics.LMHeadNorm], as in `trl.SFTTrainer`.\n\n"
+        "**Args**\n\n- **norm** (`float`, *optional*):\n    Norm:\n\n    - of the head,\n      in float64;\n"
+        "- **\\*args, \\*\\*kwargs**:\n    Others.\n\n**Returns**\n\n- `float`: A number."
     )
+
+
+# Those with `>>>` are run by `--doctest-modules`.
+EXAMPLES = {
+    name: code
+    for name, value in PUBLIC.items()
+    for code in re.findall(r"```python\n(.*?)```", inspect.getdoc(value) or "", flags=re.DOTALL)
+    if ">>>" not in code and not name.startswith("trl_dpg.rewards.")
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_of_a_docstring(name, directory, tiny):
+    exec(directory.substitute(EXAMPLES[name]), {"dataset": tiny_prompts(16, 1)["train"]})
+
+
+def test_examples_are_found():
+    assert {"trl_dpg.DatasetPolicyGradientTrainer", "trl_dpg.MetagradientReward"} <= set(EXAMPLES)

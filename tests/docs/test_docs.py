@@ -57,7 +57,6 @@ ARGS = TargetTrainingArguments(learning_rate=1e-3, batch_size=2, adam_epsilon_ro
 EXAMPLES = [{"input_ids": ids} for ids in TOKENS]
 GIVEN = {
     "README.md": lambda: {"model": tiny_causal_lm(), "tokenized": TOKENS, "metric": LMHeadNorm()},
-    "docs/api.md": lambda: {"dataset": tiny_prompts(16, 1)["train"]},
     "docs/check.md": lambda: {
         "model": tiny_causal_lm().double(),
         "examples": EXAMPLES,

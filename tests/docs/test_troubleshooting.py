@@ -43,8 +43,6 @@ def test_names_are_those_of_the_logs(make_trainer):
     trainer.evaluate()
     logged = {name for row in trainer.state.log_history for name in row}
     for page, text in TEXTS.items():
-        if page == "docs/api.md":
-            continue  # docstrings, which have tests of their own
         for name in re.findall(
             r"`((?:metagradient/|eval_|clip_ratio/)\w+|entropy|grad_norm|reward_std|step_time)`", text
         ):
