@@ -21,10 +21,12 @@ def for_a_command() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-# TRL still uses the old names: its configurations set the first, and its trainers read the second.
+# TRL still uses the old names: its configurations set the first, its trainers read the second and call the others.
 for name, successor in {
     "gradient_checkpointing": "activation_checkpointing",
     "is_gradient_checkpointing": "is_activation_checkpointing",
+    "gradient_checkpointing_enable": "activation_checkpointing_enable",
+    "gradient_checkpointing_disable": "activation_checkpointing_disable",
 }.items():
     message = f"`{name}` is deprecated and will be removed in v6. Use `{successor}` instead."
     warnings.filterwarnings("ignore", re.escape(message), FutureWarning)
