@@ -266,7 +266,7 @@ def test_what_failed_is_freed_before_the_next_try():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by RLIMIT_AS, which only Linux enforces")
 @pytest.mark.parametrize("curvature", ["exact", "central_difference"])
 def test_real_memory_that_runs_out(curvature):
     """A process that may have so much memory and no more, in which a batch of 64 does not fit."""

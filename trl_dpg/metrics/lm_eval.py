@@ -185,7 +185,10 @@ def _encode(requests: list[Any], model: Any, tokenizer: Any) -> list[Row]:
             return requests
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            raise NotImplementedError
+            raise ValueError(
+                "`task` asks for generated or rolling texts, which have no differentiable score. Take a multiple-choice or "
+                "loglikelihood task."
+            )
 
         generate_until = loglikelihood_rolling
 
