@@ -1,10 +1,11 @@
 """What experiments on the tiny QR code share: models, training as in `examples/configs/tiny_qr.yaml`, stock SFT, decoding, results."""
 
+import argparse
 import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +23,22 @@ from trl_dpg.metrics import LMHeadPattern, decode_pattern
 NUM_WORDS = 100
 VOCABULARY = NUM_WORDS + len(ONE_SPECIAL_TOKEN)
 QR_TEXT = "TRL-DPG"
+# What generators of 0.1M parameters are trained with, as in `examples/configs/tiny_qr.yaml`
+GENERATOR: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "linear",
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.3,
+    "entropy_coef": 0.001,
+    "target_learning_rate": 1e-3,
+    "max_completion_length": 24,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 SFT_LEARNING_RATE = 1e-4  # eight steps of it are about the one step that the generator is trained for
 
 
@@ -47,25 +64,13 @@ def trained(seed: int, steps: int, completions: int, replay: list[str] | None = 
         args = DatasetPolicyGradientConfig(
             directory,
             seed=seed,
-            target_learning_rate=1e-3,
-            learning_rate=3e-3,
-            lr_scheduler_type="linear",
-            adam_beta2=0.95,
-            max_grad_norm=0.3,
-            entropy_coef=0.001,
             max_steps=steps,
             per_device_train_batch_size=completions,
             per_device_eval_batch_size=512,
             num_generations=16,
             num_generations_eval=1,
-            max_completion_length=24,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
             logging_steps=10,
-            disable_tqdm=True,
+            **GENERATOR,
             **config,
         )
         trainer = DatasetPolicyGradientTrainer(
@@ -121,6 +126,20 @@ def decoded(target: Any, model: Any) -> dict[str, Any]:
     found = decode_pattern(target, model, shape=tuple(wanted.pattern.shape))
     accuracy = (found.signs == wanted.pattern).double().mean().item()
     return {"pixel_accuracy": round(accuracy, 4), "read": found.text == QR_TEXT}
+
+
+def commands(
+    description: str, run: Callable, report: Callable
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """A parser with the commands `run` and `report`, and that of `run`, for its own options."""
+    parser = argparse.ArgumentParser(description=description)
+    both = parser.add_subparsers(required=True)
+    runner = both.add_parser("run")
+    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    runner.add_argument("--threads", type=int, default=1)
+    runner.set_defaults(function=run)
+    both.add_parser("report").set_defaults(function=report)
+    return parser, runner
 
 
 def lines_of(path: Path) -> list[dict]:

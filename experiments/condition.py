@@ -12,7 +12,6 @@ not repeated. `report` prints the table.
 """
 
 import argparse
-import json
 import random
 import tempfile
 import time
@@ -24,13 +23,14 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from examples.resources import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_prompts, tiny_tokenizer
+from experiments.common import GENERATOR, NUM_WORDS, append, commands, lines_of
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import KeepBelow, LanguageModelingLikelihood, LMHeadPattern, Perplexity
 
 
 RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
 ALLOWED = 1.01  # times the perplexity of the untouched target
-NUM_WORDS, LENGTH, SUCCESSORS = 100, 24, 4
+LENGTH, SUCCESSORS = 24, 4
 PRETRAINING_STEPS = 400
 FIELDS = ["weight", "factor", "learning_rate", "completions", "seed", "steps"]
 NUM_CLEAN = 128
@@ -112,24 +112,12 @@ def train(target: torch.nn.Module, settings: dict, every: int) -> dict:
         args = DatasetPolicyGradientConfig(
             directory,
             seed=seed,
-            target_learning_rate=settings["learning_rate"],
-            learning_rate=3e-3,
-            lr_scheduler_type="linear",
-            adam_beta2=0.95,
-            max_grad_norm=0.3,
-            entropy_coef=0.001,
             max_steps=settings["steps"],
             per_device_train_batch_size=completions,
             per_device_eval_batch_size=VALIDATED,
             num_generations=16,
-            max_completion_length=24,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
             logging_strategy="no",
-            disable_tqdm=True,
+            **{**GENERATOR, "target_learning_rate": settings["learning_rate"]},
         )
         trainer = DatasetPolicyGradientTrainer(
             generator, target, metric, args, prompts["train"], prompts["test"], tokenizer, tokenizer,
@@ -147,10 +135,6 @@ def train(target: torch.nn.Module, settings: dict, every: int) -> dict:
     }
 
 
-def done() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -164,13 +148,11 @@ def run(options: argparse.Namespace) -> None:
                     strict=True,
                 )
             )
-            if any(all(line[name] == settings[name] for name in FIELDS) for line in done()):
+            if any(all(line[name] == settings[name] for name in FIELDS) for line in lines_of(RESULTS)):
                 continue
             target = target or pretrained_target(2 * seed + 1, PRETRAINING_STEPS)
             line = train(target, settings, options.every)
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(RESULTS, line)
             print(settings, line["curve"][-1], f"{line['seconds']} s", flush=True)
 
 
@@ -187,7 +169,7 @@ def report(options: argparse.Namespace) -> None:
         "both held",
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for line in sorted(done(), key=lambda line: [line[name] for name in FIELDS]):
+    for line in sorted(lines_of(RESULTS), key=lambda line: [line[name] for name in FIELDS]):
         last = line["curve"][-1]
         kept = max(last["perplexity"], last["held_out"]) <= ALLOWED
         condition = f"weight {line['weight']:g}, limit {line['factor'] - 1:+.1%}" if line["weight"] else "none"
@@ -206,21 +188,15 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
+    parser, runner = commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--weights", nargs="+", type=float, default=[0.0, 10000.0], help="of the condition")
     runner.add_argument(
         "--factor", type=float, default=1.005, help="limit in training, times the untouched perplexity"
     )
     runner.add_argument("--learning_rate", type=float, default=1.5e-3, help="of the target")
     runner.add_argument("--completions", type=int, default=512, help="a step")
-    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--steps", type=int, default=160)
     runner.add_argument("--every", type=int, default=20, help="steps between validations")
-    runner.add_argument("--threads", type=int, default=1)
-    runner.set_defaults(function=run)
-    commands.add_parser("report").set_defaults(function=report)
     options = parser.parse_args()
     options.function(options)
 

@@ -12,7 +12,6 @@ the table.
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_prompts, tiny_tokenizer
+from experiments.common import GENERATOR, append, commands, lines_of
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
 
@@ -32,7 +32,6 @@ RESULTS = Path(__file__).parent / "results" / "credit.jsonl"
 BOUNDS = (0.85, 0.95, 0.99)
 VALIDATED = 256  # samples
 FIELDS = ["pattern", "vocabulary", "completions", "least_length", "assignment", "discount", "candidates", "seed"]
-LENGTH = 24  # the longest completion
 
 
 class ValidateUntilGood(TrainerCallback):
@@ -72,25 +71,13 @@ def train(
             credit_assignment=assignment,
             credit_discount=discount,
             credit_candidates=candidates,
-            target_learning_rate=1e-3,
-            learning_rate=3e-3,
-            lr_scheduler_type="constant",
-            adam_beta2=0.95,
-            max_grad_norm=0.3,
-            entropy_coef=0.001,
             max_steps=steps,
             per_device_train_batch_size=completions,
             per_device_eval_batch_size=VALIDATED,
             num_generations=4,
-            max_completion_length=LENGTH,
             generation_kwargs={"min_new_tokens": least_length},
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
             logging_strategy="no",
-            disable_tqdm=True,
+            **{**GENERATOR, "lr_scheduler_type": "constant"},
         )
         tokenizers = [tiny_tokenizer(words, ONE_SPECIAL_TOKEN) for _ in range(2)]
         trainer = DatasetPolicyGradientTrainer(
@@ -120,8 +107,7 @@ def reached(run: dict, bound: float) -> int | None:
 
 
 def done() -> list[dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [{"least_length": 0, **json.loads(line)} for line in lines]
+    return [{"least_length": 0, **line} for line in lines_of(RESULTS)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -140,9 +126,7 @@ def run(options: argparse.Namespace) -> None:
         if any(all(line[name] == settings[name] for name in FIELDS) for line in done()):
             continue
         line = train(*settings.values(), steps=options.steps, every=options.every)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(RESULTS, line)
         print({name: line[name] for name in FIELDS}, line["curve"][-1:], f"{line['seconds']} s", flush=True)
 
 
@@ -187,25 +171,17 @@ def median(runs: list[dict], bound: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
+    parser, runner = commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--patterns", nargs="+", default=["67", "qr"])
     runner.add_argument("--vocabularies", nargs="+", type=int, default=[64, 256, 2048])
     runner.add_argument("--completions", nargs="+", type=int, default=[32, 512], help="a step")
-    runner.add_argument(
-        "--least_lengths", nargs="+", type=int, default=[0], help=f"of completions of at most {LENGTH} tokens"
-    )
+    runner.add_argument("--least_lengths", nargs="+", type=int, default=[0], help="of completions, in tokens")
     runner.add_argument("--assignments", nargs="+", default=["sequence", "token", "expected"])
     runner.add_argument("--discounts", nargs="+", type=float, default=[0.5])
     every = lambda text: None if text == "all" else int(text)  # noqa: E731
     runner.add_argument("--candidates", nargs="+", type=every, default=[None], help="numbers, or 'all'")
-    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--steps", type=int, default=120)
     runner.add_argument("--every", type=int, default=10, help="steps between validations")
-    runner.add_argument("--threads", type=int, default=1)
-    runner.set_defaults(function=run)
-    commands.add_parser("report").set_defaults(function=report)
     options = parser.parse_args()
     options.function(options)
 

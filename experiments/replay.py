@@ -19,7 +19,18 @@ from pathlib import Path
 import datasets
 import torch
 
-from experiments.common import append, cell, decoded, lines_of, sft, strangers_texts, target_of, trained, written_by
+from experiments.common import (
+    append,
+    cell,
+    commands,
+    decoded,
+    lines_of,
+    sft,
+    strangers_texts,
+    target_of,
+    trained,
+    written_by,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "replay.jsonl"
@@ -70,17 +81,11 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
+    parser, runner = commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--ratios", nargs="+", type=float, default=[0.0, 0.5])
-    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--steps", type=int, default=160)
     runner.add_argument("--completions", type=int, default=512, help="a step")
     runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
-    runner.add_argument("--threads", type=int, default=1)
-    runner.set_defaults(function=run)
-    commands.add_parser("report").set_defaults(function=report)
     options = parser.parse_args()
     options.function(options)
 

@@ -21,7 +21,18 @@ import datasets
 import torch
 
 from examples.robustness import pruned, rounded
-from experiments.common import SFT_LEARNING_RATE, append, cell, decoded, lines_of, sft, target_of, trained, written_by
+from experiments.common import (
+    SFT_LEARNING_RATE,
+    append,
+    cell,
+    commands,
+    decoded,
+    lines_of,
+    sft,
+    target_of,
+    trained,
+    written_by,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
@@ -97,17 +108,11 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
+    parser, runner = commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--generators", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--steps", type=int, default=160)
     runner.add_argument("--completions", type=int, default=512, help="a step")
     runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
-    runner.add_argument("--threads", type=int, default=1)
-    runner.set_defaults(function=run)
-    commands.add_parser("report").set_defaults(function=report)
     options = parser.parse_args()
     options.function(options)
 
