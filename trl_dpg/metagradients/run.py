@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from .runtime.model import (
     check_full_precision,
     check_model,
     check_positions,
+    check_whole,
     checkpointed,
     decayed_parameters,
     make_deterministic,
@@ -48,6 +49,7 @@ from .runtime.model import (
     vocab_size,
 )
 from .runtime.processes import Processes
+from .runtime.sharding import Shards
 from .runtime.storage import Storage, open_storage
 from .runtime.workspace import Workspace, parameter_groups
 
@@ -86,8 +88,11 @@ class TargetRun:
         self.model, self.metric, self.recipe = model, as_metric(metric), recipe
         self.processes = Processes(accelerator)
         with self.processes.failing_together():
+            check_whole(model)
+            self.shards = Shards(model, self.processes)
             self.params = trainable_parameters(model)
-            check_model(model)
+            with self.shards:
+                check_model(model)
             if recipe.curvature == "central_difference":
                 check_full_precision(model)
             self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
@@ -108,10 +113,17 @@ class TargetRun:
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
-                self.groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
-                sharded = all(group.rule.elementwise for group in self.groups)
+                groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
+                sharded = all(group.rule.elementwise for group in groups)
+                if self.processes.in_step and not sharded:
+                    raise ValueError(
+                        f"`optim={self.recipe.optim!r}` needs whole matrices, but the target is in shards. Set `optim=\"adamw\"` or "
+                        '"sgd", or do not shard the target (`target_fsdp=False` in the trainer).'
+                    )
+                self.groups = [group._replace(params=[*map(self.shards.local, group.params)]) for group in groups]
+                stack.enter_context(self.shards)
                 self.space = Workspace(self.groups, self.processes, sharded)
-                with self.space.undoing_writes(), explaining_metric_memory():
+                with self.space.undoing_writes(), self._reading_metric():
                     self.metric.setup(self.model)
                     with torch.no_grad():
                         before = evaluate(self.metric, self.model).item()
@@ -131,6 +143,11 @@ class TargetRun:
             self._stack = stack.pop_all()
         return self
 
+    @contextmanager
+    def _reading_metric(self) -> Iterator[None]:
+        with explaining_metric_memory(), self.shards.replicated():
+            yield
+
     def __exit__(self, *exception) -> None:
         self._stack.__exit__(*exception)
 
@@ -145,10 +162,10 @@ class TargetRun:
         for step in range(self.num_steps):
             loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.losses_of_epoch(step)))
             check_finite(f"the loss of step {step + 1}", torch.tensor(loss))
-            check_finite(f"the gradient of step {step + 1}", grad)
+            self._check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
                 self._start(grad, keep_tape)
-            self.optimizer.clipping.measure(grad)
+            self.optimizer.clipping.measure(grad, space.norm)
             with processes.raising_later():
                 if keep_tape:
                     kept = grad[space.shard].clone() if space.sharded else grad
@@ -168,7 +185,7 @@ class TargetRun:
         """What needs the first gradient, or the size of a state: the optimizer and its state, and the tape."""
         space, recipe, processes = self.space, self.recipe, self.processes
         with processes.failing_together():
-            self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params))
+            self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params), space)
             parts = []
             for group, part in zip(self.groups, space.parts, strict=True):
                 weight_decay = recipe.weight_decay if group.decayed else 0.0
@@ -204,7 +221,7 @@ class TargetRun:
 
     def measure(self) -> None:
         r"""Notes \\( \Phi \\) of the fine-tuned model, and its read-outs."""
-        with self.processes.failing_together(), explaining_metric_memory(), torch.no_grad():
+        with self.processes.failing_together(), self._reading_metric(), torch.no_grad():
             self.measured.metric_after = evaluate(self.metric, self.model).item()
             self.measured.readouts = read_out(self.metric, self.model)
 
@@ -212,7 +229,7 @@ class TargetRun:
         r"""\\( \lambda_\phi, \lambda_s \\), the gradient of \\( \Phi \\) of the fine-tuned model. Notes what `measure` does."""
         space = self.space
         with self.processes.failing_together():
-            with explaining_metric_memory():
+            with self._reading_metric():
                 self.measured.metric_after, grad = _metric_gradient(self.metric, self.model, space)
                 self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
@@ -240,7 +257,7 @@ class TargetRun:
         with self.processes.raising_later():
             self.tape.pop()
         vector = space.gather_and_load_phi(along)
-        check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
+        self._check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
         return Direction(vector, inner, self.losses_of_epoch(step))
 
     def differentiate(self, step: int, derivatives: Derivatives, direction: Direction) -> Tensor | None:
@@ -255,9 +272,13 @@ class TargetRun:
         self.progress.update()
         if product is None:
             return None
-        check_finite(f"the Hessian-vector product of step {step + 1}", product)
+        self._check_finite(f"the Hessian-vector product of step {step + 1}", product)
         self.space.release_gradients()
         return product[self.space.shard]
+
+    def _check_finite(self, what: str, flat: Tensor) -> None:
+        with self.processes.raising_later():  # of shards, one may be finite and another not
+            check_finite(what, flat)
 
     def losses_of_epoch(self, step: int) -> Tensor:
         r"""\\( \ell_i / Z_t \\) of all examples in the epoch that a step belongs to, shape `(n,)`."""
@@ -299,11 +320,12 @@ class TargetRun:
         return [batch.to(self.space.device) for batch in self._collated[step]]
 
 
-def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters: int) -> float:
+def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters: int, space: Workspace) -> float:
     """`"auto"`: four times the mean square of the first gradient: \\( \\sqrt{r} \\) is twice its root mean square."""
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
     square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
+    square = square if space.sharded else space.total(square)
     if square == 0 and recipe.rule.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
@@ -326,7 +348,7 @@ def _metric_gradient(metric: Metric, model: TargetModel, space: Workspace) -> tu
     space.accumulate_into(grad)
     value.backward(inputs=space.params)
     space.release_gradients()
-    if grad.norm() == 0 and not grad.any():  # the second is slow
+    if space.norm(grad) == 0:
         raise ValueError(
             "`metric` does not depend on what is trained: its gradient is zero for every trainable parameter, so all "
             "metagradients would be zero. Check that it reads trained parameters (with adapters: the adapted layers), and "

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ..runtime.model import TargetModel, is_compiled
+from ..runtime.sharding import ShardedParameter, is_gathered
 from .linear import zeros
 from .switches import SWITCHES
 
@@ -38,8 +39,8 @@ class ChunkedHead:
     def suits(self, num_tokens: int) -> bool:
         """Whether to take it for that many tokens: they have many logits, and the model allows it."""
         head = self.model.get_output_embeddings().weight
-        in_half = head.dtype in (torch.float16, torch.bfloat16)
-        if not in_half and num_tokens * len(head) <= SWITCHES.logits_at_once:
+        always = head.dtype in (torch.float16, torch.bfloat16) or isinstance(head, ShardedParameter)  # on all processes alike
+        if not always and num_tokens * len(head) <= SWITCHES.logits_at_once:
             return False
         return self.is_plain
 
@@ -73,7 +74,8 @@ def has_plain_head(model: TargetModel) -> bool:
     decoder, head = decoder_and_head(model)
     config = model.config.get_text_config().to_dict()
     adjusted = any(config.get(name) not in (None, 1.0) for name in ADJUSTMENTS)
-    is_linear = type(head) is nn.Linear and head.bias is None and isinstance(decoder, PreTrainedModel)
+    is_linear = type(head).forward is nn.Linear.forward  # `fully_shard` makes a class of its own
+    is_linear = is_linear and head.bias is None and isinstance(decoder, PreTrainedModel)
     if not is_linear or adjusted or is_compiled(model):
         return False
     ids = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
@@ -129,7 +131,7 @@ def _forward_mode(hidden, weight, targets: Tensor) -> Tensor:
 def _chunks(hidden: Tensor, weight: Tensor):
     chunk = SWITCHES.chunk or CHUNK.get(weight.device.type, CHUNK["cuda"])
     size = max(1, chunk // len(weight))
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+    return [slice(i, i + size) for i in range(0, max(len(hidden), 1), size)]
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -141,7 +143,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent):
         hidden, weight, targets = ctx.saved_tensors
-        second_order = torch.is_grad_enabled() and weight.is_leaf
+        second_order = torch.is_grad_enabled() and (weight.is_leaf or is_gathered(weight))
         wanted = (*ctx.needs_input_grad[:2], second_order)
         return *_TokenLossGradients.apply(cotangent, hidden, weight, targets, *wanted), None
 

@@ -60,8 +60,7 @@ class CentralDifference(Derivatives):
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         """As of [`Derivatives`]."""
-        # The second is slow, but cannot underflow.
-        norm = direction.vector.norm().item() or double(direction.vector).norm().item()
+        norm = self.space.norm(direction.vector)
         if norm == 0:
             self.errors.append(0.0)
             if product is not None:
@@ -104,16 +103,16 @@ class CentralDifference(Derivatives):
         With `refine`, two more try a shorter one, where these examples are few beside the batch: that is cheaper than two gradients
         of the batch at a wrong distance.
         """
-        size = self.space.phi.norm().item() or 1.0
+        size = self.space.norm(self.space.phi) or 1.0
         self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
         wanted = FIRST_CHANGE * torch.finfo(self.space.dtype).eps ** (1 / 3)
         # as many examples whatever the size of micro-batches, on which the step should not depend
-        num = sum(len(batch.indices) for batch in batches)
+        num = sum(len(batch.input_ids) for batch in batches)
         rows = min(MOST_PROBED, max(2, int(num * SHARE_PROBED)))
         few = []
         for batch in batches:
             few += [batch.first(rows)] if rows > 0 else []
-            rows -= len(batch.indices)
+            rows -= len(batch.input_ids)
         for _ in range(4):
             count, change, total = self._change(few, direction, norm, num)
             if count == 0:

@@ -12,6 +12,7 @@ from ..runtime.examples import MicroBatch
 from ..runtime.host import double
 from ..runtime.model import twice_differentiable
 from ..runtime.second_derivative import check_second_derivatives
+from ..runtime.sharding import split, standing_in
 from .derivatives import Derivatives, Direction
 
 
@@ -73,10 +74,10 @@ class Exact(Derivatives):
                 dual_of = {id(p): forward_ad.make_dual(p.detach(), tangents[id(p)]) for p in self.space.params}
                 # Each place once: a module with two names would be given its duals twice, and keep the first ones.
                 duals = {
-                    name: dual_of[id(p)]
+                    name: standing_in(p, dual_of[id(split(p)[0])])
                     for prefix, module in self.token_losses.named_modules()
                     for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
-                    if id(p) in tangents
+                    if id(split(p)[0]) in tangents
                 }
                 dual = functional_call(self.token_losses, duals, (batch, True), tie_weights=False)
                 return forward_ad.unpack_dual(dual).tangent

@@ -39,7 +39,10 @@ class Example(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Examples of one forward pass, right-padded: `b` examples, `l` tokens, `t` of them supervised, `k` candidates each."""
+    """
+    Examples of one forward pass, right-padded: `b` examples, `l` tokens, `t` of them supervised, `k` candidates each. Tokens may have
+    more rows behind those of the examples, without a label.
+    """
 
     indices: list[int]  # positions in the list of all examples
     input_ids: Tensor  # (b, l)
@@ -228,7 +231,8 @@ def micro_batches(
     """
     This process's share of a batch in micro-batches of `size` examples (`None` for all), with floating-point columns in `dtype`.
 
-    The normalization is that of the whole batch. There is none where a process has no example with a supervised token.
+    The normalization is that of the whole batch. There is none where a process has no example with a supervised token; but where
+    processes go in step, all have as many rows, and rows without a token to learn stand in for missing ones.
     """
     supervised = [i for i in batch if examples[i].num_supervised > 0]
     tokens = torch.tensor([examples[i].num_supervised for i in supervised], dtype=torch.float64)
@@ -241,12 +245,20 @@ def micro_batches(
     start = processes.index * len(supervised) // processes.count
     stop = (processes.index + 1) * len(supervised) // processes.count
     share = supervised[start:stop]
-    size = size or max(len(share), 1)
-    return [_collate(examples, share[j : j + size], scales, dtype) for j in range(0, len(share), size)]
+    num_rows = max(-(-len(supervised) // processes.count), 1) if processes.in_step else len(share)
+    size = size or max(num_rows, 1)
+    return [
+        _collate(examples, share[j : j + size], min(size, num_rows - j), scales, dtype)
+        for j in range(0, num_rows, size)
+    ]
 
 
-def _collate(examples: list[Example], indices: list[int], scales: dict[int, float], dtype: torch.dtype) -> MicroBatch:
-    rows = [examples[i] for i in indices]
+def _collate(
+    examples: list[Example], indices: list[int], num_rows: int, scales: dict[int, float], dtype: torch.dtype
+) -> MicroBatch:
+    no_candidates = torch.full((2, examples[0].candidates.shape[1]), -1)
+    none = examples[0]._replace(input_ids=[0, 0], labels=[-100, -100], candidates=no_candidates)
+    rows = [examples[i] for i in indices] + [none] * (num_rows - len(indices))
     ids, labels = ([torch.tensor(row[column]) for row in rows] for column in range(2))
     return MicroBatch(
         indices,
@@ -255,7 +267,7 @@ def _collate(examples: list[Example], indices: list[int], scales: dict[int, floa
         pad_sequence(labels, batch_first=True, padding_value=-100),
         pad_sequence([row.candidates for row in rows], batch_first=True, padding_value=-1),
         torch.tensor([scales[i] for i in indices], dtype=dtype),
-        torch.tensor([row.num_supervised for row in rows]),
-        torch.tensor([row.weight for row in rows], dtype=dtype),
-        torch.tensor([row.offset for row in rows]),
+        torch.tensor([examples[i].num_supervised for i in indices]),
+        torch.tensor([examples[i].weight for i in indices], dtype=dtype),
+        torch.tensor([examples[i].offset for i in indices], dtype=torch.long),
     )

@@ -12,7 +12,6 @@ from peft import PeftModel, PromptLearningConfig
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -34,7 +33,7 @@ def vocab_size(model: TargetModel) -> int:
 
 
 def check_whole(model: TargetModel) -> None:
-    """Raises a [`ValueError`] for a model that is compiled or wrapped by another module, or has weights elsewhere."""
+    """Raises a [`ValueError`] for a model that is compiled or wrapped by another module, or has weights where they cannot be reached."""
     for name, module in model.named_modules():
         what = f"`{name}` of the target model" if name else "The target model"
         if is_compiled_module(module):
@@ -49,12 +48,12 @@ def check_whole(model: TargetModel) -> None:
             )
     for name, param in model.named_parameters():
         # `ds_id` is how DeepSpeed marks what it has partitioned
-        if param.is_meta or isinstance(param, DTensor) or hasattr(param, "ds_id"):
-            where = "on the meta device" if param.is_meta else "sharded over processes"
+        if param.is_meta or hasattr(param, "ds_id"):
+            where = "on the meta device" if param.is_meta else "partitioned by ZeRO-3"
             raise ValueError(
-                f"The target model must have all of its weights on every process, but {name!r} is {where} (FSDP's "
-                "`fully_shard`, tensor parallelism and ZeRO-3 do so). Pass the target to the trainer by name, or load it "
-                "inside `with trl_dpg.target.whole_weights():` and do not shard it."
+                f"The target model must have all of its weights, but {name!r} is {where}. Pass the target to the trainer by name, or "
+                "load it inside `with trl_dpg.target.whole_weights():`. A target in shards (`target_fsdp=True`) is one that FSDP2's "
+                "`fully_shard` made."
             )
 
 
@@ -63,7 +62,7 @@ def trainable_parameters(model: TargetModel) -> list[nn.Parameter]:
     Parameters that are trained, each distinct one once, so that tied weights are not updated twice.
 
     Raises:
-        [`ValueError`]: If there are none, or they cannot be trained here: wrapped, sharded, in half precision, made for inference.
+        [`ValueError`]: If there are none, or they cannot be trained here: wrapped, in half precision, made for inference.
     """
     check_whole(model)
     if torch.is_inference_mode_enabled() or any(param.is_inference() for param in model.parameters()):

@@ -12,28 +12,39 @@ from .memory import ANOTHER_FAILED, OutOfMemory, clear_frames, is_out_of_memory
 
 
 class Processes:
-    """The processes that share a run, through Accelerate; with `None` this one alone, also where there are others."""
+    """
+    The processes that share a run, through Accelerate; with `None` this one alone, also where there are others.
+
+    Every collective begins with [`~Processes.agree`]. So a failure ends all processes, wherever the others are.
+
+    Attributes:
+        in_step (`bool`):
+            Whether they hold one model together. Then all make the same calls of it, with collectives inside, and gradients are sums already.
+    """
 
     def __init__(self, state: Accelerator | PartialState | None):
         self.index = 0 if state is None else state.process_index
         self.count = 1 if state is None else state.num_processes
         self.device = None if state is None else state.device  # of collectives
+        self.in_step = False
         self._failure: Exception | None = None
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """
-        Runs a block without collectives; if it raises on any process, raises on every process.
+        Runs a block; if it raises on any process, raises on every process.
 
         A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause (a
         [`FloatingPointError`] where all causes are such), instead of waiting forever in their next collective.
         """
-        error = self._failure
+        error = None
         try:
             yield
         except Exception as e:
-            error = error or e
-        self._raise_any(error)
+            if _is_agreed(e):
+                raise
+            error = e
+        self.agree(error)
 
     @contextmanager
     def raising_later(self) -> Iterator[None]:
@@ -56,16 +67,19 @@ class Processes:
         Fails together like [`~Processes.failing_together`]. Where nothing failed but that memory ran out, on one process or
         more, all of them raise [`~memory.OutOfMemory`].
         """
-        error = self._failure
+        error = None
         try:
             yield
         except Exception as e:
+            if _is_agreed(e):
+                raise
             if is_out_of_memory(e):
                 clear_frames(e)
                 e = OutOfMemory(str(e))
-            error = error or e
-        self._sum_scalars(scalars, error)
-        if buffer is not None:
+            error = e
+        self.agree(error)
+        self._sum_scalars(scalars)
+        if buffer is not None and not self.in_step:
             self.sum_(buffer)
 
     def gather(self, shard: Tensor) -> Tensor:
@@ -74,7 +88,7 @@ class Processes:
             return shard
         with self.raising_later():
             whole = shard.new_empty(self.count * len(shard))
-        self._sum_scalars([], self._failure)
+        self.agree()
         torch.distributed.all_gather_into_tensor(whole, shard)
         return whole
 
@@ -87,17 +101,35 @@ class Processes:
     def sum_float(self, number: float) -> float:
         """Sum over all processes. Fails together."""
         scalars = [number]
-        self._sum_scalars(scalars, self._failure)
+        self.agree()
+        self._sum_scalars(scalars)
         return scalars[0]
 
-    def _sum_scalars(self, scalars: list[float], error: Exception | None) -> None:
-        """Sums, in place and in float64, whether a process failed along with them."""
+    def agree(self, error: Exception | None = None, place: int = -1) -> None:
+        """
+        Raises on every process if one comes with an error, or failed before; or if they come to different places.
+
+        Args:
+            error (`Exception`, *optional*): What happened on this process.
+            place (`int`): Number of the parameter that is exchanged next; -1 outside of the model's calls.
+        """
+        error = self._failure or error
         if self.count > 1:
-            sums = torch.tensor([error is not None, *scalars], dtype=torch.float64, device=self.device)
-            failures, *scalars[:] = self.sum_(sums).tolist()
-            if failures == 0:
+            sums = torch.tensor([error is not None, place, place**2], dtype=torch.float64, device=self.device)
+            failures, places, squares = self.sum_(sums).tolist()
+            if failures == 0 and places**2 == self.count * squares:
                 return
+            if failures == 0:
+                error = RuntimeError(
+                    "The processes, which hold one model together, came to different parameters of it: what it computes with depends on "
+                    "the examples, as in some mixtures of experts. Do not shard the target (`target_fsdp=False` in the trainer)."
+                )
         self._raise_any(error)
+
+    def _sum_scalars(self, scalars: list[float]) -> None:
+        """Sums, in place and in float64."""
+        if self.count > 1 and scalars:
+            scalars[:] = self.sum_(torch.tensor(scalars, dtype=torch.float64, device=self.device)).tolist()
 
     def _raise_any(self, error: Exception | None) -> None:
         if self.count > 1:
@@ -106,12 +138,21 @@ class Processes:
             failures = gather_object([] if error is None else [(message, kind)])
             causes = [cause for cause in failures if cause[1] is not OutOfMemory]
             if failures and not causes:
-                raise OutOfMemory(failures[0][0])
-            if causes and (error is None or isinstance(error, OutOfMemory)):
+                error = OutOfMemory(failures[0][0])
+            elif causes and (error is None or isinstance(error, OutOfMemory)):
                 kind = FloatingPointError if all(kind is FloatingPointError for _, kind in causes) else RuntimeError
-                raise kind(f"{ANOTHER_FAILED} {causes[0][0]}")
+                error = kind(f"{ANOTHER_FAILED} {causes[0][0]}")
+            if error is not None:
+                error.is_agreed = True  # type: ignore[attr-defined]
         if error is not None:
             raise error
+
+
+def _is_agreed(error: BaseException | None) -> bool:
+    """Whether all processes raise, so that blocks around need not ask: one that says more about it does so on each."""
+    while error is not None and not hasattr(error, "is_agreed"):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def failing_together(state: Accelerator | PartialState | None):

@@ -52,6 +52,11 @@ def check_second_derivatives(exact: "Exact", batches: list[MicroBatch], product:
         return
     with saved_tensors_hooks(lambda tensor: None, lambda kept: kept):  # the graph is looked at, not run
         names = foreign_operations(exact.token_losses(batches[0].first(1)).sum())
+    if names and exact.space.processes.in_step:
+        raise ValueError(
+            f"`curvature='exact'` needs second derivatives. `model` runs {', '.join(names)}, which is not PyTorch's own, and whether its "
+            'derivatives are right is not looked at where the model is in shards. Set `curvature="central_difference"`.'
+        )
     if names and not is_twice_differentiable(exact, batches[0].first(NUM_EXAMPLES), with_product):
         raise ValueError(
             f"`curvature='exact'` needs second derivatives, but those of `model` are wrong: it runs {', '.join(names)}, which PyTorch "

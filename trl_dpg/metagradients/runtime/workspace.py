@@ -1,5 +1,6 @@
 r"""The trained parameters as one contiguous tensor, and all other memory of that size."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .host import double
 from .processes import Processes
 
 
@@ -54,7 +56,7 @@ class Workspace:
     they are put back.
 
     With several processes, each keeps an equal part of what is recorded and walked back, its *shard*; `phi`, gradients and
-    products are whole on all of them.
+    products are whole on all of them. If they hold the model together, each has its own part of everything, and nothing else.
 
     Args:
         groups (`Sequence[Group]`): Distinct parameters, on one device and of one dtype. Groups stay together, in order.
@@ -74,7 +76,7 @@ class Workspace:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
             self.parts.append(slice(start, end if rule.elementwise else start + params[0].numel()))
-        num_shards = processes.count if shardable else 1
+        num_shards = processes.count if shardable and not processes.in_step else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
         if groups[-1].rule.elementwise:  # what pads the shards is updated too, from zero to zero
             self.parts[-1] = slice(self.parts[-1].start, self.size)
@@ -158,7 +160,14 @@ class Workspace:
 
     def total(self, number: float) -> float:
         """Sum over all processes that hold a part of the parameters."""
-        return self.processes.sum_float(number) if self.sharded else number
+        return self.processes.sum_float(number) if self.sharded or self.processes.in_step else number
+
+    def norm(self, flat: Tensor) -> float:
+        """Norm of a tensor in the layout of `phi`, over all processes."""
+        if not self.processes.in_step:
+            # The second is slow, but cannot underflow.
+            return flat.norm().item() or double(flat).norm().item()
+        return math.sqrt(self.processes.sum_float(double(flat).norm().item() ** 2))
 
     def gather_and_load_phi(self, shard: Tensor) -> Tensor:
         r"""Gathers a sharded tensor. It gathers \\( \phi_t \\) too, and loads it into the model."""

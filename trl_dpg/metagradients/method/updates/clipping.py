@@ -3,6 +3,8 @@ Clipping by global norm, [`~torch.nn.utils.clip_grad_norm_`], before any update:
 \\( c = \min(1, M / (\lVert g \rVert + 10^{-6})) \\).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,9 @@ class Clipping:
         self.max_norm = max_norm
         self.norms: list[float] = []  # of the gradient of each step
 
-    def measure(self, grad: Tensor) -> None:
+    def measure(self, grad: Tensor, norm: Callable[[Tensor], float] = lambda grad: grad.norm().item()) -> None:
         """Notes the norm of the next step's gradient."""
-        self.norms.append(grad.norm().item() if self.max_norm > 0 else 0.0)
+        self.norms.append(norm(grad) if self.max_norm > 0 else 0.0)
 
     def factor(self, step: int) -> float:
         r"""\\( c \\) of a step."""

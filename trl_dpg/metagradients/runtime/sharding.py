@@ -1,0 +1,294 @@
+"""A model in shards: every process holds a part of each parameter, and what reads one gets it whole for as long as it is read."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_map_only
+
+from .processes import Processes
+
+
+# Getters that say what a tensor holds; all others say what it is.
+VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+DESCRIPTIONS = {
+    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.__len__, Tensor.__hash__),
+}
+
+
+class Layout:
+    """
+    How a parameter is split: rows of its first dimension, an equal number on every process but the last ones.
+
+    Args:
+        index (`int`): Its number among the parameters of the model.
+        original (`DTensor`): The parameter as it was found.
+        shards ([`Shards`]): All of them.
+    """
+
+    def __init__(self, index: int, original: DTensor, shards: "Shards"):
+        self.index, self.original, self.shards = index, original, shards
+        self.places: list[tuple[nn.Module, str]] = []
+        self.group = original.device_mesh.get_group()
+        self.rows = -(-len(original) // original.device_mesh.size())
+        self.first = original.device_mesh.get_local_rank() * self.rows
+        self.local = nn.Parameter(original.to_local().detach(), original.requires_grad)
+
+    def whole(self, values: Tensor) -> Tensor:
+        """The whole tensor of which each process has its part, differentiable as often as one likes."""
+        return _Gather.apply(values, self, self.shards.is_replicated)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The same without a derivative. Its memory is known as that of a parameter."""
+        part, count = self._padded(part.detach(), self.rows), self.shards.processes.count
+        whole = part.new_empty(count * self.rows, *part.shape[1:])
+        self.shards.processes.agree(place=self.index)
+        dist.all_gather_into_tensor(whole, part, group=self.group)
+        self.shards.note(whole, self)
+        return whole[: len(self.original)]
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """This process's part of the sum over all processes."""
+        whole = self._padded(whole.detach(), self.shards.processes.count * self.rows)
+        part = whole.new_empty(self.rows, *whole.shape[1:])
+        self.shards.processes.agree(place=self.index)
+        dist.reduce_scatter_tensor(part, whole, group=self.group)
+        return part[: len(self.local)]
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of a tensor that is the same on all of them."""
+        return whole[self.first : self.first + len(self.local)].contiguous()
+
+    @staticmethod
+    def _padded(tensor: Tensor, rows: int) -> Tensor:
+        padding = [0, 0] * (tensor.ndim - 1) + [0, rows - len(tensor)]
+        return (F.pad(tensor, padding) if rows > len(tensor) else tensor).contiguous()
+
+
+class _Gather(torch.autograd.Function):
+    """Parts in, the whole out. Its adjoint is [`_Scatter`], and that one's is this."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, layout: Layout, replicated: bool) -> Tensor:
+        ctx.layout, ctx.replicated = layout, replicated
+        return layout.gather(part)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return _Scatter.apply(cotangent, ctx.layout, ctx.replicated, torch.is_grad_enabled()), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return ctx.layout.gather(tangent)
+
+
+class _Scatter(torch.autograd.Function):
+    """
+    Of a cotangent of the whole on every process, this process's part of their sum; or of the one, if all computed the same.
+
+    In a second-order graph, the sum is differentiated but not used, and so left out.
+    """
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, layout: Layout, replicated: bool, second_order: bool) -> Tensor:
+        ctx.layout = layout
+        if replicated:
+            return layout.part(whole)
+        return torch.zeros_like(layout.local) if second_order else layout.scatter(whole)
+
+    @staticmethod
+    def backward(ctx, direction):
+        return _Gather.apply(direction, ctx.layout, False), None, None, None
+
+
+class ShardedParameter(Tensor):
+    """
+    Stands in a model in a parameter's place, with its shape. Functions that take it get the whole tensor instead, gathered anew.
+
+    Args:
+        part (`Tensor`): What this process has of it.
+        home ([`Layout`]): Where the rest is.
+    """
+
+    part: Tensor
+    home: Layout
+
+    @staticmethod
+    def __new__(cls, part: Tensor, home: Layout):
+        shape, like = home.original.shape, home.local
+        self = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+        )
+        self.part, self.home, self._is_param = part, home, True
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        getter = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else None
+        if func in DESCRIPTIONS or getter is not None and getter not in VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda p: p.home.whole(p.part), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise ValueError(
+            f"{func} of the target model reads a parameter in shards by a way of its own, as compiled and fused layers do. Leave them "
+            "out (`use_liger_kernel`, `use_kernels`), or do not shard the target (`target_fsdp=False` in the trainer)."
+        )
+
+
+def split(param: Tensor) -> tuple[Tensor, Layout | None]:
+    """What this process has of a parameter, and where the rest is."""
+    return (param.part, param.home) if isinstance(param, ShardedParameter) else (param, None)
+
+
+def standing_in(param: Tensor, part: Tensor) -> Tensor:
+    """`part`, such that it can stand in the place of `param`."""
+    return ShardedParameter(part, param.home) if isinstance(param, ShardedParameter) else part
+
+
+def is_gathered(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that was gathered from its shards."""
+    return isinstance(tensor.grad_fn, _Gather._backward_cls)  # type: ignore[attr-defined]
+
+
+class Shards:
+    """
+    The parameters of a model that are in shards, by `fully_shard` or [`~torch.distributed.tensor.distribute_tensor`]; none of a whole one.
+
+    While the context is open, a [`ShardedParameter`] stands for each of them, and FSDP's own hooks rest: a parameter is gathered where
+    it is read, and again where its gradient is computed. This can be differentiated twice, and holds a layer at a time. All processes
+    must make the same calls of the model, on as many examples.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        processes ([`Processes`]): Those that hold it.
+
+    Raises:
+        [`ValueError`]: If it is not split as it must be: every trained parameter by its first dimension, over all of `processes`.
+    """
+
+    def __init__(self, model: nn.Module, processes: Processes):
+        self.model, self.processes = model, processes
+        self.is_replicated = False
+        self._live: dict[int, tuple[StorageWeakRef, Layout]] = {}
+        self._layouts: dict[int, Layout] = {}
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        for module in model.modules():
+            for name, param in module._parameters.items():
+                if isinstance(param, DTensor):
+                    if id(param) not in self._layouts:
+                        _check_split(name, param, processes)
+                        self._layouts[id(param)] = Layout(len(self._layouts), param, self)
+                    self._layouts[id(param)].places.append((module, name))
+        for name, param in model.named_parameters() if self._layouts else ():
+            if param.requires_grad and id(param) not in self._layouts:
+                raise ValueError(
+                    f"The target model is in shards, but its trained parameter {name!r} is whole. Shard the model with all of its "
+                    "parameters, adapters among them (`fully_shard` after `get_peft_model`)."
+                )
+        processes.in_step = bool(self._layouts)
+
+    def __enter__(self) -> "Shards":
+        with ExitStack() as stack:
+            if self._layouts:
+                stack.enter_context(_resting_hooks(self.model))
+                stack.callback(self._place, lambda layout: layout.original)
+                self._place(lambda layout: ShardedParameter(layout.local, layout))
+                stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.__exit__(*exception)
+
+    def local(self, param: nn.Parameter) -> nn.Parameter:
+        """What this process has of a parameter: all, if it is whole."""
+        layout = self._layouts.get(id(param))
+        return param if layout is None else layout.local
+
+    @contextmanager
+    def replicated(self) -> Iterator[None]:
+        """What is computed from the parameters is the same on every process, and not a part of a sum: a metric."""
+        self.is_replicated = True
+        try:
+            yield
+        finally:
+            self.is_replicated = False
+
+    def note(self, whole: Tensor, layout: Layout) -> None:
+        """Remembers whose a gathered tensor's memory is, as long as it is in use."""
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        storage = whole.untyped_storage()
+        self._live[storage._cdata] = StorageWeakRef(storage), layout
+
+    def _place(self, make) -> None:
+        for layout in self._layouts.values():
+            tensor = make(layout)
+            for module, name in layout.places:
+                module._parameters[name] = tensor
+
+    # What a graph keeps of a gathered parameter is where to get it
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if tensor.layout != torch.strided:
+            return tensor
+        ref, layout = self._live.get(tensor.untyped_storage()._cdata, (None, None))
+        if ref is None or ref.expired():
+            return tensor
+        return layout, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    @staticmethod
+    def _unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        layout, *geometry = kept
+        return layout.gather(layout.local).as_strided(*geometry)
+
+
+def _check_split(name: str, param: DTensor, processes: Processes) -> None:
+    mesh = param.device_mesh
+    if mesh.ndim != 1 or param.placements != (Shard(0),):
+        raise ValueError(
+            f"{name!r} of the target model has the placements {param.placements} on a mesh of {mesh.ndim} dimensions. Shard the target by "
+            "`fully_shard` over one dimension of processes, without tensor parallelism and replication."
+        )
+    if mesh.size() != processes.count:
+        raise ValueError(
+            f"The target model is in shards over {mesh.size()} processes, but {processes.count} share the run. Pass an `accelerator` of "
+            "all processes that hold it."
+        )
+    if param.to_local().device.type != mesh.device_type:
+        raise ValueError(
+            f"{name!r} of the target model is in shards on {param.to_local().device.type}, but they are exchanged on {mesh.device_type}. "
+            "Shard the target without `CPUOffloadPolicy`; the tape can lie on the host (`tape`)."
+        )
+
+
+@contextmanager
+def _resting_hooks(model: nn.Module) -> Iterator[None]:
+    """Has no hook of FSDP called."""
+    registers = [hooks for m in model.modules() for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+    originals = [dict(hooks) for hooks in registers]
+    for hooks in registers:
+        for key in [key for key, hook in hooks.items() if (hook.__module__ or "").startswith("torch.distributed.fsdp")]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, original in zip(registers, originals, strict=True):
+            hooks.clear()
+            hooks.update(original)
