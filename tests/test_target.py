@@ -9,15 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from examples.resources import tiny_causal_lm, tiny_tokenizer
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
-from trl_dpg.target import load_target_model, load_target_tokenizer, whole_weights
+from trl_dpg.target import load_target_model, load_target_tokenizer, shard_target_model, whole_weights
 from trl_dpg.validation import validate
 
 
@@ -101,37 +100,60 @@ def test_environment_is_restored_after_an_error(monkeypatch, before):
 
 def test_meta_weights_are_refused(checkpoint, second_process_under_fsdp):
     empty = AutoModelForCausalLM.from_pretrained(checkpoint).to("meta")
-    with pytest.raises(ValueError, match="all of its weights on every process, but .* is on the meta device"):
+    with pytest.raises(ValueError, match="all of its weights, but .* is on the meta device"):
         load_target_model(empty)
     with whole_weights():
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert load_target_model(model) is model
 
 
-def test_sharded_weights_are_refused(checkpoint, second_process_under_fsdp):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+def test_weights_that_are_split_otherwise_are_refused(checkpoint, second_process_under_fsdp):
+    """By the engine, before it runs the model: replicated ones, and such as tensor parallelism makes."""
     mesh = init_device_mesh("cpu", (1,))
-    model.lm_head.weight = nn.Parameter(distribute_tensor(torch.zeros(32, 16), mesh))
-    with pytest.raises(ValueError, match="'lm_head.weight' is sharded over processes"):
-        load_target_model(model)
+    for placements in ([Replicate()], [Shard(1)]):
+        with whole_weights():
+            model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model.lm_head.weight = nn.Parameter(distribute_tensor(torch.zeros(32, 16), mesh, placements))
+        for function in (compute_metagradients, validate):
+            with pytest.raises(ValueError, match="'lm_head.weight' .* has the placements .* `fully_shard`"):
+                function(model, EXAMPLES, lambda model: model.lm_head.weight.sum(), TargetTrainingArguments())
 
 
-def test_fully_sharded_model_is_refused(checkpoint, second_process_under_fsdp):
-    """By the engine too, before it runs the model."""
+EXAMPLES = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}]
+
+
+@pytest.mark.parametrize("curvature", ["exact", "central_difference"])
+def test_a_fully_sharded_model_is_accepted(checkpoint, second_process_under_fsdp, curvature):
+    """On one process, which then holds all shards, results are those of the whole model. Metrics see ordinary weights."""
+
+    def metric(model):
+        weight = model.lm_head.weight
+        return -(weight * torch.ones(weight.shape)).norm() - model(torch.tensor([[1, 2]])).logits.norm() / len(weight)
+
+    args = TargetTrainingArguments(batch_size=1, learning_rate=1e-3, curvature=curvature)
+    with whole_weights():
+        models = [AutoModelForCausalLM.from_pretrained(checkpoint) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    shard_target_model(models[1], init_device_mesh("cpu", (1,)))
+    whole, split = (compute_metagradients(model, EXAMPLES, metric, args) for model in models)
+    torch.testing.assert_close(split.metagradients, whole.metagradients, rtol=1e-5, atol=0)
+    assert all(isinstance(param, DTensor) for param in models[1].parameters())
+    assert models[1](torch.tensor([[1, 2]])).logits.equal(
+        models[0](torch.tensor([[1, 2]])).logits
+    )  # FSDP's hooks are back
+
+
+def test_quantized_weights_are_not_sharded(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    init_device_mesh("cpu", (1,))
-    fully_shard(model)
-    for function in (compute_metagradients, validate):
-        with pytest.raises(ValueError, match="sharded over processes .*`fully_shard`.*do not shard it"):
-            function(
-                model, [{"input_ids": [1, 2]}], lambda model: model.lm_head.weight.sum(), TargetTrainingArguments()
-            )
+    model.lm_head.weight = nn.Parameter(torch.zeros(32, 16, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="`target_fsdp=True` .* quantized .*'lm_head.weight'"):
+        shard_target_model(model, None)
 
 
 def test_partitioned_weights_are_refused(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.lm_head.weight.ds_id = 0  # DeepSpeed's mark
-    with pytest.raises(ValueError, match="'lm_head.weight' is sharded over processes"):
+    with pytest.raises(ValueError, match="'lm_head.weight' is partitioned by ZeRO-3"):
         load_target_model(model)
 
 

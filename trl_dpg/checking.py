@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .metagradients.compute import compute_metagradients, train_and_measure
@@ -298,6 +299,7 @@ def _probe(example: int, predicted: float, changes: list[float], radius: float, 
 def _rounding_of_steps(model: TargetModel, args: TargetTrainingArguments) -> str | None:
     """What may be behind a mismatch where AdamW's steps are hardly larger than the spacing of parameters."""
     params = [p.detach() for p in model.parameters() if p.requires_grad]
+    params = [p.to_local() if isinstance(p, DTensor) else p for p in params]  # a part says as much about the mean
     spacing = torch.finfo(params[0].dtype).eps * sum(p.norm(1).item() for p in params) / sum(p.numel() for p in params)
     if args.optim != "adamw" or args.learning_rate >= MIN_SPACINGS * spacing:
         return None

@@ -133,6 +133,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             target is trained, at the cost of all their runs. A dict holds fields of the recipe (without `target_`), and may have
             `"model"`, a name or directory of another target with the same tokenizer, and `"head_seed"`, of a new random LM head. An
             empty one is the recipe itself. On the command line, as JSON.
+        target_fsdp (`bool`, *optional*, defaults to `False`):
+            Whether the target is in shards: each process holds its share of weights, gradients, optimizer state and tape, as with FSDP2,
+            and a layer at a time. Whatever the generator is trained with. Not with `target_optim="muon"`, quantization, and
+            `head_seed`.
         replay_ratio (`float`, *optional*, defaults to `0.0`):
             Share of real examples, of the trainer's `replay_dataset`, in every run of the target: 0.5 is as many as generated ones.
             They are drawn anew at each step, by `target_seed` plus the global step, and are cut at `target_max_length`.
@@ -187,6 +191,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     replay_ratio: float = _field(0.0, "Share of real examples in every run of the target, from 0 to below 1.")
     save_generated: bool = _field(False, "Whether to write every generation batch to a Parquet file.")
     target_untie_lm_head: bool = _field(False, "Whether a tied LM head gets its own weight.")
+    target_fsdp: bool = _field(False, "Whether the target is split over the processes, each of which holds its share.")
     target_optim: str = _field("adamw", "Update rule of the target: `'adamw'`, `'sgd'` or `'muon'`.")
     target_learning_rate: float = _field(1e-5, "Peak learning rate of the target.")
     target_weight_decay: float = _field(0.0, "Weight decay of the target.")
@@ -281,7 +286,19 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                     f"`target_variants` {self.target_variants!r} is no JSON: {error}. Write a list, such as "
                     "'[{}, {\"learning_rate\": 1e-4}]'."
                 ) from error
-        variant_recipes(recipe, self.target_variants, "target_variants")
+        recipes = [recipe, *variant_recipes(recipe, self.target_variants, "target_variants")]
+        if not self.target_fsdp:
+            return
+        for optim in [r.optim for r in recipes if not r.rule.elementwise]:
+            raise ValueError(
+                f"`target_fsdp=True` does not go with `target_optim={optim!r}`, which needs whole matrices. Set one of "
+                '`target_fsdp=False` and `target_optim="adamw"`.'
+            )
+        if any("head_seed" in variant for variant in self.target_variants or []):
+            raise ValueError(
+                "`target_fsdp=True` does not go with a `head_seed` in `target_variants`, of which every process would need all. Leave out "
+                "one of the two."
+            )
 
     def _check_credit(self) -> None:
         if self.credit_assignment in ("token", "expected") and self.reward != "metagradient":

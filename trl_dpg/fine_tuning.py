@@ -25,6 +25,7 @@ from .data import (
 from .metagradients import TargetTrainingArguments
 from .metagradients.metric import Metric, as_metric
 from .metagradients.runtime.model import check_model, trainable_parameters, vocab_size
+from .metagradients.runtime.sharding import reading
 from .replay import Replay, check_replay
 from .sft_rows import Row, check_loss, row_text
 from .target import load_target_model, load_target_tokenizer
@@ -105,8 +106,9 @@ class TargetFineTuning:
         for variant in [*filter(None, self.variants), None]:
             with self.in_place(variant):
                 trainable_parameters(self.target_model)
-                check_model(self.target_model)
-                self.metric.setup(self.target_model)
+                with reading(self.target_model):
+                    check_model(self.target_model)
+                    self.metric.setup(self.target_model)
                 self._check_rows()
         self.replay = None
         if replay_dataset is not None:

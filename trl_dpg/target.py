@@ -1,19 +1,30 @@
 """Loading and preparing the target model."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import find_adapter_config_file
 
+from .metagradients.runtime.memory import processes_here
 from .metagradients.runtime.model import TargetModel, check_whole
+from .metagradients.runtime.processes import failing_together
+
+
+logger = logging.getLogger(__name__)
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -23,6 +34,7 @@ def load_target_model(
     model: str | TargetModel,
     untie_head: bool = False,
     peft_config: PeftConfig | None = None,
+    shard: bool = False,
     **model_init_kwargs: Any,
 ) -> TargetModel:
     """
@@ -36,15 +48,20 @@ def load_target_model(
             Whether to give the LM head a weight of its own, see [`untie_lm_head`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             New adapters to train instead of the full model, which must have none.
+        shard (`bool`, *optional*, defaults to `False`):
+            Whether to split the model over all processes, see [`shard_target_model`]. The processes of a machine load it one after
+            another, so that its memory holds one whole model.
         **model_init_kwargs:
             Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
     Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all weights on this process, see [`whole_weights`].
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all weights on this process, see [`whole_weights`], or split.
 
     Raises:
-        [`ValueError`]: If the weights of `model` are not all on this process, or it has adapters and new ones are asked for.
+        [`ValueError`]: If the weights of `model` are not within reach, or it has adapters and new ones are asked for.
     """
+    if shard:
+        return _load_in_turn(partial(load_target_model, model, untie_head, peft_config, **model_init_kwargs))
     adapter, adapter_kwargs = None, {}
     if isinstance(model, str):
         # No code of the model's runs, and nobody is asked for it at a prompt, unless told to
@@ -73,6 +90,44 @@ def load_target_model(
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
     return model
+
+
+def _load_in_turn(load: Callable[[], TargetModel]) -> TargetModel:
+    """Has the processes of a machine load a model and split it, one after another."""
+    state = PartialState()
+    if state.num_processes == 1:
+        logger.warning("`target_fsdp` has no effect: there is one process, which holds all of the target.")
+        return load()
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    model: Any = None
+    for turn in range(processes_here(state.num_processes)):
+        with failing_together(state):
+            if turn == state.local_process_index:
+                model = load()
+                shard_target_model(model, mesh)
+    return model
+
+
+def shard_target_model(model: TargetModel, mesh: DeviceMesh) -> None:
+    """
+    Splits a model in place by [`~torch.distributed.fsdp.fully_shard`], layer by layer; no process communicates.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The whole model, the same on every process.
+        mesh ([`~torch.distributed.device_mesh.DeviceMesh`]): The processes, in one dimension.
+
+    Raises:
+        [`ValueError`]: If it is quantized.
+    """
+    for name, param in model.named_parameters():
+        if not param.is_floating_point():
+            raise ValueError(
+                f"`target_fsdp=True` does not go with a quantized target: its parameter {name!r} is in {param.dtype}. Load the target "
+                "without `quantization_config`, or leave it whole."
+            )
+    for module in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:

@@ -232,7 +232,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         set_seed(args.seed)
 
         def load(model, **kwargs):
-            return load_target_model(model, args.target_untie_lm_head, copy.deepcopy(peft_config), **kwargs)
+            untie, adapters = args.target_untie_lm_head, copy.deepcopy(peft_config)
+            return load_target_model(model, untie, adapters, args.target_fsdp, **kwargs)
 
         target_model = load(target_model, **kwargs)
         kwargs.pop("revision", None)  # of that model

@@ -15,7 +15,7 @@ from .metagradients.method.updates import AdamW
 from .metagradients.metric import as_metric, read_out
 from .metagradients.runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .metagradients.runtime.host import double
-from .metagradients.runtime.memory import clear_frames, explaining_metric_memory, halved, is_out_of_memory
+from .metagradients.runtime.memory import OutOfMemory, explaining_metric_memory, halved
 from .metagradients.runtime.model import (
     TargetModel,
     check_model,
@@ -27,7 +27,8 @@ from .metagradients.runtime.model import (
     vocab_size,
 )
 from .metagradients.runtime.processes import Processes
-from .metagradients.runtime.workspace import parameter_groups
+from .metagradients.runtime.sharding import Shards, processes_of
+from .metagradients.runtime.workspace import Group, parameter_groups
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def validate(
 
     Nothing here knows of metagradients: gradients come from `backward()`, updates from [`~torch.optim.AdamW`] or
     [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns. A batch that
-    does not fit into memory is repeated in micro-batches of half the size, as there.
+    does not fit into memory is repeated in micro-batches of half the size, as there. Processes that hold the model in shards share the
+    work; otherwise, nothing is shared.
 
     Arguments are those of [`~trl_dpg.metagradients.compute_metagradients`].
 
@@ -52,19 +54,24 @@ def validate(
         `dict[str, float]`: `metric` (of the fine-tuned model), `metric_before`, `metric_gain`, `target_loss` (mean over
         steps), `target_steps` (K) and the metric's read-outs.
     """
-    params = trainable_parameters(model)
-    check_model(model)
+    processes = processes_of(model)
+    shards, params = Shards(model, processes), trainable_parameters(model)
+    with shards:
+        check_model(model)
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     metric = as_metric(metric)
-    with restored(model), _restored_parameters(params), torch.enable_grad():
+    groups = parameter_groups(args.rule, model, params, decayed_parameters(model, params, args), rest=AdamW)
+    groups = shards.of_groups(groups)
+    params = [param for group in groups for param in group.params]
+    with restored(model), shards, _restored_parameters(params), torch.enable_grad():
         make_deterministic(model)  # as in the reward
-        with explaining_metric_memory():
+        with explaining_metric_memory(), shards.replicated():
             metric.setup(model)
             with torch.no_grad():
                 before = float(metric(model))
-        losses = _fine_tune(model, params, prepared, args)
-        with explaining_metric_memory():
+        losses = _fine_tune(model, groups, prepared, args, processes)
+        with explaining_metric_memory(), shards.replicated():
             with torch.no_grad():
                 after = float(metric(model))
             if not math.isfinite(after) or not all(math.isfinite(loss) for loss in losses):
@@ -96,31 +103,36 @@ def _restored_parameters(params: list) -> Iterator[None]:
                 param.copy_(original)
 
 
-def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTrainingArguments) -> list[float]:
+def _fine_tune(
+    model: TargetModel, groups: list[Group], examples: list, args: TargetTrainingArguments, processes: Processes
+) -> list[float]:
     """Takes all steps, and returns their losses."""
-    groups = parameter_groups(args.rule, model, params, decayed_parameters(model, params, args), rest=AdamW)
+    params = [param for group in groups for param in group.params]
     optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
     for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
         param.grad = torch.zeros_like(param)
-    token_losses, size, alone = TokenLosses(model, args.bf16), args.micro_batch_size, Processes(None)
+    token_losses, size = TokenLosses(model, args.bf16), args.micro_batch_size
     losses = []
     for batch, learning_rate in zip(args.batches(len(examples)), args.learning_rates(len(examples)), strict=True):
         while True:
             try:
-                micro = micro_batches(examples, batch, args, size, params[0].dtype, alone)
-                losses.append(_backward(token_losses, [part.to(params[0].device) for part in micro]))
+                micro = micro_batches(examples, batch, args, size, params[0].dtype, processes)
+                sums = [0.0]
+                with processes.summing(None, sums):
+                    sums[0] = _backward(token_losses, [part.to(params[0].device) for part in micro])
+                losses += sums
                 break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                clear_frames(error)
+            except OutOfMemory as error:
                 release_memory()
                 supervised = sum(examples[i].num_supervised > 0 for i in batch)
-                size = halved(args, size, supervised, str(error))
+                size = halved(args, size, -(-supervised // processes.count), str(error))
                 logger.warning("Memory ran out: now %d examples at a time. %s", size, error)
                 _zero_gradients(params)
         if args.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+            norm = torch.nn.utils.get_total_norm([param.grad for param in params])
+            if processes.in_step:
+                norm.fill_(math.sqrt(processes.sum_float(norm.item() ** 2)))
+            torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate

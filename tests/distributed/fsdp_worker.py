@@ -1,4 +1,7 @@
-"""Run by `torchrun` from `test_fsdp.py`: two steps of our trainer, the generator under FSDP2 if the environment asks for it."""
+"""
+Run by `torchrun` from `test_fsdp.py`: two steps of our trainer, the generator under FSDP2 if the environment asks for it, the target
+whole or in shards.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ class CPUAcceleratorState(AcceleratorState):
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def main(directory, output):
+def main(directory, output, **fields):
     state = PartialState(cpu=True)
     args = DatasetPolicyGradientConfig(
         os.path.join(directory, "generator"),
@@ -40,6 +43,7 @@ def main(directory, output):
         learning_rate=1e-2,
         target_batch_size=5,
         target_learning_rate=1e-3,
+        **fields,
     )
     with state.main_process_first():
         generator, target = save_tiny_models(os.path.join(directory, "models"))
@@ -61,6 +65,9 @@ def main(directory, output):
         "eval_mean_length": validation["eval_completions/mean_length"],
         "is_sharded": all(isinstance(param, DTensor) for param in trainer.model.parameters()),
         "target_is_whole": not any(isinstance(p, DTensor) or p.is_meta for p in target_params),
+        "target_is_sharded": all(isinstance(p, DTensor) for p in target_params),
+        "target_share": sum(p.to_local().numel() for p in target_params if isinstance(p, DTensor)),
+        "target_size": sum(p.numel() for p in target_params),
         "distributed_type": str(trainer.accelerator.distributed_type.value),
     }
     if state.is_main_process:
@@ -72,4 +79,4 @@ def main(directory, output):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     accelerate.accelerator.AcceleratorState = CPUAcceleratorState
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3], **json.loads(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""The generator sharded by FSDP2, over two processes on the CPU: nothing changes but where its weights lie."""
+"""The generator sharded by FSDP2, and the target too, over two processes on the CPU: nothing changes but where weights lie."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FSDP2 = {
 }
 
 
-def train(directory, environment):
+def train(directory, environment, **fields):
     """Results of a run on two processes, and the weights before and after it, from what was saved."""
     directory.mkdir()
     output = directory / "results.json"
@@ -38,6 +38,7 @@ def train(directory, environment):
             str(WORKER),
             str(directory),
             str(output),
+            json.dumps(fields),
         ],
         env={
             **os.environ,
@@ -59,11 +60,18 @@ def train(directory, environment):
 @pytest.mark.slow
 def test_fsdp2_equals_data_parallel(tmp_path):
     plain, original, plain_weights = train(tmp_path / "plain", {})
-    sharded, _, sharded_weights = train(tmp_path / "fsdp2", FSDP2)
-
     assert (plain["distributed_type"], plain["is_sharded"]) == ("MULTI_CPU", False)
+    sharded = train(tmp_path / "fsdp2", FSDP2)
+    assert sharded[0]["target_is_whole"]
+    check_equal(sharded, plain, original, plain_weights)
+    both = train(tmp_path / "both", FSDP2, target_fsdp=True)
+    assert both[0]["target_is_sharded"] and both[0]["target_share"] == both[0]["target_size"] // 2
+    check_equal(both, plain, original, plain_weights)
+
+
+def check_equal(run, plain, original, plain_weights):
+    sharded, _, sharded_weights = run
     assert (sharded["distributed_type"], sharded["is_sharded"]) == ("FSDP", True)
-    assert sharded["target_is_whole"]
 
     # rewards of both steps, validation before and after them, and one of what the generator itself writes
     assert len(sharded["rows"]) == len(plain["rows"])

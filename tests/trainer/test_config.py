@@ -67,6 +67,20 @@ def parse(*flags, config=None, tmp_path=None):
     return parsed
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"target_optim": "muon"}, "target_optim='muon'"),
+        ({"target_variants": [{}, {"optim": "muon"}]}, "target_optim='muon'"),
+        ({"target_variants": [{"head_seed": 1}]}, "`head_seed` in `target_variants`"),
+    ],
+)
+def test_what_shards_do_not_go_with(make_config, fields, name):
+    make_config(**fields)
+    with pytest.raises(ValueError, match=f"`target_fsdp=True` does not go with .*{name}"):
+        make_config(**fields, target_fsdp=True)
+
+
 class TestDefaults:
     def test_recipe(self, make_config):
         config = make_config()
@@ -91,6 +105,7 @@ class TestDefaults:
             "replay_ratio",
             "save_generated",
             "target_model_init_kwargs",
+            "target_fsdp",
             "target_untie_lm_head",
             "target_variants",
             "target_completion_only_loss",  # of the texts, not of the recipe

@@ -114,13 +114,8 @@ class TargetRun:
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
                 groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
+                self.groups = self.shards.of_groups(groups)
                 sharded = all(group.rule.elementwise for group in groups)
-                if self.processes.in_step and not sharded:
-                    raise ValueError(
-                        f"`optim={self.recipe.optim!r}` needs whole matrices, but the target is in shards. Set `optim=\"adamw\"` or "
-                        '"sgd", or do not shard the target (`target_fsdp=False` in the trainer).'
-                    )
-                self.groups = [group._replace(params=[*map(self.shards.local, group.params)]) for group in groups]
                 stack.enter_context(self.shards)
                 self.space = Workspace(self.groups, self.processes, sharded)
                 with self.space.undoing_writes(), self._reading_metric():

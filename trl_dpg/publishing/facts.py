@@ -50,7 +50,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     return {
         "name": name,
         "on_hub": on_hub,
-        "architecture": type(base).__name__,
+        "architecture": type(base).__name__.removeprefix("FSDP"),  # what `fully_shard` puts before it
         "parameters": sum(_size(parameter) for parameter in parameters),
     }
 

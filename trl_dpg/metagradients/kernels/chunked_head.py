@@ -39,7 +39,9 @@ class ChunkedHead:
     def suits(self, num_tokens: int) -> bool:
         """Whether to take it for that many tokens: they have many logits, and the model allows it."""
         head = self.model.get_output_embeddings().weight
-        always = head.dtype in (torch.float16, torch.bfloat16) or isinstance(head, ShardedParameter)  # on all processes alike
+        always = head.dtype in (torch.float16, torch.bfloat16) or isinstance(
+            head, ShardedParameter
+        )  # on all processes alike
         if not always and num_tokens * len(head) <= SWITCHES.logits_at_once:
             return False
         return self.is_plain

@@ -89,7 +89,7 @@ class Processes:
         with self.raising_later():
             whole = shard.new_empty(self.count * len(shard))
         self.agree()
-        torch.distributed.all_gather_into_tensor(whole, shard)
+        torch.distributed.all_gather_single(whole, shard)
         return whole
 
     def sum_(self, tensor: Tensor) -> Tensor:

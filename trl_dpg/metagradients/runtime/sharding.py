@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
@@ -15,12 +16,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map_only
 
 from .processes import Processes
+from .workspace import Group
 
 
 # Getters that say what a tensor holds; all others say what it is.
 VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 DESCRIPTIONS = {
-    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex),
+    *(
+        Tensor.size,
+        Tensor.stride,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.element_size,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+    ),
     *(Tensor.__len__, Tensor.__hash__),
 }
 
@@ -52,7 +62,7 @@ class Layout:
         part, count = self._padded(part.detach(), self.rows), self.shards.processes.count
         whole = part.new_empty(count * self.rows, *part.shape[1:])
         self.shards.processes.agree(place=self.index)
-        dist.all_gather_into_tensor(whole, part, group=self.group)
+        dist.all_gather_single(whole, part, group=self.group)
         self.shards.note(whole, self)
         return whole[: len(self.original)]
 
@@ -61,7 +71,7 @@ class Layout:
         whole = self._padded(whole.detach(), self.shards.processes.count * self.rows)
         part = whole.new_empty(self.rows, *whole.shape[1:])
         self.shards.processes.agree(place=self.index)
-        dist.reduce_scatter_tensor(part, whole, group=self.group)
+        dist.reduce_scatter_single(part, whole, group=self.group)
         return part[: len(self.local)]
 
     def part(self, whole: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class _Scatter(torch.autograd.Function):
         ctx.layout = layout
         if replicated:
             return layout.part(whole)
-        return torch.zeros_like(layout.local) if second_order else layout.scatter(whole)
+        return whole.new_zeros(()).expand_as(layout.local) if second_order else layout.scatter(whole)
 
     @staticmethod
     def backward(ctx, direction):
@@ -215,10 +225,21 @@ class Shards:
     def __exit__(self, *exception) -> None:
         self._stack.__exit__(*exception)
 
-    def local(self, param: nn.Parameter) -> nn.Parameter:
-        """What this process has of a parameter: all, if it is whole."""
-        layout = self._layouts.get(id(param))
-        return param if layout is None else layout.local
+    def of_groups(self, groups: list[Group]) -> list[Group]:
+        """
+        What this process has of parameters: all, if they are whole.
+
+        Raises a [`ValueError`] if a rule needs more than that.
+        """
+        if not self._layouts:
+            return groups
+        for rule, *_ in groups:
+            if not rule.elementwise:
+                raise ValueError(
+                    f'`optim` needs whole matrices ({rule.__name__}), but the target is in shards. Set `optim="adamw"` or "sgd", '
+                    "or do not shard the target (`target_fsdp=False` in the trainer)."
+                )
+        return [group._replace(params=[self._layouts[id(p)].local for p in group.params]) for group in groups]
 
     @contextmanager
     def replicated(self) -> Iterator[None]:
@@ -259,6 +280,25 @@ class Shards:
         return layout.gather(layout.local).as_strided(*geometry)
 
 
+def is_in_shards(model: nn.Module) -> bool:
+    """Whether a model was split by FSDP, or by hand."""
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def processes_of(model: nn.Module) -> Processes:
+    """The processes that hold a model in shards; this one alone has a whole model."""
+    return Processes(PartialState() if is_in_shards(model) else None)
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """Lets a model, which may be in shards, be called outside of a run, by all that hold it."""
+    with Shards(model, processes_of(model)) as shards, shards.replicated():
+        yield
+
+
 def _check_split(name: str, param: DTensor, processes: Processes) -> None:
     mesh = param.device_mesh
     if mesh.ndim != 1 or param.placements != (Shard(0),):
@@ -284,7 +324,9 @@ def _resting_hooks(model: nn.Module) -> Iterator[None]:
     registers = [hooks for m in model.modules() for hooks in (m._forward_pre_hooks, m._forward_hooks)]
     originals = [dict(hooks) for hooks in registers]
     for hooks in registers:
-        for key in [key for key, hook in hooks.items() if (hook.__module__ or "").startswith("torch.distributed.fsdp")]:
+        for key in [
+            key for key, hook in hooks.items() if (hook.__module__ or "").startswith("torch.distributed.fsdp")
+        ]:
             del hooks[key]
     try:
         yield

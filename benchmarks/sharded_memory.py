@@ -1,0 +1,148 @@
+"""
+Prints, as Markdown tables, the peak memory of a process that holds a share of the target beside that of one with the whole target; and,
+from counted bytes alone, which targets fit on how many GPUs.
+
+    python -m benchmarks.sharded_memory > benchmarks/results/sharded_memory.md
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.common import make_examples
+from benchmarks.peers.measure import measured
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metrics import LMHeadNorm
+from trl_dpg.publishing.facts import describe_machine
+from trl_dpg.target import shard_target_model
+
+
+WIDTH, LAYERS, VOCABULARY = 256, 24, 1024
+BATCH, LENGTH, STEPS = 12, 16, 2
+
+# Bytes per trained parameter, as docs/memory.md counts them, of a whole target and of one in shards; the tape is on the host.
+WHOLE = {"exact": 30, "central differences": 20}
+SHARED = {"exact": 24, "central differences": 20}
+GATHERED = {
+    "exact": 3,
+    "central differences": 2,
+}  # whole tensors of the largest parameter at once: itself, its gradient, its direction
+GPU, REST = 80e9, 10e9  # bytes of a GPU, and of them for activations of a micro-batch, communication and CUDA itself
+TARGETS = {  # parameters, and those of the largest one, the LM head
+    "Llama-3.2-1B": (1.24e9, 128256 * 2048),
+    "Llama-3.2-3B": (3.21e9, 128256 * 3072),
+    "Llama-3.1-8B": (8.03e9, 128256 * 4096),
+    "Qwen2.5-32B": (32.8e9, 152064 * 5120),
+    "Llama-3.1-70B": (70.6e9, 128256 * 8192),
+    "Llama-3.1-405B": (405.9e9, 128256 * 16384),
+}
+
+
+def measure(curvature: str) -> None:
+    """Run on every process: prints the highest peak among them, weights included."""
+    state = PartialState(cpu=True)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=4, tie_word_embeddings=False, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    layer = sum(p.nbytes for p in model.transformer.h[0].parameters())
+    if state.num_processes > 1:
+        shard_target_model(model, init_device_mesh("cpu", (state.num_processes,)))
+    weights = sum((p.to_local() if state.num_processes > 1 else p).nbytes for p in model.parameters())
+    examples = [
+        {"input_ids": [i % VOCABULARY for i in e["input_ids"]]} for e in make_examples("gpt2", BATCH * STEPS, LENGTH)
+    ]
+    args = TargetTrainingArguments(
+        batch_size=BATCH, adam_epsilon_root=1e-9, curvature=curvature, tape="disk", disable_tqdm=True
+    )
+    compute = lambda rows: compute_metagradients(model, rows, LMHeadNorm(), args, accelerator=state)  # noqa: E731
+    compute(examples[: state.num_processes])  # what libraries load once
+    _, _, peak = measured(lambda: compute(examples))
+    peaks = gather_object([peak + weights])
+    if state.is_main_process:
+        print(
+            json.dumps({"peak": max(peaks), "layer": layer, "parameters": sum(p.numel() for p in model.parameters())})
+        )
+    state.destroy_process_group()
+
+
+def in_processes(count: int, curvature: str) -> dict:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+    command = [sys.executable, *launcher, "-m", "benchmarks.sharded_memory", "--job", curvature]
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "100000",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_measured() -> None:
+    print(f"{describe_machine(torch.device('cpu'))}\n")
+    print(
+        f"A GPT-2 of {LAYERS} layers and width {WIDTH}, K = {STEPS}, AdamW, {BATCH * LENGTH} tokens a step over all processes, the tape on disk. Peak of "
+        "the memory in use by a process (the highest among them, its weights included), in MB. The bound is that of one process over "
+        "their number, plus one layer.\n"
+    )
+    print("| method | processes | peak | bound | peak over the bound |\n|---|---|---|---|---|")
+    for curvature in ("exact", "central_difference"):
+        whole = None
+        for count in (1, 2, 3):
+            found = in_processes(count, curvature)
+            whole = whole or found["peak"]
+            bound = whole / count + (found["layer"] if count > 1 else 0)
+            row = f"{found['peak'] / 1e6:.0f} | {bound / 1e6:.0f} | {found['peak'] / bound:.2f}"
+            print(f"| {curvature.replace('_', ' ')} | {count} | {row} |", flush=True)
+
+
+def needed(parameters: float, largest: float, count: int, method: str) -> float:
+    """Bytes on each of `count` GPUs, activations left out."""
+    if count == 1:
+        return WHOLE[method] * parameters
+    return SHARED[method] * parameters / count + 4 * GATHERED[method] * largest
+
+
+def print_sizes() -> None:
+    print(
+        f"\nCounted, not measured: GB on each GPU of {GPU / 1e9:.0f} GB for all parameters trained in float32 with AdamW, the tape on the host. In bold what "
+        f"leaves {REST / 1e9:.0f} GB for activations, communication and CUDA. The last column is the tape of one step over all GPUs, in GB.\n"
+    )
+    counts = 1, 8, 64
+    print("| target |" + "".join(f" {count}, {method} |" for method in SHARED for count in counts) + " tape |")
+    print("|---" * (2 + len(counts) * len(SHARED)) + "|")
+    for name, (parameters, largest) in TARGETS.items():
+        cells = []
+        for method in SHARED:
+            for count in counts:
+                gigabytes = needed(parameters, largest, count, method) / 1e9
+                cells.append(f"**{gigabytes:.0f}**" if gigabytes <= (GPU - REST) / 1e9 else f"{gigabytes:.0f}")
+        print(f"| {name} | {' | '.join(cells)} | {4.4 * parameters / 1e9:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", action="store_true", help="only what is counted")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        measure(options.job)
+        return
+    if not options.sizes:
+        print_measured()
+    print_sizes()
+
+
+if __name__ == "__main__":
+    main()
