@@ -108,7 +108,9 @@ def print_measured() -> None:
 
 
 def needed(parameters: float, largest: float, count: int, method: str) -> float:
-    """Bytes on each of `count` GPUs, activations left out."""
+    """Bytes on each of `count` GPUs, activations left out; with LoRA, those of the base in bfloat16, and of its LM head in float32."""
+    if method == "LoRA":
+        return 2 * parameters / count + (4 if count == 1 else 6) * largest
     if count == 1:
         return WHOLE[method] * parameters
     return SHARED[method] * parameters / count + 4 * GATHERED[method] * largest
@@ -116,15 +118,15 @@ def needed(parameters: float, largest: float, count: int, method: str) -> float:
 
 def print_sizes() -> None:
     print(
-        f"\nCounted, not measured: GB on each GPU of {GPU / 1e9:.0f} GB for all parameters trained in float32 with AdamW, the tape on the host. In bold what "
-        f"leaves {REST / 1e9:.0f} GB for activations, communication and CUDA. The last column is the tape of one step over all GPUs, in GB.\n"
+        f"\nCounted, not measured: GB on each GPU of {GPU / 1e9:.0f} GB for all parameters trained in float32 with AdamW, the tape on the host; or for LoRA, exactly, on a base in bfloat16. In bold what "
+        f"leaves {REST / 1e9:.0f} GB for activations, communication and CUDA. The last column is the tape of one step of all parameters, over all GPUs, in GB.\n"
     )
-    counts = 1, 8, 64
-    print("| target |" + "".join(f" {count}, {method} |" for method in SHARED for count in counts) + " tape |")
-    print("|---" * (2 + len(counts) * len(SHARED)) + "|")
+    counts, methods = (1, 8, 64), [*SHARED, "LoRA"]
+    print("| target |" + "".join(f" {count}, {method} |" for method in methods for count in counts) + " tape |")
+    print("|---" * (2 + len(counts) * len(methods)) + "|")
     for name, (parameters, largest) in TARGETS.items():
         cells = []
-        for method in SHARED:
+        for method in methods:
             for count in counts:
                 gigabytes = needed(parameters, largest, count, method) / 1e9
                 cells.append(f"**{gigabytes:.0f}**" if gigabytes <= (GPU - REST) / 1e9 else f"{gigabytes:.0f}")

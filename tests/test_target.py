@@ -136,7 +136,9 @@ def test_a_fully_sharded_model_is_accepted(checkpoint, second_process_under_fsdp
     models[1].load_state_dict(models[0].state_dict())
     shard_target_model(models[1], init_device_mesh("cpu", (1,)))
     whole, split = (compute_metagradients(model, EXAMPLES, metric, args) for model in models)
-    torch.testing.assert_close(split.metagradients, whole.metagradients, rtol=1e-5, atol=0)
+    limit = 1e-5 if curvature == "exact" else 2 * max(whole.curvature_errors + split.curvature_errors)
+    assert limit < 1e-2
+    torch.testing.assert_close(split.metagradients, whole.metagradients, rtol=limit, atol=0)
     assert all(isinstance(param, DTensor) for param in models[1].parameters())
     assert models[1](torch.tensor([[1, 2]])).logits.equal(
         models[0](torch.tensor([[1, 2]])).logits

@@ -57,12 +57,12 @@ def recipe(**fields):
     return TargetTrainingArguments(**{"adam_epsilon_root": 1e-6, "learning_rate": 1e-3, **fields})
 
 
-def run_twice(whole, split, args, state):
+def run_twice(whole, split, args, state, shards=None):
     """Largest difference of rewards, relative to the largest of them, and what else the runs say of each other."""
     rows = examples(11)
     for i, row in enumerate(rows[:-2]):
         row["candidates"] = [[(token + i) % 60, -1] for token in row["input_ids"]]
-    shards = [p.to_local().clone() for p in split.parameters()]
+    shards = shards or [p.to_local().clone() for p in split.parameters()]
     one = compute_metagradients(whole, rows, METRIC, args)
     two = compute_metagradients(split, rows, METRIC, args, accelerator=state)
     assert all(torch.equal(p.to_local(), before) for p, before in zip(split.parameters(), shards, strict=True))
@@ -103,9 +103,9 @@ def prepared_by_accelerate(state):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator, model = Accelerator(fsdp_plugin=plugin), gpt2()
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-    ids = torch.tensor([[1, 2, 3]])
+    ids, shards = torch.tensor([[1, 2, 3]]), [p.to_local().clone() for p in model.parameters()]
     before = model(ids).logits  # after which FSDP leaves the root's parameters whole
-    results = {"exact": run_twice(gpt2(), model, recipe(batch_size=3), accelerator)}
+    results = {"exact": run_twice(gpt2(), model, recipe(batch_size=3), accelerator, shards)}
     assert torch.equal(model(ids).logits, before)  # its hooks are at work again
     return results
 
@@ -120,20 +120,20 @@ def others(state):
 
 
 def failures(state):
-    """On the last process only, in the middle of a model's call: an error, and memory that runs out with more than one example."""
-    reasons = []
+    """On the last process only, in the middle of a model's call: an error, and memory that runs out with four examples."""
+    reasons, rows, args = [], examples(16), recipe(batch_size=8)
     for error in (ArithmeticError("planted failure"), torch.OutOfMemoryError("planted shortage")):
         model = sharded(gpt2(), state)
         shards = [p.to_local().clone() for p in model.parameters()]
 
         def failing(module, inputs, error=error):
-            if state.process_index == state.num_processes - 1 and len(inputs[0]) > 1 and torch.is_grad_enabled():
+            if state.process_index == state.num_processes - 1 and len(inputs[0]) == 4:
                 raise error
 
         model.transformer.h[1].register_forward_pre_hook(failing)
         try:
-            out = compute_metagradients(model, examples(8), METRIC, recipe(batch_size=4), accelerator=state)
-            whole = compute_metagradients(gpt2(), examples(8), METRIC, recipe(batch_size=4))
+            out = compute_metagradients(model, rows, METRIC, args, accelerator=state)
+            whole = compute_metagradients(gpt2(), rows, METRIC, args)
             torch.testing.assert_close(out.metagradients, whole.metagradients, rtol=1e-4, atol=1e-6)
             reasons.append(out.micro_batch_size)
         except (ArithmeticError, RuntimeError) as e:

@@ -39,7 +39,7 @@ def check_equal(runs):
             assert run["errors"] < 1e-2, name
             limit = 2 * run["errors"]
         assert max(run["rewards"], run["tokens"], run["candidates"]) <= limit, (name, run)
-        assert run["metric"] <= 1e-5 * run["gain"] + 1e-9 and run["losses"] < 1e-5, (name, run)
+        assert run["metric"] <= 1e-4 * run["gain"] + 1e-8 and run["losses"] < 1e-5, (name, run)
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -52,7 +52,7 @@ def test_two_processes_equal_one(tmp_path):
     assert results["others"]["passed"]
     assert results["failures"] == [
         "The run ends because another process failed. ArithmeticError on process 1: planted failure",
-        1,  # example at a time, on both processes
+        2,  # examples at a time, on both processes
     ]
     muon, alone, adapters = results["refused"]
     assert "`optim`" in muon and "adamw" in muon

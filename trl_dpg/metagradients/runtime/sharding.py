@@ -197,11 +197,11 @@ class Shards:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        for module in model.modules():
+        for path, module in model.named_modules():
             for name, param in module._parameters.items():
                 if isinstance(param, DTensor):
                     if id(param) not in self._layouts:
-                        _check_split(name, param, processes)
+                        _check_split(f"{path}.{name}".lstrip("."), param, processes)
                         self._layouts[id(param)] = Layout(len(self._layouts), param, self)
                     self._layouts[id(param)].places.append((module, name))
         for name, param in model.named_parameters() if self._layouts else ():
