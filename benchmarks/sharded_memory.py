@@ -6,18 +6,17 @@ from counted bytes alone, which targets fit on how many GPUs.
 """
 
 import argparse
-import json
+import ctypes
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import make_examples
 from benchmarks.peers.measure import measured
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm
@@ -25,8 +24,8 @@ from trl_dpg.publishing.facts import describe_machine
 from trl_dpg.target import shard_target_model
 
 
-WIDTH, LAYERS, VOCABULARY = 256, 24, 1024
-BATCH, LENGTH, STEPS = 12, 16, 2
+WIDTH, LAYERS, VOCABULARY = 256, 48, 1024
+BATCH, LENGTH, STEPS = 6, 16, 2
 
 # Bytes per trained parameter, as docs/memory.md counts them, of a whole target and of one in shards; the tape is on the host.
 WHOLE = {"exact": 30, "central differences": 20}
@@ -46,8 +45,18 @@ TARGETS = {  # parameters, and those of the largest one, the LM head
 }
 
 
-def measure(curvature: str) -> None:
-    """Run on every process: prints the highest peak among them, weights included."""
+def measure(curvature: str, rank: int, count: int, port: int, results: Any) -> None:
+    """Run on every process: puts its peak, weights included, into a queue."""
+    ctypes.CDLL(None).mallopt(-3, 100_000)  # larger blocks go back to the operating system as soon as they are freed
+    if count > 1:
+        places = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_PORT": port,
+        }
+        os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     state = PartialState(cpu=True)
     torch.manual_seed(0)
     config = GPT2Config(
@@ -56,37 +65,36 @@ def measure(curvature: str) -> None:
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     layer = sum(p.nbytes for p in model.transformer.h[0].parameters())
-    if state.num_processes > 1:
-        shard_target_model(model, init_device_mesh("cpu", (state.num_processes,)))
-    weights = sum((p.to_local() if state.num_processes > 1 else p).nbytes for p in model.parameters())
-    examples = [
-        {"input_ids": [i % VOCABULARY for i in e["input_ids"]]} for e in make_examples("gpt2", BATCH * STEPS, LENGTH)
-    ]
+    if count > 1:
+        shard_target_model(model, init_device_mesh("cpu", (count,)))
+    weights = sum((p.to_local() if count > 1 else p).nbytes for p in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (BATCH * STEPS, LENGTH), generator=generator).tolist()
+    examples = [{"input_ids": row} for row in ids]
     args = TargetTrainingArguments(
         batch_size=BATCH, adam_epsilon_root=1e-9, curvature=curvature, tape="disk", disable_tqdm=True
     )
     compute = lambda rows: compute_metagradients(model, rows, LMHeadNorm(), args, accelerator=state)  # noqa: E731
-    compute(examples[: state.num_processes])  # what libraries load once
+    compute(examples[:count])  # what libraries load once
     _, _, peak = measured(lambda: compute(examples))
-    peaks = gather_object([peak + weights])
-    if state.is_main_process:
-        print(
-            json.dumps({"peak": max(peaks), "layer": layer, "parameters": sum(p.numel() for p in model.parameters())})
-        )
+    results.put({"peak": peak + weights, "layer": layer})
     state.destroy_process_group()
 
 
 def in_processes(count: int, curvature: str) -> dict:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-    command = [sys.executable, *launcher, "-m", "benchmarks.sharded_memory", "--job", curvature]
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "100000",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    """The highest peak of `count` processes, and the bytes of a layer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=measure, args=(curvature, rank, count, port, results)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    found = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return max(found, key=lambda result: result["peak"])
 
 
 def print_measured() -> None:
@@ -134,13 +142,11 @@ def print_sizes() -> None:
 
 
 def main() -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)  # here, as a thread pool does not survive a fork
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", action="store_true", help="only what is counted")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job:
-        measure(options.job)
-        return
     if not options.sizes:
         print_measured()
     print_sizes()

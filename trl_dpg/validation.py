@@ -107,7 +107,7 @@ def _fine_tune(
     model: TargetModel, groups: list[Group], examples: list, args: TargetTrainingArguments, processes: Processes
 ) -> list[float]:
     """Takes all steps, and returns their losses."""
-    params = [param for group in groups for param in group.params]
+    params: list[Any] = [param for group in groups for param in group.params]
     optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
     for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
         param.grad = torch.zeros_like(param)
