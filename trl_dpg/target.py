@@ -22,6 +22,7 @@ from transformers.utils import find_adapter_config_file
 from .metagradients.runtime.memory import processes_here
 from .metagradients.runtime.model import TargetModel, check_whole
 from .metagradients.runtime.processes import failing_together
+from .metagradients.runtime.sharding import is_in_shards
 
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def load_target_model(
         peft_config ([`~peft.PeftConfig`], *optional*):
             New adapters to train instead of the full model, which must have none.
         shard (`bool`, *optional*, defaults to `False`):
-            Whether to split the model over all processes, see [`shard_target_model`]. The processes of a machine load it one after
-            another, so that its memory holds one whole model.
+            Whether to split the model over all processes, see [`shard_target_model`], unless it is split already. The processes of a
+            machine load it one after another, so that its memory holds one whole model.
         **model_init_kwargs:
             Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
@@ -60,7 +61,7 @@ def load_target_model(
     Raises:
         [`ValueError`]: If the weights of `model` are not within reach, or it has adapters and new ones are asked for.
     """
-    if shard:
+    if shard and (isinstance(model, str) or not is_in_shards(model)):
         return _load_in_turn(partial(load_target_model, model, untie_head, peft_config, **model_init_kwargs))
     adapter, adapter_kwargs = None, {}
     if isinstance(model, str):

@@ -19,19 +19,18 @@ from .processes import Processes
 from .workspace import Group
 
 
-# Getters that say what a tensor holds; all others say what it is.
+# Getters of what a tensor holds, and methods that say what it is, as all other getters do
 VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 DESCRIPTIONS = {
-    *(
-        Tensor.size,
-        Tensor.stride,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.element_size,
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-    ),
-    *(Tensor.__len__, Tensor.__hash__),
+    "size",
+    "stride",
+    "dim",
+    "numel",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "__len__",
+    "__hash__",
 }
 
 
@@ -74,10 +73,6 @@ class Layout:
         dist.reduce_scatter_single(part, whole, group=self.group)
         return part[: len(self.local)]
 
-    def part(self, whole: Tensor) -> Tensor:
-        """This process's part of a tensor that is the same on all of them."""
-        return whole[self.first : self.first + len(self.local)].contiguous()
-
     @staticmethod
     def _padded(tensor: Tensor, rows: int) -> Tensor:
         padding = [0, 0] * (tensor.ndim - 1) + [0, rows - len(tensor)]
@@ -112,7 +107,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx, whole: Tensor, layout: Layout, replicated: bool, second_order: bool) -> Tensor:
         ctx.layout = layout
         if replicated:
-            return layout.part(whole)
+            return whole[layout.first : layout.first + len(layout.local)].contiguous()
         return whole.new_zeros(()).expand_as(layout.local) if second_order else layout.scatter(whole)
 
     @staticmethod
@@ -143,8 +138,8 @@ class ShardedParameter(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        getter = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else None
-        if func in DESCRIPTIONS or getter is not None and getter not in VALUES:
+        is_getter = func.__name__ in ("__get__", "__set__")
+        if is_getter and func.__self__.__name__ not in VALUES or func.__name__ in DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         args, kwargs = tree_map_only(cls, lambda p: p.home.whole(p.part), (args, kwargs or {}))
