@@ -48,7 +48,7 @@ def test_two_processes_equal_one(tmp_path):
     check_equal(results["prepared_by_accelerate"])
     whole, split = results["others"]["validation"]
     assert split == pytest.approx(whole, rel=1e-5, abs=1e-7) and abs(whole["metric_gain"]) > 1e-3
-    assert results["others"]["passed"]
+    assert results["others"]["verdict"] == "passed"
     assert results["failures"] == [
         "The run ends because another process failed. ArithmeticError on process 1: planted failure",
         2,  # examples at a time, on both processes

@@ -404,7 +404,7 @@ BAD_MODELS = {
         ValueError,
         "The target model is wrapped in DataParallel.*Pass the model that is in it",
     ),
-    "meta": (lambda: gpt2().to("meta"), ValueError, "all of its weights on every process.*on the meta device"),
+    "meta": (lambda: gpt2().to("meta"), ValueError, "all of its weights.*on the meta device"),
     "prompt-tuning": (prompt_tuned, ValueError, "gives 6 logits for 4 tokens.*prompt tuning.*another adapter"),
     "inference": (made_for_inference, ValueError, "`model` was made or loaded under `torch.inference_mode"),
     "partly-float16": (
