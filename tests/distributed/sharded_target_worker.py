@@ -115,8 +115,8 @@ def others(state):
     args, results = recipe(batch_size=3, learning_rate=0.01, max_grad_norm=1.0), {}
     results["validation"] = [validate(model, examples(11), METRIC, args) for model in (gpt2(), sharded(gpt2(), state))]
     few = {"num_probes": 1, "num_reweightings": 1, "accelerator": state}
-    model = sharded(gpt2().double(), state)
-    checked = check_metagradients(model, examples(4), METRIC, recipe(batch_size=2), **few)
+    model, auto = sharded(gpt2().double(), state), recipe(batch_size=2, adam_epsilon_root="auto")
+    checked = check_metagradients(model, examples(4), METRIC, auto, **few)
     return results | {"verdict": checked.verdict}
 
 
