@@ -118,7 +118,7 @@ def _fine_tune(
             try:
                 micro = micro_batches(examples, batch, args, size, params[0].dtype, processes)
                 sums = [0.0]
-                with processes.summing(None, sums):
+                with processes.summing_over_processes(None, sums):
                     sums[0] = _backward(token_losses, [part.to(params[0].device) for part in micro])
                 losses += sums
                 break

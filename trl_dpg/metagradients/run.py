@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .method.central_difference import CentralDifference
-from .method.derivatives import Derivatives, Direction, gradient
+from .method.differentiator import Direction, LossDifferentiator, gradient
 from .method.exact import Exact
 from .method.loss import TokenLosses
 from .method.recipe import TargetTrainingArguments
@@ -97,7 +97,7 @@ class TargetRun:
                 check_full_precision(model)
             self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
-        self.num_columns = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
+        self.losses_per_token = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
         self.num_steps = recipe.num_steps(len(self.examples))
         self.batches = list(recipe.batches(len(self.examples)))
         self._collated: dict[int, list[MicroBatch]] = {}
@@ -155,7 +155,7 @@ class TargetRun:
         with processes.failing_together():
             grad = space.buffer()
         for step in range(self.num_steps):
-            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.losses_of_epoch(step)))
+            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.example_losses_of(step)))
             check_finite(f"the loss of step {step + 1}", torch.tensor(loss))
             self._check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
@@ -210,7 +210,7 @@ class TargetRun:
             self.storage.settle()  # what the buffer holds may be on its way to the tape
             self.space.accumulate_into(buffer)
 
-        with self.processes.summing(buffer, total):
+        with self.processes.summing_over_processes(buffer, total):
             total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
         return total[0]
 
@@ -229,10 +229,10 @@ class TargetRun:
                 self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
             num_tokens = sum(len(e.input_ids) for e in self.examples)
-            self.token_metagradients = space.zeros(num_tokens, self.num_columns)
+            self.token_metagradients = space.zeros(num_tokens, self.losses_per_token)
             return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
-    def derivatives(self) -> Derivatives:
+    def differentiator(self) -> LossDifferentiator:
         """What differentiates the loss a second time."""
         exact = Exact(self.token_losses, self.space)
         is_exact = self.recipe.curvature == "exact"
@@ -243,27 +243,29 @@ class TargetRun:
         space = self.space
         along, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
         with self.processes.raising_later():
-            inner = self.optimizer.adjoint_(self.tape, space.phi_shard, cotangent, along)
-        inner = space.total(inner)
+            inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, along)
+        inner = space.sum_over_shards(inner)
         if self.optimizer.clipping.clips(step):
             with self.processes.raising_later():
                 inner = self.optimizer.clipping_adjoint_(self.tape, along, inner)
-            inner = space.total(inner)
+            inner = space.sum_over_shards(inner)
         with self.processes.raising_later():
             self.tape.pop()
         vector = space.gather_and_load_phi(along)
         self._check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
-        return Direction(vector, inner, self.losses_of_epoch(step))
+        return Direction(vector, inner, self.example_losses_of(step))
 
-    def differentiate(self, step: int, derivatives: Derivatives, direction: Direction) -> Tensor | None:
+    def add_token_metagradients(
+        self, step: int, differentiator: LossDifferentiator, direction: Direction
+    ) -> Tensor | None:
         r"""Adds a step's \\( r_{ij} \\) to `token_metagradients`. Gives \\( H_t \lambda_g \\), this process's shard; `None` at the first."""
         product = self.space.product if step > 0 else None
 
         def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
-            return zip(batches, derivatives(batches, direction, product), strict=True)
+            return zip(batches, differentiator(batches, direction, product), strict=True)
 
         for batch, result in self.retrying_smaller(step, work):
-            self.token_metagradients[batch.places()] += result
+            self.token_metagradients[batch.token_indices()] += result
         self.progress.update()
         if product is None:
             return None
@@ -275,7 +277,7 @@ class TargetRun:
         with self.processes.raising_later():  # of shards, one may be finite and another not
             check_finite(what, flat)
 
-    def losses_of_epoch(self, step: int) -> Tensor:
+    def example_losses_of(self, step: int) -> Tensor:
         r"""\\( \ell_i / Z_t \\) of all examples in the epoch that a step belongs to, shape `(n,)`."""
         return self.example_losses[step * self.recipe.num_train_epochs // self.num_steps]
 
@@ -320,7 +322,7 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
     square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
-    square = square if space.sharded else space.total(square)
+    square = square if space.sharded else space.sum_over_shards(square)
     if square == 0 and recipe.rule.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
