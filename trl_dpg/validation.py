@@ -107,7 +107,7 @@ def _fine_tune(model: TargetModel, params: list, examples: list, args: TargetTra
     for batch, learning_rate in zip(args.batches(len(examples)), args.learning_rates(len(examples)), strict=True):
         while True:
             try:
-                micro = micro_batches(examples, batch, args, size, params[0].dtype, alone)
+                micro = micro_batches(examples, batch, args, size, params[0], alone)
                 losses.append(_backward(token_losses, [part.to(params[0].device) for part in micro]))
                 break
             except Exception as error:

@@ -293,7 +293,7 @@ class TargetRun:
                 self.batches[step],
                 self.recipe,
                 self.measured.micro_batch_size,
-                self.space.dtype,
+                self.space.phi,
                 self.processes,
             )
         return [batch.to(self.space.device) for batch in self._collated[step]]
