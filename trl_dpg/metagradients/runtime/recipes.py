@@ -65,7 +65,7 @@ def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
     for name in BOOLEANS:
         if not isinstance(getattr(recipe, name), bool):
             raise ValueError(f"`{name}` must be True or False, got {getattr(recipe, name)!r}.")
-    if recipe.nesterov not in (None, True, False):
+    if not (recipe.nesterov is None or isinstance(recipe.nesterov, bool)):
         raise ValueError(f"`nesterov` must be None, True or False, got {recipe.nesterov!r}.")
     for name, (requirement, holds) in NUMBERS.items():
         if (name, getattr(recipe, name)) not in (("adam_epsilon_root", "auto"), ("momentum", None)):
