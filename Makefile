@@ -9,7 +9,8 @@ TORCH ?= torch==2.13.0
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no $(CPU)
 
-.PHONY: demo real test test-slow test-lowest test-highest bench faults docs picture lint clean
+gpu: export HF_HUB_OFFLINE := 1
+.PHONY: demo real test test-slow test-lowest test-highest bench gpu faults docs picture lint clean
 
 demo real test test-slow bench faults picture: export HF_HUB_OFFLINE := 1
 demo real test test-slow faults picture: export OMP_NUM_THREADS := 2
@@ -63,6 +64,10 @@ bench: $(VENV)/.offline-data
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model $(GPT2) $(if $(filter cpu,$(DEVICE)),--peers) > $(RESULTS)/cost_$(GPT2).md
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model smollm2 > $(RESULTS)/cost_smollm2.md
 	$(BIN)/python -m benchmarks.long_run --device $(DEVICE) > $(RESULTS)/long_run.md
+
+# What only a GPU can show, in nine minutes at most; each part saves its table as it goes
+gpu: $(VENV)/.offline-data
+	$(BIN)/python -m benchmarks.gpu --output $(RESULTS)/gpu
 
 # The README's picture of a run's page, from minutes of training; needs a Chromium
 CHROMIUM ?= chromium
