@@ -768,6 +768,21 @@ def test_decode(here, capsys):
     assert capsys.readouterr().out.endswith("Text: HELLO\n")
     assert main(["decode", "before", "target", "--json"]) == 1  # noise
     assert json.loads(capsys.readouterr().out)["text"] is None
+    assert main(["decode", "before", "target"]) == 1
+    assert capsys.readouterr().out.startswith("No QR code was read.")
+    assert main(["decode", "before", "after", "--pattern", "HELLO", "--output", "both.png"]) == 0
+    assert "Right pixels: 100.0 %" in capsys.readouterr().out and (here / "both.png").is_file()
+    assert main(["decode", "before", "target", "--pattern", "67", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = LMHeadPattern.sixty_seven().pattern
+    right = sum(
+        (pixel == "#") == (sign > 0)
+        for row, signs in zip(found["rows"], wanted.tolist(), strict=True)
+        for pixel, sign in zip(row, signs, strict=True)
+    )
+    assert found["pixel_accuracy"] == pytest.approx(right / 42)
+    assert main(["decode", "before", "after", "--pattern", "nowhere.png"]) == 2
+    assert "`--pattern` 'nowhere.png'" in capsys.readouterr().err
 
 
 def test_check(here, capsys):
