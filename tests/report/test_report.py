@@ -187,7 +187,7 @@ def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path, has_words)
     assert len(page.loaded) == 5 and all(value.startswith("data:image/") for value in page.loaded)
     assert not re.search(r"url\(|@import", html)
     assert str(tmp_path) not in html
-    for fact in ("pixel accuracy", "before training, 1 draw", "GPT2LMHeadModel", "max_completion_length 6"):
+    for fact in ("pixel accuracy", "before training, 1 draw", "GPT2LMHeadModel", "<code>max_completion_length</code></td><td>6<"):
         assert fact in html
 
 
