@@ -56,20 +56,25 @@ TOKENS = [[1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 1, 2], [3, 3, 5, 1]]
 ARGS = TargetTrainingArguments(learning_rate=1e-3, batch_size=2, adam_epsilon_root="auto")
 EXAMPLES = [{"input_ids": ids} for ids in TOKENS]
 GIVEN = {
-    "README.md": lambda: {"model": tiny_causal_lm(), "tokenized": TOKENS, "metric": LMHeadNorm()},
     "docs/check.md": lambda: {
         "model": tiny_causal_lm().double(),
         "examples": EXAMPLES,
         "metric": LMHeadNorm(),
         "args": ARGS,
     },
+    "docs/engine.md": lambda: {"model": tiny_causal_lm(), "tokenized": TOKENS, "metric": LMHeadNorm()},
     "docs/report.md": finished_run,
 }
 
 # What a page's code should have done, beyond running.
 EXPECTED = {
-    "README.md": lambda scope, out: "eval_pixel_accuracy" in out and scope["out"].metagradients.shape == (4,),
+    "README.md": lambda scope, out: (
+        re.search(r"not fine-tuned [\d.]+%, untrained [\d.]+%, trained [\d.]+%", out)
+        and scope["trainer"].state.global_step == 2
+        and scope["after"]["eval_metric"] != scope["before"]["eval_metric"]
+    ),
     "docs/check.md": lambda scope, out: "Metagradients: passed" in out,
+    "docs/engine.md": lambda scope, out: scope["out"].metagradients.shape == (4,),
     "docs/metrics.md": lambda scope, out: (
         "Metagradients: passed" in out
         and "eval_prefers_wanted" in out

@@ -18,6 +18,7 @@ from trl.scripts import grpo
 from examples.resources import tiny_prompts, tiny_tokenizer
 from tests.docs.pages import ROOT, read_blocks, shrink
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from trl_dpg.metrics import LMHeadNorm
 from trl_dpg.scripts import dpg
 
 
@@ -30,9 +31,9 @@ def rows(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row]
 
 
-def side_of_diff(sign):
-    """One side of the page's diff."""
-    (block,) = read_blocks(PAGE, "diff")
+def side_of_diff(sign, page=PAGE):
+    """One side of a page's diff."""
+    (block,) = read_blocks(page, "diff")
     lines = block.code.splitlines()
     assert all(line[0] in " +-" for line in lines)
     return "\n".join(line[1:] for line in lines if line[0] in f" {sign}")
@@ -52,6 +53,18 @@ def test_both_sides_of_the_diff(sign, trainer_class, reward, directory, tiny):
     assert type(trainer) is trainer_class
     assert len(rows(trainer, f"rewards/{reward}/mean")) == trainer.state.global_step == 2
     assert trainer.args.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(("sign", "trainer_class"), [("-", GRPOTrainer), ("+", DatasetPolicyGradientTrainer)])
+def test_both_sides_of_the_diff_in_the_readme(sign, trainer_class, directory, tiny):
+    scope = {
+        "dataset": datasets.load_dataset("any", split="train"),
+        "my_metric": LMHeadNorm(),
+        "my_reward": lambda completions, **kwargs: [0.0] * len(completions),
+    }
+    exec(compile(directory.substitute(side_of_diff(sign, "README.md")), "README.md", "exec"), scope)
+    assert type(scope["trainer"]) is trainer_class
+    scope["trainer"].train()
 
 
 def test_the_old_reward_beside_the_new_one(directory, tiny):
