@@ -23,17 +23,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from benchmarks.common import load, make_args, make_examples, with_lora
-from examples.resources import (
-    ONE_SPECIAL_TOKEN,
-    smollm2,
-    tiny_causal_lm,
-    tiny_prompts,
-    tiny_tokenizer,
-    wikipedia_leads,
-)
+from experiments.corpora import smollm2, wikipedia_leads
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients import compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent

@@ -12,27 +12,27 @@ tenth of each matrix is set to zero. The picture is read from the two models. Ea
 """
 
 import argparse
-import time
-import warnings
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
+from datasets import Dataset
 
-from examples.robustness import pruned, rounded
 from experiments.common import (
     SFT_LEARNING_RATE,
-    append,
     cell,
     commands,
     decoded,
     lines_of,
+    run_missing,
     sft,
     target_of,
-    trained,
-    written_by,
+    texts_of_generator,
+    tokenizer,
 )
+from experiments.robustness import pruned, rounded
+from trl_dpg.publishing.outcome import markdown_table
 
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
@@ -47,7 +47,7 @@ TRAINED = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "8 steps": {},
-    "80 steps": {"epochs": 10},
+    "80 steps": {"num_train_epochs": 10},
     "learning rate × 10": {"learning_rate": 10 * SFT_LEARNING_RATE},
     "learning rate × 30": {"learning_rate": 30 * SFT_LEARNING_RATE},
     "learning rate ÷ 10": {"learning_rate": SFT_LEARNING_RATE / 10},
@@ -65,45 +65,32 @@ AFTERWARDS = {
 
 def one(seed: int, generator: str, steps: int, completions: int, samples: int) -> dict:
     """Trains one generator, and reads what its texts do in each run."""
-    start = time.perf_counter()
-    with trained(seed, steps, completions, target_variants=TRAINED[generator]) as trainer:
-        seconds = time.perf_counter() - start
-        texts = written_by(trainer, samples)
-    line = {"seed": seed, "generator": generator, "steps": steps, "completions": completions}
-    line["seconds"] = round(seconds, 1)
-    target = target_of(seed)
-    for name, config in RUNS.items():
-        model = sft(target, texts, **config)
+    config = {"max_steps": steps, "per_device_train_batch_size": completions, "target_variants": TRAINED[generator]}
+    texts, seconds = texts_of_generator(seed, samples, **config)
+    line, target, rows = {"seconds": seconds}, target_of(seed), Dataset.from_dict({"text": texts})
+    for name, changes in RUNS.items():
+        model = sft(target, tokenizer(), rows, **changes)
         line[name] = decoded(target, model)
-        if not config:
+        if not changes:
             line |= {what: decoded(target, treat(model)) for what, treat in AFTERWARDS.items()}
     return line
 
 
 def run(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    for seed in options.seeds:
-        for generator in options.generators:
-            settings = {"seed": seed, "generator": generator, "steps": options.steps}
-            settings["completions"] = options.completions
-            if any(settings.items() <= line.items() for line in lines_of(RESULTS)):
-                continue
-            line = one(**settings, samples=options.samples)
-            append(RESULTS, line)
-            print(line, flush=True)
+    same = {"steps": options.steps, "completions": options.completions}
+    grid = ({"seed": s, "generator": g, **same} for s, g in itertools.product(options.seeds, options.generators))
+    run_missing(RESULTS, grid, partial(one, samples=options.samples), options.threads)
 
 
 def report(options: argparse.Namespace) -> None:
     lines = lines_of(RESULTS)
     found = {name: [line for line in lines if line["generator"] == name] for name in TRAINED}
-    print(f"| stock SFT | {' | '.join(f'trained for the {name}' for name in found)} |")
-    print("|---" * (len(found) + 1) + "|")
-    for name in [*RUNS, *AFTERWARDS]:
-        print(f"| {name} | {' | '.join(cell([line[name] for line in same]) for same in found.values())} |")
+    rows = [["stock SFT", *(f"trained for the {name}" for name in found)]]
+    rows += [
+        [name, *(cell([line[name] for line in same]) for same in found.values())] for name in [*RUNS, *AFTERWARDS]
+    ]
     seconds = [f"{max((line['seconds'] for line in same), default=0):.0f}" for same in found.values()]
-    print(f"| seconds of training | {' | '.join(seconds)} |")
+    print(markdown_table([*rows, ["seconds of training", *seconds]]))
     print("\nMedian (range) of the pixel accuracy over seeds, and how many a QR reader reads.")
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import datasets
 from trl import GRPOConfig
 
-from examples.resources import tiny_prompts
+from trl_dpg.testing import tiny_prompts
 
 
 ROOT = Path(__file__).parents[2]

@@ -24,13 +24,13 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from trl.cli.main import main as trl
 from trl.scripts.grpo import GRPOScriptArguments
 
-from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from tests.docs.pages import MODELS, PAGES, ROOT, read_blocks
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, cli
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
-from trl_dpg.scripts.dpg import DPGScriptArguments
 from trl_dpg.scripts.parsing import Parser
+from trl_dpg.scripts.train import DPGScriptArguments
+from trl_dpg.testing import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 LANGUAGES = {"python", "bash", "yaml", "diff", "text"}
@@ -162,7 +162,7 @@ def stop_once_parsed(monkeypatch):
     stop_after(TrlParser, "parse_args_and_config")
     stop_after(Parser, "parse_args_and_config")
     # `trl-dpg train` and `trl grpo` check what is left over, and launch
-    monkeypatch.setattr("trl_dpg.scripts.dpg.AutoConfig.from_pretrained", lambda *args, **kwargs: None)
+    monkeypatch.setattr("trl_dpg.scripts.train.AutoConfig.from_pretrained", lambda *args, **kwargs: None)
     monkeypatch.setattr("trl_dpg.scripts.common.load_splits", stop)
     monkeypatch.setattr("trl_dpg.scripts.verify.facts_of", lambda *args: {})
 

@@ -7,10 +7,10 @@ import re
 
 import torch
 
-from examples.resources import tiny_prompts
 from tests.docs.pages import PAGES, ROOT
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.scripts.dpg import DPGScriptArguments
+from trl_dpg.scripts.train import DPGScriptArguments
+from trl_dpg.testing import tiny_prompts
 
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

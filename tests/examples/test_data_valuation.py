@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 
-from examples.resources import WORDS, tiny_causal_lm, tiny_tokenizer
+from trl_dpg.testing import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the scripts import their neighbors

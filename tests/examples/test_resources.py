@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import resources
-from examples.resources import (
+from trl_dpg.testing import (
     WORDS,
     continuation_prompts,
     handbook_paragraphs,

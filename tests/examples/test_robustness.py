@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from examples.resources import WORDS, tiny_causal_lm, tiny_tokenizer
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
 from trl_dpg.metrics.pattern import pattern_to_image
+from trl_dpg.testing import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.resources import ONE_SPECIAL_TOKEN, save_tiny_models
 from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, save_tiny_models
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,11 +14,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from examples.resources import tiny_prompts
 from trl_dpg.credit import WordCredit, credit_text
 from trl_dpg.metrics import LMHeadNorm
 from trl_dpg.reporting import write_report
 from trl_dpg.reporting.callback import ReportCallback, read_rows
+from trl_dpg.testing import tiny_prompts
 
 
 VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}

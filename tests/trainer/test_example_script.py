@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from examples.resources import tiny_causal_lm, tiny_tokenizer
+from trl_dpg.testing import tiny_causal_lm, tiny_tokenizer
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
