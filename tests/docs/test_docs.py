@@ -301,7 +301,7 @@ def test_models_are_those_of_the_documentation():
 
 def test_settings_are_those_of_the_results():
     """Figures of docs/recipe.md."""
-    table = (ROOT / "examples/results/README.md").read_text(encoding="utf-8").partition("(`tiny_settings`)")[2]
+    table = (ROOT / "experiments/results/README.md").read_text(encoding="utf-8").partition("(`tiny_settings`)")[2]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     column = rows[0].index("pixel accuracy, trained")
     measured = {row[0]: float(row[column].split()[0]) for row in rows[1:]}

@@ -17,7 +17,7 @@ QR = ["1" * 21] * 21
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Writes what two seeds of the QR experiment would have left."""
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
     def write(variant, seed, accuracy):
         folder = tables.directory("tiny_qr", variant, seed)

@@ -1,4 +1,4 @@
-"""The cards in `model_cards` say what the runs in `examples/results` measured."""
+"""The cards in `model_cards` say what the runs in `experiments/results` measured."""
 
 import json
 import re
