@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,29 @@ def commands(
     runner.set_defaults(function=run)
     both.add_parser("report").set_defaults(function=report)
     return parser, runner
+
+
+def commands_for_generators(module: Any, field: str, values: list) -> None:
+    """
+    The command line of an experiment that trains a QR code's generator in several ways and reads what its texts do.
+
+    `module` has `__doc__`, `RESULTS`, `one` and `report`; `field` is the setting in which generators differ, and `values` are those
+    that are run where nothing else is said.
+    """
+
+    def run(options: argparse.Namespace) -> None:
+        same = {"steps": options.steps, "completions": options.completions}
+        grid = [{"seed": s, field: value, **same} for s in options.seeds for value in getattr(options, f"{field}s")]
+        run_missing(module.RESULTS, grid, partial(module.one, samples=options.samples), options.threads)
+
+    choices = values if isinstance(values[0], str) else None  # numbers may be others
+    parser, runner = commands(module.__doc__.splitlines()[1], run, lambda options: module.report())
+    runner.add_argument(f"--{field}s", nargs="+", type=type(values[0]), default=values, choices=choices)
+    runner.add_argument("--steps", type=int, default=160)
+    runner.add_argument("--completions", type=int, default=512, help="a step")
+    runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
+    options = parser.parse_args()
+    options.function(options)
 
 
 def run_missing(path: Path, grid: Iterable[dict], one: Callable[..., dict], threads: int, **defaults) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from experiments.common import QR_TEXT, Validate, commands, lines_of, run_missing, target_of, trainer_of
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.publishing.outcome import markdown_table
 from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_prompts
 
 
@@ -88,20 +89,19 @@ def run(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     names = "pattern, words, completions a step, least length, credit, γ, candidates, seeds".split(", ")
     names += [*(f"to {bound}" for bound in BOUNDS), "best"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = [names]
     runs = [{"least_length": 0, **line} for line in lines_of(RESULTS)]
     keys = sorted(
         {tuple(str(r[name]) for name in FIELDS[:-1]) for r in runs}, key=lambda k: (k[0], int(k[1]), int(k[2]), k[3:])
     )
     for key in keys:
         same = [r for r in runs if tuple(str(r[name]) for name in FIELDS[:-1]) == key]
-        cells = [f"{median(same, bound)}" for bound in BOUNDS]
+        cells = [median(same, bound) for bound in BOUNDS]
         best = statistics.median(max((accuracy for _, accuracy in r["curve"]), default=0.5) for r in same)
-        name = [
-            "all" if value == "None" and key[4] == "expected" else "" if value == "None" else value for value in key
-        ]
-        lines.append(f"| {' | '.join(name)} | {len(same)} | {' | '.join(cells)} | {best:.3f} |")
-    print("\n".join(lines))
+        unset = "all" if key[4] == "expected" else ""
+        name = [unset if value == "None" else value for value in key]
+        rows.append([*name, str(len(same)), *cells, f"{best:.3f}"])
+    print(markdown_table(rows))
 
 
 def median(runs: list[dict], bound: float) -> str:

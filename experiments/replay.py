@@ -11,19 +11,16 @@ The picture is read from the two models. Each run adds a line to `experiments/re
 not repeated. `report` prints the table.
 """
 
-import argparse
-import itertools
-from functools import partial
+import sys
 from pathlib import Path
 
 from datasets import Dataset
 
 from experiments.common import (
     cell,
-    commands,
+    commands_for_generators,
     decoded,
     lines_of,
-    run_missing,
     sft,
     strangers_texts,
     target_of,
@@ -52,13 +49,7 @@ def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> 
     return line
 
 
-def run(options: argparse.Namespace) -> None:
-    same = {"steps": options.steps, "completions": options.completions}
-    grid = ({"seed": s, "ratio": ratio, **same} for s, ratio in itertools.product(options.seeds, options.ratios))
-    run_missing(RESULTS, grid, partial(one, samples=options.samples), options.threads)
-
-
-def report(options: argparse.Namespace) -> None:
+def report() -> None:
     rows = [["real texts in training", "seeds", *(f"SFT on {name}" for name in MIXES), "seconds"]]
     lines = lines_of(RESULTS)
     for ratio in sorted({line["ratio"] for line in lines}):
@@ -69,15 +60,5 @@ def report(options: argparse.Namespace) -> None:
     print("\nMedian (range) of the pixel accuracy over seeds, and how many a QR reader reads.")
 
 
-def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
-    runner.add_argument("--ratios", nargs="+", type=float, default=[0.0, 0.5])
-    runner.add_argument("--steps", type=int, default=160)
-    runner.add_argument("--completions", type=int, default=512, help="a step")
-    runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
-    options = parser.parse_args()
-    options.function(options)
-
-
 if __name__ == "__main__":
-    main()
+    commands_for_generators(sys.modules[__name__], "ratio", [0.0, 0.5])

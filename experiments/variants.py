@@ -11,9 +11,7 @@ tenth of each matrix is set to zero. The picture is read from the two models. Ea
 `experiments/results/variants.jsonl`; one that is there is not repeated. `report` prints the table.
 """
 
-import argparse
-import itertools
-from functools import partial
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,9 @@ from datasets import Dataset
 from experiments.common import (
     SFT_LEARNING_RATE,
     cell,
-    commands,
+    commands_for_generators,
     decoded,
     lines_of,
-    run_missing,
     sft,
     target_of,
     texts_of_generator,
@@ -76,13 +73,7 @@ def one(seed: int, generator: str, steps: int, completions: int, samples: int) -
     return line
 
 
-def run(options: argparse.Namespace) -> None:
-    same = {"steps": options.steps, "completions": options.completions}
-    grid = ({"seed": s, "generator": g, **same} for s, g in itertools.product(options.seeds, options.generators))
-    run_missing(RESULTS, grid, partial(one, samples=options.samples), options.threads)
-
-
-def report(options: argparse.Namespace) -> None:
+def report() -> None:
     lines = lines_of(RESULTS)
     found = {name: [line for line in lines if line["generator"] == name] for name in TRAINED}
     rows = [["stock SFT", *(f"trained for the {name}" for name in found)]]
@@ -94,15 +85,5 @@ def report(options: argparse.Namespace) -> None:
     print("\nMedian (range) of the pixel accuracy over seeds, and how many a QR reader reads.")
 
 
-def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
-    runner.add_argument("--generators", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    runner.add_argument("--steps", type=int, default=160)
-    runner.add_argument("--completions", type=int, default=512, help="a step")
-    runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
-    options = parser.parse_args()
-    options.function(options)
-
-
 if __name__ == "__main__":
-    main()
+    commands_for_generators(sys.modules[__name__], "generator", list(TRAINED))

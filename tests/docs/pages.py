@@ -52,7 +52,7 @@ class Directory:
     def __init__(self, path: Path, generator: str, target: str):
         self.path = path
         self.models = {name: {"generator": generator, "target": target}[role] for name, role in MODELS.items()}
-        for folder in ("examples", "benchmarks", "trl_dpg"):
+        for folder in ("examples", "experiments", "benchmarks", "trl_dpg"):
             (path / folder).symlink_to(ROOT / folder)
 
     def substitute(self, code: str) -> str:

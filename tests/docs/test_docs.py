@@ -177,7 +177,6 @@ def launch_arguments(argv):
 def run(script, argv, monkeypatch):
     """Runs a script or module as from the shell."""
     monkeypatch.setattr(sys, "argv", [script, *argv])
-    monkeypatch.syspath_prepend(ROOT / "examples")
     if script.endswith(".py"):
         runpy.run_path(script, run_name="__main__")
     else:
