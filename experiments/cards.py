@@ -50,13 +50,10 @@ def write_card(name: str) -> Path:
     kind = Path(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["dataset_name"]).parent.name
     prepare(kind)
     with tempfile.TemporaryDirectory() as directory:
-        command = ["--config", f"{CONFIGS}/{name}.yaml", "--output_dir", directory, "--use_cpu", "true"]
-        arguments, _ = parse(command)
+        arguments, _ = parse(f"--config {CONFIGS}/{name}.yaml --output_dir {directory} --use_cpu true".split())
         args = arguments[1]
         if run["steps"] != args.max_steps:
-            print(
-                f"{name}: the results are of {run['steps']} steps, the configuration says {args.max_steps}: run it again."
-            )
+            print(f"{name}: the results are of {run['steps']} steps, not of {args.max_steps}: run it again.")
         _, *prompts = load_datasets(arguments[0], args, arguments[3])
         trainer = make_trainer(*arguments[:3], prompts)
         end = ["train_runtime" in row for row in log].index(True)
@@ -71,8 +68,7 @@ def write_card(name: str) -> Path:
     facts["metric"]["effect"] = EFFECTS[name] or facts["metric"]["effect"]
     if name == "tiny_uuid":
         facts["metric"]["readouts"] = ["exact_match"]  # which says whether the effect is there
-    for part in ("base_model", "target"):
-        facts[part]["name"] = run["generator" if part == "base_model" else "target"]
+    facts["base_model"]["name"], facts["target"]["name"] = run["generator"], run["target"]
     verification = results / "verification" / "verification.json"
     if verification.exists():
         facts["verification"] = json.loads(verification.read_text())

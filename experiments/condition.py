@@ -19,17 +19,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.common import (
-    NUM_WORDS,
-    QR_TEXT,
-    Validate,
-    commands,
-    lines_of,
-    random_model,
-    run_missing,
-    tokenizer,
-    trainer_of,
-)
+from experiments import common
 from trl_dpg.metrics import KeepBelow, LanguageModelingLikelihood, LMHeadPattern, Perplexity
 from trl_dpg.publishing.outcome import markdown_table
 from trl_dpg.testing import WORDS, tiny_prompts
@@ -46,7 +36,7 @@ VALIDATED = 512  # samples
 
 def clean_texts(number: int, seed: int) -> list[dict[str, str]]:
     """Texts of a language in which each word has four successors, all as likely."""
-    words = tokenizer().convert_ids_to_tokens(range(NUM_WORDS))
+    words = common.tokenizer().convert_ids_to_tokens(range(common.NUM_WORDS))
     grammar = random.Random("grammar")
     successors = {word: grammar.sample(words, SUCCESSORS) for word in words}
     rng, texts = random.Random(f"texts {seed}"), []
@@ -61,13 +51,13 @@ def clean_texts(number: int, seed: int) -> list[dict[str, str]]:
 @cache
 def pretrained_target(seed: int, steps: int) -> torch.nn.Module:
     """A target that has learned the language: its perplexity is near that of four equally likely words."""
-    target = random_model(seed)
+    target = common.random_model(seed)
     optimizer = torch.optim.AdamW(target.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
         optimizer.zero_grad()
         texts = clean_texts(64, seed=1000 * seed + step)
-        (-LanguageModelingLikelihood(texts, tokenizer(), batch_size=64)(target)).backward()
+        (-LanguageModelingLikelihood(texts, common.tokenizer(), batch_size=64)(target)).backward()
         optimizer.step()
         schedule.step()
     return target.eval()
@@ -78,7 +68,9 @@ def train(every: int, **settings) -> dict:
     seed = settings["seed"]
     target = pretrained_target(2 * seed + 1, PRETRAINING_STEPS)
     start = time.perf_counter()
-    clean, held_out = (Perplexity(clean_texts(NUM_CLEAN, seed=-n), tokenizer(), batch_size=NUM_CLEAN) for n in (1, 2))
+    clean, held_out = (
+        Perplexity(clean_texts(NUM_CLEAN, seed=-n), common.tokenizer(), batch_size=NUM_CLEAN) for n in (1, 2)
+    )
 
     def held_out_perplexity(model):
         return held_out(model)
@@ -87,15 +79,15 @@ def train(every: int, **settings) -> dict:
         "perplexity": KeepBelow(clean, factor=settings["factor"]),
         "held_out": KeepBelow(held_out_perplexity, factor=ALLOWED),
     }
-    metric = LMHeadPattern.qr(QR_TEXT) + settings["weight"] * kept["perplexity"] + 0 * kept["held_out"]
+    metric = LMHeadPattern.qr(common.QR_TEXT) + settings["weight"] * kept["perplexity"] + 0 * kept["held_out"]
     config = {
         "seed": seed,
         "max_steps": settings["steps"],
         "per_device_train_batch_size": settings["completions"],
         "target_learning_rate": settings["learning_rate"],
     }
-    with trainer_of(target, metric, tiny_prompts(4096, 32), **config) as trainer:
-        validation = Validate(trainer, every, VALIDATED)
+    with common.trainer_of(target, metric, tiny_prompts(4096, 32), **config) as trainer:
+        validation = common.Validate(trainer, every, VALIDATED)
         trainer.add_callback(validation)
         untouched = {name: condition.metric(target).item() for name, condition in kept.items()}
         trainer.train()
@@ -113,13 +105,13 @@ def train(every: int, **settings) -> dict:
 def run(options: argparse.Namespace) -> None:
     same = {name: getattr(options, name) for name in ("factor", "learning_rate", "completions", "steps")}
     grid = [{"weight": weight, "seed": seed, **same} for seed in options.seeds for weight in options.weights]
-    run_missing(RESULTS, grid, partial(train, every=options.every), options.threads)
+    common.run_missing(RESULTS, grid, partial(train, every=options.every), options.threads)
 
 
 def report(options: argparse.Namespace) -> None:
     head = "condition, η of the target, completions a step, seed, pixel accuracy, code read, perplexity, held-out perplexity"
     rows = [[*head.split(", "), "both held"]]
-    for line in sorted(lines_of(RESULTS), key=lambda line: [line[name] for name in FIELDS]):
+    for line in sorted(common.lines_of(RESULTS), key=lambda line: [line[name] for name in FIELDS]):
         last = line["curve"][-1]
         kept = max(last["perplexity"], last["held_out"]) <= ALLOWED
         condition = f"weight {line['weight']:g}, limit {line['factor'] - 1:+.1%}" if line["weight"] else "none"
@@ -131,7 +123,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
+    parser, runner = common.commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--weights", nargs="+", type=float, default=[0.0, 10000.0], help="of the condition")
     runner.add_argument(
         "--factor", type=float, default=1.005, help="limit in training, times the untouched perplexity"

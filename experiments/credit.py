@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from experiments.common import QR_TEXT, Validate, commands, lines_of, run_missing, target_of, trainer_of
+from experiments import common
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.publishing.outcome import markdown_table
 from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_prompts
@@ -33,7 +33,7 @@ FIELDS = ["pattern", "vocabulary", "completions", "least_length", "assignment", 
 def train(steps: int, every: int, **settings) -> dict:
     """One run: its validations, and what it took."""
     words, seed = settings["vocabulary"] - len(ONE_SPECIAL_TOKEN), settings["seed"]
-    metric = LMHeadPattern.sixty_seven() if settings["pattern"] == "67" else LMHeadPattern.qr(QR_TEXT)
+    metric = LMHeadPattern.sixty_seven() if settings["pattern"] == "67" else LMHeadPattern.qr(common.QR_TEXT)
     config = {
         "seed": seed,
         "max_steps": steps,
@@ -47,8 +47,8 @@ def train(steps: int, every: int, **settings) -> dict:
         "lr_scheduler_type": "constant",
     }
     prompts = tiny_prompts(4096, 64, num_words=min(words, 60))
-    with trainer_of(target_of(seed, words), metric, prompts, words, **config) as trainer:
-        validation = Validate(trainer, every, VALIDATED, enough=BOUNDS[-1])
+    with common.trainer_of(common.target_of(seed, words), metric, prompts, words, **config) as trainer:
+        validation = common.Validate(trainer, every, VALIDATED, enough=BOUNDS[-1])
         trainer.add_callback(validation)
         start, collapsed = time.perf_counter(), False
         try:
@@ -83,14 +83,14 @@ def grid(options: argparse.Namespace) -> Iterator[dict]:
 
 def run(options: argparse.Namespace) -> None:
     one = partial(train, steps=options.steps, every=options.every)
-    run_missing(RESULTS, grid(options), one, options.threads, least_length=0)
+    common.run_missing(RESULTS, grid(options), one, options.threads, least_length=0)
 
 
 def report(options: argparse.Namespace) -> None:
     names = "pattern, words, completions a step, least length, credit, γ, candidates, seeds".split(", ")
     names += [*(f"to {bound}" for bound in BOUNDS), "best"]
     rows = [names]
-    runs = [{"least_length": 0, **line} for line in lines_of(RESULTS)]
+    runs = [{"least_length": 0, **line} for line in common.lines_of(RESULTS)]
     keys = sorted(
         {tuple(str(r[name]) for name in FIELDS[:-1]) for r in runs}, key=lambda k: (k[0], int(k[1]), int(k[2]), k[3:])
     )
@@ -116,7 +116,7 @@ def median(runs: list[dict], bound: float) -> str:
 
 
 def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
+    parser, runner = common.commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--patterns", nargs="+", default=["67", "qr"])
     runner.add_argument("--vocabularies", nargs="+", type=int, default=[64, 256, 2048])
     runner.add_argument("--completions", nargs="+", type=int, default=[32, 512], help="a step")

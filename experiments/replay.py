@@ -16,17 +16,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from experiments.common import (
-    cell,
-    commands_for_generators,
-    decoded,
-    lines_of,
-    sft,
-    strangers_texts,
-    target_of,
-    texts_of_generator,
-    tokenizer,
-)
+from experiments import common
 from trl_dpg.publishing.outcome import markdown_table
 
 
@@ -37,28 +27,30 @@ MIXES = {"its texts alone": 0.0, "half of them": 0.5, "a quarter of them": 0.75}
 
 def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> dict:
     """Trains one generator, and reads what its texts do in each mix."""
-    replay = strangers_texts(POOL, POOL_SEED) if ratio else None
+    replay = common.strangers_texts(POOL, POOL_SEED) if ratio else None
     config = {"max_steps": steps, "per_device_train_batch_size": completions, "replay_ratio": ratio}
-    texts, seconds = texts_of_generator(seed, samples, replay, **config)
-    line, target = {"seconds": seconds}, target_of(seed)
+    texts, seconds = common.texts_of_generator(seed, samples, replay, **config)
+    line, target = {"seconds": seconds}, common.target_of(seed)
     for name, share in MIXES.items():
-        others = strangers_texts(round(samples * share / (1 - share)), UNSEEN_SEED)
+        others = common.strangers_texts(round(samples * share / (1 - share)), UNSEEN_SEED)
         rows = Dataset.from_dict({"text": texts + others})
         batch_size = round(512 / (1 - share))  # as many generated texts a step
-        line[name] = decoded(target, sft(target, tokenizer(), rows, per_device_train_batch_size=batch_size))
+        line[name] = common.decoded(
+            target, common.sft(target, common.tokenizer(), rows, per_device_train_batch_size=batch_size)
+        )
     return line
 
 
 def report() -> None:
     rows = [["real texts in training", "seeds", *(f"SFT on {name}" for name in MIXES), "seconds"]]
-    lines = lines_of(RESULTS)
+    lines = common.lines_of(RESULTS)
     for ratio in sorted({line["ratio"] for line in lines}):
         same = [line for line in lines if line["ratio"] == ratio]
-        cells = [cell([line[name] for line in same]) for name in MIXES]
+        cells = [common.cell([line[name] for line in same]) for name in MIXES]
         rows.append([f"{ratio:.0%}", str(len(same)), *cells, f"{max(line['seconds'] for line in same):.0f}"])
     print(markdown_table(rows))
     print("\nMedian (range) of the pixel accuracy over seeds, and how many a QR reader reads.")
 
 
 if __name__ == "__main__":
-    commands_for_generators(sys.modules[__name__], "ratio", [0.0, 0.5])
+    common.commands_for_generators(sys.modules[__name__], "ratio", [0.0, 0.5])

@@ -87,9 +87,6 @@ def collect(output_dir: Path, folder: Path, seconds: int) -> None:
     results = {
         "generator": run["base_model"]["name"],
         "target": run["target"]["name"],
-        "metric": run["metric"]["name"],
-        "reward": run["reward"],
-        "target_optim": run["recipe"]["optim"],
         "target_steps": run["recipe"]["steps"],
         "completions_per_generation_batch": training["completions_per_generation_batch"],
         "completions": batches * training["completions_per_generation_batch"],

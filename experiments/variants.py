@@ -17,17 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from experiments.common import (
-    SFT_LEARNING_RATE,
-    cell,
-    commands_for_generators,
-    decoded,
-    lines_of,
-    sft,
-    target_of,
-    texts_of_generator,
-    tokenizer,
-)
+from experiments import common
 from experiments.robustness import pruned, rounded
 from trl_dpg.publishing.outcome import markdown_table
 
@@ -45,9 +35,9 @@ TRAINED = {
 RUNS: dict[str, dict[str, Any]] = {
     "8 steps": {},
     "80 steps": {"num_train_epochs": 10},
-    "learning rate × 10": {"learning_rate": 10 * SFT_LEARNING_RATE},
-    "learning rate × 30": {"learning_rate": 30 * SFT_LEARNING_RATE},
-    "learning rate ÷ 10": {"learning_rate": SFT_LEARNING_RATE / 10},
+    "learning rate × 10": {"learning_rate": 10 * common.SFT_LEARNING_RATE},
+    "learning rate × 30": {"learning_rate": 30 * common.SFT_LEARNING_RATE},
+    "learning rate ÷ 10": {"learning_rate": common.SFT_LEARNING_RATE / 10},
     "another order": {"seed": 1},
     "a third order": {"seed": 2},
     "64 a step (64 steps)": {"per_device_train_batch_size": 64},
@@ -63,22 +53,23 @@ AFTERWARDS = {
 def one(seed: int, generator: str, steps: int, completions: int, samples: int) -> dict:
     """Trains one generator, and reads what its texts do in each run."""
     config = {"max_steps": steps, "per_device_train_batch_size": completions, "target_variants": TRAINED[generator]}
-    texts, seconds = texts_of_generator(seed, samples, **config)
-    line, target, rows = {"seconds": seconds}, target_of(seed), Dataset.from_dict({"text": texts})
+    texts, seconds = common.texts_of_generator(seed, samples, **config)
+    line, target, rows = {"seconds": seconds}, common.target_of(seed), Dataset.from_dict({"text": texts})
     for name, changes in RUNS.items():
-        model = sft(target, tokenizer(), rows, **changes)
-        line[name] = decoded(target, model)
+        model = common.sft(target, common.tokenizer(), rows, **changes)
+        line[name] = common.decoded(target, model)
         if not changes:
-            line |= {what: decoded(target, treat(model)) for what, treat in AFTERWARDS.items()}
+            line |= {what: common.decoded(target, treat(model)) for what, treat in AFTERWARDS.items()}
     return line
 
 
 def report() -> None:
-    lines = lines_of(RESULTS)
+    lines = common.lines_of(RESULTS)
     found = {name: [line for line in lines if line["generator"] == name] for name in TRAINED}
     rows = [["stock SFT", *(f"trained for the {name}" for name in found)]]
     rows += [
-        [name, *(cell([line[name] for line in same]) for same in found.values())] for name in [*RUNS, *AFTERWARDS]
+        [name, *(common.cell([line[name] for line in same]) for same in found.values())]
+        for name in [*RUNS, *AFTERWARDS]
     ]
     seconds = [f"{max((line['seconds'] for line in same), default=0):.0f}" for same in found.values()]
     print(markdown_table([*rows, ["seconds of training", *seconds]]))
@@ -86,4 +77,4 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    commands_for_generators(sys.modules[__name__], "generator", list(TRAINED))
+    common.commands_for_generators(sys.modules[__name__], "generator", list(TRAINED))

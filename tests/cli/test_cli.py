@@ -137,6 +137,7 @@ def test_every_command_explains_itself(capsys, command):
         (["train", *flags(resume_from_checkpoint=True)], "no whole checkpoint in `output_dir` 'run'"),
         (["train", *flags(qr_text="HELLO")], "`qr_text` 'HELLO' is for `metric` 'qr', but `metric` is '67'"),
         (["train", *flags(metric_dataset="d.jsonl")], "`metric_dataset` 'd.jsonl' is for `metric` 'likelihood'"),
+        (["train", *flags(validation_draws=0)], "`validation_draws` must be at least 1, got 0"),
         (["train", *flags(num_metric_examples=3)], "`num_metric_examples` 3 is for `metric` 'likelihood'"),
         (
             ["train", *flags(target_model_init_kwargs="[1]")],
