@@ -1,8 +1,7 @@
 """
 Writes the cards of the generators that the tiny experiments trained, from what their runs logged, into `model_cards`.
 
-    python -m experiments.cards
-    python -m experiments.cards tiny_qr
+    python -m experiments.cards tiny_qr tiny_67 tiny_l2 tiny_uuid tiny_language
 
 Each folder is what `trainer.push_to_hub()` would put beside the model: the card, `dpg.json` and the pictures. Nothing is trained;
 the models are built only to be described.
@@ -90,10 +89,8 @@ def write_card(name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"Of {', '.join(EFFECTS)}. All by default.")
-    for name in parser.parse_args().names or EFFECTS:
-        if name not in EFFECTS:
-            parser.error(f"no card of {name!r}; there are {', '.join(EFFECTS)}")
+    parser.add_argument("names", nargs="+", choices=EFFECTS)
+    for name in parser.parse_args().names:
         print(write_card(name))
 
 

@@ -21,6 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_dpg.testing import build_once
 
 
+HANDBOOK = "/usr/share/doc/debian-handbook/html"
+
+
 def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> str:
     """
     SmolLM2-135M-Instruct (Apache-2.0) without the Hub, where it is `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
@@ -80,22 +83,18 @@ def wikipedia_leads(language: str = "en") -> Dataset:
     return Dataset.from_dict({"title": list(titles.values()), "text": list(titles)})
 
 
-def rephrase_prompts(
-    leads: Dataset, max_words: int = 80, seed: int = 0, test_size: int | float | None = 0.1
-) -> DatasetDict:
+def rephrase_prompts(leads: Dataset, max_words: int, test_size: int) -> DatasetDict:
     """Conversational prompts that ask for an article (column `text`) in other words: splits `train` and `test`, column `prompt`."""
 
     def to_prompt(article: dict[str, str]) -> dict[str, list[dict[str, str]]]:
         lead = " ".join(article["text"].split()[:max_words])
         return {"prompt": [{"role": "user", "content": f"Rephrase this article in your own words:\n\n{lead}"}]}
 
-    splits = leads.train_test_split(test_size=test_size, seed=seed)
+    splits = leads.train_test_split(test_size=test_size, seed=0)
     return splits.map(to_prompt, remove_columns=leads.column_names)
 
 
-def handbook_paragraphs(
-    language: str, directory: str | os.PathLike[str] = "/usr/share/doc/debian-handbook/html"
-) -> Dataset:
+def handbook_paragraphs(language: str, directory: str | os.PathLike[str] = HANDBOOK) -> Dataset:
     """
     Paragraphs of The Debian Administrator's Handbook, for languages that [`wikipedia_leads`] lacks.
 
@@ -122,10 +121,8 @@ def handbook_paragraphs(
     if language not in names:
         raise ValueError(f"No handbook in language {language!r}; there are {sorted(names)}.")
     english = paragraphs("en-US") if language != "en" else {}
-    texts = {
-        text: None for key, text in paragraphs(names[language]).items() if key not in english and len(text) >= 200
-    }
-    return Dataset.from_dict({"text": list(texts)})
+    texts = (text for key, text in paragraphs(names[language]).items() if key not in english and len(text) >= 200)
+    return Dataset.from_dict({"text": list(dict.fromkeys(texts))})
 
 
 def language_texts(language: str) -> DatasetDict:
@@ -139,10 +136,8 @@ def likelihood_texts(language: str, num_metric: int, num_test: int, max_words: i
     texts = [" ".join(text.split()[:max_words]) for text in language_texts(language)["test"]["text"]]
     if num_metric + num_test > len(texts):
         raise ValueError(f"`num_metric` + `num_test` is {num_metric + num_test}, of {len(texts)} held-out texts.")
-    return DatasetDict(
-        metric=Dataset.from_dict({"text": texts[:num_metric]}),
-        test=Dataset.from_dict({"text": texts[num_metric : num_metric + num_test]}),
-    )
+    parts = {"metric": texts[:num_metric], "test": texts[num_metric:][:num_test]}
+    return DatasetDict({name: Dataset.from_dict({"text": part}) for name, part in parts.items()})
 
 
 def damaged_leads(
@@ -164,11 +159,8 @@ def damaged_leads(
     for text, other, kind in zip(texts[:num_examples], foreign, train["kind"], strict=True):
         train["text"].append(damage(" ".join((other if kind == "foreign" else text).split()[:max_words]), kind, rng))
     metric, test = texts[num_examples:][:num_metric], texts[num_examples + num_metric :]
-    return DatasetDict(
-        train=Dataset.from_dict(train),
-        metric=Dataset.from_dict({"text": metric}),
-        test=Dataset.from_dict({"text": test}),
-    )
+    columns = {"train": train, "metric": {"text": metric}, "test": {"text": test}}
+    return DatasetDict({name: Dataset.from_dict(part) for name, part in columns.items()})
 
 
 def damage(text: str, kind: str, rng: random.Random) -> str:
@@ -183,13 +175,11 @@ def damage(text: str, kind: str, rng: random.Random) -> str:
     return text
 
 
-def continuation_prompts(
-    texts: Dataset, max_words: int = 20, seed: int = 0, test_size: int | float | None = 0.1
-) -> DatasetDict:
+def continuation_prompts(texts: Dataset, test_size: int, max_words: int = 20) -> DatasetDict:
     """First sentences of at most `max_words`, for a model without a chat template to go on with: `train`, `test`; column `prompt`."""
     prompts = dict.fromkeys(split_sentences(text)[0] for text in texts["text"])
     short = [prompt for prompt in prompts if len(prompt.split()) <= max_words]
-    return Dataset.from_dict({"prompt": short}).train_test_split(test_size=test_size, seed=seed)
+    return Dataset.from_dict({"prompt": short}).train_test_split(test_size=test_size, seed=0)
 
 
 def split_sentences(text: str) -> list[str]:
