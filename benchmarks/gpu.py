@@ -25,11 +25,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from benchmarks.common import load, make_args, make_examples, with_lora
-from examples.resources import smollm2, tiny_causal_lm, tiny_prompts, tiny_tokenizer, wikipedia_leads
+from experiments.corpora import smollm2, wikipedia_leads
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
 from trl_dpg.metrics import LanguageModelingLikelihood
 from trl_dpg.publishing.facts import describe_machine
+from trl_dpg.testing import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 # Part: seconds it may take, and its command on a GPU and, to try it, on a CPU

@@ -54,7 +54,7 @@ from .runtime.workspace import Workspace, parameter_groups
 
 logger = logging.getLogger(__name__)
 
-# `adam_epsilon_root="auto"`: times the mean square of the first gradient. With 1, generators learn more slowly (examples/results).
+# `adam_epsilon_root="auto"`: times the mean square of the first gradient. With 1, generators learn more slowly (experiments/results).
 AUTO_EPSILON_ROOT = 4.0
 
 Result = TypeVar("Result")

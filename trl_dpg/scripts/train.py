@@ -2,7 +2,7 @@
 Trains a generator with Dataset Policy Gradients.
 
     trl-dpg train --config dpg.yaml
-    accelerate launch -m trl_dpg.scripts.dpg --config dpg.yaml
+    accelerate launch -m trl_dpg.scripts.train --config dpg.yaml
 
 Every field of [`DPGScriptArguments`], [`DatasetPolicyGradientConfig`] and TRL's `ModelConfig` is a flag, and may stand in the
 YAML file. A file for `trl grpo` will do.
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
@@ -30,6 +30,7 @@ from ..trainer import DatasetPolicyGradientTrainer
 from .common import (
     MetricArguments,
     Parser,
+    at_least_one,
     checkpoint_to_resume,
     load_callable,
     load_rows,
@@ -58,6 +59,13 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     evaluation_language: str | None = option(
         None, "Language whose share of the generated texts validation reads out, as a code such as 'es'."
     )
+    evaluation_reference: str | None = option(
+        None, "String whose share of the generated texts validation reads out, such as a UUID."
+    )
+    validation_draws: int = option(
+        1,
+        "Validations after training, and before it with `eval_on_start`, each on fresh samples of the held-out prompts.",
+    )
     reference_texts: list[str] | None = option(
         None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
     )
@@ -65,6 +73,10 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
         None, "Real data of which every run of the target has the share `replay_ratio`: a file or a data set's id."
     )
     replay_dataset_split: str = option("train", "Its split.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least_one(self, "validation_draws")
 
 
 DESCRIPTION = """Trains a generator of data for a target. A flag's default is in brackets; `--help-all` shows the other flags, of
@@ -83,7 +95,7 @@ GROUPS = {
     "generator": "model_name_or_path use_peft learning_rate lr_scheduler_type max_steps per_device_train_batch_size "
     "num_generations max_completion_length temperature entropy_coef use_vllm use_cpu seed".split(),
     "data": "dataset_name dataset_train_split dataset_test_split eval_dataset_name num_eval_prompts "
-    "evaluation_language replay_dataset_name replay_dataset_split replay_ratio".split(),
+    "evaluation_language evaluation_reference validation_draws replay_dataset_name replay_dataset_split replay_ratio".split(),
     "output": "output_dir logging_steps eval_strategy eval_steps eval_on_start save_steps resume_from_checkpoint "
     "report_to save_generated push_to_hub hub_model_id disable_tqdm".split(),
 }
@@ -181,8 +193,9 @@ def load_datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[s
 def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets: list[Any]) -> Any:
     """The trainer; `datasets` are the prompts to train on and the held-out ones."""
     text_evaluation: Callable[[list[str]], dict[str, float]] | None = None
-    if script_args.evaluation_language is not None:
-        text_evaluation = partial(evaluate_texts, language=script_args.evaluation_language)
+    wanted = {"language": script_args.evaluation_language, "reference": script_args.evaluation_reference}
+    if any(value is not None for value in wanted.values()):
+        text_evaluation = partial(evaluate_texts, **wanted)
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         reward_funcs.insert(0, script_args.reward_model_name_or_path)
@@ -213,6 +226,17 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
     )
 
 
+class ValidateAgain(TrainerCallback):
+    """Validates the untrained generator beside `eval_on_start`, as `train` begins: what shards it has put it in place only then."""
+
+    def __init__(self, trainer: Any, number: int):
+        self.trainer, self.number = trainer, number
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for _ in range(self.number if state.global_step == 0 else 0):
+            self.trainer.evaluate()
+
+
 def print_end(trainer: Any, dataset_name: str) -> None:
     """Says what was reached, where to look, and what to do next."""
     folder = trainer.args.output_dir
@@ -230,9 +254,11 @@ def main(argv: list[str] | None = None) -> int:
     dataset_name, *datasets = load_datasets(script_args, training_args, mixture)
     trainer = make_trainer(script_args, training_args, model_args, datasets)
     trainer.remove_callback(SummaryCallback)  # it comes after the last validation
+    if training_args.eval_on_start:
+        trainer.add_callback(ValidateAgain(trainer, script_args.validation_draws - 1))
     try:
         trainer.train(training_args.resume_from_checkpoint)
-        if trainer.eval_dataset is not None:
+        for _ in range(script_args.validation_draws if trainer.eval_dataset is not None else 0):
             trainer.evaluate()
         trainer.save_model(training_args.output_dir)
         trainer.create_model_card()
