@@ -161,7 +161,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         _CHOICES["credit_assignment"],
     )
     credit_discount: float = _field(
-        0.5, "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."
+        0.5, "Discount of later tokens' credit, 0 to 1; unbiased at 1."
     )
     credit_candidates: int | None = _field(
         None, "Words that 'expected' considers. `None` is all of up to 4,096, else 64."
