@@ -160,9 +160,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         "or the same in expectation over words that could have been written ('expected').",
         _CHOICES["credit_assignment"],
     )
-    credit_discount: float = _field(
-        0.5, "Discount of later tokens' credit, 0 to 1; unbiased at 1."
-    )
+    credit_discount: float = _field(0.5, "Discount of later tokens' credit, 0 to 1; unbiased at 1.")
     credit_candidates: int | None = _field(
         None, "Words that 'expected' considers. `None` is all of up to 4,096, else 64."
     )
