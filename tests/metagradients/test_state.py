@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
-from trl_dpg.metagradients.method.derivatives import Direction, gradient
+from trl_dpg.metagradients.method.differentiator import Direction, gradient
 from trl_dpg.metagradients.method.exact import Exact
 from trl_dpg.metagradients.method.loss import TokenLosses
 from trl_dpg.metagradients.method.updates import AdamW

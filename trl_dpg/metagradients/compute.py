@@ -100,10 +100,10 @@ def compute_metagradients(
     with TargetRun(model, examples, metric, args, accelerator) as run:
         run.train(keep_tape=True)
         cotangent = run.metric_gradient()
-        derivatives = run.derivatives()
+        differentiator = run.differentiator()
         for step in reversed(range(run.num_steps)):
             direction = run.walk_back_update(step, cotangent)  # which also puts phi_t into the model
-            product = run.differentiate(step, derivatives, direction)
+            product = run.add_token_metagradients(step, differentiator, direction)
             if product is not None:
                 cotangent.phi += product
         token_metagradients = run.processes.sum_(run.token_metagradients)
@@ -117,10 +117,10 @@ def compute_metagradients(
     return MetagradientOutput(
         metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
         token_metagradients=[part[:, 0].float() for part in whole],
-        candidate_metagradients=candidates if run.num_columns > 1 else None,
+        candidate_metagradients=candidates if run.losses_per_token > 1 else None,
         plan=run.plan,
-        curvature_errors=derivatives.errors[::-1],
-        num_exact_fallbacks=derivatives.num_fallbacks,
+        curvature_errors=differentiator.errors[::-1],
+        num_exact_fallbacks=differentiator.num_fallbacks,
         **vars(run.measured),
     )
 

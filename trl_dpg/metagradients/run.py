@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .method.central_difference import CentralDifference
-from .method.derivatives import Derivatives, Direction, gradient
+from .method.differentiator import Direction, LossDifferentiator, gradient
 from .method.exact import Exact
 from .method.loss import TokenLosses
 from .method.recipe import TargetTrainingArguments
@@ -92,7 +92,7 @@ class TargetRun:
                 check_full_precision(model)
             self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
-        self.num_columns = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
+        self.losses_per_token = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
         self.num_steps = recipe.num_steps(len(self.examples))
         self.batches = list(recipe.batches(len(self.examples)))
         self._collated: dict[int, list[MicroBatch]] = {}
@@ -143,7 +143,7 @@ class TargetRun:
         with processes.failing_together():
             grad = space.buffer()
         for step in range(self.num_steps):
-            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.losses_of_epoch(step)))
+            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.example_losses_of(step)))
             check_finite(f"the loss of step {step + 1}", torch.tensor(loss))
             check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
@@ -198,7 +198,7 @@ class TargetRun:
             self.storage.settle()  # what the buffer holds may be on its way to the tape
             self.space.accumulate_into(buffer)
 
-        with self.processes.summing(buffer, total):
+        with self.processes.summing_over_processes(buffer, total):
             total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
         return total[0]
 
@@ -217,10 +217,10 @@ class TargetRun:
                 self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
             num_tokens = sum(len(e.input_ids) for e in self.examples)
-            self.token_metagradients = space.zeros(num_tokens, self.num_columns)
+            self.token_metagradients = space.zeros(num_tokens, self.losses_per_token)
             return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
-    def derivatives(self) -> Derivatives:
+    def differentiator(self) -> LossDifferentiator:
         """What differentiates the loss a second time."""
         exact = Exact(self.token_losses, self.space)
         is_exact = self.recipe.curvature == "exact"
@@ -234,19 +234,21 @@ class TargetRun:
         space = self.space
         of_grad, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
         with self.processes.raising_later():
-            inner = self.optimizer.adjoint_(self.tape, space.phi_shard, cotangent, of_grad)
-        inner = space.total(inner)
+            inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
+        inner = space.sum_over_shards(inner)
         if self.optimizer.clipping.clips(step):
             with self.processes.raising_later():
                 inner = self.optimizer.clipping_adjoint_(self.tape, of_grad, inner)
-            inner = space.total(inner)
+            inner = space.sum_over_shards(inner)
         with self.processes.raising_later():
             self.tape.pop()
         vector = space.gather_and_load_phi(of_grad)
         check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
-        return Direction(vector, inner, self.losses_of_epoch(step))
+        return Direction(vector, inner, self.example_losses_of(step))
 
-    def differentiate(self, step: int, derivatives: Derivatives, direction: Direction) -> Tensor | None:
+    def add_token_metagradients(
+        self, step: int, differentiator: LossDifferentiator, direction: Direction
+    ) -> Tensor | None:
         r"""
         Adds a step's \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None` at the
         first step, which has no need of it.
@@ -254,10 +256,10 @@ class TargetRun:
         product = self.space.product if step > 0 else None
 
         def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
-            return zip(batches, derivatives(batches, direction, product), strict=True)
+            return zip(batches, differentiator(batches, direction, product), strict=True)
 
         for batch, result in self.retrying_smaller(step, work):
-            self.token_metagradients[batch.places()] += result
+            self.token_metagradients[batch.token_indices()] += result
         self.progress.update()
         if product is None:
             return None
@@ -265,7 +267,7 @@ class TargetRun:
         self.space.release_gradients()
         return product[self.space.shard]
 
-    def losses_of_epoch(self, step: int) -> Tensor:
+    def example_losses_of(self, step: int) -> Tensor:
         r"""\\( \ell_i / Z_t \\) of all examples in the epoch that a step belongs to, shape `(n,)`."""
         return self.example_losses[step * self.recipe.num_train_epochs // self.num_steps]
 

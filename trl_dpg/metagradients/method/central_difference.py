@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime.examples import MicroBatch
 from ..runtime.host import double
-from .derivatives import Derivatives, Direction
+from .differentiator import Direction, LossDifferentiator
 from .exact import Exact
 
 
@@ -18,7 +18,7 @@ MOST_PROBED = 8  # examples of a process
 SHARE_PROBED = 1 / 8  # of its batch
 
 
-class CentralDifference(Derivatives):
+class CentralDifference(LossDifferentiator):
     r"""
     Two gradients at \\( \phi_t \pm \epsilon \lambda_g \\). All operations are of first order, so any kernel will do (fused attention,
     compiled models, quantized base layers), with the memory of a training step.
@@ -55,7 +55,7 @@ class CentralDifference(Derivatives):
         self._epsilon_now = 0.0  # at which the parameters are
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """As of [`Derivatives`]."""
+        """As of [`LossDifferentiator`]."""
         # The second is slow, but cannot underflow.
         norm = direction.vector.norm().item() or double(direction.vector).norm().item()
         if norm == 0:
@@ -129,7 +129,7 @@ class CentralDifference(Derivatives):
         """Of few examples: how many, their change of loss in nats per token; and how many there are in all."""
         self._move_to(self._length / norm, direction.vector)
         sums = [0.0, 0.0, float(num)]
-        with self.space.accumulating(None, sums), torch.no_grad():
+        with self.space.summing_over_processes(None, sums), torch.no_grad():
             for batch in few:
                 values = batch.example_sums(self.token_losses(batch)[:, 0])
                 change = (values - direction.example_losses[batch.indices]) / double(
@@ -149,7 +149,7 @@ class CentralDifference(Derivatives):
         results: list[Tensor] = []
         changes: tuple[list[Tensor], list[Tensor]] = [], []
         sums = [0.0] * 6
-        with self.space.accumulating(product, sums):
+        with self.space.summing_over_processes(product, sums):
             for sign, change in zip((1, -1), changes, strict=True):
                 self._move_to(sign * epsilon, direction.vector)
                 for i, batch in enumerate(batches):

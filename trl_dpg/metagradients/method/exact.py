@@ -12,10 +12,10 @@ from ..runtime.examples import MicroBatch
 from ..runtime.host import double
 from ..runtime.model import twice_differentiable
 from ..runtime.second_derivative import check_second_derivatives
-from .derivatives import Derivatives, Direction
+from .differentiator import Direction, LossDifferentiator
 
 
-class Exact(Derivatives):
+class Exact(LossDifferentiator):
     r"""
     Double backward on the real module: any twice differentiable model, to rounding error.
 
@@ -27,9 +27,9 @@ class Exact(Derivatives):
     """
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """As of [`Derivatives`]."""
+        """As of [`LossDifferentiator`]."""
         results, sums = [], [0.0, 0.0]
-        with self.space.accumulating(product, sums), twice_differentiable(self.token_losses.model):
+        with self.space.summing_over_processes(product, sums), twice_differentiable(self.token_losses.model):
             vectors = self.space.views(direction.vector)
             check_second_derivatives(self, batches, product)
             for batch in batches:

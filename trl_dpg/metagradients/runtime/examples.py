@@ -69,7 +69,7 @@ class MicroBatch(NamedTuple):
         rows, columns = (self.labels[:, 1:] != -100).nonzero(as_tuple=True)
         return rows, columns
 
-    def places(self) -> Tensor:
+    def token_indices(self) -> Tensor:
         """Where each supervised token stands among the tokens of all examples, shape `(t,)`."""
         rows, columns = self.supervised()
         return self.offsets[rows] + columns + 1

@@ -49,7 +49,7 @@ class Processes:
             self._failure = self._failure or e
 
     @contextmanager
-    def summing(self, buffer: Tensor | None, scalars: list[float]) -> Iterator[None]:
+    def summing_over_processes(self, buffer: Tensor | None, scalars: list[float]) -> Iterator[None]:
         """
         Runs a block that fills `buffer`, if there is one, and `scalars`; then both hold their sums over all processes.
 

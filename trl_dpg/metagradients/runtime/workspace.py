@@ -133,11 +133,11 @@ class Workspace:
             param.grad = None
 
     @contextmanager
-    def accumulating(self, buffer: Tensor | None, sums: list[float]) -> Iterator[None]:
+    def summing_over_processes(self, buffer: Tensor | None, sums: list[float]) -> Iterator[None]:
         """[`Processes.summing`] for a block whose backward passes accumulate into `buffer`, if there is one."""
         if buffer is not None:
             self.accumulate_into(buffer)
-        with self.processes.summing(buffer, sums):
+        with self.processes.summing_over_processes(buffer, sums):
             yield
 
     def start_adjoint(self, num_steps: int) -> None:
@@ -145,7 +145,7 @@ class Workspace:
         if num_steps > 1:
             self.product = self.buffer()
             self.grad_cotangent = self.zeros(self.shard_size)
-        self.phi_shard = self.zeros(self.shard_size) if self.sharded else self.phi
+        self.own_phi = self.zeros(self.shard_size) if self.sharded else self.phi
 
     def load_originals(self, out: Tensor) -> None:
         """Writes the parameters as they were before the context was entered: all of them, or this process's shard."""
@@ -156,7 +156,7 @@ class Workspace:
             if start < stop:
                 out[start - first : stop - first] = data.reshape(-1)[start - offset : stop - offset]
 
-    def total(self, number: float) -> float:
+    def sum_over_shards(self, number: float) -> float:
         """Sum over all processes that hold a part of the parameters."""
         return self.processes.sum_float(number) if self.sharded else number
 
@@ -164,5 +164,5 @@ class Workspace:
         r"""Gathers a sharded tensor. It gathers \\( \phi_t \\) too, and loads it into the model."""
         if not self.sharded:
             return shard
-        self.phi.copy_(self.processes.gather(self.phi_shard))
+        self.phi.copy_(self.processes.gather(self.own_phi))
         return self.processes.gather(shard)
