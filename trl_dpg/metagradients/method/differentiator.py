@@ -46,7 +46,7 @@ class Direction(NamedTuple):
     example_losses: Tensor  # (n,) of the forward sweep
 
 
-class Derivatives(ABC):
+class LossDifferentiator(ABC):
     """
     Differentiates a batch's loss a second time.
 
