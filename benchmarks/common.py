@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from examples.resources import smollm2, wikipedia_leads
+from experiments.corpora import smollm2, wikipedia_leads
 from trl_dpg.metagradients import TargetTrainingArguments
 
 

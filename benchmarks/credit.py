@@ -23,14 +23,6 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from benchmarks.common import load, make_args, make_examples, with_lora
-from examples.resources import (
-    ONE_SPECIAL_TOKEN,
-    smollm2,
-    tiny_causal_lm,
-    tiny_prompts,
-    tiny_tokenizer,
-    wikipedia_leads,
-)
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients import compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
@@ -111,6 +103,9 @@ def ratio(values: list[float]) -> str:
 
 def random_models(vocabulary: int) -> dict:
     """GPT-2s of 2 layers and width 64."""
+    # not at the top: a worker's commit may have neither this module nor the one below
+    from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_prompts, tiny_tokenizer
+
     models = [tiny_causal_lm(vocabulary, seed=seed, special_tokens=ONE_SPECIAL_TOKEN) for seed in (0, 1)]
     tokenizers = [tiny_tokenizer(vocabulary - 1, ONE_SPECIAL_TOKEN) for _ in models]
     return {
@@ -123,6 +118,8 @@ def random_models(vocabulary: int) -> dict:
 
 def pretrained_models() -> dict:
     """SmolLM2-135M-Instruct as generator and as target, with LoRA of rank 8 on both."""
+    from experiments.corpora import smollm2, wikipedia_leads
+
     return {
         "models": [with_lora(load("smollm2", "cpu")) for _ in range(2)],
         "tokenizers": [AutoTokenizer.from_pretrained(smollm2()) for _ in range(2)],

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.checkpoints import is_whole
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 CLOCKS = ("seconds", "runtime", "per_second", "step_time", "train_loss", "total_flos")

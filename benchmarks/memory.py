@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
     parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 8, 16], help="only these K")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -89,7 +90,7 @@ def main() -> None:
     for name in options.models or settings:
         for batch_size, length, many in settings[name]:
             for lora in (False, True) if name != "smollm2" else (False,):
-                for num_steps in many if not lora else many[:1]:
+                for num_steps in [k for k in (many[:1] if lora else many) if k in options.steps]:
                     common = {"name": name, "num_steps": num_steps, "batch_size": batch_size, "length": length}
                     common |= {"lora": lora, "device": options.device}
                     label = f"| {name}{', LoRA' if lora else ''} | {batch_size * length} |"

@@ -14,7 +14,7 @@ PICTURE = Path(__file__).with_name("architecture.svg")
 
 # Rooms from top to bottom, where each row imports only what is in it or below it. A room is what its paths hold.
 ROWS = [
-    [("scripts", ["scripts", "cli.py", "quiet.py"])],
+    [("scripts", ["scripts", "cli.py", "quiet.py"]), ("tiny models", ["testing.py"])],
     [("trainer", ["trainer.py", "config.py", "checks.py", "checkpoints.py", "callbacks.py", "console.py", "evaluation.py", "waiting.py"])],
     [("reporting", ["reporting"]), ("credit", ["credit"]), ("rewards", ["rewards"])],
     [("publishing", ["publishing"]), ("target and data", ["data.py", "sft_rows.py", "replay.py", "variants.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],

@@ -1,7 +1,7 @@
 """
 Ranks Wikipedia leads by metagradient, half of them damaged, and tests the ranking by ordinary fine-tuning.
 
-    python examples/data_valuation.py --output runs/data_valuation
+    python -m examples.data_valuation --output runs/data_valuation
 
 Writes what `trl-dpg value` writes, and `results.md`: which half is best to fine-tune on, judged by leads that no ranking saw.
 Nobody tells the ranking which leads are damaged.
@@ -11,11 +11,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import resources
 import torch
-from halves import likelihoods, table_of_halves, table_of_rankings
 from peft import LoraConfig
 
+from experiments.corpora import damaged_leads, smollm2
+from experiments.halves import likelihoods, table_of_halves, table_of_rankings
 from trl_dpg.data import dataset_examples
 from trl_dpg.metagradients import TargetTrainingArguments
 from trl_dpg.metrics import LanguageModelingLikelihood
@@ -25,7 +25,7 @@ from trl_dpg.target import load_target_model, load_target_tokenizer
 
 def main(output: str, num_examples: int, num_draws: int, learning_rate: float = 5e-4) -> None:
     """Writes the ranking of `num_examples` leads over `num_draws` orders, and what as many fine-tuning runs say of it."""
-    leads, name = resources.damaged_leads(num_examples, num_metric=24, num_test=48), resources.smollm2()
+    leads, name = damaged_leads(num_examples, num_metric=24, num_test=48), smollm2()
     tokenizer = load_target_tokenizer(name)
     torch.manual_seed(0)  # the adapter's first weights
     model = load_target_model(name, peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))

@@ -1,27 +1,31 @@
-"""What experiments on the tiny QR code share: models, training as in `examples/configs/tiny_qr.yaml`, stock SFT, decoding, results."""
+"""What experiments on tiny models share: models, training as in `examples/configs/tiny_qr.yaml`, stock SFT, decoding, results."""
 
 import argparse
 import json
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+import datasets
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig
 
-from examples.resources import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
+from trl_dpg.scripts.verify import fine_tune
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 NUM_WORDS = 100
-VOCABULARY = NUM_WORDS + len(ONE_SPECIAL_TOKEN)
 QR_TEXT = "TRL-DPG"
 # What generators of 0.1M parameters are trained with, as in `examples/configs/tiny_qr.yaml`
 GENERATOR: dict[str, Any] = {
@@ -31,15 +35,30 @@ GENERATOR: dict[str, Any] = {
     "max_grad_norm": 0.3,
     "entropy_coef": 0.001,
     "target_learning_rate": 1e-3,
+    "per_device_eval_batch_size": 512,
+    "num_generations": 16,
     "max_completion_length": 24,
     "gradient_checkpointing": False,
     "bf16": False,
     "use_cpu": True,
     "report_to": "none",
     "save_strategy": "no",
+    "logging_strategy": "no",
     "disable_tqdm": True,
 }
 SFT_LEARNING_RATE = 1e-4  # eight steps of it are about the one step that the generator is trained for
+
+
+def random_model(seed: int, num_words: int = NUM_WORDS) -> Any:
+    return tiny_causal_lm(num_words + len(ONE_SPECIAL_TOKEN), seed=seed, special_tokens=ONE_SPECIAL_TOKEN)
+
+
+def target_of(seed: int, num_words: int = NUM_WORDS) -> Any:
+    return random_model(2 * seed + 1, num_words)
+
+
+def tokenizer(num_words: int = NUM_WORDS) -> Any:
+    return tiny_tokenizer(num_words, ONE_SPECIAL_TOKEN)
 
 
 def strangers_texts(number: int, seed: int) -> list[str]:
@@ -49,83 +68,93 @@ def strangers_texts(number: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(number)]
 
 
-def target_of(seed: int) -> Any:
-    return tiny_causal_lm(VOCABULARY, seed=2 * seed + 1, special_tokens=ONE_SPECIAL_TOKEN)
-
-
-def tokenizer() -> Any:
-    return tiny_tokenizer(NUM_WORDS, ONE_SPECIAL_TOKEN)
-
-
 @contextmanager
-def trained(seed: int, steps: int, completions: int, replay: list[str] | None = None, **config) -> Iterator[Any]:
-    """The trainer of a generator that was trained for the QR code; `config` is further fields. Its files are deleted afterwards."""
+def trainer_of(
+    target: Any, metric: Any, prompts: DatasetDict, num_words: int = NUM_WORDS, replay: Any = None, **config
+) -> Iterator[Any]:
+    """The trainer of a random generator; `config` is what differs from `GENERATOR`. Its files are deleted afterwards."""
     with tempfile.TemporaryDirectory() as directory:
-        args = DatasetPolicyGradientConfig(
-            directory,
-            seed=seed,
-            max_steps=steps,
-            per_device_train_batch_size=completions,
-            per_device_eval_batch_size=512,
-            num_generations=16,
-            num_generations_eval=1,
-            logging_steps=10,
-            **GENERATOR,
-            **config,
-        )
+        args = DatasetPolicyGradientConfig(directory, **{**GENERATOR, **config})
         trainer = DatasetPolicyGradientTrainer(
-            tiny_causal_lm(VOCABULARY, seed=2 * seed, special_tokens=ONE_SPECIAL_TOKEN),
-            target_of(seed),
-            LMHeadPattern.qr(QR_TEXT),
+            random_model(2 * args.seed, num_words),
+            target,
+            metric,
             args,
-            tiny_prompts(4096, 4096)["train"],
-            processing_class=tokenizer(),
-            target_processing_class=tokenizer(),
-            replay_dataset=replay and [{"text": text} for text in replay],
+            prompts["train"],
+            prompts["test"],
+            processing_class=tokenizer(num_words),
+            target_processing_class=tokenizer(num_words),
+            replay_dataset=replay,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
         yield trainer
 
 
-def written_by(trainer: Any, number: int) -> list[str]:
-    """Texts that a trained generator writes for prompts that no training had, one each."""
-    return trainer.predict(tiny_prompts(4096, 4096)["test"].take(number)).predictions
+def texts_of_generator(seed: int, samples: int, replay: list[str] | None = None, **config) -> tuple[list[str], float]:
+    """What a generator that was trained for the QR code writes for prompts that no training had, and seconds of training."""
+    prompts, rows = tiny_prompts(4096, 4096), replay and [{"text": text} for text in replay]
+    config = {"seed": seed, "num_generations_eval": 1, **config}
+    with trainer_of(target_of(seed), LMHeadPattern.qr(QR_TEXT), prompts, replay=rows, **config) as trainer:
+        seconds = trainer.train().metrics["train_runtime"]
+        return trainer.predict(prompts["test"].take(samples)).predictions, round(seconds, 1)
 
 
-def sft(target: Any, texts: list[str], epochs: int = 1, **config) -> Any:
-    """A copy of a target after TRL's stock `SFTTrainer`, which adds an EOS to every text; `config` is further fields."""
-    fields = {"learning_rate": SFT_LEARNING_RATE, "per_device_train_batch_size": 512, "seed": 0, **config}
-    trained = deepcopy(target)
+class Validate(TrainerCallback):
+    """Validates every few steps, by one step of the target on this many samples; ends a run whose pixels are good enough."""
+
+    def __init__(self, trainer: Any, every: int, samples: int, enough: float = 1.0):
+        self.trainer, self.every, self.samples, self.enough = trainer, every, samples, enough
+        self.curve: list[dict[str, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            training = self.trainer.target_training
+            recipe = training.args
+            training.args = replace(recipe, batch_size=self.samples)  # one step, as in training
+            self.curve.append({"step": state.global_step, **self.trainer.evaluate()})
+            training.args = recipe
+            control.should_training_stop = self.curve[-1]["eval_pixel_accuracy"] > self.enough
+
+
+def sft(target: Any, tokenizer: Any, rows: Dataset, **config) -> Any:
+    """
+    A copy of a target after TRL's stock `SFTTrainer`, which adds an EOS to every `text` and none to `input_ids`; in eval mode, on the
+    CPU. `config` is what differs from one pass of 512 a step at a constant rate.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        args = SFTConfig(
-            directory,
-            num_train_epochs=epochs,
-            lr_scheduler_type="constant",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            **fields,
-        )
-        data = Dataset.from_dict({"text": texts})
-        trainer = SFTTrainer(model=trained, args=args, train_dataset=data, processing_class=tokenizer())
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    result = deepcopy(target)  # the trainer replaces its model's `forward`
-    result.load_state_dict(trained.state_dict())
-    return result.eval()
+        fields = {
+            "learning_rate": SFT_LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 512,
+            "num_train_epochs": 1,
+            "seed": 0,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+        }
+        return fine_tune(target, tokenizer, rows, SFTConfig(directory, **{**fields, **config}))[0].eval()
 
 
 def decoded(target: Any, model: Any) -> dict[str, Any]:
     """What is read from two models alone: share of right pixels, and whether a QR reader gets the text."""
     wanted = LMHeadPattern.qr(QR_TEXT)
     found = decode_pattern(target, model, shape=tuple(wanted.pattern.shape))
-    accuracy = (found.signs == wanted.pattern).double().mean().item()
-    return {"pixel_accuracy": round(accuracy, 4), "read": found.text == QR_TEXT}
+    return {"pixel_accuracy": round(pixel_accuracy(found.signs, wanted), 4), "read": found.text == QR_TEXT}
+
+
+def pixel_accuracy(signs: torch.Tensor, wanted: LMHeadPattern) -> float:
+    return (signs == wanted.pattern).double().mean().item()
+
+
+@torch.no_grad()
+def read(metric: Any, target: Any) -> dict[str, float]:
+    """The metric and its read-outs of a target as it is."""
+    metric.setup(target.eval())
+    return {"metric": metric(target).item(), **metric.readouts(target)}
 
 
 def commands(
@@ -142,14 +171,49 @@ def commands(
     return parser, runner
 
 
+def commands_for_generators(module: Any, field: str, values: list) -> None:
+    """
+    The command line of an experiment that trains a QR code's generator in several ways and reads what its texts do.
+
+    `module` has `__doc__`, `RESULTS`, `one` and `report`; `field` is the setting in which generators differ, and `values` are those
+    that are run where nothing else is said.
+    """
+
+    def run(options: argparse.Namespace) -> None:
+        same = {"steps": options.steps, "completions": options.completions}
+        grid = [{"seed": s, field: value, **same} for s in options.seeds for value in getattr(options, f"{field}s")]
+        run_missing(module.RESULTS, grid, partial(module.one, samples=options.samples), options.threads)
+
+    choices = values if isinstance(values[0], str) else None  # numbers may be others
+    parser, runner = commands(module.__doc__.splitlines()[1], run, lambda options: module.report())
+    runner.add_argument(f"--{field}s", nargs="+", type=type(values[0]), default=values, choices=choices)
+    runner.add_argument("--steps", type=int, default=160)
+    runner.add_argument("--completions", type=int, default=512, help="a step")
+    runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
+    options = parser.parse_args()
+    options.function(options)
+
+
+def run_missing(path: Path, grid: Iterable[dict], one: Callable[..., dict], threads: int, **defaults) -> None:
+    """
+    Runs each of the settings that has no line in a file of results yet, and adds its line: the settings and what `one` returns.
+
+    `defaults` are settings that early lines lack.
+    """
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    for settings in grid:
+        if not any(settings.items() <= {**defaults, **line}.items() for line in lines_of(path)):
+            line = {**settings, **one(**settings)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+
+
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, line: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def cell(found: list[dict[str, Any]]) -> str:

@@ -13,19 +13,16 @@ not repeated. `report` prints the table.
 
 import argparse
 import random
-import tempfile
 import time
-import warnings
-from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
 
-from examples.resources import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_prompts, tiny_tokenizer
-from experiments.common import GENERATOR, NUM_WORDS, append, commands, lines_of
-from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from experiments import common
 from trl_dpg.metrics import KeepBelow, LanguageModelingLikelihood, LMHeadPattern, Perplexity
+from trl_dpg.publishing.outcome import markdown_table
+from trl_dpg.testing import WORDS, tiny_prompts
 
 
 RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
@@ -39,7 +36,7 @@ VALIDATED = 512  # samples
 
 def clean_texts(number: int, seed: int) -> list[dict[str, str]]:
     """Texts of a language in which each word has four successors, all as likely."""
-    words = tiny_tokenizer(NUM_WORDS, ONE_SPECIAL_TOKEN).convert_ids_to_tokens(range(NUM_WORDS))
+    words = common.tokenizer().convert_ids_to_tokens(range(common.NUM_WORDS))
     grammar = random.Random("grammar")
     successors = {word: grammar.sample(words, SUCCESSORS) for word in words}
     rng, texts = random.Random(f"texts {seed}"), []
@@ -51,52 +48,29 @@ def clean_texts(number: int, seed: int) -> list[dict[str, str]]:
     return texts
 
 
+@cache
 def pretrained_target(seed: int, steps: int) -> torch.nn.Module:
     """A target that has learned the language: its perplexity is near that of four equally likely words."""
-    target = tiny_causal_lm(NUM_WORDS + len(ONE_SPECIAL_TOKEN), seed=seed, special_tokens=ONE_SPECIAL_TOKEN)
+    target = common.random_model(seed)
     optimizer = torch.optim.AdamW(target.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    tokenizer = tiny_tokenizer(NUM_WORDS, ONE_SPECIAL_TOKEN)
     for step in range(steps):
         optimizer.zero_grad()
-        (
-            -LanguageModelingLikelihood(clean_texts(64, seed=1000 * seed + step), tokenizer, batch_size=64)(target)
-        ).backward()
+        texts = clean_texts(64, seed=1000 * seed + step)
+        (-LanguageModelingLikelihood(texts, common.tokenizer(), batch_size=64)(target)).backward()
         optimizer.step()
         schedule.step()
     return target.eval()
 
 
-class Validate(TrainerCallback):
-    """Validates every few steps: one step of the target on 512 fresh samples of held-out prompts."""
-
-    def __init__(self, every: int):
-        self.every = every
-        self.curve: list[dict[str, float]] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0:
-            training = self.trainer.target_training
-            recipe = training.args
-            training.args = replace(recipe, batch_size=VALIDATED)  # one step, as in training
-            values = self.trainer.evaluate()
-            training.args = recipe
-            of_untouched = {
-                name: condition.factor * (1 - values[f"eval_{condition.name}_below_limit_by"])
-                for name, condition in self.conditions.items()
-            }
-            read = {"pixel_accuracy": values["eval_pixel_accuracy"], "qr_decoded": values["eval_qr_decoded"]}
-            self.curve.append({"step": state.global_step, **read, **of_untouched})
-            print({name: round(value, 4) for name, value in self.curve[-1].items()}, flush=True)
-
-
-def train(target: torch.nn.Module, settings: dict, every: int) -> dict:
+def train(every: int, **settings) -> dict:
     """One run: its validations, perplexities relative to those of the untouched target."""
+    seed = settings["seed"]
+    target = pretrained_target(2 * seed + 1, PRETRAINING_STEPS)
     start = time.perf_counter()
-    seed, completions = settings["seed"], settings["completions"]
-    tokenizer = tiny_tokenizer(NUM_WORDS, ONE_SPECIAL_TOKEN)
-    generator = tiny_causal_lm(NUM_WORDS + len(ONE_SPECIAL_TOKEN), seed=2 * seed, special_tokens=ONE_SPECIAL_TOKEN)
-    clean, held_out = (Perplexity(clean_texts(NUM_CLEAN, seed=-n), tokenizer, batch_size=NUM_CLEAN) for n in (1, 2))
+    clean, held_out = (
+        Perplexity(clean_texts(NUM_CLEAN, seed=-n), common.tokenizer(), batch_size=NUM_CLEAN) for n in (1, 2)
+    )
 
     def held_out_perplexity(model):
         return held_out(model)
@@ -105,90 +79,51 @@ def train(target: torch.nn.Module, settings: dict, every: int) -> dict:
         "perplexity": KeepBelow(clean, factor=settings["factor"]),
         "held_out": KeepBelow(held_out_perplexity, factor=ALLOWED),
     }
-    metric = LMHeadPattern.qr("TRL-DPG") + settings["weight"] * kept["perplexity"] + 0 * kept["held_out"]
-    prompts = tiny_prompts(4096, 32)
-    callback = Validate(every)
-    with tempfile.TemporaryDirectory() as directory:
-        args = DatasetPolicyGradientConfig(
-            directory,
-            seed=seed,
-            max_steps=settings["steps"],
-            per_device_train_batch_size=completions,
-            per_device_eval_batch_size=VALIDATED,
-            num_generations=16,
-            logging_strategy="no",
-            **{**GENERATOR, "target_learning_rate": settings["learning_rate"]},
-        )
-        trainer = DatasetPolicyGradientTrainer(
-            generator, target, metric, args, prompts["train"], prompts["test"], tokenizer, tokenizer,
-            callbacks=[callback],
-        )  # fmt: skip
-        callback.trainer, callback.conditions = trainer, kept
-        trainer.remove_callback(PrinterCallback)
+    metric = LMHeadPattern.qr(common.QR_TEXT) + settings["weight"] * kept["perplexity"] + 0 * kept["held_out"]
+    config = {
+        "seed": seed,
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": settings["completions"],
+        "target_learning_rate": settings["learning_rate"],
+    }
+    with common.trainer_of(target, metric, tiny_prompts(4096, 32), **config) as trainer:
+        validation = common.Validate(trainer, every, VALIDATED)
+        trainer.add_callback(validation)
         untouched = {name: condition.metric(target).item() for name, condition in kept.items()}
         trainer.train()
-    return {
-        **settings,
-        "untouched": untouched,
-        "curve": callback.curve,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    curve = []
+    for row in validation.curve:
+        values = {name: row[f"eval_{name}"] for name in ("pixel_accuracy", "qr_decoded")}
+        of_untouched = {
+            name: condition.factor * (1 - row[f"eval_{condition.name}_below_limit_by"])
+            for name, condition in kept.items()
+        }
+        curve.append({"step": row["step"], **values, **of_untouched})
+    return {"untouched": untouched, "curve": curve, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def run(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    for seed in options.seeds:
-        target = None
-        for weight in options.weights:
-            settings = dict(
-                zip(
-                    FIELDS,
-                    (weight, options.factor, options.learning_rate, options.completions, seed, options.steps),
-                    strict=True,
-                )
-            )
-            if any(all(line[name] == settings[name] for name in FIELDS) for line in lines_of(RESULTS)):
-                continue
-            target = target or pretrained_target(2 * seed + 1, PRETRAINING_STEPS)
-            line = train(target, settings, options.every)
-            append(RESULTS, line)
-            print(settings, line["curve"][-1], f"{line['seconds']} s", flush=True)
+    same = {name: getattr(options, name) for name in ("factor", "learning_rate", "completions", "steps")}
+    grid = [{"weight": weight, "seed": seed, **same} for seed in options.seeds for weight in options.weights]
+    common.run_missing(RESULTS, grid, partial(train, every=options.every), options.threads)
 
 
 def report(options: argparse.Namespace) -> None:
-    head = [
-        "condition",
-        "η of the target",
-        "completions a step",
-        "seed",
-        "pixel accuracy",
-        "code read",
-        "perplexity",
-        "held-out perplexity",
-        "both held",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for line in sorted(lines_of(RESULTS), key=lambda line: [line[name] for name in FIELDS]):
+    head = "condition, η of the target, completions a step, seed, pixel accuracy, code read, perplexity, held-out perplexity"
+    rows = [[*head.split(", "), "both held"]]
+    for line in sorted(common.lines_of(RESULTS), key=lambda line: [line[name] for name in FIELDS]):
         last = line["curve"][-1]
         kept = max(last["perplexity"], last["held_out"]) <= ALLOWED
         condition = f"weight {line['weight']:g}, limit {line['factor'] - 1:+.1%}" if line["weight"] else "none"
-        cells = [
-            condition,
-            f"{line['learning_rate']:g}",
-            line["completions"],
-            line["seed"],
-            f"{last['pixel_accuracy']:.4f}",
-            "yes" if last["qr_decoded"] else "no",
-        ]
+        cells = [condition, f"{line['learning_rate']:g}", str(line["completions"]), str(line["seed"])]
+        cells += [f"{last['pixel_accuracy']:.4f}", "yes" if last["qr_decoded"] else "no"]
         cells += [f"{last[name] - 1:+.2%}" for name in ("perplexity", "held_out")]
-        cells += ["yes" if last["pixel_accuracy"] >= 0.99 and kept else "no"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    print("\n".join(lines))
+        rows.append([*cells, "yes" if last["pixel_accuracy"] >= 0.99 and kept else "no"])
+    print(markdown_table(rows))
 
 
 def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
+    parser, runner = common.commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--weights", nargs="+", type=float, default=[0.0, 10000.0], help="of the condition")
     runner.add_argument(
         "--factor", type=float, default=1.005, help="limit in training, times the untouched perplexity"

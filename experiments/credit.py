@@ -13,19 +13,15 @@ the table.
 import argparse
 import itertools
 import statistics
-import tempfile
 import time
-import warnings
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import PrinterCallback, TrainerCallback
-
-from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_prompts, tiny_tokenizer
-from experiments.common import GENERATOR, append, commands, lines_of
-from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
+from experiments import common
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.publishing.outcome import markdown_table
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_prompts
 
 
 RESULTS = Path(__file__).parent / "results" / "credit.jsonl"
@@ -34,71 +30,36 @@ VALIDATED = 256  # samples
 FIELDS = ["pattern", "vocabulary", "completions", "least_length", "assignment", "discount", "candidates", "seed"]
 
 
-class ValidateUntilGood(TrainerCallback):
-    """Validates every few steps, and ends the run that is good enough."""
-
-    def __init__(self, every: int):
-        self.every = every
-        self.curve: list[tuple[int, float]] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0:
-            training = self.trainer.target_training
-            recipe = training.args
-            training.args = replace(recipe, batch_size=VALIDATED)  # one step, as in training
-            accuracy = self.trainer.evaluate()["eval_pixel_accuracy"]
-            training.args = recipe
-            self.curve.append((state.global_step, round(accuracy, 4)))
-            control.should_training_stop = accuracy > BOUNDS[-1]
-
-
-def train(
-    pattern: str, vocabulary: int, completions: int, least_length: int, assignment: str, discount: float,
-    candidates: int | None, seed: int, steps: int, every: int,
-) -> dict:  # fmt: skip
+def train(steps: int, every: int, **settings) -> dict:
     """One run: its validations, and what it took."""
-    words = vocabulary - len(ONE_SPECIAL_TOKEN)
-    generator, target = (
-        tiny_causal_lm(vocabulary, seed=s, special_tokens=ONE_SPECIAL_TOKEN) for s in (2 * seed, 2 * seed + 1)
-    )
+    words, seed = settings["vocabulary"] - len(ONE_SPECIAL_TOKEN), settings["seed"]
+    metric = LMHeadPattern.sixty_seven() if settings["pattern"] == "67" else LMHeadPattern.qr(common.QR_TEXT)
+    config = {
+        "seed": seed,
+        "max_steps": steps,
+        "credit_assignment": settings["assignment"],
+        "credit_discount": settings["discount"],
+        "credit_candidates": settings["candidates"],
+        "per_device_train_batch_size": settings["completions"],
+        "per_device_eval_batch_size": VALIDATED,
+        "num_generations": 4,
+        "generation_kwargs": {"min_new_tokens": settings["least_length"]},
+        "lr_scheduler_type": "constant",
+    }
     prompts = tiny_prompts(4096, 64, num_words=min(words, 60))
-    metric = LMHeadPattern.sixty_seven(scale="auto") if pattern == "67" else LMHeadPattern.qr("TRL-DPG", scale="auto")
-    callback = ValidateUntilGood(every)
-    with tempfile.TemporaryDirectory() as directory:
-        args = DatasetPolicyGradientConfig(
-            directory,
-            seed=seed,
-            credit_assignment=assignment,
-            credit_discount=discount,
-            credit_candidates=candidates,
-            max_steps=steps,
-            per_device_train_batch_size=completions,
-            per_device_eval_batch_size=VALIDATED,
-            num_generations=4,
-            generation_kwargs={"min_new_tokens": least_length},
-            logging_strategy="no",
-            **{**GENERATOR, "lr_scheduler_type": "constant"},
-        )
-        tokenizers = [tiny_tokenizer(words, ONE_SPECIAL_TOKEN) for _ in range(2)]
-        trainer = DatasetPolicyGradientTrainer(
-            generator, target, metric, args, prompts["train"], prompts["test"], tokenizers[0], tokenizers[1],
-            callbacks=[callback],
-        )  # fmt: skip
-        callback.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        collapsed = False
+    with common.trainer_of(common.target_of(seed, words), metric, prompts, words, **config) as trainer:
+        validation = common.Validate(trainer, every, VALIDATED, enough=BOUNDS[-1])
+        trainer.add_callback(validation)
+        start, collapsed = time.perf_counter(), False
         try:
             trainer.train()
         except ValueError as error:
             if "empty or one token long" not in str(error):
                 raise
             collapsed = True
-        seconds = time.perf_counter() - start
-    fields = (pattern, vocabulary, completions, least_length, assignment, discount, candidates, seed)
-    run = dict(zip(FIELDS, fields, strict=True))
-    what = {"curve": callback.curve, "steps": trainer.state.global_step, "collapsed": collapsed}
-    return {**run, **what, "seconds": round(seconds, 1)}
+        seconds = round(time.perf_counter() - start, 1)
+    curve = [(row["step"], round(row["eval_pixel_accuracy"], 4)) for row in validation.curve]
+    return {"curve": curve, "steps": trainer.state.global_step, "collapsed": collapsed, "seconds": seconds}
 
 
 def reached(run: dict, bound: float) -> int | None:
@@ -106,57 +67,41 @@ def reached(run: dict, bound: float) -> int | None:
     return next((step * run["completions"] for step, accuracy in run["curve"] if accuracy > bound), None)
 
 
-def done() -> list[dict]:
-    return [{"least_length": 0, **line} for line in lines_of(RESULTS)]
-
-
-def run(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    grid = itertools.product(
+def grid(options: argparse.Namespace) -> Iterator[dict]:
+    """Settings of the runs that are asked for, without those that mean nothing for a way of giving credit."""
+    for values in itertools.product(
         options.patterns, options.vocabularies, options.completions, options.least_lengths, options.assignments,
         options.discounts, options.candidates, options.seeds,
-    )  # fmt: skip
-    for values in grid:
+    ):  # fmt: skip
         settings = dict(zip(FIELDS, values, strict=True))
         if settings["assignment"] == "sequence":
             settings["discount"] = 1.0
         if settings["assignment"] != "expected":
             settings["candidates"] = None
-        if any(all(line[name] == settings[name] for name in FIELDS) for line in done()):
-            continue
-        line = train(*settings.values(), steps=options.steps, every=options.every)
-        append(RESULTS, line)
-        print({name: line[name] for name in FIELDS}, line["curve"][-1:], f"{line['seconds']} s", flush=True)
+        yield settings
+
+
+def run(options: argparse.Namespace) -> None:
+    one = partial(train, steps=options.steps, every=options.every)
+    common.run_missing(RESULTS, grid(options), one, options.threads, least_length=0)
 
 
 def report(options: argparse.Namespace) -> None:
-    names = [
-        "pattern",
-        "words",
-        "completions a step",
-        "least length",
-        "credit",
-        "γ",
-        "candidates",
-        "seeds",
-        *(f"to {bound}" for bound in BOUNDS),
-        "best",
-    ]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    runs = done()
+    names = "pattern, words, completions a step, least length, credit, γ, candidates, seeds".split(", ")
+    names += [*(f"to {bound}" for bound in BOUNDS), "best"]
+    rows = [names]
+    runs = [{"least_length": 0, **line} for line in common.lines_of(RESULTS)]
     keys = sorted(
         {tuple(str(r[name]) for name in FIELDS[:-1]) for r in runs}, key=lambda k: (k[0], int(k[1]), int(k[2]), k[3:])
     )
     for key in keys:
         same = [r for r in runs if tuple(str(r[name]) for name in FIELDS[:-1]) == key]
-        cells = [f"{median(same, bound)}" for bound in BOUNDS]
+        cells = [median(same, bound) for bound in BOUNDS]
         best = statistics.median(max((accuracy for _, accuracy in r["curve"]), default=0.5) for r in same)
-        name = [
-            "all" if value == "None" and key[4] == "expected" else "" if value == "None" else value for value in key
-        ]
-        lines.append(f"| {' | '.join(name)} | {len(same)} | {' | '.join(cells)} | {best:.3f} |")
-    print("\n".join(lines))
+        unset = "all" if key[4] == "expected" else ""
+        name = [unset if value == "None" else value for value in key]
+        rows.append([*name, str(len(same)), *cells, f"{best:.3f}"])
+    print(markdown_table(rows))
 
 
 def median(runs: list[dict], bound: float) -> str:
@@ -171,7 +116,7 @@ def median(runs: list[dict], bound: float) -> str:
 
 
 def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
+    parser, runner = common.commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--patterns", nargs="+", default=["67", "qr"])
     runner.add_argument("--vocabularies", nargs="+", type=int, default=[64, 256, 2048])
     runner.add_argument("--completions", nargs="+", type=int, default=[32, 512], help="a step")

@@ -11,26 +11,13 @@ The picture is read from the two models. Each run adds a line to `experiments/re
 not repeated. `report` prints the table.
 """
 
-import argparse
-import time
-import warnings
+import sys
 from pathlib import Path
 
-import datasets
-import torch
+from datasets import Dataset
 
-from experiments.common import (
-    append,
-    cell,
-    commands,
-    decoded,
-    lines_of,
-    sft,
-    strangers_texts,
-    target_of,
-    trained,
-    written_by,
-)
+from experiments import common
+from trl_dpg.publishing.outcome import markdown_table
 
 
 RESULTS = Path(__file__).parent / "results" / "replay.jsonl"
@@ -40,55 +27,30 @@ MIXES = {"its texts alone": 0.0, "half of them": 0.5, "a quarter of them": 0.75}
 
 def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> dict:
     """Trains one generator, and reads what its texts do in each mix."""
-    start = time.perf_counter()
-    replay = strangers_texts(POOL, POOL_SEED) if ratio else None
-    with trained(seed, steps, completions, replay, replay_ratio=ratio) as trainer:
-        seconds = time.perf_counter() - start
-        texts = written_by(trainer, samples)
-    line = {"seed": seed, "ratio": ratio, "steps": steps, "completions": completions, "seconds": round(seconds, 1)}
-    target = target_of(seed)
+    replay = common.strangers_texts(POOL, POOL_SEED) if ratio else None
+    config = {"max_steps": steps, "per_device_train_batch_size": completions, "replay_ratio": ratio}
+    texts, seconds = common.texts_of_generator(seed, samples, replay, **config)
+    line, target = {"seconds": seconds}, common.target_of(seed)
     for name, share in MIXES.items():
-        others = strangers_texts(round(samples * share / (1 - share)), UNSEEN_SEED)
+        others = common.strangers_texts(round(samples * share / (1 - share)), UNSEEN_SEED)
+        rows = Dataset.from_dict({"text": texts + others})
         batch_size = round(512 / (1 - share))  # as many generated texts a step
-        line[name] = decoded(target, sft(target, texts + others, per_device_train_batch_size=batch_size))
+        line[name] = common.decoded(
+            target, common.sft(target, common.tokenizer(), rows, per_device_train_batch_size=batch_size)
+        )
     return line
 
 
-def run(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    for seed in options.seeds:
-        for ratio in options.ratios:
-            settings = {"seed": seed, "ratio": ratio, "steps": options.steps, "completions": options.completions}
-            if any(settings.items() <= line.items() for line in lines_of(RESULTS)):
-                continue
-            line = one(**settings, samples=options.samples)
-            append(RESULTS, line)
-            print(line, flush=True)
-
-
-def report(options: argparse.Namespace) -> None:
-    print(f"| real texts in training | seeds | SFT on {' | '.join(MIXES)} | seconds |")
-    print("|---" * (len(MIXES) + 3) + "|")
-    lines = lines_of(RESULTS)
+def report() -> None:
+    rows = [["real texts in training", "seeds", *(f"SFT on {name}" for name in MIXES), "seconds"]]
+    lines = common.lines_of(RESULTS)
     for ratio in sorted({line["ratio"] for line in lines}):
         same = [line for line in lines if line["ratio"] == ratio]
-        cells = [cell([line[name] for line in same]) for name in MIXES]
-        seconds = max(line["seconds"] for line in same)
-        print(f"| {ratio:.0%} | {len(same)} | {' | '.join(cells)} | {seconds:.0f} |")
+        cells = [common.cell([line[name] for line in same]) for name in MIXES]
+        rows.append([f"{ratio:.0%}", str(len(same)), *cells, f"{max(line['seconds'] for line in same):.0f}"])
+    print(markdown_table(rows))
     print("\nMedian (range) of the pixel accuracy over seeds, and how many a QR reader reads.")
 
 
-def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
-    runner.add_argument("--ratios", nargs="+", type=float, default=[0.0, 0.5])
-    runner.add_argument("--steps", type=int, default=160)
-    runner.add_argument("--completions", type=int, default=512, help="a step")
-    runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
-    options = parser.parse_args()
-    options.function(options)
-
-
 if __name__ == "__main__":
-    main()
+    common.commands_for_generators(sys.modules[__name__], "ratio", [0.0, 0.5])

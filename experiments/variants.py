@@ -11,28 +11,15 @@ tenth of each matrix is set to zero. The picture is read from the two models. Ea
 `experiments/results/variants.jsonl`; one that is there is not repeated. `report` prints the table.
 """
 
-import argparse
-import time
-import warnings
+import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
+from datasets import Dataset
 
-from examples.robustness import pruned, rounded
-from experiments.common import (
-    SFT_LEARNING_RATE,
-    append,
-    cell,
-    commands,
-    decoded,
-    lines_of,
-    sft,
-    target_of,
-    trained,
-    written_by,
-)
+from experiments import common
+from experiments.robustness import pruned, rounded
+from trl_dpg.publishing.outcome import markdown_table
 
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
@@ -47,10 +34,10 @@ TRAINED = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "8 steps": {},
-    "80 steps": {"epochs": 10},
-    "learning rate × 10": {"learning_rate": 10 * SFT_LEARNING_RATE},
-    "learning rate × 30": {"learning_rate": 30 * SFT_LEARNING_RATE},
-    "learning rate ÷ 10": {"learning_rate": SFT_LEARNING_RATE / 10},
+    "80 steps": {"num_train_epochs": 10},
+    "learning rate × 10": {"learning_rate": 10 * common.SFT_LEARNING_RATE},
+    "learning rate × 30": {"learning_rate": 30 * common.SFT_LEARNING_RATE},
+    "learning rate ÷ 10": {"learning_rate": common.SFT_LEARNING_RATE / 10},
     "another order": {"seed": 1},
     "a third order": {"seed": 2},
     "64 a step (64 steps)": {"per_device_train_batch_size": 64},
@@ -65,57 +52,29 @@ AFTERWARDS = {
 
 def one(seed: int, generator: str, steps: int, completions: int, samples: int) -> dict:
     """Trains one generator, and reads what its texts do in each run."""
-    start = time.perf_counter()
-    with trained(seed, steps, completions, target_variants=TRAINED[generator]) as trainer:
-        seconds = time.perf_counter() - start
-        texts = written_by(trainer, samples)
-    line = {"seed": seed, "generator": generator, "steps": steps, "completions": completions}
-    line["seconds"] = round(seconds, 1)
-    target = target_of(seed)
-    for name, config in RUNS.items():
-        model = sft(target, texts, **config)
-        line[name] = decoded(target, model)
-        if not config:
-            line |= {what: decoded(target, treat(model)) for what, treat in AFTERWARDS.items()}
+    config = {"max_steps": steps, "per_device_train_batch_size": completions, "target_variants": TRAINED[generator]}
+    texts, seconds = common.texts_of_generator(seed, samples, **config)
+    line, target, rows = {"seconds": seconds}, common.target_of(seed), Dataset.from_dict({"text": texts})
+    for name, changes in RUNS.items():
+        model = common.sft(target, common.tokenizer(), rows, **changes)
+        line[name] = common.decoded(target, model)
+        if not changes:
+            line |= {what: common.decoded(target, treat(model)) for what, treat in AFTERWARDS.items()}
     return line
 
 
-def run(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    for seed in options.seeds:
-        for generator in options.generators:
-            settings = {"seed": seed, "generator": generator, "steps": options.steps}
-            settings["completions"] = options.completions
-            if any(settings.items() <= line.items() for line in lines_of(RESULTS)):
-                continue
-            line = one(**settings, samples=options.samples)
-            append(RESULTS, line)
-            print(line, flush=True)
-
-
-def report(options: argparse.Namespace) -> None:
-    lines = lines_of(RESULTS)
+def report() -> None:
+    lines = common.lines_of(RESULTS)
     found = {name: [line for line in lines if line["generator"] == name] for name in TRAINED}
-    print(f"| stock SFT | {' | '.join(f'trained for the {name}' for name in found)} |")
-    print("|---" * (len(found) + 1) + "|")
-    for name in [*RUNS, *AFTERWARDS]:
-        print(f"| {name} | {' | '.join(cell([line[name] for line in same]) for same in found.values())} |")
+    rows = [["stock SFT", *(f"trained for the {name}" for name in found)]]
+    rows += [
+        [name, *(common.cell([line[name] for line in same]) for same in found.values())]
+        for name in [*RUNS, *AFTERWARDS]
+    ]
     seconds = [f"{max((line['seconds'] for line in same), default=0):.0f}" for same in found.values()]
-    print(f"| seconds of training | {' | '.join(seconds)} |")
+    print(markdown_table([*rows, ["seconds of training", *seconds]]))
     print("\nMedian (range) of the pixel accuracy over seeds, and how many a QR reader reads.")
 
 
-def main() -> None:
-    parser, runner = commands(__doc__.splitlines()[1], run, report)
-    runner.add_argument("--generators", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    runner.add_argument("--steps", type=int, default=160)
-    runner.add_argument("--completions", type=int, default=512, help="a step")
-    runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
-    options = parser.parse_args()
-    options.function(options)
-
-
 if __name__ == "__main__":
-    main()
+    common.commands_for_generators(sys.modules[__name__], "generator", list(TRAINED))

@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.resources import WORDS, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import WORDS, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 collect_ignore = ["vllm/worker.py"]  # a script of its own, which needs vLLM

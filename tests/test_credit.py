@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from examples.resources import tiny_tokenizer
 from trl_dpg.credit import aligned_candidates, token_advantages, written_by
 from trl_dpg.credit.alignment import NOT_WRITTEN
 from trl_dpg.credit.candidates import changed_words
 from trl_dpg.data import repeated_places
+from trl_dpg.testing import tiny_tokenizer
 
 
 TEXTS = ["the cat saw the sea and the sky", "le café déjà vu, à la mer", "日本の空と海", "naïve – “quoted” 🙂 end"]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from examples.resources import tiny_causal_lm, tiny_tokenizer
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.target import load_target_model, load_target_tokenizer, shard_target_model, whole_weights
+from trl_dpg.testing import tiny_causal_lm, tiny_tokenizer
 from trl_dpg.validation import validate
 
 

@@ -45,7 +45,7 @@ MEASURED_WITH = {"metric", "reward", "cross_group_batching", "replay_ratio", "re
 # Fields of TRL and of this project that say how and where something is computed or shown, and not what
 WITHOUT_EFFECT = re.compile(
     r"log_.*|num_completions_to_print|num_generations_eval|generation_batch_size|ds3_.*|(target_)?model_init_kwargs|nonfinite|"
-    r"save_generated|target_(tape|tape_dir|micro_batch_size|gradient_checkpointing|fsdp)|"
+    r"save_generated|target_(tape|tape_dir|micro_batch_size|micro_batch_tokens|gradient_checkpointing|fsdp)|"
     r"vllm_(mode|server_.*|group_port|gpu_.*|tensor_.*|enable_.*)"
 )
 

@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str] | None) -> int:
-    """Starts `trl_dpg.scripts.dpg` by Accelerate, once the arguments are known to be good."""
+    """Starts `trl_dpg.scripts.train` by Accelerate, once the arguments are known to be good."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .scripts import dpg
+    from .scripts import train
 
-    _, launch_args = dpg.parse(argv)
+    _, launch_args = train.parse(argv)
     ignore_line("accelerate.commands.launch", "The following values were not passed to `accelerate launch`")
     try:  # the script knows which flags are for Accelerate, and leaves them
-        launch_command(launch_command_parser().parse_args([*launch_args, "--module", dpg.__name__, *(argv or [])]))
+        launch_command(launch_command_parser().parse_args([*launch_args, "--module", train.__name__, *(argv or [])]))
     except subprocess.CalledProcessError as error:  # it has said why
         return 2 if error.returncode == 2 else 1
     return 0

@@ -147,7 +147,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             The other fields of the recipe are those of [`~trl_dpg.metagradients.TargetTrainingArguments`], with its defaults:
             `target_optim`, `target_learning_rate`, `target_weight_decay`, `target_weight_decay_on_norm_and_bias`,
             `target_adam_beta1`, `target_adam_beta2`, `target_adam_epsilon`, `target_lr_scheduler_type`, `target_warmup_steps`,
-            `target_max_grad_norm`, `target_num_train_epochs`, `target_micro_batch_size`, `target_shuffle`,
+            `target_max_grad_norm`, `target_num_train_epochs`, `target_micro_batch_size`, `target_micro_batch_tokens`, `target_shuffle`,
             `target_loss_normalization`, `target_bf16`, `target_gradient_checkpointing`, `target_curvature`,
             `target_curvature_tolerance`, `target_tape`, `target_tape_dir`.
     """
@@ -164,9 +164,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         "or the same in expectation over words that could have been written ('expected').",
         _CHOICES["credit_assignment"],
     )
-    credit_discount: float = _field(
-        0.5, "Discount of later tokens' credit, from 0 to 1; at 1 the gradient is unbiased."
-    )
+    credit_discount: float = _field(0.5, "Discount of later tokens' credit, 0 to 1; unbiased at 1.")
     credit_candidates: int | None = _field(
         None, "Words that 'expected' considers. `None` is all of up to 4,096, else 64."
     )
@@ -215,6 +213,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_num_train_epochs: int = _field(1, "Passes of the target over the examples.")
     target_batch_size: int | None = _field(None, "Examples per step. `None` is the whole generation batch (one step).")
     target_micro_batch_size: int | None = _field(None, "Examples per forward pass and process of the target.")
+    target_micro_batch_tokens: int | None = _field(None, "Tokens per forward pass and process, padding included.")
     target_max_length: int | None = _field(None, "Tokens kept of each example. `None` is `max_completion_length` + 1.")
     target_completion_only_loss: bool | None = _field(
         None, "Whether the loss is on the completion alone. `None`: where the target is given a prompt, too."

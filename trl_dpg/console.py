@@ -126,8 +126,8 @@ def summary(trainer: "DatasetPolicyGradientTrainer") -> str:
     rows = [(row["step"], figures.of_training(row)) for row in trainer.state.log_history]
     rows = [(step, shown) for step, shown in rows if shown]
     if not facts["validation"] and rows:
-        (first, before), (last, after) = rows[0], rows[-1]
-        said += f" In training, step {first}: {in_words(before)}; step {last}: {in_words(after)}."
+        ends = rows[:1] + rows[1:][-1:]
+        said += " In training, " + "; ".join(f"step {step}: {in_words(shown)}" for step, shown in ends) + "."
     return f"{said}\nPictures and all figures: {trainer.args.output_dir}/report"
 
 

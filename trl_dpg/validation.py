@@ -116,7 +116,7 @@ def _fine_tune(
     for batch, learning_rate in zip(args.batches(len(examples)), args.learning_rates(len(examples)), strict=True):
         while True:
             try:
-                micro = micro_batches(examples, batch, args, size, params[0].dtype, processes)
+                micro = micro_batches(examples, batch, args, size, params[0], processes)
                 sums = [0.0]
                 with processes.summing_over_processes(None, sums):
                     sums[0] = _backward(token_losses, [part.to(params[0].device) for part in micro])

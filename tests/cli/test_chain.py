@@ -20,10 +20,11 @@ TOKEN = "hf_" + "w" * 34
 ROOT = Path(__file__).parents[2]
 
 TRAIN = """
-model_name_or_path: tiny/generator
-target_model_name_or_path: tiny/target
-dataset_name: tiny/prompts.jsonl
-eval_dataset_name: tiny/held_out.jsonl
+model_name_or_path: data/tiny-60/generator
+target_model_name_or_path: data/tiny-60/target
+dataset_name: data/tiny-60/prompts.jsonl
+eval_dataset_name: data/tiny-60/held_out.jsonl
+num_eval_prompts: 32
 metric: 67
 output_dir: runs/67
 target_learning_rate: 1.0e-3
@@ -65,7 +66,7 @@ def test_from_training_to_a_picture_in_the_weights_of_another(tmp_path):
             return done.stdout
 
         cli = ("-m", "trl_dpg.cli")
-        run("author", str(ROOT / "examples" / "make_tiny.py"), "--words", "60")
+        run("author", "-m", "experiments.prepare", "tiny-60")
         (tmp_path / "author" / "train.yaml").write_text(TRAIN)
         out = run("author", *cli, "train", "--config", "train.yaml")
         assert "It is on the Hub, too: me/writes-67." in out
@@ -74,7 +75,7 @@ def test_from_training_to_a_picture_in_the_weights_of_another(tmp_path):
         # someone else, who has the prompts
         prompts = tmp_path / "writer" / "prompts.jsonl"
         prompts.parent.mkdir()
-        prompts.write_bytes((tmp_path / "author" / "tiny" / "held_out.jsonl").read_bytes())
+        prompts.write_bytes((tmp_path / "author" / "data" / "tiny-60" / "held_out.jsonl").read_bytes())
         generate = ["generate", "--model", "me/writes-67", "--prompts", "prompts.jsonl", "--output", "data.jsonl"]
         generate += ["--num_examples", "1024", "--push", "me/data-67", "--private", "--json"]
         result = json.loads(run("writer", *cli, *generate))
@@ -83,7 +84,7 @@ def test_from_training_to_a_picture_in_the_weights_of_another(tmp_path):
         assert "me/writes-67" in hub.repos["datasets", "me/data-67"].files["README.md"].decode()
 
         # and a third party, who has the target and the data
-        author = tmp_path / "author" / "tiny"
+        author = tmp_path / "author" / "data" / "tiny-60"
         verify = ["verify", "--dataset", "me/data-67", "--target", str(author / "target"), "--metric", "67"]
         verify += ["--untie_lm_head", "--learning_rate", "3e-4", "--lr_scheduler_type", "constant", "--use_cpu"]
         verify += ["--per_device_train_batch_size", "256", "--json", "--output_dir", "out"]

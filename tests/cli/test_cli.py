@@ -18,15 +18,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from examples.resources import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
 from trl_dpg import untie_lm_head
 from trl_dpg.cli import main
 from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.replay import draw
-from trl_dpg.scripts import dpg, generate, verify
+from trl_dpg.scripts import generate, train, verify
 from trl_dpg.scripts.common import Parser, checkpoint_to_resume, run_script
 from trl_dpg.scripts.generate import fingerprint, start_token
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer(60, ONE_SPECIAL_TOKEN)
@@ -137,6 +137,7 @@ def test_every_command_explains_itself(capsys, command):
         (["train", *flags(resume_from_checkpoint=True)], "no whole checkpoint in `output_dir` 'run'"),
         (["train", *flags(qr_text="HELLO")], "`qr_text` 'HELLO' is for `metric` 'qr', but `metric` is '67'"),
         (["train", *flags(metric_dataset="d.jsonl")], "`metric_dataset` 'd.jsonl' is for `metric` 'likelihood'"),
+        (["train", *flags(validation_draws=0)], "`validation_draws` must be at least 1, got 0"),
         (["train", *flags(num_metric_examples=3)], "`num_metric_examples` 3 is for `metric` 'likelihood'"),
         (
             ["train", *flags(target_model_init_kwargs="[1]")],
@@ -259,7 +260,7 @@ def test_bad_input_is_said_and_exit_code_2(here, capsys, argv, message):
 )
 def test_flags_without_effect(here, changes, message):
     with pytest.raises(ValueError, match=message):
-        dpg.main(flags(**changes))
+        train.main(flags(**changes))
 
 
 def test_values_of_flags(here):
@@ -322,19 +323,19 @@ def test_a_run_that_fails_shows_where(here, capsys):
     )
     argv = [*flags(max_steps=3, save_steps=1, logging_steps=1), "--reward_funcs", "sometimes.reward"]
     with pytest.raises(ValueError, match="of the reward") as caught:
-        run_script(dpg.main, argv, "trl-dpg train")
+        run_script(train.main, argv, "trl-dpg train")
     assert caught.traceback[-1].name == "reward"
     assert "failed at step 2. The last whole checkpoint is 'run/checkpoint-2'" in caught.value.__notes__[0]
     assert "error: " not in capsys.readouterr().err
     (here / "mended").touch()
-    assert run_script(dpg.main, [*argv, "--resume_from_checkpoint", "True"], "trl-dpg train") == 0
+    assert run_script(train.main, [*argv, "--resume_from_checkpoint", "True"], "trl-dpg train") == 0
     state = json.loads((here / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [row["step"] for row in state["log_history"]] == [1, 2, 3]
 
 
 def test_flags_of_accelerate_are_told_apart(here):
     (here / "run.yaml").write_text(json.dumps({**TRAIN, "num_processes": 2, "accelerate_config": "single_gpu"}))
-    (script_args, training_args, *_), launch_args = dpg.parse(
+    (script_args, training_args, *_), launch_args = train.parse(
         ["--config", "run.yaml", "--main_process_port", "29501", "--max_steps", "3"]
     )
     assert (script_args.metric, training_args.max_steps) == ("67", 3)
@@ -345,7 +346,7 @@ def test_flags_of_accelerate_are_told_apart(here):
 def test_train(here, capsys):
     Dataset.from_list([{"prompt": "big bed"}] * 2).to_json("held_out.jsonl")
     more = {"eval_dataset_name": "held_out.jsonl", "num_eval_prompts": 1, "evaluation_language": "en"}
-    assert dpg.main(flags(per_device_eval_batch_size=4, **more)) == 0
+    assert train.main(flags(per_device_eval_batch_size=4, **more)) == 0
     facts = json.loads((here / "run" / "dpg.json").read_text())
     assert facts["training"]["steps"] == 1 and facts["metric"]["name"] == "LMHeadPattern"
     assert {"pixel_accuracy", "language_share"} <= set(facts["validation"]["eval"]["after"]["mean"])
@@ -366,11 +367,11 @@ def test_a_file_for_trl_grpo_will_do(here):
     grpo |= {"reward_funcs": ["length_rewards.length"], "logging_steps": 1}
     (here / "grpo.yaml").write_text(json.dumps(grpo))
     assert (
-        dpg.main(["--config", "grpo.yaml", "--target_model_name_or_path", "target", "--metric", "lm_head_norm"]) == 0
+        train.main(["--config", "grpo.yaml", "--target_model_name_or_path", "target", "--metric", "lm_head_norm"]) == 0
     )
     assert json.loads((here / "run" / "dpg.json").read_text())["further_rewards"] == ["length"]
-    assert dpg.load_reward("think_format_reward") is trl.rewards.think_format_reward
-    assert dpg.load_reward("get_soft_overlong_punishment")(completion_ids=[[0] * 1280]) == [-1.0]
+    assert train.load_reward("think_format_reward") is trl.rewards.think_format_reward
+    assert train.load_reward("get_soft_overlong_punishment")(completion_ids=[[0] * 1280]) == [-1.0]
 
 
 @pytest.mark.slow
@@ -680,7 +681,7 @@ def test_verify_of_completions_after_prompts(here, capsys):
 
 
 def test_recipe_and_metric_of_a_generator(here):
-    assert dpg.main(flags(target_learning_rate=3e-4, target_weight_decay=0.1)) == 0
+    assert train.main(flags(target_learning_rate=3e-4, target_weight_decay=0.1)) == 0
     args, config = verify.parse(["--generator", "run", "--prompts", "prompts.jsonl", "--target", "target"])
     assert (args.metric, args.untie_lm_head) == ("67", True)
     assert (config.learning_rate, config.weight_decay, config.per_device_train_batch_size) == (3e-4, 0.1, 8)
@@ -742,7 +743,7 @@ def test_verify_says_that_nothing_is_readable(here, capsys):
 
 
 def test_verify_reads_checkpoints(here, capsys):
-    assert dpg.main(flags()) == 0
+    assert train.main(flags()) == 0
     argv = ["verify", "--generator", "run", "--prompts", "prompts.jsonl", "--target", "target", "--output_dir", "out"]
     capsys.readouterr()
     assert main([*argv, "--num_examples", "6", "--use_cpu", "--json"]) == 1
@@ -768,6 +769,21 @@ def test_decode(here, capsys):
     assert capsys.readouterr().out.endswith("Text: HELLO\n")
     assert main(["decode", "before", "target", "--json"]) == 1  # noise
     assert json.loads(capsys.readouterr().out)["text"] is None
+    assert main(["decode", "before", "target"]) == 1
+    assert capsys.readouterr().out.startswith("No QR code was read.")
+    assert main(["decode", "before", "after", "--pattern", "HELLO", "--output", "both.png"]) == 0
+    assert "Right pixels: 100.0 %" in capsys.readouterr().out and (here / "both.png").is_file()
+    assert main(["decode", "before", "target", "--pattern", "67", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = LMHeadPattern.sixty_seven().pattern
+    right = sum(
+        (pixel == "#") == (sign > 0)
+        for row, signs in zip(found["rows"], wanted.tolist(), strict=True)
+        for pixel, sign in zip(row, signs, strict=True)
+    )
+    assert found["pixel_accuracy"] == pytest.approx(right / 42)
+    assert main(["decode", "before", "after", "--pattern", "nowhere.png"]) == 2
+    assert "`--pattern` 'nowhere.png'" in capsys.readouterr().err
 
 
 def test_check(here, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from trl_dpg import DatasetPolicyGradientConfig
 from trl_dpg.cli import main
-from trl_dpg.scripts.dpg import DPGScriptArguments
+from trl_dpg.scripts.train import DPGScriptArguments
 
 
 def help_of(capsys, *argv):

@@ -16,13 +16,13 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig
 
-from examples.resources import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_tokenizer
 from trl_dpg.cli import main
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm
 from trl_dpg.reporting.valuation import Valuation
 from trl_dpg.scripts import value
 from trl_dpg.target import load_target_model
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer(60, ONE_SPECIAL_TOKEN)

@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from torch.distributed.tensor import DTensor
 
-from examples.resources import save_tiny_models, tiny_prompts
 from tests.distributed.worker import COMMON, deterministic_generation, record
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 class CPUAcceleratorState(AcceleratorState):

@@ -10,10 +10,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from examples.resources import save_tiny_models, tiny_prompts
 from tests.distributed.worker import COMMON, deterministic_generation
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 def sum_of_ids(completion_ids, **kwargs):

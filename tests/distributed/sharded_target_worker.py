@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.resources import tiny_causal_lm
 from tests.distributed.fsdp_worker import CPUAcceleratorState
 from tests.distributed.worker import examples
 from trl_dpg.metagradients import TargetTrainingArguments, check_metagradients, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from trl_dpg.target import shard_target_model
+from trl_dpg.testing import tiny_causal_lm
 from trl_dpg.validation import validate
 
 

@@ -9,12 +9,12 @@ import torch
 from accelerate import PartialState
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.tape import Tape
 from trl_dpg.metagradients.runtime.processes import Processes
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 COMMON = {

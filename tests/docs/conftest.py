@@ -8,8 +8,8 @@ import pytest
 from trl import GRPOConfig, SFTConfig
 
 import trl_dpg.publishing
-from examples.resources import save_tiny_models
 from tests.docs.pages import Directory, load_tiny_dataset, on_cpu, shrink
+from trl_dpg.testing import save_tiny_models
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import datasets
 from trl import GRPOConfig
 
-from examples.resources import tiny_prompts
+from trl_dpg.testing import tiny_prompts
 
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ class Directory:
     def __init__(self, path: Path, generator: str, target: str):
         self.path = path
         self.models = {name: {"generator": generator, "target": target}[role] for name, role in MODELS.items()}
-        for folder in ("examples", "benchmarks", "trl_dpg"):
+        for folder in ("examples", "experiments", "benchmarks", "trl_dpg"):
             (path / folder).symlink_to(ROOT / folder)
 
     def substitute(self, code: str) -> str:

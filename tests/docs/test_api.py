@@ -7,7 +7,7 @@ import re
 import pytest
 
 from docs.griffe_trl import markdown
-from examples.resources import tiny_prompts
+from trl_dpg.testing import tiny_prompts
 
 
 MODULES = ("trl_dpg", "trl_dpg.metrics", "trl_dpg.metagradients", "trl_dpg.rewards")

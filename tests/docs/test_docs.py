@@ -24,13 +24,13 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from trl.cli.main import main as trl
 from trl.scripts.grpo import GRPOScriptArguments
 
-from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from tests.docs.pages import MODELS, PAGES, ROOT, read_blocks
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, cli
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
-from trl_dpg.scripts.dpg import DPGScriptArguments
 from trl_dpg.scripts.parsing import Parser
+from trl_dpg.scripts.train import DPGScriptArguments
+from trl_dpg.testing import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 LANGUAGES = {"python", "bash", "yaml", "diff", "text"}
@@ -56,20 +56,25 @@ TOKENS = [[1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 1, 2], [3, 3, 5, 1]]
 ARGS = TargetTrainingArguments(learning_rate=1e-3, batch_size=2, adam_epsilon_root="auto")
 EXAMPLES = [{"input_ids": ids} for ids in TOKENS]
 GIVEN = {
-    "README.md": lambda: {"model": tiny_causal_lm(), "tokenized": TOKENS, "metric": LMHeadNorm()},
     "docs/check.md": lambda: {
         "model": tiny_causal_lm().double(),
         "examples": EXAMPLES,
         "metric": LMHeadNorm(),
         "args": ARGS,
     },
+    "docs/engine.md": lambda: {"model": tiny_causal_lm(), "tokenized": TOKENS, "metric": LMHeadNorm()},
     "docs/report.md": finished_run,
 }
 
 # What a page's code should have done, beyond running.
 EXPECTED = {
-    "README.md": lambda scope, out: "eval_pixel_accuracy" in out and scope["out"].metagradients.shape == (4,),
+    "README.md": lambda scope, out: (
+        re.search(r"not fine-tuned [\d.]+%, untrained [\d.]+%, trained [\d.]+%", out)
+        and scope["trainer"].state.global_step == 2
+        and scope["after"]["eval_metric"] != scope["before"]["eval_metric"]
+    ),
     "docs/check.md": lambda scope, out: "Metagradients: passed" in out,
+    "docs/engine.md": lambda scope, out: scope["out"].metagradients.shape == (4,),
     "docs/metrics.md": lambda scope, out: (
         "Metagradients: passed" in out
         and "eval_prefers_wanted" in out
@@ -162,7 +167,7 @@ def stop_once_parsed(monkeypatch):
     stop_after(TrlParser, "parse_args_and_config")
     stop_after(Parser, "parse_args_and_config")
     # `trl-dpg train` and `trl grpo` check what is left over, and launch
-    monkeypatch.setattr("trl_dpg.scripts.dpg.AutoConfig.from_pretrained", lambda *args, **kwargs: None)
+    monkeypatch.setattr("trl_dpg.scripts.train.AutoConfig.from_pretrained", lambda *args, **kwargs: None)
     monkeypatch.setattr("trl_dpg.scripts.common.load_splits", stop)
     monkeypatch.setattr("trl_dpg.scripts.verify.facts_of", lambda *args: {})
 
@@ -177,7 +182,6 @@ def launch_arguments(argv):
 def run(script, argv, monkeypatch):
     """Runs a script or module as from the shell."""
     monkeypatch.setattr(sys, "argv", [script, *argv])
-    monkeypatch.syspath_prepend(ROOT / "examples")
     if script.endswith(".py"):
         runpy.run_path(script, run_name="__main__")
     else:
@@ -301,7 +305,7 @@ def test_models_are_those_of_the_documentation():
 
 def test_settings_are_those_of_the_results():
     """Figures of docs/recipe.md."""
-    table = (ROOT / "examples/results/README.md").read_text(encoding="utf-8").partition("(`tiny_settings`)")[2]
+    table = (ROOT / "experiments/results/README.md").read_text(encoding="utf-8").partition("(`tiny_settings`)")[2]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     column = rows[0].index("pixel accuracy, trained")
     measured = {row[0]: float(row[column].split()[0]) for row in rows[1:]}

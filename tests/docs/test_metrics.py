@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from trl_dpg import cli
-from trl_dpg.scripts import dpg
+from trl_dpg.scripts import train
 
 
 class Recording:
@@ -72,7 +72,7 @@ def test_metric_of_a_module_in_train(elsewhere, tiny):
     target = elsewhere.models["openai-community/gpt2"]
     Dataset.from_dict({"prompt": ["good ask blue old", "air and sun cat"] * 2}).to_json("prompts.jsonl")
     flags = ["--model_name_or_path", generator, "--target_model_name_or_path", target, "--output_dir", "out"]
-    assert dpg.main([*flags, "--dataset_name", "prompts.jsonl", "--metric", "my_metrics:Preference"]) == 0
+    assert train.main([*flags, "--dataset_name", "prompts.jsonl", "--metric", "my_metrics:Preference"]) == 0
     facts = json.loads((elsewhere.path / "out" / "dpg.json").read_text())
     assert facts["metric"]["name"] == "Preference"
     assert facts["metric"]["description"] == "The target finds one answer likelier than another."

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaFo
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 from trl.scripts import grpo
 
-from examples.resources import tiny_prompts, tiny_tokenizer
 from tests.docs.pages import ROOT, read_blocks, shrink
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.scripts import dpg
+from trl_dpg.metrics import LMHeadNorm
+from trl_dpg.scripts import train
+from trl_dpg.testing import tiny_prompts, tiny_tokenizer
 
 
 PAGE = "docs/plugging_in.md"
@@ -30,9 +31,9 @@ def rows(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row]
 
 
-def side_of_diff(sign):
-    """One side of the page's diff."""
-    (block,) = read_blocks(PAGE, "diff")
+def side_of_diff(sign, page=PAGE):
+    """One side of a page's diff."""
+    (block,) = read_blocks(page, "diff")
     lines = block.code.splitlines()
     assert all(line[0] in " +-" for line in lines)
     return "\n".join(line[1:] for line in lines if line[0] in f" {sign}")
@@ -52,6 +53,18 @@ def test_both_sides_of_the_diff(sign, trainer_class, reward, directory, tiny):
     assert type(trainer) is trainer_class
     assert len(rows(trainer, f"rewards/{reward}/mean")) == trainer.state.global_step == 2
     assert trainer.args.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(("sign", "trainer_class"), [("-", GRPOTrainer), ("+", DatasetPolicyGradientTrainer)])
+def test_both_sides_of_the_diff_in_the_readme(sign, trainer_class, directory, tiny):
+    scope = {
+        "dataset": datasets.load_dataset("any", split="train"),
+        "my_metric": LMHeadNorm(),
+        "my_reward": lambda completions, **kwargs: [0.0] * len(completions),
+    }
+    exec(compile(directory.substitute(side_of_diff(sign, "README.md")), "README.md", "exec"), scope)
+    assert type(scope["trainer"]) is trainer_class
+    scope["trainer"].train()
 
 
 def test_the_old_reward_beside_the_new_one(directory, tiny):
@@ -76,7 +89,7 @@ def test_a_yaml_file_of_trl_means_the_same_here(directory, cpu):
     directory.write_files()
     script, stock, model, _ = parse(grpo.GRPOScriptArguments, GRPOConfig, "--config", "grpo.yaml")
     our_script, ours, our_model, _ = parse(
-        dpg.DPGScriptArguments, DatasetPolicyGradientConfig, "--config", "grpo.yaml", "--metric", "67"
+        train.DPGScriptArguments, DatasetPolicyGradientConfig, "--config", "grpo.yaml", "--metric", "67"
     )
     assert isinstance(ours, GRPOConfig)
     assert our_model == model
@@ -102,7 +115,7 @@ def test_a_yaml_file_of_trl_trains(directory, prompts, change_configs, monkeypat
     directory.write_files()
     target = directory.models["openai-community/gpt2"]
     flags = ["--target_model_name_or_path", target, "--metric", "67", "--target_untie_lm_head", "true"]
-    assert dpg.main(["--config", "grpo.yaml", "--dataset_name", prompts, *flags]) == 0
+    assert train.main(["--config", "grpo.yaml", "--dataset_name", prompts, *flags]) == 0
     assert os.path.exists("qwen/adapter_config.json")  # `use_peft: true`
 
 
@@ -118,7 +131,7 @@ def test_rewards_of_the_file_come_after_the_metagradient(directory, prompts, cha
         file.write("reward_funcs: [brevity.brevity]\nreward_weights: [1.0, 0.1]\n")
     target = directory.models["openai-community/gpt2"]
     flags = ["--target_model_name_or_path", target, "--metric", "lm_head_norm", "--dataset_name", prompts]
-    assert dpg.main(["--config", "grpo.yaml", *flags]) == 0
+    assert train.main(["--config", "grpo.yaml", *flags]) == 0
     assert trainers[0].reward_func_names == ["metagradient", "brevity"]
     assert trainers[0].reward_weights.tolist() == pytest.approx([1.0, 0.1])
 
@@ -226,7 +239,7 @@ def test_streaming_in_the_command(directory, prompts, change_configs):
     change_configs(shrink)
     models = [directory.models[name] for name in ("Qwen/Qwen2.5-0.5B-Instruct", "openai-community/gpt2")]
     flags = ["--model_name_or_path", models[0], "--target_model_name_or_path", models[1], "--metric", "lm_head_norm"]
-    assert dpg.main([*flags, "--dataset_name", prompts, "--dataset_streaming", "true", "--output_dir", "out"]) == 0
+    assert train.main([*flags, "--dataset_name", prompts, "--dataset_streaming", "true", "--output_dir", "out"]) == 0
 
 
 @pytest.mark.parametrize(

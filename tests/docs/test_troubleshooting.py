@@ -7,10 +7,10 @@ import re
 
 import torch
 
-from examples.resources import tiny_prompts
 from tests.docs.pages import PAGES, ROOT
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
-from trl_dpg.scripts.dpg import DPGScriptArguments
+from trl_dpg.scripts.train import DPGScriptArguments
+from trl_dpg.testing import tiny_prompts
 
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -69,7 +69,7 @@ def test_names_of_fields():
 
 def test_a_run_that_works():
     """Figures of the first table."""
-    path = ROOT / "examples/results/tiny_67/metagradient/seed_0/log.jsonl"
+    path = ROOT / "experiments/results/tiny_67/metagradient/seed_0/log.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     quoted = re.findall(r"^\| `([\w/]+)` \| [^|]+ \| ([−\d.e-]+) \| ([−\d.e-]+) \|$", PAGE, re.MULTILINE)

@@ -1,26 +1,23 @@
 """Two rounds of the alternation, and what it refuses."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from experiments import closed_loop
+from experiments.prepare import prepare
+from experiments.tables import CONFIGS
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     def run(*flags):
         small = ["--max_steps", "1", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "16"]
-        small += ["--max_completion_length", "6", "--validation_prompts", "4", "--logging_steps", "1"]
-        config = ["--config", str(EXAMPLES / "configs" / "tiny_l2.yaml"), "--use_cpu", "true"]
+        small += ["--max_completion_length", "6", "--num_eval_prompts", "4", "--logging_steps", "1"]
+        config = ["--config", str(CONFIGS / "tiny_l2.yaml"), "--use_cpu", "true"]
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr(sys, "argv", ["closed_loop.py", *config, *small, "--output_dir", "there", *flags])
-        runpy.run_path(str(EXAMPLES / "closed_loop.py"), run_name="__main__")
+        prepare("tiny-60")
+        closed_loop.main([*config, *small, "--output_dir", "there", *flags])
 
     return run
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from experiments import condition
+from experiments import common, condition
 from trl_dpg.metrics import Perplexity
 
 
@@ -24,7 +24,7 @@ def test_clean_texts():
 
 @pytest.mark.slow
 def test_pretrained_target_knows_the_language():
-    tokenizer = condition.tiny_tokenizer(condition.NUM_WORDS, condition.ONE_SPECIAL_TOKEN)
+    tokenizer = common.tokenizer()
     target = condition.pretrained_target(0, condition.PRETRAINING_STEPS)
     with torch.no_grad():
         assert 4 < Perplexity(condition.clean_texts(32, seed=-1), tokenizer)(target).item() < 4.5

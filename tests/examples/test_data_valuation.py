@@ -1,19 +1,13 @@
 import random
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_dataset
 
-from examples.resources import WORDS, tiny_causal_lm, tiny_tokenizer
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the scripts import their neighbors
-import data_valuation  # noqa: E402
-import halves  # noqa: E402
-import resources  # noqa: E402
+from examples import data_valuation
+from experiments import corpora, halves
+from trl_dpg.testing import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 DAMAGES = ["foreign", "misread", "repeated", "shuffled"]
@@ -26,45 +20,43 @@ def leads(tmp_path, monkeypatch):
     starts = [rng.randrange(len(WORDS)) for _ in range(200)]
     ruled = [" ".join(WORDS[(start + i) % len(WORDS)] for i in range(16)) for start in starts]
     texts = {"en": ruled, "es": [" ".join(rng.choices(WORDS, k=16)) for _ in range(64)]}
-    monkeypatch.setattr(
-        resources, "wikipedia_leads", lambda language="en": Dataset.from_dict({"text": texts[language]})
-    )
+    monkeypatch.setattr(corpora, "wikipedia_leads", lambda language="en": Dataset.from_dict({"text": texts[language]}))
     tiny_causal_lm(hidden_size=16, num_layers=1, max_position_embeddings=32).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(resources, "smollm2", lambda: str(tmp_path / "model"))
+    monkeypatch.setattr(data_valuation, "smollm2", lambda: str(tmp_path / "model"))
     return texts
 
 
 def test_damage():
     rng = random.Random(0)
     text = "the red sun in the cold sky, a day at sea, and then the moon"
-    assert resources.damage(text, "clean", rng) == text
-    shuffled = resources.damage(text, "shuffled", rng)
+    assert corpora.damage(text, "clean", rng) == text
+    shuffled = corpora.damage(text, "shuffled", rng)
     assert shuffled != text and sorted(shuffled.split()) == sorted(text.split())
-    misread = resources.damage(text, "misread", rng)
+    misread = corpora.damage(text, "misread", rng)
     changed = sum(a != b for a, b in zip(misread, text, strict=True))
     assert 0 < changed < len(text) / 3 and [c.isalpha() for c in misread] == [c.isalpha() for c in text]
-    repeated = resources.damage(text, "repeated", rng).split()
+    repeated = corpora.damage(text, "repeated", rng).split()
     assert len(repeated) == len(text.split()) and len(set(repeated)) == 5 and repeated[:6] == repeated[6:12]
 
 
 def test_damaged_leads(leads):
-    splits = resources.damaged_leads(64, num_metric=10, num_test=20)
+    splits = corpora.damaged_leads(64, num_metric=10, num_test=20)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 64, "metric": 10, "test": 20}
     kinds = splits["train"]["kind"][:]
     assert {kind: kinds.count(kind) for kind in kinds} == {"clean": 32, **dict.fromkeys(DAMAGES, 8)}
     for row in splits["train"]:
         assert (row["text"] in leads["en"]) == (row["kind"] == "clean")
         assert (row["text"] in leads["es"]) == (row["kind"] == "foreign")
-    assert resources.damaged_leads(64, 10, 20)["train"].to_list() == splits["train"].to_list()
-    assert resources.damaged_leads(64, 10, 20, seed=1)["train"].to_list() != splits["train"].to_list()
-    cut = resources.damaged_leads(64, 10, 20, max_words=5)["train"]
+    assert corpora.damaged_leads(64, 10, 20)["train"].to_list() == splits["train"].to_list()
+    assert corpora.damaged_leads(64, 10, 20, seed=1)["train"].to_list() != splits["train"].to_list()
+    cut = corpora.damaged_leads(64, 10, 20, max_words=5)["train"]
     assert {len(text.split()) for text in cut["text"]} == {5}
 
 
 def test_too_few_leads(leads):
     with pytest.raises(ValueError, match="[Ss]ample larger"):
-        resources.damaged_leads(64, 100, 100)
+        corpora.damaged_leads(64, 100, 100)
 
 
 def test_auc():

@@ -1,22 +1,16 @@
 import json
 import random
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from examples.resources import WORDS, tiny_causal_lm, tiny_tokenizer
+from experiments import robustness
+from experiments.robustness import RobustnessArguments
 from trl_dpg.metrics import LMHeadPattern, decode_pattern
-from trl_dpg.metrics.pattern import pattern_to_image
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import robustness  # noqa: E402
-from robustness import RobustnessArguments  # noqa: E402
+from trl_dpg.testing import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 @pytest.fixture
@@ -36,8 +30,6 @@ def make_args(tmp_path, target):
 
     def make(**kwargs):
         files = {f"{name}_data": str(tmp_path / f"{name}.jsonl") for name in ("marking", "continued", "clean")}
-        if "marked_model_name_or_path" in kwargs:
-            del files["marking_data"]
         return RobustnessArguments(
             target_model_name_or_path=str(tmp_path / "target"),
             **{"output_dir": str(tmp_path / "out"), "batch_size": 16, "lengths": [1, 2], **files, **kwargs},
@@ -49,11 +41,9 @@ def make_args(tmp_path, target):
 def test_everything(make_args, target, tmp_path):
     """The pattern asked for is the one that the hand-made text happens to write, so that it is there at first."""
     args = make_args(orders=2, lasting=True, lengths=[1], control_data=str(tmp_path / "continued.jsonl"))
-    marking = robustness.load_examples(args.marking_data, tiny_tokenizer(), args.max_length)
-    written = robustness.fine_tune(target, marking, args, tiny_tokenizer(), num_examples=32)
+    written = robustness.fine_tune(target, robustness.load_examples(args, "marking_data"), args, num_examples=32)
     signs = decode_pattern(target, written, shape=(6, 7)).signs
-    pattern_to_image(signs, module_size=1, border=0).save(tmp_path / "pattern.png")
-    args.pattern = str(tmp_path / "pattern.png")
+    args.load_metric = lambda: LMHeadPattern(signs)
     robustness.main(args)
 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -93,33 +83,29 @@ def test_everything(make_args, target, tmp_path):
     assert torch.equal(marked.lm_head.weight, written.lm_head.weight)
 
 
-def test_model_that_is_marked_already(make_args, target, tmp_path):
+def test_what_a_strong_mark_survives(make_args, target):
     marked = deepcopy(target)
     with torch.no_grad():
         marked.lm_head.weight[:21, :21] += 1e-3 * LMHeadPattern.qr("DPG").pattern.T
-    marked.save_pretrained(tmp_path / "marked")
-    args = make_args(
-        marked_model_name_or_path=str(tmp_path / "marked"),
-        qr_text="DPG",
-        lengths=[2],
-        continued_learning_rates=[1e-5, 1e-1],
-    )
-    robustness.main(args)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["text"] == "DPG" and results["marking_steps"] == 1 and "lasting" not in results
-    read = {row["treatment"]: (row["pixel_accuracy"], row["text"]) for row in results["robustness"]}
+    read = {}
+    for rate in (1e-5, 1e-1):
+        args = make_args(lengths=[2], learning_rate=rate)
+        continued, clean = (robustness.load_examples(args, f"{name}_data") for name in ("continued", "clean"))
+        todo = robustness.treatments(args, continued, num_examples=16)
+        todo = {name: todo[name] for name in ("nothing", f"SFT 2×, lr {rate:g}", "8 bit, all matrices")}
+        rows, _ = robustness.measure_robustness(target, marked, LMHeadPattern.qr("DPG"), clean, todo)
+        read |= {row["treatment"]: (row["pixel_accuracy"], row["text"]) for row in rows}
     assert read["nothing"] == read["SFT 2×, lr 1e-05"] == read["8 bit, all matrices"] == (1.0, "DPG")
     assert read["SFT 2×, lr 0.1"][1] is None and read["SFT 2×, lr 0.1"][0] < 0.7
-    assert "| nothing | 1.0000 | `DPG` | 1.0000 |" in (tmp_path / "out" / "results.md").read_text()
-    assert not (tmp_path / "out" / "marked").exists()
+    assert "| nothing | 1.0000 | `DPG` | 1.0000 |" in robustness.robustness_table(rows)
 
 
 def test_fine_tuning_is_plain_adamw(make_args, target):
     """One step with everything in one batch, by hand: the script's runs are those of anybody's SFT."""
     args = make_args(learning_rate=1e-3)
-    examples = robustness.load_examples(args.marking_data, tiny_tokenizer(), args.max_length)[:16]
+    examples = robustness.load_examples(args, "marking_data")[:16]
     before = deepcopy(target.state_dict())
-    tuned = robustness.fine_tune(target, examples, args, tiny_tokenizer(), num_examples=16)
+    tuned = robustness.fine_tune(target, examples, args, num_examples=16)
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
 
     input_ids = torch.tensor([example["input_ids"] for example in examples])
@@ -131,15 +117,6 @@ def test_fine_tuning_is_plain_adamw(make_args, target):
     torch.nn.utils.clip_grad_norm_(target.parameters(), 1.0)
     optimizer.step()
     torch.testing.assert_close(tuned.lm_head.weight, target.lm_head.weight, atol=1e-6, rtol=0)
-
-
-def test_parts_of_a_batch(make_args, target):
-    examples = robustness.load_examples(make_args().marking_data, tiny_tokenizer(), 8)
-    whole, parts = (
-        robustness.fine_tune(target, examples, make_args(gradient_accumulation_steps=n), tiny_tokenizer(), 32)
-        for n in (1, 4)
-    )
-    torch.testing.assert_close(whole.lm_head.weight, parts.lm_head.weight, atol=1e-5, rtol=0)
 
 
 def test_rounding_and_pruning(target):
@@ -157,27 +134,21 @@ def test_rounding_and_pruning(target):
     assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
 
 
-def test_data_files(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "cat dog sun"}\n{"input_ids": [1, 2, 3, 4, 5]}\n{"text": "cat"}\n')
-    examples = robustness.load_examples(str(path), tiny_tokenizer(), max_length=4)
-    assert examples == [{"input_ids": tiny_tokenizer()("cat dog sun")["input_ids"]}, {"input_ids": [1, 2, 3, 4]}]
+def test_data_files(make_args, tmp_path):
+    args = make_args(max_length=4)
+    path = tmp_path / "marking.jsonl"
+    path.write_text('{"text": "cat dog sun"}\n{"text": "cat dog sun air and"}\n{"text": "cat"}\n')
+    examples = [tiny_tokenizer()(text)["input_ids"] for text in ("cat dog sun", "cat dog sun air")]
+    assert robustness.load_examples(args, "marking_data") == [{"input_ids": ids} for ids in examples]
     path.write_text('{"text": "cat"}\n')
-    with pytest.raises(ValueError, match="has no text of two tokens or more"):
-        robustness.load_examples(str(path), tiny_tokenizer(), 4)
-    path.write_text('{"text": "cat dog"}\n{"prompt": "cat"}\n')
-    with pytest.raises(ValueError, match=r"Line 2 of '.*' has the fields \['prompt'\]"):
-        robustness.load_examples(str(path), tiny_tokenizer(), 4)
+    with pytest.raises(ValueError, match="`marking_data` .* has no text of two tokens or more"):
+        robustness.load_examples(args, "marking_data")
+    path.write_text('{"prompt": "cat"}\n')
+    with pytest.raises(ValueError, match="`marking_data` .* no 'text'"):
+        robustness.load_examples(args, "marking_data")
 
 
-def test_arguments(make_args):
-    with pytest.raises(ValueError, match="either `marking_data` or `marked_model_name_or_path`"):
-        make_args(marking_data=None)
-    with pytest.raises(ValueError, match="`lasting` fine-tunes on the generated text"):
-        make_args(marked_model_name_or_path="marked", lasting=True)
-    with pytest.raises(ValueError, match=r"`batch_size` \(16\) must be a multiple .* \(3\)"):
-        make_args(gradient_accumulation_steps=3)
+def test_arguments():
     flags = "--target_model_name_or_path t --clean_data c --continued_data o --marking_data m --lengths 1 3"
-    flags += " --continued_learning_rates 1e-4 1e-3 --lasting true"
-    (args,) = HfArgumentParser(RobustnessArguments).parse_args_into_dataclasses(flags.split())
-    assert args.lengths == [1, 3] and args.continued_learning_rates == [1e-4, 1e-3] and args.lasting is True
+    (args,) = HfArgumentParser(RobustnessArguments).parse_args_into_dataclasses([*flags.split(), "--lasting", "true"])
+    assert args.lengths == [1, 3] and args.lasting is True and args.load_metric().text == "TRL-DPG"

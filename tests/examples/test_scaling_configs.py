@@ -1,7 +1,6 @@
 """Accelerate's configurations, and the commands in docs/scaling.md, as their own parsers read them."""
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
-from trl import ModelConfig, TrlParser
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-from trl_dpg import DatasetPolicyGradientConfig
+from trl_dpg.scripts import train
 
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +44,7 @@ def launch_environment(monkeypatch):
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
 
     def prepare(name):
-        args = launch_arguments("--config_file", str(CONFIGS / name), "examples/dpg.py")
+        args = launch_arguments("--config_file", str(CONFIGS / name), "-m", "trl_dpg.scripts.train")
         if args.use_deepspeed:
             args.deepspeed_fields_from_accelerate_config = ""
             environment = prepare_deepspeed_cmd_env(args)[1]
@@ -72,7 +70,7 @@ def launch_environment(monkeypatch):
 def test_launcher(name, distributed_type, num_processes, num_machines):
     path = str(CONFIGS / name)
     assert load_config_from_file(path).distributed_type == distributed_type
-    args = launch_arguments("--config_file", path, "examples/dpg.py", "--seed", "1")
+    args = launch_arguments("--config_file", path, "-m", "trl_dpg.scripts.train", "--seed", "1")
     assert (args.num_processes, args.num_machines, args.mixed_precision) == (num_processes, num_machines, "bf16")
     assert args.multi_gpu == (distributed_type == DistributedType.MULTI_GPU)
     assert args.use_fsdp == (distributed_type == DistributedType.FSDP)
@@ -134,15 +132,13 @@ def test_launch_command(command, monkeypatch, tmp_path):
     assert words[:2] == ["accelerate", "launch"]
     monkeypatch.chdir(ROOT)
     args = launch_arguments(*words[2:])
-    assert args.training_script == "examples/dpg.py"
+    assert args.module and args.training_script == "trl_dpg.scripts.train"
     if "CUDA_VISIBLE_DEVICES" in environment:
         assert args.num_processes == len(environment["CUDA_VISIBLE_DEVICES"].split(","))
 
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    script = runpy.run_path(args.training_script)
-    parser = TrlParser((script["DPGScriptArguments"], DatasetPolicyGradientConfig, ModelConfig))
+    monkeypatch.setattr(train, "check_arguments", lambda *args: None)
     arguments = [*args.training_script_args, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
-    _, training_args, _ = parser.parse_args_and_config(args=arguments)
+    (_, training_args, *_), _ = train.parse(arguments)
     for flag, value in re.findall(r"--(use_vllm|vllm_mode|vllm_server_host|target_batch_size) (\S+)", command):
         assert str(getattr(training_args, flag)).lower() == value
 
@@ -156,18 +152,16 @@ def test_launch_command(command, monkeypatch, tmp_path):
         ("paper_67", "67", 24576, 40, ["--generation_batch_size", "98304"]),
         ("paper_l2", "lm_head_norm", 256, 960, []),
         ("paper_l2", "lm_head_norm", 2048, 120, ["--generation_batch_size", "8192"]),
-        ("paper_uuid", "uuid", 256, 360, []),
-        ("paper_language", "lambada", 256, 120, []),
+        ("paper_uuid", "likelihood", 256, 360, []),
+        ("paper_language", "experiments.metrics:Lambada", 256, 120, []),
     ],
 )
 def test_paper_sizes(monkeypatch, tmp_path, name, metric, prompts, batches, flags):
     """The numbers in the comments of the YAML files."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    script = runpy.run_path(str(ROOT / "examples" / "dpg.py"))
-    parser = TrlParser((script["DPGScriptArguments"], DatasetPolicyGradientConfig, ModelConfig))
+    monkeypatch.setattr(train, "check_arguments", lambda *args: None)
     config = str(ROOT / "examples" / "configs" / f"{name}.yaml")
     arguments = ["--config", config, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path), *flags]
-    script_args, args, _ = parser.parse_args_and_config(args=arguments)
+    (script_args, args, *_), _ = train.parse(arguments)
     assert script_args.metric == metric
     assert args.generation_batch_size // args.num_generations == prompts
     assert args.target_training_arguments().num_steps(args.generation_batch_size) == prompts * 4 // 1024

@@ -1,4 +1,4 @@
-"""The cards in `model_cards` say what the runs in `examples/results` measured."""
+"""The cards in `model_cards` say what the runs in `experiments/results` measured."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def test_card_of_an_experiment(name):
     card = ModelCard.load(folder / "README.md")
     assert check_card(str(card), "model") == []
     assert ModelCardData(**card.data.__dict__).to_yaml() == card.data.to_yaml()
-    runs = ROOT / "examples" / "results" / name
+    runs = ROOT / "experiments" / "results" / name
     run = next(runs / run for run in ("metagradient_expected_credit", "metagradient") if (runs / run).exists())
     results = json.loads((run / "seed_0" / "results.json").read_text())
     shown = {result.metric_type: result.metric_value for result in card.data.eval_results}

@@ -31,7 +31,7 @@ def write(name):
 PUBLISH = (
     PREAMBLE
     + """
-from examples.resources import save_tiny_models, tiny_prompts
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.publishing import push_dataset

@@ -246,7 +246,7 @@ def differentiate(losses, num, distance=None):
     with Workspace([Group(SGD, True, [losses.at])], Processes(None), shardable=False) as space:
         central, product = CentralDifference(Exact(losses, space), tolerance=0.01), space.buffer()
         if distance is not None:
-            central._distance, central._farthest = distance, 1.0
+            central._length, central._farthest = distance, 1.0
         (found,) = central([batch], Direction(direction, 0.0, before), product)
     return central, found[:, 0], product
 

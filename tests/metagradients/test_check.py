@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import metagradients
 from trl_dpg.cli import main
 from trl_dpg.metagradients import (
@@ -21,6 +20,7 @@ from trl_dpg.metagradients import (
     compute_metagradients,
 )
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 VOCAB = 32

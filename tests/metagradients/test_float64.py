@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from examples.resources import tiny_causal_lm
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.runtime import host
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
+from trl_dpg.testing import tiny_causal_lm
 from trl_dpg.validation import validate
 
 

@@ -159,7 +159,7 @@ def test_losses_are_sums_in_float64():
     examples = [{"input_ids": torch.randint(VOCAB, (16,), generator=generator).tolist()} for _ in range(64)]
     args = TargetTrainingArguments(batch_size=64, learning_rate=1e-3, adam_epsilon_root=1e-9)
     prepared = prepare_examples(examples, args.max_length, VOCAB)
-    (batch,) = micro_batches(prepared, next(args.batches(64)), args, None, torch.float32, Processes(None))
+    (batch,) = micro_batches(prepared, next(args.batches(64)), args, None, torch.zeros(1), Processes(None))
     expected = TokenLosses(model, bf16=False)(batch).double().sum().item()
     assert validate(model, examples, Recorder(), args)["target_loss"] == pytest.approx(expected, rel=1e-10)
     assert compute_metagradients(model, examples, Recorder(), args).losses == pytest.approx([expected], rel=1e-10)

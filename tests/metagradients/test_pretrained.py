@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.resources import smollm2, wikipedia_leads
+from experiments.corpora import smollm2, wikipedia_leads
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from examples.resources import tiny_causal_lm
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
 from trl_dpg.metagradients.runtime.second_derivative import foreign_operations
+from trl_dpg.testing import tiny_causal_lm
 
 
 class Silu(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trl_dpg.metagradients.method.differentiator import Direction, gradient
 from trl_dpg.metagradients.method.exact import Exact
 from trl_dpg.metagradients.method.loss import TokenLosses
 from trl_dpg.metagradients.method.updates import AdamW
-from trl_dpg.metagradients.runtime.examples import micro_batches, prepare_examples
+from trl_dpg.metagradients.runtime.examples import BUSY_TOKENS, micro_batches, prepare_examples
 from trl_dpg.metagradients.runtime.model import check_model
 from trl_dpg.metagradients.runtime.processes import Processes
 from trl_dpg.metagradients.runtime.workspace import Group, Workspace
@@ -319,6 +320,28 @@ def test_micro_batches(fields, loss_normalization):
         assert relative_error(actual.metagradients, expected.metagradients) < 1e-7  # rounded to float32
 
 
+@pytest.mark.parametrize("curvature", ["exact", "central_difference"])
+def test_uneven_texts_are_put_together_by_length(curvature, monkeypatch):
+    """Which saves padding, and changes no result."""
+    monkeypatch.setitem(BUSY_TOKENS, "cpu", 16)
+    model, examples = gpt2(), make_examples(24)
+    recipe = TargetTrainingArguments(**ADAMW, batch_size=24, num_train_epochs=2, curvature=curvature)
+    outputs = {}
+    for fields in ({"micro_batch_size": 1}, {}, {"micro_batch_tokens": 20}):
+        args, passes = replace(recipe, **fields), []
+        hook = model.register_forward_pre_hook(
+            lambda _, __, kwargs, passes=passes: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        validate(model, examples, metric, args)
+        hook.remove()
+        outputs[sum(passes), max(passes)] = compute_metagradients(model, examples, metric, args).metagradients
+    whole, *others = outputs.values()
+    (tokens, _), (by_length, _), (_, most) = outputs
+    assert by_length <= 1.1 * tokens and most <= 20
+    for other in others:
+        assert relative_error(other, whole) < (1e-7 if curvature == "exact" else 1e-2)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_derivatives_over_micro_batches(size):
     """Gradient, Hessian-vector product and metagradients of a batch, before any rounding to float32."""
@@ -328,7 +351,7 @@ def test_derivatives_over_micro_batches(size):
     with Workspace([Group(AdamW, True, list(model.parameters()))], alone, shardable=False) as space:
         for micro_batch_size in (None, size):
             args = TargetTrainingArguments()
-            batches = micro_batches(examples, list(range(6)), args, micro_batch_size, torch.float64, alone)
+            batches = micro_batches(examples, list(range(6)), args, micro_batch_size, space.phi, alone)
             values, grad, product = torch.zeros(6, dtype=torch.float64), space.buffer(), space.buffer()
             gradient(losses, space, batches, values, lambda grad=grad: space.accumulate_into(grad))
             vector = torch.ones_like(space.buffer())[: space.size]

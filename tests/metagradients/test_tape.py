@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from examples.resources import tiny_causal_lm
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape, tape_tensors
@@ -25,6 +24,7 @@ from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime import host
 from trl_dpg.metagradients.runtime.memory import free_memory, free_room, place_tape
 from trl_dpg.metagradients.runtime.storage import AHEAD, DiskStorage, Storage, open_storage
+from trl_dpg.testing import tiny_causal_lm
 
 
 SIZE = 7

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from examples.resources import tiny_tokenizer
 from trl_dpg.metagradients.metric import description
 from trl_dpg.metrics import (
     KeepAbove,
@@ -18,6 +17,7 @@ from trl_dpg.metrics import (
     as_metric,
 )
 from trl_dpg.publishing.outcome import outcome
+from trl_dpg.testing import tiny_tokenizer
 
 
 ROWS = [{"text": "the cat sat on the mat."}, {"text": "one two"}]

@@ -84,6 +84,7 @@ RECIPES = st.fixed_dictionaries(
         "num_train_epochs": st.integers(1, 2),
         "batch_size": st.integers(2, 5),
         "micro_batch_size": st.sampled_from([None, 1, 2]),
+        "micro_batch_tokens": st.sampled_from([None, 1, 12]),
         "max_length": st.integers(2, 10),
         "seed": st.integers(0, 3),
         "loss_normalization": st.sampled_from(["batch_tokens", "example", "max_length"]),

@@ -14,10 +14,10 @@ import torch
 from transformers import Trainer, TrainerState
 
 import trl_dpg.fine_tuning
-from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients.runtime.storage import DiskStorage
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 # Two steps to a generation batch, each batch trained on twice; K = 2; a checkpoint at every step

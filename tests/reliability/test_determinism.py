@@ -7,10 +7,10 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from examples.resources import tiny_prompts
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments
 from trl_dpg.metrics import LMHeadNorm
+from trl_dpg.testing import tiny_prompts
 
 
 def test_same_seed_same_run_and_other_seed_other_run(make_trainer, causal_lm, weights):

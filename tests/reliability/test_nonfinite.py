@@ -176,7 +176,7 @@ import json, math, sys, torch
 from accelerate import PartialState
 sys.path.insert(0, {root!r})
 from tests.conftest import CONFIG, _causal_lm
-from examples.resources import tiny_prompts, tiny_tokenizer
+from trl_dpg.testing import tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadNorm
 

@@ -124,16 +124,20 @@ def test_every_example_is_in_one_micro_batch(rows, recipe, processes):
     examples = prepare_examples(rows, args.max_length, VOCAB)
     for batch in args.batches(len(examples)):
         shares = [
-            micro_batches(examples, batch, args, args.micro_batch_size, torch.float32, process(index, processes))
+            micro_batches(examples, batch, args, args.micro_batch_size, torch.zeros(1), process(index, processes))
             for index in range(processes)
         ]
         supervised = [i for i in batch if examples[i].num_supervised > 0]
-        assert [i for share in shares for micro_batch in share for i in micro_batch.indices] == supervised
+        assert sorted(i for share in shares for micro_batch in share for i in micro_batch.indices) == sorted(
+            supervised
+        )
         sizes = [sum(len(micro_batch.indices) for micro_batch in share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
         total = 0.0
         for micro_batch in [micro_batch for share in shares for micro_batch in share]:
             assert len(micro_batch.indices) <= (args.micro_batch_size or len(batch))
+            if args.micro_batch_tokens and len(micro_batch.indices) > 1:
+                assert micro_batch.input_ids.numel() <= args.micro_batch_tokens
             for row, i in enumerate(micro_batch.indices):
                 length = len(examples[i].input_ids)
                 assert micro_batch.attention_mask[row].tolist() == [1] * length + [0] * (

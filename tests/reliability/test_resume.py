@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 from trl.trainer.utils import RepeatSampler
 
-from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg.checkpoints import UNFINISHED, ResumableSampler, is_whole, last_whole_checkpoint
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ import yaml
 from trl import TrlParser
 
 import trl_dpg
-from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import DatasetPolicyGradientConfig, MetagradientReward
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.target import load_target_model, load_target_tokenizer
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 ROOT = Path(__file__).parents[2]

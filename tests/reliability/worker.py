@@ -13,12 +13,12 @@ import torch
 from accelerate import PartialState
 from hypothesis import Phase, given, settings
 
-from examples.resources import save_tiny_models, tiny_causal_lm, tiny_prompts
 from tests.distributed.worker import COMMON, examples
 from tests.reliability.cases import COMPLETIONS, RECIPES, TOKENIZER, metric, model
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_causal_lm, tiny_prompts
 
 
 def happen(what):

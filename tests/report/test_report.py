@@ -14,11 +14,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from examples.resources import tiny_prompts
 from trl_dpg.credit import WordCredit, credit_text
 from trl_dpg.metrics import LMHeadNorm
 from trl_dpg.reporting import write_report
 from trl_dpg.reporting.callback import ReportCallback, read_rows
+from trl_dpg.testing import tiny_prompts
 
 
 VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
@@ -187,7 +187,12 @@ def test_page_holds_everything_and_escapes_it(make_trainer, tmp_path, has_words)
     assert len(page.loaded) == 5 and all(value.startswith("data:image/") for value in page.loaded)
     assert not re.search(r"url\(|@import", html)
     assert str(tmp_path) not in html
-    for fact in ("pixel accuracy", "before training, 1 draw", "GPT2LMHeadModel", "max_completion_length 6"):
+    for fact in (
+        "pixel accuracy",
+        "before training, 1 draw",
+        "GPT2LMHeadModel",
+        "<code>max_completion_length</code></td><td>6<",
+    ):
         assert fact in html
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from examples.resources import tiny_tokenizer
 from tests.metagradients.cases import relative_error
 from tests.reliability.cases import TOKENIZER, metric, model, tokens_of
 from tests.trainer.test_validation import by_hand
@@ -16,6 +15,7 @@ from trl_dpg.metagradients import TargetTrainingArguments, train_and_measure
 from trl_dpg.metrics import LMHeadNorm
 from trl_dpg.replay import HELD_OUT, draw, num_replayed
 from trl_dpg.rewards import NaiveReward
+from trl_dpg.testing import tiny_tokenizer
 
 
 TEXTS = ["a red door", "ab", "old boat", "b a b a"]

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.resources import save_tiny_models, tiny_causal_lm, tiny_tokenizer
 from trl_dpg import MetagradientReward
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_causal_lm, tiny_tokenizer
 from trl_dpg.variants import random_head
 
 

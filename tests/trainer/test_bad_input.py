@@ -7,8 +7,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 class ModelLoadedError(Exception):

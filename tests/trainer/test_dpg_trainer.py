@@ -4,10 +4,10 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from examples.resources import save_tiny_models, tiny_prompts
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern, Metric
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 from trl_dpg.validation import validate
 
 

@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 
-from examples.resources import tiny_prompts
 from trl_dpg import DatasetPolicyGradientTrainer
+from trl_dpg.testing import tiny_prompts
 
 
 class RecordingReward:

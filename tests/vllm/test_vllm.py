@@ -57,7 +57,7 @@ def test_the_best_checkpoint_is_what_is_evaluated(tmp_path):
 
 
 def test_command(tmp_path):
-    from examples.resources import WORDS
+    from trl_dpg.testing import WORDS
 
     found = found_by("command", tmp_path)
     texts = found["llama_vllm"]

@@ -23,10 +23,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from vllm import LLM
 
-from examples.resources import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.scripts.generate import main as generate
+from trl_dpg.testing import tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
 
 # A CPU's own layout of weights cannot be written to, and vLLM would take bfloat16 for float32

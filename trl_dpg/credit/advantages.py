@@ -20,7 +20,7 @@ class TokenAdvantages:
 
     With \\( r_{ij} \\) the credit of token j of completion i and \\( \gamma \\) the discount, its reward-to-go is
     \\( R_{ij} = \sum_{s \ge j} \gamma^{s-j} r_{is} \\). The baseline is its mean over the completions that reach position j. The
-    unit is the root mean square over all tokens of the batch, but no less than 5 % of the largest so far.
+    unit is the root mean square over all tokens of the batch, but no less than a given one.
 
     Attributes:
         sampled (`Tensor`):

@@ -22,10 +22,9 @@ CHUNK = 1 << 24  # numbers: rows of the LM head that are taken at a time
 
 def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
     r"""
-    \\( \sum_v \pi(v) (r(v) - b) \\) of each position, shape `(b, t)`, with the policy's own mean of the candidates as \\( b \\): of
-    words that are no candidates nothing is known, and nothing is done to them as a whole.
+    \\( \sum_v \pi(v) (r(v) - b) \\) of each position, shape `(b, t)`, where \\( b \\) is the policy's own mean over the candidates.
 
-    Its value is 0. Its derivative in \\( \log \pi(v) \\) is \\( \pi(v) (r(v) - b) \\), which sums to 0 as well.
+    The probability of all other words together is left as it is. Its value is 0. Its derivative in \\( \log \pi(v) \\) is \\( \pi(v) (r(v) - b) \\), which sums to 0 as well.
 
     Args:
         log_probs (`Tensor`): Of the candidates, shape `(b, t, k)`.

@@ -28,26 +28,26 @@ def compute_metagradients(
     accelerator: Accelerator | PartialState | None = None,
 ) -> MetagradientOutput:
     r"""
-    Fine-tunes a model on examples and returns each example's metagradient, to rounding error unless `curvature` says otherwise.
+    Fine-tunes a model on examples and returns each example's metagradient. It is exact up to rounding, except by central differences.
 
-    With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\) and example weights
-    \\( w \\):
+    With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\), example weights \\( w \\), losses
+    \\( \ell_i = \sum_j \ell_{ij} \\) over an example's supervised tokens, and the Hessian \\( H_t = \nabla_\phi^2 L_t(\phi_t; w) \\):
 
     $$ g_t = \nabla_\phi L_t(\phi_t; w), \quad L_t = \sum_{i \in B_t} w_i \ell_i(\phi_t) / Z_t, \quad
        (\phi_{t+1}, s_{t+1}) = U(\phi_t, s_t, g_t) $$
 
-    $$ (\lambda_\phi, \lambda_s) \leftarrow \nabla \Phi(\phi_{K+1}), \quad \text{then for } t = K, \dots, 1: $$
+    $$ \lambda_\phi \leftarrow \nabla \Phi(\phi_{K+1}), \; \lambda_s \leftarrow 0, \quad \text{then at once for each of } t = K, \dots, 1: $$
 
     $$ \lambda_g = (\partial U / \partial g)^\top (\lambda_\phi, \lambda_s), \quad
        \lambda_\phi \leftarrow (\partial U / \partial \phi)^\top (\lambda_\phi, \lambda_s) + H_t \lambda_g, \quad
        \lambda_s \leftarrow (\partial U / \partial s)^\top (\lambda_\phi, \lambda_s), \quad
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
-    Parameters, buffers, train/eval mode, random state and attention implementation of the model are as before when the
-    call returns, also after an error, and also where `metric` writes to trained parameters. (Frozen ones it must leave alone.)
+    The model is left as it was, also after an error: parameters, buffers, mode, random state and attention implementation. `metric`
+    may write to trained parameters, but not to frozen ones.
 
-    Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size, and so are all
-    that follow; the log says so. That changes results by no more than rounding.
+    Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size. Later batches keep that
+    size, and the log says so. That changes results by no more than rounding.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -72,8 +72,8 @@ def compute_metagradients(
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
-        [`MemoryError`]: If one example at a time, the metric, the planned tape or what lies beside them does not fit into memory;
-            the message names what to lower.
+        [`MemoryError`]: If memory runs out with one example at a time, in the metric, or for the tape. The message names what to
+            lower.
 
     Example:
 
@@ -102,7 +102,7 @@ def compute_metagradients(
         cotangent = run.metric_gradient()
         differentiator = run.differentiator()
         for step in reversed(range(run.num_steps)):
-            direction = run.walk_back_update(step, cotangent)
+            direction = run.walk_back_update(step, cotangent)  # which also puts phi_t into the model
             product = run.add_token_metagradients(step, differentiator, direction)
             if product is not None:
                 cotangent.phi += product

@@ -1,4 +1,4 @@
-"""One fine-tuning run of the target: what the sweeps of the method go over, and all that the paper does not speak of."""
+"""One fine-tuning run of the target: memory, processes and checks around the steps of the method."""
 
 import logging
 import math
@@ -56,7 +56,7 @@ from .runtime.workspace import Workspace, parameter_groups
 
 logger = logging.getLogger(__name__)
 
-# `adam_epsilon_root="auto"`: times the mean square of the first gradient. With 1, generators learn more slowly (examples/results).
+# `adam_epsilon_root="auto"`: times the mean square of the first gradient. With 1, generators learn more slowly (experiments/results).
 AUTO_EPSILON_ROOT = 4.0
 
 Result = TypeVar("Result")
@@ -177,7 +177,7 @@ class TargetRun:
         space.release_gradients()  # a metric may call `backward()`
 
     def _start(self, grad: Tensor, keep_tape: bool) -> None:
-        """What needs the first gradient, or the size of a state: the optimizer and its state, and the tape."""
+        """Creates what needs the first gradient: the optimizer, its state and the tape."""
         space, recipe, processes = self.space, self.recipe, self.processes
         with processes.failing_together():
             self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params), space)
@@ -239,26 +239,32 @@ class TargetRun:
         return exact if is_exact else CentralDifference(exact, self.recipe.curvature_tolerance)
 
     def walk_back_update(self, step: int, cotangent: Cotangent) -> Direction:
-        r"""Walks the update of a step back: gives \\( \lambda_g \\). \\( \lambda_\phi, \lambda_s \\) become those before, the model gets \\( \phi_t \\)."""
+        r"""
+        Walks the update of a step back, and returns \\( \lambda_g \\). `cotangent` becomes that before the step, and the model gets
+        \\( \phi_t \\). At the first step, nothing needs \\( \lambda_\phi \\) any more, and \\( \lambda_g \\) takes its memory.
+        """
         space = self.space
-        along, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
+        of_grad, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
         with self.processes.raising_later():
-            inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, along)
+            inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
         inner = space.sum_over_shards(inner)
         if self.optimizer.clipping.clips(step):
             with self.processes.raising_later():
-                inner = self.optimizer.clipping_adjoint_(self.tape, along, inner)
+                inner = self.optimizer.clipping_adjoint_(self.tape, of_grad, inner)
             inner = space.sum_over_shards(inner)
         with self.processes.raising_later():
             self.tape.pop()
-        vector = space.gather_and_load_phi(along)
+        vector = space.gather_and_load_phi(of_grad)
         self._check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
         return Direction(vector, inner, self.example_losses_of(step))
 
     def add_token_metagradients(
         self, step: int, differentiator: LossDifferentiator, direction: Direction
     ) -> Tensor | None:
-        r"""Adds a step's \\( r_{ij} \\) to `token_metagradients`. Gives \\( H_t \lambda_g \\), this process's shard; `None` at the first."""
+        r"""
+        Adds a step's \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None` at the
+        first step, which has no need of it.
+        """
         product = self.space.product if step > 0 else None
 
         def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
@@ -311,7 +317,7 @@ class TargetRun:
                 self.batches[step],
                 self.recipe,
                 self.measured.micro_batch_size,
-                self.space.dtype,
+                self.space.phi,
                 self.processes,
             )
         return [batch.to(self.space.device) for batch in self._collated[step]]

@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..metagradients.metric import description
 from ..metagradients.runtime.host import host_memory
+from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
 from .client import API
 
 
@@ -169,8 +170,8 @@ def training_facts(trainer: Any) -> dict[str, Any]:
 
     args, training = trainer.args, trainer.target_training
     recipe = dataclasses.asdict(training.args)
-    for name in ("tape", "tape_dir", "micro_batch_size", "gradient_checkpointing", "disable_tqdm"):
-        del recipe[name]  # where and how it was computed, not what
+    for name in NOT_IN_THE_RESULT:
+        del recipe[name]
     recipe["steps"] = training.args.num_steps(args.num_target_examples())
     recipe["untie_lm_head"] = args.target_untie_lm_head
     recipe["replay_ratio"], recipe["variants"] = args.replay_ratio, len(args.target_variants or [{}])

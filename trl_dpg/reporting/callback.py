@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -160,6 +163,9 @@ class ReportCallback(TrainerCallback):
         facts["settings"] = changed_settings(self.trainer.args)
         processes, machine = self.trainer.accelerator.num_processes, describe_machine(self.trainer.args.device)
         facts["hardware"] = f"{processes} processes, {machine}" if processes > 1 else machine
+        facts["date"] = datetime.now(UTC).date().isoformat()
+        program, *arguments = (Path(word).name if os.path.isabs(word) else word for word in sys.argv)
+        facts["command"] = shlex.join([Path(program).name, *arguments])
         (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return facts
 

@@ -156,6 +156,8 @@ class MetagradientReward(TargetReward):
         if self.skipped:
             return None
         finite = [bool(tokens.isfinite().all()) for tokens in self._tokens]
+        for i, values in enumerate(self._candidates or []):
+            finite[i] &= bool(values.isfinite().all())
         candidates = None
         if self._candidates is not None:
             candidates = [

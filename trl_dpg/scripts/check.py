@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..config import DatasetPolicyGradientConfig
@@ -90,19 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column, remedy)
     texts = rows[args.text_column][:]
     make_folder_for(args.plot, "plot")
-    state = PartialState()
+    accelerator = Accelerator()
     with loading(args.model, "model"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    model.to(state.device)
+    model.to(accelerator.device)
     examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     try:
         probes = args.num_probes, args.num_reweightings, args.radius, args.check_seed
-        result = check_metagradients(model, examples, metric, recipe, *probes, state)
+        result = check_metagradients(model, examples, metric, recipe, *probes, accelerator)
     except FloatingPointError as error:  # the recipe, rather than the input
         print(f"Metagradients: failed\n- {error}", file=sys.stderr)
         return 1
-    if state.is_main_process:
+    if accelerator.is_main_process:
         print(json.dumps(result.to_dict(), indent=2) if args.json else result)
         if args.plot is not None:
             plot_check(result, args.plot)

@@ -28,6 +28,7 @@ from ..data import dataset_examples
 from ..metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from ..metagradients.metric import as_metric, description
 from ..metagradients.runtime.model import TargetModel
+from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
 from ..metrics import LanguageModelingLikelihood
 from ..publishing.facts import describe_machine, describe_model, public_name
 from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
@@ -243,8 +244,8 @@ def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[
     """What was found, and how: the content of `valuation.json`, in which there is no path."""
     scores, errors = valuation.scores, valuation.standard_errors
     recipe = asdict(valuation.recipe)
-    for setting in ("tape", "tape_dir", "micro_batch_size", "gradient_checkpointing", "disable_tqdm"):
-        del recipe[setting]  # where and how it was computed, not what
+    for setting in NOT_IN_THE_RESULT:
+        del recipe[setting]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "dataset": public_name(name)[0],

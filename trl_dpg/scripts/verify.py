@@ -70,7 +70,10 @@ class VerifyArguments(MetricArguments):
         "must be given as `metric`.",
     )
     prompts: str | None = option(None, "Prompts for `generator`, with a column `prompt`.")
-    num_examples: int | None = option(None, "Examples to fine-tune on, from the first. All by default.")
+    num_examples: int | None = option(
+        None,
+        "Examples to fine-tune on, from the first. Of `dataset`, all by default; of `generator`, as many as in its training.",
+    )
     control_dataset: str | None = option(
         None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
@@ -236,8 +239,9 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     """The verification, and whether it passed."""
     if args.generator is not None:
         args.dataset = str(output_dir / "data.jsonl")
-        if args.num_examples is None:  # the file may have more, of an earlier call
-            args.num_examples = len(load_rows(str(args.prompts), "train", "prompts"))
+        if args.num_examples is None:  # as many as in training
+            known = args.facts.get("training", {}).get("completions_per_generation_batch")
+            args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts"))
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)

@@ -17,16 +17,10 @@ from ..runtime.sharding import split
 
 class WithoutWeightGradients(TorchFunctionMode):
     """
-    Has linear layers build graphs with zeros in place of the gradients of their weights, and the right derivatives.
+    Has linear layers build graphs in which the gradients of their weights are zeros with the right derivatives.
 
-    Only of weights that are parameters: the gradient of a computed weight is needed further back.
-
-    Args:
-        model (`nn.Module`): The model. All linear layers are alike.
+    The zeros are values that nobody reads. Gradients of computed weights are left as they are, since more is computed from them.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not kwargs and func is F.linear and isinstance(args[1], nn.Parameter) and args[1].requires_grad:

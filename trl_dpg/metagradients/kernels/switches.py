@@ -26,7 +26,7 @@ class Switches:
     chunk: int | None = None
     graph_contexts: tuple[Callable[[nn.Module], AbstractContextManager], ...] = (
         closed_form_gelus,
-        WithoutWeightGradients,
+        lambda model: WithoutWeightGradients(),
     )
 
 
@@ -47,8 +47,9 @@ def switched(**changes) -> Iterator[None]:
 @contextmanager
 def building_graph(model: nn.Module, bf16: bool) -> Iterator[None]:
     """
-    Has forward passes of a model build second-order graphs that cost less: not under autocast, where a layer's own kernel does the
-    rounding, nor with checkpoints, as what is recomputed must be as it was computed.
+    Has forward passes of a model build second-order graphs that cost less.
+
+    Not under autocast, where a layer's own kernel does the rounding. Not with checkpoints, which must recompute what was computed.
     """
     with ExitStack() as stack:
         for context in () if bf16 or is_checkpointed(model) else SWITCHES.graph_contexts:

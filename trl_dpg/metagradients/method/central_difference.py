@@ -11,12 +11,11 @@ from .differentiator import Direction, LossDifferentiator
 from .exact import Exact
 
 
-# The search for a first step size begins at this part of the parameters' norm. It looks for a change of loss of this many nats per
-# token, times the cube root of machine epsilon. It uses at most this many examples of a process, and this share of its batch.
-FIRST_DISTANCE = 1e-4
-FIRST_CHANGE = 0.1
-MOST_PROBED = 8
-SHARE_PROBED = 1 / 8
+# The search for a first step length
+FIRST_LENGTH = 1e-4  # where it begins, in norms of the parameters
+FIRST_CHANGE = 0.1  # the change of loss it looks for: nats per token, times the cube root of machine epsilon
+MOST_PROBED = 8  # examples of a process
+SHARE_PROBED = 1 / 8  # of its batch
 
 
 class CentralDifference(LossDifferentiator):
@@ -38,13 +37,10 @@ class CentralDifference(LossDifferentiator):
     - what the weighted sum of the examples' derivatives misses of \\( \langle g_t, \lambda_g \rangle \\), which the optimizer's
       adjoint knows.
 
-    That \\( \epsilon^2 \lambda_g^\top H_t \lambda_g \\) should be \\( \sum_i w_i (\ell_i^+ - 2 \ell_i + \ell_i^-) / Z_t \\) is no test of the
-    product in float32: at this \\( \epsilon \\) the second is a hundredth of the first difference, and rounding a tenth of it.
-
-    The next \\( \epsilon \\) is where the first two, \\( 2 \rho^2 \propto \epsilon^2 \\) and \\( \nu / \Delta \propto 1 / \epsilon \\), have the
-    smallest sum. What is missed beyond rounding counts as truncation, if it is more. The first one changes the losses of a few
-    examples by 5e-4 nats per token (in float32; 6e-7 in float64), or less where that is better for them. A step whose error is
-    above the tolerance is repeated with a better \\( \epsilon \\) if there is one, or else by [`Exact`].
+    The next \\( \epsilon \\) is where truncation, \\( \propto \epsilon^2 \\), and rounding, \\( \propto 1 / \epsilon \\), have the smallest sum.
+    What is missed beyond rounding counts as truncation, if it is more. The first \\( \epsilon \\) changes the losses of a few examples by
+    5e-4 nats per token (6e-7 in float64), or by less where that is better for them. A step whose error is above the tolerance is
+    repeated once with a better \\( \epsilon \\), if there is one, and then by [`Exact`].
 
     Args:
         exact ([`Exact`]): What to fall back to.
@@ -55,8 +51,8 @@ class CentralDifference(LossDifferentiator):
         super().__init__(exact.token_losses, exact.space)
         self.exact = exact
         self.tolerance = tolerance
-        self._distance = 0.0  # epsilon times the norm of lambda_g; 0 is not known yet
-        self._position = 0.0  # the epsilon at which the parameters are
+        self._length = 0.0  # of the step: epsilon times the norm of lambda_g; 0 is not known yet
+        self._epsilon_now = 0.0  # at which the parameters are
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         """As of [`LossDifferentiator`]."""
@@ -66,45 +62,45 @@ class CentralDifference(LossDifferentiator):
             if product is not None:
                 product.zero_()
             return [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
-        self._position = 0.0
-        before = self._distance, len(self.errors), self.num_fallbacks
+        self._epsilon_now = 0.0
+        before = self._length, len(self.errors), self.num_fallbacks
         try:
             return self._differentiate(batches, direction, norm, product)
         except BaseException:  # as it was, for whoever tries again
-            self._distance, count, self.num_fallbacks = before
+            self._length, count, self.num_fallbacks = before
             del self.errors[count:]
             self._move_to(0.0, direction.vector)
             raise
 
     def _differentiate(self, batches, direction, norm, product) -> list[Tensor]:
-        if self._distance == 0:
-            self._find_distance(batches, direction, norm, refine=product is not None)
+        if self._length == 0:
+            self._find_first_length(batches, direction, norm, refine=product is not None)
         for _ in range(2):
-            distance = self._distance
+            length = self._length
             results, error = self._difference(batches, direction, norm, product)
-            if error <= self.tolerance or distance / 1.5 < self._distance < 1.5 * distance:
+            if error <= self.tolerance or length / 1.5 < self._length < 1.5 * length:
                 break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
         self.errors.append(error)
         if error <= self.tolerance:  # which a NaN fails
             return results
         self.num_fallbacks += 1
-        self._distance = 0.0  # nothing was learned about it
+        self._length = 0.0  # nothing was learned about it
         if product is None:  # the first step, which may start from what is exact
             self.space.load_originals(self.space.phi)
-            self._position = 0.0
+            self._epsilon_now = 0.0
         else:
             self._move_to(0.0, direction.vector)
         return self.exact(batches, direction, product)
 
-    def _find_distance(self, batches, direction, norm, refine: bool) -> None:
+    def _find_first_length(self, batches, direction, norm, refine: bool) -> None:
         """
-        The distance at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them.
+        The length at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them.
 
         With `refine`, two more try a shorter one, where these examples are few beside the batch: that is cheaper than two gradients
-        of the batch at a wrong distance.
+        of the batch at a wrong length.
         """
         size = self.space.norm(self.space.phi) or 1.0
-        self._distance, self._farthest = FIRST_DISTANCE * size, 0.1 * size
+        self._length, self._farthest = FIRST_LENGTH * size, 0.1 * size
         wanted = FIRST_CHANGE * torch.finfo(self.space.dtype).eps ** (1 / 3)
         # as many examples whatever the size of micro-batches, on which the step should not depend
         num = sum(len(batch.input_ids) for batch in batches)
@@ -119,18 +115,18 @@ class CentralDifference(LossDifferentiator):
                 return
             # A change near rounding, or far from linear, says little: the factor is limited.
             factor = min(max(wanted * count / change, 0.01), 100.0) if change > 0 else 100.0
-            distance = self._distance
-            self._distance = min(distance * (factor if math.isfinite(change) else 0.01), self._farthest)
-            if 0.1 < factor < 10 or self._distance == distance:
+            length = self._length
+            self._length = min(length * (factor if math.isfinite(change) else 0.01), self._farthest)
+            if 0.1 < factor < 10 or self._length == length:
                 break
         if refine and 4 * count <= total:
-            distance = self._distance
+            length = self._length
             self._difference(few, direction._replace(dot_with_grad=math.nan), norm, None)
-            self._distance = min(self._distance, distance)  # a few say little about how far one may go with all
+            self._length = min(self._length, length)  # a few say little about how far one may go with all
 
     def _change(self, few, direction, norm, num: int) -> list[float]:
         """Of few examples: how many, their change of loss in nats per token; and how many there are in all."""
-        self._move_to(self._distance / norm, direction.vector)
+        self._move_to(self._length / norm, direction.vector)
         sums = [0.0, 0.0, float(num)]
         with self.space.summing_over_processes(None, sums), torch.no_grad():
             for batch in few:
@@ -143,12 +139,12 @@ class CentralDifference(LossDifferentiator):
         return sums
 
     def _move_to(self, epsilon: float, vector: Tensor) -> None:
-        self.space.phi.add_(vector, alpha=epsilon - self._position)
-        self._position = epsilon
+        self.space.phi.add_(vector, alpha=epsilon - self._epsilon_now)
+        self._epsilon_now = epsilon
 
     def _difference(self, batches, direction, norm, product) -> tuple[list[Tensor], float]:
-        """The two gradients, or without `product` their losses: derivatives and their estimated error. Chooses the next distance."""
-        epsilon = self._distance / norm
+        """The two gradients, or without `product` their losses: derivatives and their estimated error. Chooses the next length."""
+        epsilon = self._length / norm
         results: list[Tensor] = []
         changes: tuple[list[Tensor], list[Tensor]] = [], []
         sums = [0.0] * 6
@@ -178,16 +174,16 @@ class CentralDifference(LossDifferentiator):
         return results, self._estimate_and_adapt(sums, direction.dot_with_grad)
 
     def _estimate_and_adapt(self, sums: list[float], inner: float) -> float:
-        """Estimated error of a difference, and the next distance. `inner` is not a number where the sums are not over all examples."""
+        """Estimated error of a difference, and the next length. `inner` is not a number where the sums are not over all examples."""
         count, loss, first, second, found, size = sums
         if count == 0:  # no supervised token on any process: all derivatives are 0, and nothing was learned
-            self._distance = 0.0
+            self._length = 0.0
             return 0.0
         if not math.isfinite(first + second + loss + found):
-            self._distance /= 10
+            self._length /= 10
             return math.inf
         if first == 0:  # nothing moved beyond rounding
-            self._distance = min(100 * self._distance, self._farthest)
+            self._length = min(100 * self._length, self._farthest)
             return math.inf
         rounding = torch.finfo(self.space.dtype).eps * 2 * loss / first
         missed = abs(found - inner) / size if size > 0 and not math.isnan(inner) else 0.0
@@ -195,5 +191,5 @@ class CentralDifference(LossDifferentiator):
         truncation = max(2 * max((second / first) ** 2 - rounding**2, 0.0), missed - rounding)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
         # Near rounding, the second difference says nothing: the factor is limited.
-        self._distance = min(self._distance * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
+        self._length = min(self._length * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
         return max(truncation, rounding, missed)

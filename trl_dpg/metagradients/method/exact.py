@@ -66,8 +66,7 @@ class Exact(LossDifferentiator):
 
     def _forward_mode(self, batch: MicroBatch, vectors: list[Tensor]) -> Tensor:
         r"""The change of the losses along \\( \lambda_g \\) alone, in forward mode."""
-        # A tangent whose storage is laid out as its primal's is used as it is; any other is copied together with a storage
-        # of that size, here that of all parameters, for every parameter.
+        # A tangent must be laid out as its parameter is. Otherwise PyTorch copies the storage of all parameters for each of them.
         tangents = {id(p): v for p, v in zip(self.space.params, vectors, strict=True)}
         try:
             with torch.no_grad(), forward_ad.dual_level():

@@ -67,6 +67,9 @@ class TargetTrainingArguments:
         micro_batch_size (`int`, *optional*):
             Examples per forward pass and process. `None` means a whole batch at once. It changes memory, not results, and is
             halved where memory runs out.
+        micro_batch_tokens (`int`, *optional*):
+            Most tokens per forward pass and process, padding included. Examples of about the same length are put together in any
+            case, which saves padding. Like `micro_batch_size`, it changes no result but by rounding.
         max_length (`int`, *optional*, defaults to `128`):
             Examples are cut after this many tokens.
         shuffle (`bool`, *optional*, defaults to `True`):
@@ -139,6 +142,7 @@ class TargetTrainingArguments:
     num_train_epochs: int = 1
     batch_size: int = 16
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     max_length: int = 128
     shuffle: bool = True
     seed: int = 0

@@ -31,12 +31,12 @@ class Tape:
     r"""
     Record of a training run that can be walked backwards.
 
-    Every step's gradient is kept. A state (parameters, and what the optimizer has) is kept only where there is room for it
-    within 1.1 times the gradients' size. All others are rebuilt from the nearest kept one, or from the original parameters,
-    by replaying the updates: no model call, and equal to the last bit. Gradients that were walked over make room for more
-    states. So the forward sweep keeps the first one late, at three quarters of the way. A replay keeps one at a third of its
-    way, a third of what remains, and so on. This takes about three updates a step at most; with AdamW up to seven for K from 10
-    to 29, where there is room for none at first.
+    Every step's gradient is kept. States (parameters, and what the optimizer has) are kept while they and the gradients take at most
+    1.1 times the gradients' size. All other states are rebuilt from the nearest kept one, or from the original parameters, by
+    replaying the updates: no model call, and equal to the last bit. Gradients that were walked over make room for more states. So the
+    forward sweep keeps the first one late, at three quarters of the way. A replay keeps one at a third of its way, a third of what
+    remains, and so on. A step takes one to four replayed updates; AdamW takes up to seven at K from 10 to 29, where no state fits
+    at first (`benchmarks/results/replays.md`).
 
     Everything goes through the parameters block by block: of what lies elsewhere, only a few blocks are in memory at a time.
 
@@ -72,23 +72,26 @@ class Tape:
         """The last step that is on the tape, from 0."""
         return len(self.gradients) - 1
 
-    def push(self, step: StepInputs) -> None:
+    def push(self, inputs: StepInputs) -> None:
         """Keeps a step's gradient, which is taken over, and now and then a copy of the parameters and the state before it."""
-        number = len(self.gradients)
-        if number == self._next_kept and self._has_room(self.num_steps, len(self.states) + 1):
-            tensors = (step.phi, *step.state)
-            self.states.append((number, [self._keep([t[part] for t in tensors], rule) for part, rule in self.blocks]))
-            self._next_kept = (number + self.num_steps + 1) // 2
-        self.gradients.append(self.storage.put([step.grad[part] for part, _ in self.blocks]))
+        step = len(self.gradients)
+        if step == self._next_kept and self._has_room(self.num_steps, len(self.states) + 1):
+            tensors = (inputs.phi, *inputs.state)
+            self.states.append((step, [self._keep([t[part] for t in tensors], rule) for part, rule in self.blocks]))
+            self._next_kept = (step + self.num_steps + 1) // 2
+        self.gradients.append(self.storage.put([inputs.grad[part] for part, _ in self.blocks]))
 
     @torch.no_grad()
     def replay(self, phi: Tensor) -> Iterator[StepInputs]:
-        """The last step, block by block. Its parameters are written to `phi`, shape `(n,)`."""
+        """
+        What went into the last step's update, block by block: rebuilt from what is kept before. `phi`, shape `(n,)`, becomes the
+        parameters before that step. States on the way are kept where there is room.
+        """
         start, keys = self._to_read()
         if start == 0:
             self.load_originals(phi)
         kept: dict[int, list[list[Any]]] = {position: [] for position in self._positions_to_keep(start)}
-        self.states += kept.items()
+        self.states += kept.items()  # whose lists fill up block by block
         tensors = self.storage.stream(keys)
         for part, rule in self.blocks:
             block = phi[part]
@@ -119,6 +122,7 @@ class Tape:
             for keys in self.states.pop()[1]:
                 self.storage.drop(keys)
         start, state = self.states[-1] if self.states else (0, [])
+        # For each block, in the order in which `replay` reads: its state, then its gradients
         columns = [state, *([[key] for key in gradient] for gradient in self.gradients[start:])]
         return start, [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
 

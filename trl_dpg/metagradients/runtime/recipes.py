@@ -41,7 +41,13 @@ WHOLE_NUMBERS: dict[str, tuple[str, int]] = {
     "max_length": ("a whole number of at least 2", 2),
     "seed": ("a whole number from 0 to 2**64 - 1", 0),
     "micro_batch_size": ("None or a whole number of at least 1", 1),
+    "micro_batch_tokens": ("None or a whole number of at least 1", 1),
 }
+
+# Fields that say where and how a run is computed: its result differs by no more than rounding.
+NOT_IN_THE_RESULT = (
+    *("tape", "tape_dir", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "disable_tqdm"),
+)
 
 
 def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
@@ -59,14 +65,15 @@ def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
     for name in BOOLEANS:
         if not isinstance(getattr(recipe, name), bool):
             raise ValueError(f"`{name}` must be True or False, got {getattr(recipe, name)!r}.")
-    if recipe.nesterov not in (None, True, False):
+    if not (recipe.nesterov is None or isinstance(recipe.nesterov, bool)):
         raise ValueError(f"`nesterov` must be None, True or False, got {recipe.nesterov!r}.")
     for name, (requirement, holds) in NUMBERS.items():
         if (name, getattr(recipe, name)) not in (("adam_epsilon_root", "auto"), ("momentum", None)):
             _require(name, getattr(recipe, name), requirement, holds)
     whole = {name: getattr(recipe, name) for name in WHOLE_NUMBERS}
-    if recipe.micro_batch_size is None:
-        del whole["micro_batch_size"]
+    for name in ("micro_batch_size", "micro_batch_tokens"):
+        if whole[name] is None:
+            del whole[name]
     for name, value in whole.items():
         requirement, least = WHOLE_NUMBERS[name]
         _require(name, value, requirement, _is_whole_from(least))

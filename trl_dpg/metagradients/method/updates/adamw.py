@@ -68,7 +68,7 @@ class AdamW(Update):
         if step == 0:
             return self._first_adjoint_(rate, grad, of_phi, of_state)
         (first, second), (mu, nu) = state, of_state
-        correction, size = 1 - self.beta2 ** (step + 1), rate / (1 - self.beta1 ** (step + 1))
+        correction, step_size = 1 - self.beta2 ** (step + 1), rate / (1 - self.beta1 ** (step + 1))
         first.lerp_(grad, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         if self.epsilon_root > 0:
@@ -76,14 +76,14 @@ class AdamW(Update):
         # The root of `correction` is taken out of root and denominator, into scalars.
         root = second.sqrt()
         denominator = root + self.epsilon * math.sqrt(correction)
-        size *= math.sqrt(correction)
+        step_size *= math.sqrt(correction)
         ratio = of_phi / denominator
-        mu.add_(ratio, alpha=-size)
+        mu.add_(ratio, alpha=-step_size)
         denominator.mul_(root)
         if self.epsilon_root == 0:
             # Where the root is zero (no gradient so far) m' and g are zero too: nothing flows through it.
             denominator.masked_fill_(root == 0, 1.0)
-        nu.addcdiv_(ratio.mul_(first), denominator, value=size / 2)
+        nu.addcdiv_(ratio.mul_(first), denominator, value=step_size / 2)
 
         of_grad = torch.mul(mu, 1 - self.beta1, out=ratio).addcmul_(grad, nu, value=2 * (1 - self.beta2))
         mu.mul_(self.beta1)

@@ -31,7 +31,7 @@ class Muon(Update):
     def __init__(self, *args):
         super().__init__(*args)
         self.momentum, self.nesterov = _momentum(self.recipe)
-        self.size = 0.2 * math.sqrt(max(self.shape))
+        self.rate_factor = 0.2 * math.sqrt(max(self.shape))
 
     @classmethod
     def suits(cls, param: nn.Parameter, model: nn.Module) -> bool:
@@ -50,7 +50,7 @@ class Muon(Update):
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
         """As of [`Update`]."""
         direction = orthogonalized(self._momentum_step_(grad, *state).view(self.shape))
-        phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.size)
+        phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.rate_factor)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""
@@ -62,7 +62,7 @@ class Muon(Update):
         direction = self._momentum_step_(grad, *(state or (torch.zeros_like(grad),))).detach().view(self.shape)
         with torch.enable_grad():
             update = orthogonalized(direction.requires_grad_())
-        (of_direction,) = torch.autograd.grad(update, direction, of_phi.view(self.shape) * (-rate * self.size))
+        (of_direction,) = torch.autograd.grad(update, direction, of_phi.view(self.shape) * (-rate * self.rate_factor))
         of_direction = of_direction.reshape(-1)
         (of_buffer,) = of_state or (torch.zeros_like(grad),)
         of_buffer.add_(of_direction, alpha=self.momentum if self.nesterov else 1.0)

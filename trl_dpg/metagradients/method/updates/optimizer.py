@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..tape import Cotangent, Tape
 
 
-# Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them; on smaller blocks, threads of
-# a processor would mostly wait for each other. Pinned memory is rounded up to a power of two.
+# Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them. On smaller blocks, threads of
+# a processor mostly wait for each other. A power of two, as pinned memory is rounded up to one.
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
@@ -47,10 +47,9 @@ class Optimizer:
         blocks = []
         for part, rule in self.parts:
             first, last = max(part.start, start), min(part.stop, stop)
-            size = BLOCK.get(device.type, last) if rule.elementwise else last
-            blocks += [
-                Block(slice(i - start, min(i + size, last) - start), rule) for i in range(first, last, max(size, 1))
-            ]
+            whole = max(last - first, 1)
+            size = BLOCK.get(device.type, whole) if rule.elementwise else whole
+            blocks += [Block(slice(i - start, min(i + size, last) - start), rule) for i in range(first, last, size)]
         return blocks
 
     @torch.no_grad()
@@ -84,8 +83,8 @@ class Optimizer:
     @torch.no_grad()
     def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
         r"""
-        Walks the clipping of the same step back: `out` of [`~Optimizer.adjoint_`], whose sum over all elements `inner` is, becomes
-        \\( \lambda_g \\). Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
+        Walks the clipping of the same step back: `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `inner` is what that
+        returned, summed over all elements. Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
         """
         grads = zip(tape.blocks, tape.last_gradient(), strict=True)
         return sum(self.clipping.adjoint_(tape.last, out[part], grad, inner) for (part, _), grad in grads)

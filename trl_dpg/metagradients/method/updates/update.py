@@ -78,7 +78,7 @@ class Update(ABC):
         of_state: tuple[Tensor, ...],
     ) -> Tensor:
         r"""
-        Adjoint of [`~Update.update_`]: cotangents of what came out become those of what went in, in place.
+        Adjoint of [`~Update.update_`]: cotangents of what came out become those of what went in, in place. `of_x` is that of `x`.
 
         Args:
             step (`int`): Step, from 0.
@@ -88,8 +88,8 @@ class Update(ABC):
             grad (`Tensor`): Gradient that the update was given.
             of_phi (`Tensor`): \\( \lambda_{\phi'} \\); becomes \\( \lambda_\phi \\).
             of_state (`tuple[Tensor, ...]`): \\( \lambda_{s'} \\); become \\( \lambda_s \\), which nothing needs at step 0.
-                Empty where there is one step only: zeros.
+                Empty in a run of one step, where they are zeros.
 
         Returns:
-            `Tensor`: \\( \lambda_g \\), shape `(n,)`. Its memory may be that of `state`.
+            `Tensor`: \\( \lambda_g \\), shape `(n,)`.
         """

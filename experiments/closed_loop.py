@@ -1,0 +1,108 @@
+"""
+Alternates generator and target: train the generator, fine-tune the target on what it writes, keep that target, and again.
+
+    python -m experiments.closed_loop --config examples/configs/tiny_l2.yaml --max_steps 60 --rounds 8 --output_dir runs/closed_loop
+
+Whether the metric then rises steadily or collapses is a question that the paper leaves open. Beside it runs a target that is
+fine-tuned as often on the untrained generator's text. The metric must mean the same for every target (a norm, a likelihood):
+patterns are refused, as they are changes since the last round. `max_steps` is that of one round. Written to `output_dir`:
+`results.json`, `results.md`, `rounds.png`.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from datasets import Dataset
+
+from experiments.common import read, sft
+from trl_dpg.publishing.outcome import markdown_table
+from trl_dpg.scripts.train import load_datasets, make_trainer, parse
+from trl_dpg.target import load_target_model, load_target_tokenizer
+
+
+def alternate(arguments: list, rounds: int, sft_steps: int) -> list[dict]:
+    """What each round came to; `arguments` are those of `trl-dpg train`. Between rounds, the models are in `output_dir`."""
+    script_args, training_args, model_args, mixture = arguments
+    training_args.eval_strategy, training_args.load_best_model_at_end, training_args.save_strategy = "no", False, "no"
+    training_args.eval_on_start = False
+    _, *prompts = load_datasets(script_args, training_args, mixture)
+    metric, tokenizer = script_args.load_metric(), load_target_tokenizer(script_args.target_model_name_or_path)
+    target = load_target_model(script_args.target_model_name_or_path, untie_head=True)
+    control = copy.deepcopy(target)
+    kept = {name: str(Path(training_args.output_dir) / name) for name in ("generator", "target")}
+
+    rows = [{"round": 0, "loop": read(metric, target), "control": read(metric, control)}]
+    for number in range(1, rounds + 1):
+        target.save_pretrained(kept["target"])
+        tokenizer.save_pretrained(kept["target"])
+        script_args.target_model_name_or_path = kept["target"]
+        trainer = make_trainer(script_args, training_args, model_args, prompts)
+        if number == 1:
+            untrained = [trainer.predict(prompts[1]).predictions for _ in range(rounds)]
+        trainer.train()
+        trainer.save_model(kept["generator"])
+        model_args.model_name_or_path = kept["generator"]
+        # none in a run that logs none
+        entropies = [row["entropy"] for row in trainer.state.log_history if "entropy" in row]
+        written = trainer.predict(prompts[1]).predictions
+        recipe = {
+            "learning_rate": training_args.target_learning_rate,
+            "per_device_train_batch_size": len(written) // sft_steps,
+            "seed": training_args.seed,
+        }
+        target, control = (
+            sft(model, tokenizer, Dataset.from_dict({"text": texts}), **recipe)
+            for model, texts in ((target, written), (control, untrained[number - 1]))
+        )
+        rows.append(
+            {"round": number, "loop": read(metric, target), "control": read(metric, control)}
+            | {"entropy": entropies[-1] if entropies else None, "distinct": len(set(written)) / len(written)}
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def write_results(rows: list[dict], seed: int, folder: Path) -> None:
+    (folder / "results.json").write_text(json.dumps({"seed": seed, "rounds": rows}, indent=2) + "\n")
+    readouts = list(rows[0]["loop"])
+    sides = [(name, who) for name in readouts for who in ("loop", "control")]
+    table = [["round", *(f"{name}, {who}" for name, who in sides), "entropy", "distinct"]]
+    for row in rows:
+        cells = [str(row["round"])] + [f"{row[who][name]:.6g}" for name, who in sides]
+        shown = (row.get(name) for name in ("entropy", "distinct"))
+        table.append(cells + ["" if value is None else f"{value:.3g}" for value in shown])
+    (folder / "results.md").write_text(markdown_table(table) + "\n")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for who, label in (("loop", "generator trained every round"), ("control", "untrained generator")):
+        axes.plot([row["round"] for row in rows], [row[who]["metric"] for row in rows], marker="o", label=label)
+    axes.set(xlabel="round", ylabel="metric of the target kept")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(folder / "rounds.png", dpi=150)
+    print(markdown_table(table))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8, help="How often generator and target take turns.")
+    parser.add_argument(
+        "--sft_steps", type=int, default=4, help="Optimizer steps that the target keeps of each round."
+    )
+    options, rest = parser.parse_known_args(argv)
+    arguments, _ = parse(rest)
+    script_args, training_args, *_ = arguments
+    if script_args.metric in ("67", "qr"):
+        raise ValueError(
+            f"`metric` is {script_args.metric!r}, a change since the last round. Choose one that is the model's own, such as "
+            "'lm_head_norm'."
+        )
+    rows = alternate(arguments, options.rounds, options.sft_steps)
+    write_results(rows, training_args.seed, Path(training_args.output_dir))
+
+
+if __name__ == "__main__":
+    main()

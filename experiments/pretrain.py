@@ -1,0 +1,140 @@
+"""
+Trains a tiny model that writes several languages, from scratch, on real text: what the language experiment needs to run
+in minutes on a CPU.
+`python -m experiments.prepare multilingual` calls it.
+
+A document keeps to its language but for a small chance, wherever a sentence ends, that it goes on in another one. So after
+a sentence in English the model nearly always writes English, and now and then something else: without such samples
+reinforcement would have nothing to start from. The model is kept and found again by [`tiny_multilingual`].
+"""
+
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_linear_schedule_with_warmup,
+)
+
+from experiments.corpora import cached, language_texts, split_sentences
+
+
+def tiny_multilingual(
+    languages: Sequence[str] = ("en", "es", "fr"), seed: int = 0, cache_dir: str | os.PathLike[str] | None = None
+) -> str:
+    """The directory of a tiny model of several languages, trained here on the first call (minutes on a CPU core) and kept."""
+
+    def build(path: Path) -> None:
+        texts = {language: language_texts(language)["train"]["text"] for language in languages}
+        model, tokenizer = pretrain(texts, seed=seed)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    return cached(f"tiny-{'-'.join(languages)}-seed-{seed}", build, cache_dir)
+
+
+def pretrain(
+    texts: dict[str, list[str]],
+    switch: float = 0.02,
+    num_steps: int = 2500,
+    batch_size: int = 16,
+    length: int = 128,
+    learning_rate: float = 6e-3,
+    hidden_size: int = 128,
+    num_layers: int = 3,
+    vocab_size: int = 2048,
+    seed: int = 0,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """
+    Trains a tokenizer and a model from scratch, on texts of each language.
+
+    `switch` is the chance of another language at the end of a sentence, `length` the tokens of a sequence, `learning_rate` the peak.
+    """
+    tokenizer = train_tokenizer([text for sample in texts.values() for text in sample[:1000]], vocab_size)
+    documents = mixed_documents(texts, switch, seed)
+    tokens = chain.from_iterable([*tokenizer(document)["input_ids"], tokenizer.eos_token_id] for document in documents)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        # Not `torch.manual_seed`, which would also seed the GPUs.
+        torch.default_generator.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = get_linear_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
+    start_time = time.perf_counter()
+    for step in range(1, num_steps + 1):
+        input_ids = torch.tensor(list(islice(tokens, batch_size * length))).view(batch_size, length)
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.2f}, {time.perf_counter() - start_time:.0f} seconds", flush=True)
+    return model, tokenizer
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    A byte-level BPE tokenizer that puts `<bos>` before every text.
+
+    Texts begin with a space, added where there is none: a first word has the same token as anywhere else.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def mixed_documents(texts: dict[str, list[str]], switch: float, seed: int) -> Iterator[str]:
+    """Texts of all languages alike, without end, some of which go on in another language after a sentence."""
+    rng = random.Random(seed)
+    sentences = {language: [split_sentences(text) for text in texts[language]] for language in texts}
+    # After a text's only sentence there is nothing to go on with: a prompt of one sentence would be answered with nothing.
+    sentences = {language: [text for text in split if len(text) > 1] for language, split in sentences.items()}
+    while True:
+        language = rng.choice(list(texts))
+        rest = rng.choice(sentences[language])
+        document = []
+        while rest:
+            document.append(rest[0])
+            rest = rest[1:]
+            if rest and rng.random() < switch:
+                language = rng.choice([other for other in texts if other != language])
+                rest = rng.choice(sentences[language])[1:]
+        yield " ".join(document)
