@@ -43,7 +43,7 @@ def engine(state, directory):
     metric = LMHeadPattern.sixty_seven()
     results = {}
     sums = [0.1 / state.num_processes]
-    with Processes(state).summing(torch.zeros(4), sums):
+    with Processes(state).summing_over_processes(torch.zeros(4), sums):
         pass
     assert abs(sums[0] - 0.1) < 1e-15  # in float64, whatever the gradient's type
     for name, fields in {
