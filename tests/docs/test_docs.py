@@ -69,7 +69,7 @@ GIVEN = {
 # What a page's code should have done, beyond running.
 EXPECTED = {
     "README.md": lambda scope, out: (
-        re.search(r"not fine-tuned [\d.]+%, untrained [\d.]+%, trained [\d.]+%", out)
+        re.search(r"\['[\d.]+%', '[\d.]+%', '[\d.]+%'\]", out)
         and scope["trainer"].state.global_step == 2
         and scope["after"]["eval_metric"] != scope["before"]["eval_metric"]
     ),
