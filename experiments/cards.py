@@ -70,7 +70,8 @@ def write_card(name: str) -> Path:
     facts["base_model"]["name"], facts["target"]["name"] = run["generator"], run["target"]
     verification = results / "verification" / "verification.json"
     if verification.exists():
-        facts["verification"] = json.loads(verification.read_text())
+        found = json.loads(verification.read_text())
+        facts["verification"] = found | found.get("data", {})  # as `trl-dpg verify` writes it
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     plot_learning_curve(log, folder / "curve.png", main_readout(facts))
     if trainer.metric.picture() is not None:

@@ -178,7 +178,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     )
     scale_rewards: str = _field("none", "How TRL scales advantages: `'none'` (default here), `'batch'` or `'group'`.")
     disable_tqdm: bool | None = _field(
-        None, "Whether to print lines, not a bar. By default where there is neither a terminal nor a notebook."
+        None, "Whether to print lines, not a bar. By default where there is no terminal."
     )
     target_model_init_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments for `from_pretrained` when the target is given by name."
@@ -189,7 +189,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     replay_ratio: float = _field(0.0, "Share of real examples in every run of the target, from 0 to below 1.")
     save_generated: bool = _field(False, "Whether to write every generation batch to a Parquet file.")
     target_untie_lm_head: bool = _field(False, "Whether a tied LM head gets its own weight.")
-    target_fsdp: bool = _field(False, "Whether the target is split over the processes, each of which holds its share.")
+    target_fsdp: bool = _field(False, "Whether each process holds only its share of the target.")
     target_optim: str = _field("adamw", "Update rule of the target: `'adamw'`, `'sgd'` or `'muon'`.")
     target_learning_rate: float = _field(1e-5, "Peak learning rate of the target.")
     target_weight_decay: float = _field(0.0, "Weight decay of the target.")

@@ -40,13 +40,15 @@ def metric(model):
 
 NUMBERS = ["learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_epsilon_root"]
 NUMBERS += ["warmup_steps", "max_grad_norm", "curvature_tolerance"]
-WHOLE_NUMBERS = ["num_train_epochs", "batch_size", "micro_batch_size", "max_length", "seed"]
+WHOLE_NUMBERS = ["num_train_epochs", "batch_size", "micro_batch_size", "micro_batch_tokens", "max_length", "seed"]
 CHOICES = ["optim", "lr_scheduler_type", "loss_normalization", "curvature", "tape"]
 SWITCHES = ["weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing"]
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, "1e-6", "", [1], -1]
 
 BAD_ARGUMENTS = [(name, value) for name in NUMBERS + WHOLE_NUMBERS for value in NOT_NUMBERS]
-BAD_ARGUMENTS += [(name, None) for name in NUMBERS + WHOLE_NUMBERS if name != "micro_batch_size"]
+BAD_ARGUMENTS += [
+    (name, None) for name in NUMBERS + WHOLE_NUMBERS if name not in ("micro_batch_size", "micro_batch_tokens")
+]
 BAD_ARGUMENTS += [("learning_rate", 0), ("adam_beta1", 1), ("adam_beta2", 1.0), ("adam_beta2", 2)]
 BAD_ARGUMENTS += [(name, 1.5) for name in WHOLE_NUMBERS]
 BAD_ARGUMENTS += [(name, 0) for name in WHOLE_NUMBERS if name != "seed"]
@@ -97,7 +99,13 @@ def test_warm_up_without_effect():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", 1), ("adam_beta1", 0), ("adam_epsilon_root", 0), ("adam_epsilon_root", "auto"), ("seed", 0)]
-    + [("warmup_steps", 0), ("micro_batch_size", None), ("max_length", 2), ("max_grad_norm", 0)],
+    + [
+        ("warmup_steps", 0),
+        ("micro_batch_size", None),
+        ("micro_batch_tokens", None),
+        ("max_length", 2),
+        ("max_grad_norm", 0),
+    ],
 )
 def test_argument_at_its_bound(name, value):
     assert getattr(TargetTrainingArguments(**{name: value}), name) == value

@@ -19,7 +19,7 @@ NAMES = ["adamw-k1", "adamw-k4", "tied-adamw-k4", "sgd-k4", "muon-k4", "clipping
 SHORTCUTS = {
     "chunked head": ({"logits_at_once": 0, "chunk": 3 * VOCAB}, {"logits_at_once": math.inf}),
     "no gradients of weights": (
-        {"logits_at_once": math.inf, "graph_contexts": (WithoutWeightGradients,)},
+        {"logits_at_once": math.inf, "graph_contexts": (lambda model: WithoutWeightGradients(),)},
         {"logits_at_once": math.inf, "graph_contexts": ()},
     ),
     "closed-form GELU": (

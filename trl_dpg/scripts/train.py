@@ -64,7 +64,7 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     )
     validation_draws: int = option(
         1,
-        "Validations after training, and before it with `eval_on_start`, each on fresh samples of the held-out prompts.",
+        "Validations after training (with `eval_on_start` before, too), on fresh samples.",
     )
     reference_texts: list[str] | None = option(
         None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
