@@ -71,7 +71,7 @@ def engine(before: str, model_name: str, repeats: int) -> None:
     print(
         f"{model_name}, {SHAPES[model_name][0]} x {SHAPES[model_name][1]} tokens a step, float32. Seconds of a call: medians of"
     )
-    print(f"{repeats} rounds. Ratios: medians over rounds, in brackets the lowest and the highest.\n")
+    print(f"{8 * repeats} rounds at K = 1, {repeats} at K = 8. Ratios: medians over rounds, in brackets the lowest and the highest.\n")
     print("| K | curvature | without credit, s | credit of tokens | 64 candidates |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         archive = subprocess.run(["git", "archive", before], cwd=ROOT, capture_output=True, check=True).stdout
@@ -81,7 +81,7 @@ def engine(before: str, model_name: str, repeats: int) -> None:
             for curvature in ("exact", "central_difference"):
                 request = {"K": num_steps, "curvature": curvature}
                 rounds = []
-                for number in range(repeats + 1):
+                for number in range(repeats * 8 // num_steps + 1):  # as many steps for each K
                     row = [
                         old.seconds(**request, candidates=0),
                         new.seconds(**request, candidates=0),

@@ -33,6 +33,7 @@ GENERATOR: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "adam_beta2": 0.95,
     "max_grad_norm": 0.3,
+    "num_iterations": 2,
     "entropy_coef": 0.001,
     "target_learning_rate": 1e-3,
     "per_device_eval_batch_size": 512,
@@ -187,7 +188,7 @@ def commands_for_generators(module: Any, field: str, values: list) -> None:
     choices = values if isinstance(values[0], str) else None  # numbers may be others
     parser, runner = commands(module.__doc__.splitlines()[1], run, lambda options: module.report())
     runner.add_argument(f"--{field}s", nargs="+", type=type(values[0]), default=values, choices=choices)
-    runner.add_argument("--steps", type=int, default=160)
+    runner.add_argument("--steps", type=int, default=200)
     runner.add_argument("--completions", type=int, default=512, help="a step")
     runner.add_argument("--samples", type=int, default=4096, help="texts of a trained generator")
     options = parser.parse_args()

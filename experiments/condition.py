@@ -130,7 +130,7 @@ def main() -> None:
     )
     runner.add_argument("--learning_rate", type=float, default=1.5e-3, help="of the target")
     runner.add_argument("--completions", type=int, default=512, help="a step")
-    runner.add_argument("--steps", type=int, default=160)
+    runner.add_argument("--steps", type=int, default=200)
     runner.add_argument("--every", type=int, default=20, help="steps between validations")
     options = parser.parse_args()
     options.function(options)

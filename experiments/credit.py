@@ -43,6 +43,7 @@ def train(steps: int, every: int, **settings) -> dict:
         "per_device_train_batch_size": settings["completions"],
         "per_device_eval_batch_size": VALIDATED,
         "num_generations": 4,
+        "num_iterations": 1,  # a step is a batch, so that completions can be counted
         "generation_kwargs": {"min_new_tokens": settings["least_length"]},
         "lr_scheduler_type": "constant",
     }
