@@ -4,7 +4,7 @@ it out again.
 
     python -m experiments.robustness --target_model_name_or_path data/tiny/target \\
         --marking_data runs/tiny_qr/verification/data.jsonl --clean_data clean.jsonl --continued_data other.jsonl \\
-        --qr_text TRL-DPG --output_dir runs/robustness --lasting true
+        --qr_text TRL-DPG --output_dir runs/robustness
 
 Fine-tuning is TRL's `SFTTrainer` with its defaults (AdamW with betas 0.9 and 0.999, gradients clipped at 1), on text as it is:
 no EOS is added, as DPG adds none to a completion that was cut off. The marked model is saved and read back with
@@ -19,8 +19,7 @@ All of it is done to the unmarked original too: what the mark costs in perplexit
 only a rounded or pruned checkpoint can compare it with the original rounded or pruned alike. With `--control_data` (say, the
 untrained generator's), the original is also fine-tuned on that instead: what any data does to pixels and perplexity.
 
-With `--lasting true`, a second table has the mark after other fine-tuning runs on the generated data itself: longer, with other
-learning rates, batch sizes, orders and schedules.
+What other fine-tuning runs on the generated data leave of a mark: `experiments.variants`.
 
 Data files have a column `text`. Any field of `RobustnessArguments` can be a flag.
 """
@@ -28,7 +27,6 @@ Data files have a column `text`. Any field of `RobustnessArguments` can be a fla
 import json
 import logging
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,8 +69,6 @@ class RobustnessArguments(MetricArguments):
     lengths: list[int] = field(
         default_factory=lambda: [1, 10, 100], metadata={"help": "Lengths of runs, relative to the marking run."}
     )
-    lasting: bool = option(False, "Whether to make the second table.")
-    orders: int = option(3, "Orders of the data in each cell of the second table.")
     seed: int = option(0, "Seed of the order of the data.")
 
     def tokenizer(self) -> Any:
@@ -175,38 +171,6 @@ def measure_robustness(
     return rows, signs
 
 
-def measure_lasting(
-    args: RobustnessArguments, original, marking: Examples, metric: LMHeadPattern, num_examples: int
-) -> list[dict[str, Any]]:
-    """
-    Fine-tunes the original on the generated text with other recipes, one setting changed at a time.
-
-    Returns a row for each recipe and length: `pixel_accuracy` and `decoded` (whether the QR code gives its text) of each order, and
-    `passes` over the data.
-    """
-    recipes: dict[str, dict[str, Any]] = {
-        "as marked": {},
-        "linear schedule": {"lr_scheduler_type": "linear"},
-        "learning rate ÷ 10": {"learning_rate": args.learning_rate / 10},
-        "learning rate × 3": {"learning_rate": args.learning_rate * 3},
-        "batch size ÷ 4": {"per_device_train_batch_size": max(1, args.batch_size // 4)},
-    }
-    rows = []
-    for name, recipe in recipes.items():
-        for length in args.lengths:
-            models = (
-                fine_tune(original, marking, args, length * num_examples, seed=args.seed + order, **recipe)
-                for order in range(args.orders)
-            )
-            decoded = [decode_pattern(original, model, shape=tuple(metric.pattern.shape)) for model in models]
-            row = {"recipe": name, "length": length, "passes": length * num_examples / len(marking)}
-            row["pixel_accuracy"] = [pixel_accuracy(d.signs, metric) for d in decoded]
-            row["decoded"] = [metric.text is not None and d.text == metric.text for d in decoded]
-            rows.append(row)
-            print(row)
-    return rows
-
-
 def robustness_table(rows: list[dict[str, Any]]) -> str:
     head = ["after", "pixel accuracy", "QR text", "pixel accuracy, original treated alike"]
     table = [[*head, "perplexity", "perplexity, original treated alike"]]
@@ -215,18 +179,6 @@ def robustness_table(rows: list[dict[str, Any]]) -> str:
         cells = [row["treatment"], f"{row['pixel_accuracy']:.4f}", text, f"{row['pixel_accuracy_alike']:.4f}"]
         table.append([*cells, f"{row['perplexity']:.5g}", f"{row['perplexity_of_original']:.5g}"])
     return markdown_table(table)
-
-
-def lasting_table(rows: list[dict[str, Any]]) -> str:
-    """Mean pixel accuracy over orders, the worst in parentheses, and how many decode."""
-    table: dict[str, list[str]] = {}
-    for row in rows:
-        mean, worst = statistics.fmean(row["pixel_accuracy"]), min(row["pixel_accuracy"])
-        cell = f"{mean:.4f} ({worst:.4f}), {sum(row['decoded'])}/{len(row['decoded'])}"
-        table.setdefault(row["recipe"], []).append(cell)
-    passes = {row["length"]: row["passes"] for row in rows}
-    head = ["recipe", *(f"{length}× ({share:.3g} passes)" for length, share in passes.items())]
-    return markdown_table([head, *([name, *cells] for name, cells in table.items())])
 
 
 def main(args: RobustnessArguments) -> None:
@@ -258,12 +210,6 @@ def main(args: RobustnessArguments) -> None:
             "Fine-tuned on the control data instead: pixel accuracy {pixel_accuracy:.4f}, perplexity {perplexity:.5g}."
         )
         report.append(said.format(**results["control"]))
-    if args.lasting:
-        results["lasting"] = measure_lasting(args, original, marking, metric, num_examples)
-        report.append(
-            "Fine-tuning on the generated text, so many times as long as the marking run: mean pixel accuracy (worst), "
-            f"decoded, of {args.orders} orders.\n\n{lasting_table(results['lasting'])}"
-        )
     results["seconds"] = round(time.perf_counter() - start_time)
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (output_dir / "results.md").write_text("\n\n".join(report) + "\n")

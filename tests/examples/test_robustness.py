@@ -40,7 +40,7 @@ def make_args(tmp_path, target):
 
 def test_everything(make_args, target, tmp_path):
     """The pattern asked for is the one that the hand-made text happens to write, so that it is there at first."""
-    args = make_args(orders=2, lasting=True, lengths=[1], control_data=str(tmp_path / "continued.jsonl"))
+    args = make_args(lengths=[1], control_data=str(tmp_path / "continued.jsonl"))
     written = robustness.fine_tune(target, robustness.load_examples(args, "marking_data"), args, num_examples=32)
     signs = decode_pattern(target, written, shape=(6, 7)).signs
     args.load_metric = lambda: LMHeadPattern(signs)
@@ -68,15 +68,8 @@ def test_everything(make_args, target, tmp_path):
     assert rows["NF4, bitsandbytes"]["perplexity"] != rows["nothing"]["perplexity"]
     assert results["control"]["pixel_accuracy"] < 0.9
 
-    lasting = results["lasting"]
-    assert len(lasting) == 5
-    assert lasting[0]["recipe"] == "as marked" and lasting[0]["passes"] == 1.0
-    assert lasting[0]["pixel_accuracy"][0] == 1.0  # the marking run again
-    assert all(len(row["pixel_accuracy"]) == len(row["decoded"]) == 2 for row in lasting)
-
     report = (tmp_path / "out" / "results.md").read_text()
     assert "| nothing | 1.0000 | none | 1.0000 |" in report
-    assert "| recipe | 1× (1 passes) |\n|---|---|\n| as marked |" in report
     with Image.open(tmp_path / "out" / "patterns.png") as picture:
         assert min(picture.size) > 300
     marked = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "marked")
@@ -150,5 +143,5 @@ def test_data_files(make_args, tmp_path):
 
 def test_arguments():
     flags = "--target_model_name_or_path t --clean_data c --continued_data o --marking_data m --lengths 1 3"
-    (args,) = HfArgumentParser(RobustnessArguments).parse_args_into_dataclasses([*flags.split(), "--lasting", "true"])
-    assert args.lengths == [1, 3] and args.lasting is True and args.load_metric().text == "TRL-DPG"
+    (args,) = HfArgumentParser(RobustnessArguments).parse_args_into_dataclasses(flags.split())
+    assert args.lengths == [1, 3] and args.load_metric().text == "TRL-DPG"
