@@ -23,8 +23,8 @@ from trl_dpg.scripts.value import describe, summarize, value_examples, write_val
 from trl_dpg.target import load_target_model, load_target_tokenizer
 
 
-def main(output: str, num_examples: int, num_draws: int, learning_rate: float = 5e-4) -> None:
-    """Writes the ranking of `num_examples` leads over `num_draws` orders, and what as many fine-tuning runs say of it."""
+def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning_rate: float = 5e-4) -> None:
+    """Writes the ranking of `num_examples` leads over `num_draws` orders, and what `num_runs` fine-tuning runs of each half say of it."""
     leads, name = damaged_leads(num_examples, num_metric=24, num_test=48), smollm2()
     tokenizer = load_target_tokenizer(name)
     torch.manual_seed(0)  # the adapter's first weights
@@ -40,7 +40,7 @@ def main(output: str, num_examples: int, num_draws: int, learning_rate: float = 
 
     rankings = {"metagradient": valuation.scores.tolist(), "lowest loss": likelihoods(model, examples, 48)}
     other_orders = replace(recipe, seed=num_draws)  # none that the ranking saw
-    halves = table_of_halves(model, examples, rankings, test.__call__, other_orders, num_draws)
+    halves = table_of_halves(model, examples, rankings, test.__call__, other_orders, num_runs)
     results = f"{halves}\n\n{table_of_rankings(rankings, leads['train']['kind'])}\n\n{describe(summary, output)}\n"
     (Path(output) / "results.md").write_text(results, encoding="utf-8")
     print(results)
@@ -50,7 +50,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/data_valuation", help="Folder to write.")
     parser.add_argument("--num_examples", type=int, default=512, help="Leads to rank.")
-    parser.add_argument(
-        "--num_draws", type=int, default=5, help="Orders to average over, and fine-tuning runs of each half."
-    )
+    parser.add_argument("--num_draws", type=int, default=5, help="Orders to average the ranking over.")
+    parser.add_argument("--num_runs", type=int, default=3, help="Fine-tuning runs of each half.")
     main(**vars(parser.parse_args()))
