@@ -89,8 +89,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         credit_discount (`float`, *optional*, defaults to `0.5`):
             Discount of later tokens' credit, from 0 to 1. At 1 the gradient is unbiased; less of it varies less.
         credit_candidates (`int`, *optional*):
-            Words whose credit `"expected"` takes into account at each position: the generator's most likely ones. `None` means
-            all of a vocabulary of up to 4,096 words, and 64 of a larger one. At least 2.
+            Words whose credit `"expected"` takes into account at each position: the generator's most likely ones, the
+            sampled one among them. `None` means all of a vocabulary of up to 4,096 words, and 64 of a larger one. At least 2.
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens where a loss, gradient, cotangent or metric is not finite, in the target's run or in the generator's
             step. It is never written into weights.
