@@ -36,6 +36,8 @@ from trl_dpg.publishing.facts import (
     training_facts,
 )
 from trl_dpg.reporting import write_report
+from trl_dpg.scripts import train
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
@@ -100,6 +102,25 @@ def test_push_to_hub(run, hub):
         assert repo.files[name].startswith(b"\x89PNG")
     assert (Path(trainer.args.output_dir) / "training_args.bin").exists()  # stays at home
     assert json.loads(repo.files["dpg.json"])["recipe"]["learning_rate"] == trainer.args.target_learning_rate
+
+
+def test_the_script_pushes_once_after_training(hub, tmp_path, monkeypatch, caplog):
+    """All that there is."""
+    monkeypatch.chdir(tmp_path)
+    generator, target = save_tiny_models(Path("models"), seed=0, num_words=60)
+    for name, rows in tiny_prompts(16, 4).items():
+        rows.to_json(f"{name}.jsonl")
+    flags = "--metric 67 --target_untie_lm_head True --max_steps 1 --save_strategy no --per_device_train_batch_size 8"
+    flags += (
+        " --num_generations 4 --max_completion_length 6 --learning_rate 1e-3 --use_cpu --bf16 False --report_to none"
+    )
+    flags += " --dataset_name train.jsonl --eval_dataset_name test.jsonl --output_dir runs/generator --push_to_hub"
+    models = ["--model_name_or_path", str(generator), "--target_model_name_or_path", str(target)]
+    assert train.main([*flags.split(), *models]) == 0
+    repo = hub.repos["models", "me/generator"]
+    assert repo.messages == ["End of training"] and "empty commit" not in caplog.text
+    assert {"README.md", "dpg.json", "curve.png", "pattern.png", WEIGHTS} <= set(repo.files)
+    assert repo.files[WEIGHTS] == Path("runs/generator", WEIGHTS).read_bytes()
 
 
 def test_nothing_of_this_machine_is_pushed(run, hub, tmp_path, causal_lm, tokenizer, monkeypatch):

@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train(training_args.resume_from_checkpoint)
         for _ in range(script_args.validation_draws if trainer.eval_dataset is not None else 0):
             trainer.evaluate()
-        trainer.save_model(training_args.output_dir)
+        trainer.save_model(training_args.output_dir, _internal_call=True)  # which does not push yet
         trainer.create_model_card()
         if trainer.is_world_process_zero():
             print_end(trainer, dataset_name)
