@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from tests.hub.server import Failure, check_card, serve, validate
 from trl_dpg.checkpoints import is_whole
+from trl_dpg.metagradients.method.updates import SGD
 from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from trl_dpg.publishing import push_dataset, push_generator
@@ -35,6 +36,7 @@ from trl_dpg.publishing.facts import (
     summarize_validation,
     training_facts,
 )
+from trl_dpg.publishing.outcome import recipe_text
 from trl_dpg.reporting import write_report
 from trl_dpg.scripts import train
 from trl_dpg.testing import save_tiny_models, tiny_prompts
@@ -437,6 +439,35 @@ def test_describe_metric():
         "description": "Shorter is better.",
         "readouts": ["metric_gain"],
     }
+
+
+class Halved(SGD):
+    """An update rule of one's own."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "one step of AdamW, 8 examples a step, learning rate 1e-05 (constant), betas 0.9 and 0.95, texts"),
+        ({"optim": "sgd"}, "one step of SGD, 8 examples a step, learning rate 1e-05 (constant), texts"),
+        (
+            {"optim": "sgd", "momentum": 0.9},
+            "one step of SGD, 8 examples a step, learning rate 1e-05 (constant), momentum 0.9, texts",
+        ),
+        ({"optim": "muon"}, "one step of Muon, 8 examples a step"),
+        ({"optim": Halved}, "one step of Halved, 8 examples a step"),
+    ],
+)
+def test_the_update_rule_is_named(make_trainer, fields, text):
+    """On the card, from a `dpg.json` that can be written."""
+    fields = {"target_learning_rate": 1e-5, **{f"target_{name}": value for name, value in fields.items()}}
+    trainer = make_trainer(**fields)
+    trainer.create_model_card()
+    folder = Path(trainer.args.output_dir)
+    facts = json.loads((folder / "dpg.json").read_text())
+    facts["recipe"]["batch_size"] = facts["recipe"]["batch_size"] or 8
+    assert recipe_text(facts["recipe"]).startswith(text)
+    assert text.split(",")[0] in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("missing", ["recipe", "metric.readouts"])

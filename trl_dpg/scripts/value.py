@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ from ..data import dataset_examples
 from ..metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from ..metagradients.metric import as_metric, description
 from ..metagradients.runtime.model import TargetModel
-from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
 from ..metrics import LanguageModelingLikelihood
-from ..publishing.facts import describe_machine, describe_model, public_name
+from ..publishing.facts import describe_machine, describe_model, describe_recipe, public_name
 from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
 from ..sft_rows import is_chat
 from ..target import load_target_model, load_target_tokenizer
@@ -243,9 +242,6 @@ def load_model(args: ValueArguments, model_args: ModelConfig, seed: int, device:
 def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[str, Any]:
     """What was found, and how: the content of `valuation.json`, in which there is no path."""
     scores, errors = valuation.scores, valuation.standard_errors
-    recipe = asdict(valuation.recipe)
-    for setting in NOT_IN_THE_RESULT:
-        del recipe[setting]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "dataset": public_name(name)[0],
@@ -259,7 +255,11 @@ def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[
         "flags": {kind: len(rows) for kind, rows in valuation.flags.items()},
         "model": {**describe_model(model), "adapter": isinstance(model, PeftModel), "trained_parameters": trained},
         "metric": description(as_metric(metric)),
-        "recipe": {**recipe, "steps": valuation.recipe.num_steps(len(scores)), "untie_lm_head": False},
+        "recipe": {
+            **describe_recipe(valuation.recipe),
+            "steps": valuation.recipe.num_steps(len(scores)),
+            "untie_lm_head": False,
+        },
         "seconds": valuation.seconds,
         "hardware": describe_machine(next(model.parameters()).device),
     }
