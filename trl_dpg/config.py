@@ -225,9 +225,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_bf16: bool = _field(False, "Whether to run under bfloat16 autocast, less exactly.")
     target_gradient_checkpointing: bool = _field(False, "Whether activations are computed again in the backward pass.")
     target_curvature: str = _field("exact", "Hessian-vector products: `'exact'` or by `'central_difference'`.")
-    target_curvature_tolerance: float = _field(
-        1e-2, "Largest estimated error of a central difference that is not repeated exactly."
-    )
+    target_curvature_tolerance: float = _field(1e-2, "Largest estimated error of a step that is not repeated exactly.")
     target_tape: str = _field("auto", "Where gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`.")
     target_tape_dir: str | None = _field(None, "Directory of the tape on disk.")
 

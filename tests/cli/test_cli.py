@@ -263,6 +263,55 @@ def test_flags_without_effect(here, changes, message):
         train.main(flags(**changes))
 
 
+@pytest.fixture
+def configurations(here):
+    """A data set of two configurations, each of one text."""
+    folder = here / "texts"
+    for name, word in (("one", "air"), ("two", "sun")):
+        Dataset.from_list([{"prompt": word, "text": f"{word} and {word}"}]).to_json(folder / f"{name}.jsonl")
+    names = [f"- config_name: {name}\n  data_files: {name}.jsonl" for name in ("one", "two")]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *names, "---", ""]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "argument"),
+    [
+        (["train", *flags()], "dataset_name"),
+        (["train", *flags()], "eval_dataset_name"),
+        (["train", *flags(metric="likelihood")], "metric_dataset"),
+        (["train", *flags(replay_ratio=0.5)], "replay_dataset_name"),
+        (GENERATE, "prompts"),
+        (VERIFY, "dataset"),
+        ([*VERIFY, "--dataset", "d.jsonl"], "control_dataset"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--replay_ratio", "0.5"], "replay_dataset"),
+        ([*VERIFY, "--generator", "generator"], "prompts"),
+        (["check", "--model", "target"], "dataset"),
+        (["value", "--model", "target", "--output", "v", "--metric", "67"], "dataset"),
+        (["value", "--model", "target", "--output", "v", "--dataset", "d.jsonl"], "metric_dataset"),
+    ],
+)
+def test_every_data_set_can_have_a_configuration(configurations, capsys, argv, argument):
+    """One that is there, among several, and not one that is not; a file has none."""
+    Dataset.from_list([{"text": "air and"}]).to_json("d.jsonl")
+    flag = f"--{argument.removesuffix('_name')}_config"
+    for name, config, message in [
+        ("texts", None, "Config name is missing"),
+        ("texts", "three", "BuilderConfig 'three' not found"),
+        ("d.jsonl", "one", f"a file has no configurations, but `{flag[2:]}` is 'one'"),
+    ]:
+        words = [*argv, f"--{argument}", name, *([] if config is None else [flag, config])]
+        assert (run_script(train.main, words[1:], "train") if argv[0] == "train" else main(words)) == 2
+        error = capsys.readouterr().err
+        assert f"`{argument}` '{name}' cannot be loaded: " in error and message in error
+
+
+def test_configuration_of_a_metrics_texts(configurations):
+    args = train.DPGScriptArguments(
+        metric="likelihood", metric_dataset="texts", metric_dataset_config="two", dataset_name="train.jsonl"
+    )
+    assert [row["text"] for row in args.load_metric()._examples] == ["sun and sun"]
+
+
 def test_values_of_flags(here):
     """Numbers of any notation; in YAML, what a flag would make of it."""
 

@@ -56,6 +56,7 @@ class ValueArguments(MetricArguments):
     dataset: str = option(
         "", "What to rank, `NAME[:split]`: a file, a folder or a data set's id; split `train` by default."
     )
+    dataset_config: str | None = option(None, "Configuration of `dataset`.")
     model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
     output: str = option("", "Folder to write.")
     num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
@@ -195,7 +196,7 @@ def examples_of(rows: Dataset, argument: str, name: str, tokenizer: Any, **loss:
 def load_data(args: ValueArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, list[dict[str, Any]]]:
     """Rows to rank, and what they are in tokens."""
     name, split = name_and_split(args.dataset)
-    rows = load_rows(name, split, "dataset")
+    rows = load_rows(name, split, "dataset", args.dataset_config)
     rows = rows.take(min(args.num_examples or len(rows), len(rows)))
     loss = {"completion_only_loss": args.completion_only_loss, "assistant_only_loss": args.assistant_only_loss}
     examples = examples_of(rows, "dataset", name, tokenizer, **loss)
@@ -212,7 +213,7 @@ def load_metric(args: ValueArguments, tokenizer: Any, max_length: int) -> Any:
     if args.metric != "likelihood":
         return args.load_metric()
     name, argument = str(args.metric_dataset), "metric_dataset" if args.metric_texts is None else "metric_texts"
-    rows = load_rows(name, args.metric_dataset_split, argument)
+    rows = load_rows(name, args.metric_dataset_split, argument, args.metric_dataset_config)
     rows = rows.take(min(args.num_metric_examples or len(rows), len(rows)))
     texts: Any = rows
     if not all(isinstance(rows[0].get(column, ""), str) for column in ("text", "prompt", "completion", "messages")):

@@ -62,6 +62,7 @@ class VerifyArguments(MetricArguments):
         None,
         "What to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
     )
+    dataset_config: str | None = option(None, "Its configuration.")
     dataset_split: str = option("train", "Its split.")
     generator: str | None = option(
         None,
@@ -70,6 +71,7 @@ class VerifyArguments(MetricArguments):
         "must be given as `metric`.",
     )
     prompts: str | None = option(None, "Prompts for `generator`, with a column `prompt`.")
+    prompts_config: str | None = option(None, "Configuration of the prompts.")
     num_examples: int | None = option(
         None,
         "Examples to fine-tune on, from the first. Of `dataset`, all by default; of `generator`, as many as in its training.",
@@ -77,10 +79,12 @@ class VerifyArguments(MetricArguments):
     control_dataset: str | None = option(
         None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
+    control_dataset_config: str | None = option(None, "Its configuration.")
     replay_dataset: str | None = option(
         None,
         "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
     )
+    replay_dataset_config: str | None = option(None, "Its configuration.")
     replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
     untie_lm_head: bool = option(
         False, "Give the target's LM head a weight of its own. As `generator` says by default."
@@ -241,8 +245,9 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         args.dataset = str(output_dir / "data.jsonl")
         if args.num_examples is None:  # as many as in training
             known = args.facts.get("training", {}).get("completions_per_generation_batch")
-            args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts"))
+            args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts", args.prompts_config))
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
+        how["prompts_config"] = args.prompts_config
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
     number = len(rows["data"])
@@ -279,7 +284,7 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         path = getattr(args, argument)
         if path is None:
             continue
-        rows[name] = data = load_sft_rows(path, args.dataset_split, argument, args.num_examples)
+        rows[name] = data = load_sft_rows(args, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
                 f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
@@ -295,7 +300,7 @@ def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Da
     """Rows that stand beside the data and beside the control, drawn by the seed. Empty where there are none."""
     if args.replay_dataset is None:
         return {}
-    rows = load_sft_rows(args.replay_dataset, args.dataset_split, "replay_dataset", None)
+    rows = load_sft_rows(args, "replay_dataset", None)
     if set(rows.column_names) != set(data.column_names):
         raise ValueError(
             f"`replay_dataset` {args.replay_dataset!r} has the columns {rows.column_names}, but the data {data.column_names}. Give both "
@@ -305,13 +310,14 @@ def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Da
     return {"replay": rows.select(draw(len(rows), number, seed))}
 
 
-def load_sft_rows(path: str, split: str, argument: str, number: int | None) -> Dataset:
+def load_sft_rows(args: VerifyArguments, argument: str, number: int | None) -> Dataset:
     """Rows with `text`, or else with one of the other sets of columns that `SFTTrainer` takes."""
-    rows = load_rows(path, split, argument)
+    path, config = getattr(args, argument), getattr(args, f"{argument}_config")
+    rows = load_rows(path, args.dataset_split, argument, config)
     columns = set(rows.column_names)
     if "text" not in columns and ({"prompt", "completion"} <= columns or "messages" in columns):
         return rows.take(min(number or len(rows), len(rows)))
-    return load_texts(path, split, argument, number)
+    return load_texts(path, args.dataset_split, argument, number, config=config)
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
