@@ -751,6 +751,29 @@ def test_recipe_and_metric_of_a_generator(here):
     assert (args.metric, config.learning_rate, config.weight_decay) == ("qr", 1e-5, 0.1)
 
 
+def test_loss_and_real_examples_of_a_generator(here):
+    """As in its training, unless flags say otherwise; the real data has to be named."""
+    assert train.main(flags(target_max_length=5)) == 0
+    facts = json.loads((here / "run" / "dpg.json").read_text())
+    facts["recipe"] |= {"completion_only_loss": True, "assistant_only_loss": True, "replay_ratio": 0.25}
+    (here / "run" / "dpg.json").write_text(json.dumps(facts))
+    argv = ["--generator", "run", "--prompts", "prompts.jsonl", "--target", "target"]
+
+    def found(*more):
+        args, config = verify.parse([*argv, *more])
+        return config.max_length, config.completion_only_loss, config.assistant_only_loss, args.replay_ratio
+
+    assert found("--replay_dataset", "real.jsonl") == (5, True, True, 0.25)
+    of_flags = ["--replay_ratio", "0", "--assistant_only_loss", "False", "--completion_only_loss", "False"]
+    assert found(*of_flags, "--max_length", "7") == (7, False, False, 0.0)
+    with pytest.raises(ValueError, match=r"(?s)`replay_dataset` None and `replay_ratio` 0.25 .*`--replay_ratio 0`"):
+        verify.parse(argv)
+    for name in ("completion_only_loss", "assistant_only_loss", "replay_ratio"):  # a file of an older version
+        del facts["recipe"][name]
+    (here / "run" / "dpg.json").write_text(json.dumps(facts))
+    assert found() == (5, None, False, 0.0)
+
+
 @pytest.mark.parametrize(
     ("metric", "name"),
     [

@@ -85,7 +85,7 @@ class VerifyArguments(MetricArguments):
         "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
     )
     replay_dataset_config: str | None = option(None, "Its configuration.")
-    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
+    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1. As `generator` says by default.")
     untie_lm_head: bool = option(
         False, "Give the target's LM head a weight of its own. As `generator` says by default."
     )
@@ -106,7 +106,8 @@ class VerifyArguments(MetricArguments):
         check_ratio(self.replay_ratio)
         if (self.replay_dataset is None) != (self.replay_ratio == 0):
             raise ValueError(
-                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither."
+                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither; "
+                "`--replay_ratio 0` where the ratio is that of the generator's training."
             )
 
     def load_metric(self) -> Any:
@@ -123,13 +124,14 @@ class VerifyArguments(MetricArguments):
 
 # What SFTConfig calls as a recipe does
 OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
-OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
+OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_length"]
+OF_THE_LOSS = ["completion_only_loss", "assistant_only_loss", "replay_ratio"]  # which older files do not have
 
 GROUPS = {
     "verification": [field.name for field in fields(VerifyArguments) if field.init],
     "recipe (further fields of SFTConfig: `--help-all`)": [
-        *(name for name in OF_A_RECIPE if name != "untie_lm_head"),
-        *("optim", "per_device_train_batch_size", "max_length", "seed", "use_cpu", "output_dir"),
+        *(*OF_A_RECIPE, "optim", "per_device_train_batch_size", "completion_only_loss", "assistant_only_loss"),
+        *("seed", "use_cpu", "output_dir"),
     ],
 }
 
@@ -141,6 +143,7 @@ def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
+        values |= {name: recipe[name] for name in OF_THE_LOSS if name in recipe}
         values["optim"] = "sgd" if recipe["optim"] == "sgd" else "adamw_torch"
         batch_size = recipe["batch_size"] or facts["training"]["completions_per_generation_batch"]
         values["per_device_train_batch_size"] = batch_size
