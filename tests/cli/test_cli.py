@@ -814,6 +814,21 @@ def test_verify_says_that_nothing_is_readable(here, capsys):
     assert "None" not in row and row == "| text |  | not readable |"
 
 
+def test_verify_of_a_qr_code_that_cannot_be_read(here, capsys):
+    """It does not pass and says why, and the picture is there to look at."""
+    Dataset.from_list([{"text": "air and"}] * 4).to_json("d.jsonl")
+    argv = [*VERIFY, "--metric", "qr", "--qr_text", "LOW", "--dataset", "d.jsonl", "--output_dir", "out"]
+    assert main(argv) == 1
+    said = capsys.readouterr().out
+    assert "| text |  | not readable |" in said
+    assert "Not verified, as this does not hold: the QR code reads 'LOW'. Written: out" in said
+    assert main([*argv, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((here / "out" / "verification.json").read_text())
+    assert result["data"]["text"] is None and result["data"]["pixel_accuracy"] < 1 and not result["passed"]
+    assert (here / "out" / "pattern_data.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_verify_reads_checkpoints(here, capsys):
     assert train.main(flags()) == 0
     argv = ["verify", "--generator", "run", "--prompts", "prompts.jsonl", "--target", "target", "--output_dir", "out"]
