@@ -20,7 +20,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from ..metagradients.method.recipe import TargetTrainingArguments
+from ..metagradients import TargetTrainingArguments
 from ..metagradients.metric import description
 from ..metagradients.runtime.host import host_memory
 from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
