@@ -68,7 +68,7 @@ bench: $(VENV)/.offline-data
 gpu: $(VENV)/.offline-data
 	$(BIN)/python -m benchmarks.gpu --output $(RESULTS)/gpu
 
-# The README's picture of a run's page, from minutes of training; needs a Chromium
+# The picture of a run's page that docs/report.md links to, from minutes of training; needs a Chromium
 CHROMIUM ?= chromium
 picture: $(VENV)/.installed
 	$(BIN)/python -m experiments.prepare tiny

@@ -71,7 +71,9 @@ def engine(before: str, model_name: str, repeats: int) -> None:
     print(
         f"{model_name}, {SHAPES[model_name][0]} x {SHAPES[model_name][1]} tokens a step, float32. Seconds of a call: medians of"
     )
-    print(f"{8 * repeats} rounds at K = 1, {repeats} at K = 8. Ratios: medians over rounds, in brackets the lowest and the highest.\n")
+    print(
+        f"{8 * repeats} rounds at K = 1, {repeats} at K = 8. Ratios: medians over rounds, in brackets the lowest and the highest.\n"
+    )
     print("| K | curvature | without credit, s | credit of tokens | 64 candidates |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         archive = subprocess.run(["git", "archive", before], cwd=ROOT, capture_output=True, check=True).stdout

@@ -89,8 +89,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         credit_discount (`float`, *optional*, defaults to `0.5`):
             Discount of later tokens' credit, from 0 to 1. At 1 the gradient is unbiased; less of it varies less.
         credit_candidates (`int`, *optional*):
-            Words whose credit `"expected"` takes into account at each position: the generator's most likely ones. `None` means
-            all of a vocabulary of up to 4,096 words, and 64 of a larger one. At least 2.
+            Words whose credit `"expected"` takes into account at each position: the generator's most likely ones, the
+            sampled one among them. `None` means all of a vocabulary of up to 4,096 words, and 64 of a larger one. At least 2.
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens where a loss, gradient, cotangent or metric is not finite, in the target's run or in the generator's
             step. It is never written into weights.
@@ -225,9 +225,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     target_bf16: bool = _field(False, "Whether to run under bfloat16 autocast, less exactly.")
     target_gradient_checkpointing: bool = _field(False, "Whether activations are computed again in the backward pass.")
     target_curvature: str = _field("exact", "Hessian-vector products: `'exact'` or by `'central_difference'`.")
-    target_curvature_tolerance: float = _field(
-        1e-2, "Largest estimated error of a central difference that is not repeated exactly."
-    )
+    target_curvature_tolerance: float = _field(1e-2, "Largest estimated error of a step that is not repeated exactly.")
     target_tape: str = _field("auto", "Where gradients are kept: `'auto'`, `'device'`, `'host'` or `'disk'`.")
     target_tape_dir: str | None = _field(None, "Directory of the tape on disk.")
 

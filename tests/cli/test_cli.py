@@ -263,6 +263,55 @@ def test_flags_without_effect(here, changes, message):
         train.main(flags(**changes))
 
 
+@pytest.fixture
+def configurations(here):
+    """A data set of two configurations, each of one text."""
+    folder = here / "texts"
+    for name, word in (("one", "air"), ("two", "sun")):
+        Dataset.from_list([{"prompt": word, "text": f"{word} and {word}"}]).to_json(folder / f"{name}.jsonl")
+    names = [f"- config_name: {name}\n  data_files: {name}.jsonl" for name in ("one", "two")]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *names, "---", ""]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "argument"),
+    [
+        (["train", *flags()], "dataset_name"),
+        (["train", *flags()], "eval_dataset_name"),
+        (["train", *flags(metric="likelihood")], "metric_dataset"),
+        (["train", *flags(replay_ratio=0.5)], "replay_dataset_name"),
+        (GENERATE, "prompts"),
+        (VERIFY, "dataset"),
+        ([*VERIFY, "--dataset", "d.jsonl"], "control_dataset"),
+        ([*VERIFY, "--dataset", "d.jsonl", "--replay_ratio", "0.5"], "replay_dataset"),
+        ([*VERIFY, "--generator", "generator"], "prompts"),
+        (["check", "--model", "target"], "dataset"),
+        (["value", "--model", "target", "--output", "v", "--metric", "67"], "dataset"),
+        (["value", "--model", "target", "--output", "v", "--dataset", "d.jsonl"], "metric_dataset"),
+    ],
+)
+def test_every_data_set_can_have_a_configuration(configurations, capsys, argv, argument):
+    """One that is there, among several, and not one that is not; a file has none."""
+    Dataset.from_list([{"text": "air and"}]).to_json("d.jsonl")
+    flag = f"--{argument.removesuffix('_name')}_config"
+    for name, config, message in [
+        ("texts", None, "Config name is missing"),
+        ("texts", "three", "BuilderConfig 'three' not found"),
+        ("d.jsonl", "one", f"a file has no configurations, but `{flag[2:]}` is 'one'"),
+    ]:
+        words = [*argv, f"--{argument}", name, *([] if config is None else [flag, config])]
+        assert (run_script(train.main, words[1:], "train") if argv[0] == "train" else main(words)) == 2
+        error = capsys.readouterr().err
+        assert f"`{argument}` '{name}' cannot be loaded: " in error and message in error
+
+
+def test_configuration_of_a_metrics_texts(configurations):
+    args = train.DPGScriptArguments(
+        metric="likelihood", metric_dataset="texts", metric_dataset_config="two", dataset_name="train.jsonl"
+    )
+    assert [row["text"] for row in args.load_metric()._examples] == ["sun and sun"]
+
+
 def test_values_of_flags(here):
     """Numbers of any notation; in YAML, what a flag would make of it."""
 
@@ -702,6 +751,29 @@ def test_recipe_and_metric_of_a_generator(here):
     assert (args.metric, config.learning_rate, config.weight_decay) == ("qr", 1e-5, 0.1)
 
 
+def test_loss_and_real_examples_of_a_generator(here):
+    """As in its training, unless flags say otherwise; the real data has to be named."""
+    assert train.main(flags(target_max_length=5)) == 0
+    facts = json.loads((here / "run" / "dpg.json").read_text())
+    facts["recipe"] |= {"completion_only_loss": True, "assistant_only_loss": True, "replay_ratio": 0.25}
+    (here / "run" / "dpg.json").write_text(json.dumps(facts))
+    argv = ["--generator", "run", "--prompts", "prompts.jsonl", "--target", "target"]
+
+    def found(*more):
+        args, config = verify.parse([*argv, *more])
+        return config.max_length, config.completion_only_loss, config.assistant_only_loss, args.replay_ratio
+
+    assert found("--replay_dataset", "real.jsonl") == (5, True, True, 0.25)
+    of_flags = ["--replay_ratio", "0", "--assistant_only_loss", "False", "--completion_only_loss", "False"]
+    assert found(*of_flags, "--max_length", "7") == (7, False, False, 0.0)
+    with pytest.raises(ValueError, match=r"(?s)`replay_dataset` None and `replay_ratio` 0.25 .*`--replay_ratio 0`"):
+        verify.parse(argv)
+    for name in ("completion_only_loss", "assistant_only_loss", "replay_ratio"):  # a file of an older version
+        del facts["recipe"][name]
+    (here / "run" / "dpg.json").write_text(json.dumps(facts))
+    assert found() == (5, None, False, 0.0)
+
+
 @pytest.mark.parametrize(
     ("metric", "name"),
     [
@@ -740,6 +812,21 @@ def test_verify_says_that_nothing_is_readable(here, capsys):
     assert main([*VERIFY, "--dataset", "d.jsonl"]) == 1
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| text |")]
     assert "None" not in row and row == "| text |  | not readable |"
+
+
+def test_verify_of_a_qr_code_that_cannot_be_read(here, capsys):
+    """It does not pass and says why, and the picture is there to look at."""
+    Dataset.from_list([{"text": "air and"}] * 4).to_json("d.jsonl")
+    argv = [*VERIFY, "--metric", "qr", "--qr_text", "LOW", "--dataset", "d.jsonl", "--output_dir", "out"]
+    assert main(argv) == 1
+    said = capsys.readouterr().out
+    assert "| text |  | not readable |" in said
+    assert "Not verified, as this does not hold: the QR code reads 'LOW'. Written: out" in said
+    assert main([*argv, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((here / "out" / "verification.json").read_text())
+    assert result["data"]["text"] is None and result["data"]["pixel_accuracy"] < 1 and not result["passed"]
+    assert (here / "out" / "pattern_data.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_verify_reads_checkpoints(here, capsys):

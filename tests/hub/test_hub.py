@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from tests.hub.server import Failure, check_card, serve, validate
 from trl_dpg.checkpoints import is_whole
+from trl_dpg.metagradients.method.updates import SGD
 from trl_dpg.metagradients.metric import as_metric
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from trl_dpg.publishing import push_dataset, push_generator
@@ -35,7 +36,10 @@ from trl_dpg.publishing.facts import (
     summarize_validation,
     training_facts,
 )
+from trl_dpg.publishing.outcome import recipe_text
 from trl_dpg.reporting import write_report
+from trl_dpg.scripts import train
+from trl_dpg.testing import save_tiny_models, tiny_prompts
 
 
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
@@ -100,6 +104,25 @@ def test_push_to_hub(run, hub):
         assert repo.files[name].startswith(b"\x89PNG")
     assert (Path(trainer.args.output_dir) / "training_args.bin").exists()  # stays at home
     assert json.loads(repo.files["dpg.json"])["recipe"]["learning_rate"] == trainer.args.target_learning_rate
+
+
+def test_the_script_pushes_once_after_training(hub, tmp_path, monkeypatch, caplog):
+    """All that there is."""
+    monkeypatch.chdir(tmp_path)
+    generator, target = save_tiny_models(Path("models"), seed=0, num_words=60)
+    for name, rows in tiny_prompts(16, 4).items():
+        rows.to_json(f"{name}.jsonl")
+    flags = "--metric 67 --target_untie_lm_head True --max_steps 1 --save_strategy no --per_device_train_batch_size 8"
+    flags += (
+        " --num_generations 4 --max_completion_length 6 --learning_rate 1e-3 --use_cpu --bf16 False --report_to none"
+    )
+    flags += " --dataset_name train.jsonl --eval_dataset_name test.jsonl --output_dir runs/generator --push_to_hub"
+    models = ["--model_name_or_path", str(generator), "--target_model_name_or_path", str(target)]
+    assert train.main([*flags.split(), *models]) == 0
+    repo = hub.repos["models", "me/generator"]
+    assert repo.messages == ["End of training"] and "empty commit" not in caplog.text
+    assert {"README.md", "dpg.json", "curve.png", "pattern.png", WEIGHTS} <= set(repo.files)
+    assert repo.files[WEIGHTS] == Path("runs/generator", WEIGHTS).read_bytes()
 
 
 def test_nothing_of_this_machine_is_pushed(run, hub, tmp_path, causal_lm, tokenizer, monkeypatch):
@@ -416,6 +439,35 @@ def test_describe_metric():
         "description": "Shorter is better.",
         "readouts": ["metric_gain"],
     }
+
+
+class Halved(SGD):
+    """An update rule of one's own."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "one step of AdamW, 8 examples a step, learning rate 1e-05 (constant), betas 0.9 and 0.95, texts"),
+        ({"optim": "sgd"}, "one step of SGD, 8 examples a step, learning rate 1e-05 (constant), texts"),
+        (
+            {"optim": "sgd", "momentum": 0.9},
+            "one step of SGD, 8 examples a step, learning rate 1e-05 (constant), momentum 0.9, texts",
+        ),
+        ({"optim": "muon"}, "one step of Muon, 8 examples a step"),
+        ({"optim": Halved}, "one step of Halved, 8 examples a step"),
+    ],
+)
+def test_the_update_rule_is_named(make_trainer, fields, text):
+    """On the card, from a `dpg.json` that can be written."""
+    fields = {"target_learning_rate": 1e-5, **{f"target_{name}": value for name, value in fields.items()}}
+    trainer = make_trainer(**fields)
+    trainer.create_model_card()
+    folder = Path(trainer.args.output_dir)
+    facts = json.loads((folder / "dpg.json").read_text())
+    facts["recipe"]["batch_size"] = facts["recipe"]["batch_size"] or 8
+    assert recipe_text(facts["recipe"]).startswith(text)
+    assert text.split(",")[0] in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("missing", ["recipe", "metric.readouts"])

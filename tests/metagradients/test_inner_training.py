@@ -10,10 +10,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
+from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
 from trl_dpg.metagradients.method.loss import TokenLosses
 from trl_dpg.metagradients.runtime.examples import micro_batches, prepare_examples
 from trl_dpg.metagradients.runtime.processes import Processes
@@ -252,3 +253,20 @@ def test_from_sft_config_variants(fields, tmp_path):
     args = TargetTrainingArguments.from_sft_config(sft_config(tmp_path, **fields))
     assert args.shuffle == ("max_grad_norm" not in fields)
     assert args.max_grad_norm == 0.0
+
+
+@pytest.mark.parametrize(("run", "sweeps"), [(train_and_measure, 1), (compute_metagradients, 2)])
+def test_the_bar_ends_where_the_run_does(monkeypatch, run, sweeps):
+    """One step of it for each of the run, and one for each of the way back, if there is one."""
+    bars = []
+
+    class Bar(tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("trl_dpg.metagradients.run.tqdm", Bar)
+    examples = [{"input_ids": [1, 2, 3 + i]} for i in range(6)]
+    args = TargetTrainingArguments(batch_size=2, adam_epsilon_root=1e-6, disable_tqdm=False)
+    run(gpt2(), examples, lambda model: -model.lm_head.weight.norm(), args)
+    assert set(bars) == {(3 * sweeps, 3 * sweeps)}

@@ -115,11 +115,12 @@ class TestMetagradient:
         assert [reward is None for reward in rewards] == [False, False, False, True, False, False]
         assert log.metrics["nonfinite"] == 1
 
-    def test_central_differences_are_logged(self, make, call, log):
-        args = recipe(curvature="central_difference", curvature_tolerance=0.0)
+    @pytest.mark.parametrize(("tolerance", "fallbacks"), [(0.0, 6), (1.0, 0)])  # three runs of two steps
+    def test_central_differences_are_logged(self, make, call, log, tolerance, fallbacks):
+        args = recipe(curvature="central_difference", curvature_tolerance=tolerance)
         call(make(MetagradientReward, args=args), TEXTS, **log.hooks)
-        assert log.metrics["exact_fallbacks"] == 6  # three runs of two steps
-        assert log.metrics["curvature_error"] > 0
+        assert log.metrics["exact_fallbacks"] == fallbacks
+        assert (log.metrics["curvature_error"] > 0) == (fallbacks == 0)
 
     def test_needs_the_number_of_generations(self, make):
         with pytest.raises(ValueError, match="`cross_group_batching=False` needs `num_generations`"):

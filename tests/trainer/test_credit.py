@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from trl_dpg import DatasetPolicyGradientTrainer
 from trl_dpg.credit import WordCredit, credit_text, expected_credit, token_advantages
-from trl_dpg.credit.candidates import CandidateLogits
+from trl_dpg.credit.candidates import CandidateLogits, with_sampled
 from trl_dpg.reporting import write_report
 
 
@@ -32,8 +32,8 @@ def policy():
     return logits, credits, rows, words
 
 
-def gradients(policy, assignment, discount):
-    """The estimator of every completion, shape `(27, parameters)`, and every completion's probability."""
+def gradients(policy, assignment, discount, ids=None):
+    """The estimator of every completion, shape `(27, parameters)`, and its probability. Candidates are `ids`, or all words."""
     logits, credits, rows, words = policy
     log_probs = logits.log_softmax(dim=1)[rows]  # (27, length, words)
     chosen = log_probs.gather(2, words[..., None])[..., 0]
@@ -41,12 +41,13 @@ def gradients(policy, assignment, discount):
     if assignment == "sequence":
         objective = chosen.sum(dim=1) * own.sum(dim=1)
     else:
-        candidates = list(credits[rows]) if assignment == "expected" else None
+        ids = torch.arange(WORDS).expand_as(log_probs) if ids is None else ids
+        candidates = list(credits[rows].gather(2, ids)) if assignment == "expected" else None
         every = [list(range(LENGTH))] * len(words)
         result = token_advantages(list(own), every, [[1] * LENGTH] * len(words), discount, candidates=candidates)
         objective = (chosen * result.sampled).sum(dim=1)
         if candidates is not None:
-            objective = objective + expected_credit(log_probs, result.candidates).sum(dim=1)
+            objective = objective + expected_credit(log_probs.gather(2, ids), result.candidates).sum(dim=1)
         objective = objective * result.unit
     estimates = torch.stack([torch.autograd.grad(o, logits, retain_graph=True)[0].flatten() for o in objective])
     return estimates, chosen.sum(dim=1).exp()
@@ -74,6 +75,36 @@ def test_a_discount_is_biased(policy):
     estimates, p = gradients(policy, "token", 0.0)
     exact, _ = gradients(policy, "token", 1.0)
     assert ((p[:, None] * estimates).sum(dim=0) - (p[:, None] * exact).sum(dim=0)).abs().max() > 1e-3
+
+
+def test_expectation_of_some_candidates(policy):
+    """
+    Two of three words. Candidates C move π as the mean of their credits, given that one of them is drawn, times the probability of
+    that. With the sampled word among them, that is averaged over all samples, and nearer to the credit of all words.
+    """
+    logits, credits, rows, words = policy
+    probs, likely = logits.softmax(dim=1), logits.topk(2).indices
+    own = probs[rows].gather(2, words[..., None])[..., 0]
+    reached = own.cumprod(dim=1) / own  # probability of each prefix
+    reached = torch.zeros(len(logits), dtype=torch.float64).scatter(0, rows.flatten(), reached.flatten()).detach()
+
+    def moved(chosen):  # of each prefix, by its candidates
+        p = probs.gather(1, chosen)
+        return p.sum(dim=1).detach() * (p * credits.gather(1, chosen)).sum(dim=1) / p.sum(dim=1)
+
+    def slope(value):
+        return torch.autograd.grad((reached * value).sum(), logits, retain_graph=True)[0].flatten()
+
+    with_each = with_sampled(likely[:, None].expand(-1, WORDS, -1), torch.arange(WORDS).expand(len(logits), WORDS))
+    expected = slope(sum(probs[:, x].detach() * moved(with_each[:, x]) for x in range(WORDS)))
+    found = {}
+    for name, ids in (("likely", likely[rows]), ("with_sampled", with_sampled(likely[rows], words))):
+        estimates, p = gradients(policy, "expected", 0.0, ids)
+        found[name] = (p[:, None] * estimates).sum(dim=0)
+    exact = slope((probs * credits).sum(dim=1))
+    assert (found["likely"] - slope(moved(likely))).abs().max() < 1e-10
+    assert (found["with_sampled"] - expected).abs().max() < 1e-10
+    assert (found["with_sampled"] - exact).norm() < (found["likely"] - exact).norm()
 
 
 def test_reward_to_go():
@@ -159,6 +190,24 @@ def test_gradient_of_the_expected_term(batch, candidates, peft_config):
     expected = gradient(trainer, -(terms * mask).sum() / mask.sum())
     actual = gradient(trainer, trainer._compute_loss(trainer.model, inputs))
     assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_sampled_token_is_a_candidate(batch):
+    """Once, with its own credit, and in place of the least likely one only."""
+    words_alone = {"suppress_tokens": [60, 61, 62, 63]}
+    trainer, inputs = batch(credit_assignment="expected", credit_candidates=5, generation_kwargs=words_alone)
+    ids, own, written = inputs["candidate_ids"], inputs["completion_ids"][..., None], inputs["completion_mask"] == 1
+    assert ((ids == own).sum(dim=2)[written] == 1).all()
+    likely = plain_log_probs(trainer, inputs).topk(5).indices
+    missing = (likely != own).all(dim=2)
+    assert (missing & written).any()
+    likely[..., -1] = torch.where(missing, own[..., 0], likely[..., -1])
+    is_word = trainer._expected_credit.is_word[likely]
+    assert torch.equal(ids[written], likely.masked_fill(~is_word, -1)[written])
+    reward = trainer.target_training
+    for example, tokens, known in zip(reward._examples, reward._tokens, reward._candidates, strict=True):
+        places = example["candidates"] == torch.tensor(example["input_ids"])[:, None]
+        assert places.any() and torch.allclose(known[places], tokens[places.any(dim=1)], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])

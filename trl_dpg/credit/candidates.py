@@ -49,6 +49,12 @@ class _ExpectedCredit(torch.autograd.Function):
         return slopes * cotangent[..., None], None
 
 
+def with_sampled(likely: Tensor, sampled: Tensor) -> Tensor:
+    """Most likely words, shape `(b, t, k)`, likeliest first. Where the sampled one, `(b, t)`, is missing, it replaces the last."""
+    missing = (likely != sampled[..., None]).all(dim=2)
+    return torch.cat([likely[..., :-1], torch.where(missing, sampled, likely[..., -1])[..., None]], dim=2)
+
+
 def changed_logits(model: PreTrainedModel) -> dict[str, Any]:
     """What a model's configuration says that it does to its logits, beyond the LM head's product."""
     config = model.config.get_text_config().to_dict()
@@ -148,7 +154,7 @@ class CandidateHead:
     def most_likely(self, num_tokens: int, num_candidates: int) -> Iterator["CandidateHead"]:
         """
         While it is open, a forward pass returns nothing, and leaves the most likely words at its last tokens in `result`, shape
-        `(b, num_tokens, k)`.
+        `(b, num_tokens, k)`, the likeliest first.
         """
         self._most_likely = num_tokens, num_candidates
         try:
@@ -174,7 +180,7 @@ class CandidateHead:
     def _find_most_likely(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_tokens, num_candidates = self._most_likely  # type: ignore[misc]
         rows = hidden[:, -num_tokens - 1 : -1]
-        return torch.stack([F.linear(row, weight, bias).topk(num_candidates, sorted=False).indices for row in rows])
+        return torch.stack([F.linear(row, weight, bias).topk(num_candidates).indices for row in rows])
 
     def _compute(self, hidden, labels, weight, bias, log_probs) -> Tensor:
         num_tokens, num_candidates, ids = self._log_probs  # type: ignore[misc]

@@ -10,7 +10,15 @@ from trl.trainer.utils import pad
 
 from ..data import special_ids
 from ..metagradients.runtime.model import vocab_size
-from .candidates import ALL_WORDS, CANDIDATES, CandidateHead, changed_logits, changed_words, expected_credit
+from .candidates import (
+    ALL_WORDS,
+    CANDIDATES,
+    CandidateHead,
+    changed_logits,
+    changed_words,
+    expected_credit,
+    with_sampled,
+)
 
 
 def obstacle_to_expected_credit(
@@ -108,7 +116,8 @@ class ExpectedCredit:
         device: torch.device,
     ) -> list[Tensor]:
         """
-        Words that could stand at each token of the completions: all, or the generator's most likely ones; -1 for no word.
+        Words that could stand at each token of the completions: all, or the generator's most likely ones and the token itself; -1
+        for no word.
 
         Args:
             prompt_ids, completion_ids (`list[list[int]]`): Tokens of this process's prompts and completions.
@@ -129,7 +138,7 @@ class ExpectedCredit:
             length = ids[1].shape[1]
             with self.head.most_likely(length, self.num_candidates) as head:
                 forward(torch.cat(ids, dim=1).to(device), torch.cat(mask, dim=1).to(device))
-                result = head.result.cpu()  # type: ignore[union-attr]
+                result = with_sampled(head.result.cpu(), ids[1])  # type: ignore[union-attr]
             result = result.masked_fill(~self.is_word[result], -1)
             found += [result[i, : len(row)] for i, row in enumerate(rows)]
         return found

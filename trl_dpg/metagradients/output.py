@@ -50,7 +50,8 @@ class MetagradientOutput(TrainingOutput):
         plan ([`~trl_dpg.metagradients.runtime.memory.MemoryPlan`]):
             Where the tape was, and how large; `None` for a run of one step, which needs no tape.
         curvature_errors (`list[float]`):
-            Estimated relative error of each step's central difference; empty with `curvature="exact"`.
+            Estimated relative error of each step's central difference; 0.0 for a step that was repeated exactly, and empty with
+            `curvature="exact"`.
         num_exact_fallbacks (`int`): Steps that were repeated exactly, as their estimate was above `curvature_tolerance`.
     """
 

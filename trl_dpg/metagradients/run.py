@@ -130,11 +130,11 @@ class TargetRun:
                 )
                 self.token_losses = TokenLosses(self.model, self.recipe.bf16)
                 stack.enter_context(self.space)
-            total = 2 * self.num_steps
-            hidden = (
-                self.recipe.disable_tqdm if total > 2 and self.processes.index == 0 else True
-            )  # one step needs no bar
-            self.progress = stack.enter_context(tqdm(total=total, desc="Target", leave=False, disable=hidden))
+            needed = self.num_steps > 1 and self.processes.index == 0
+            bar = tqdm(
+                total=self.num_steps, desc="Target", leave=False, disable=not needed or self.recipe.disable_tqdm
+            )
+            self.progress = stack.enter_context(bar)
             self._stack = stack.pop_all()
         return self
 
@@ -149,6 +149,7 @@ class TargetRun:
     def train(self, keep_tape: bool) -> None:
         """The forward sweep. With `keep_tape`, what the adjoint sweep needs is kept."""
         space, processes = self.space, self.processes
+        self.progress.total = (1 + keep_tape) * self.num_steps  # there, and back
         shape = self.recipe.num_train_epochs, len(self.examples)
         self.example_losses = torch.zeros(shape, dtype=torch.float64, device=float64_device(space.device))
         self.storage = Storage()

@@ -20,6 +20,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ..metagradients import TargetTrainingArguments
 from ..metagradients.metric import description
 from ..metagradients.runtime.host import host_memory
 from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
@@ -155,6 +156,12 @@ def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
     return {"step": rows[0]["step"], "draws": len(rows), "mean": means, "standard_error": errors}
 
 
+def describe_recipe(recipe: TargetTrainingArguments) -> dict[str, Any]:
+    """The fields of a recipe that the result depends on; an update rule of one's own by its name."""
+    fields = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in NOT_IN_THE_RESULT}
+    return {**fields, "optim": recipe.optim if isinstance(recipe.optim, str) else recipe.optim.__name__}
+
+
 def training_facts(trainer: Any) -> dict[str, Any]:
     """
     What a run's cards are made of: no path, no token, nothing of the machine's environment.
@@ -169,9 +176,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     from .. import __version__  # which is not there yet while the package is imported
 
     args, training = trainer.args, trainer.target_training
-    recipe = dataclasses.asdict(training.args)
-    for name in NOT_IN_THE_RESULT:
-        del recipe[name]
+    recipe = describe_recipe(training.args)
     recipe["steps"] = training.args.num_steps(args.num_target_examples())
     recipe["untie_lm_head"] = args.target_untie_lm_head
     recipe["replay_ratio"], recipe["variants"] = args.replay_ratio, len(args.target_variants or [{}])

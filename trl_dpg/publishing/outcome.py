@@ -139,13 +139,14 @@ def markdown_table(rows: list[list[str]]) -> str:
 def recipe_text(recipe: dict[str, Any]) -> str:
     """The target's fine-tuning run in a line, of the `recipe` in [`~trl_dpg.publishing.training_facts`]."""
     steps = "one step" if recipe["steps"] == 1 else f"{recipe['steps']} steps"
-    is_adam = recipe["optim"] == "adamw"
+    rule = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}.get(recipe["optim"], recipe["optim"])
     parts = [
-        f"{steps} of {'AdamW' if is_adam else 'SGD'}",
+        f"{steps} of {rule}",
         f"{recipe['batch_size']} examples a step",
         f"{recipe['replay_ratio']:.0%} of them real" if recipe.get("replay_ratio") else "",  # no field in older files
         f"learning rate {recipe['learning_rate']:g} ({recipe['lr_scheduler_type'].replace('_', ' ')})",
-        f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}" if is_adam else "",
+        f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}" if rule == "AdamW" else "",
+        f"momentum {recipe['momentum']:g}" if recipe.get("momentum") else "",
         f"weight decay {recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
         f"gradients clipped to {recipe['max_grad_norm']:g}" if recipe["max_grad_norm"] else "",
         f"texts of up to {recipe['max_length']} tokens",

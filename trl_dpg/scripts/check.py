@@ -35,6 +35,7 @@ class CheckArguments(MetricArguments):
     metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
     model: str = option("", "The target: a directory or an id on the Hub, with tokenizer.")
     dataset: str = option("", "What to fine-tune on: a file or a data set's id.")
+    dataset_config: str | None = option(None, "Its configuration.")
     dataset_split: str = option("train", "Its split.")
     text_column: str = option("text", "Its column to train on.")
     num_examples: int = option(64, "Its rows to train on, from the first.")
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     args, recipe = recipe_parser("trl-dpg check", CheckArguments, RecipeArguments).parse_args_and_config(argv)
     metric = args.load_metric()
     remedy = "Name one with `--text_column`."
-    rows = load_texts(args.dataset, args.dataset_split, "dataset", args.num_examples, args.text_column, remedy)
+    of_rows = args.num_examples, args.text_column, remedy, args.dataset_config
+    rows = load_texts(args.dataset, args.dataset_split, "dataset", *of_rows)
     texts = rows[args.text_column][:]
     make_folder_for(args.plot, "plot")
     accelerator = Accelerator()

@@ -37,6 +37,7 @@ class MetricArguments:
     metric_dataset: str | None = option(
         None, "Data for 'likelihood', a file or a data set's id: rows with text, or prompt and completion."
     )
+    metric_dataset_config: str | None = option(None, "Configuration of `metric_dataset`.")
     metric_dataset_split: str = option("train", "Split of `metric_dataset`.")
     num_metric_examples: int = option(8, "Rows of `metric_dataset` to use, from the first.")
 
@@ -48,7 +49,7 @@ class MetricArguments:
             )
         if self.metric == "likelihood" and self.metric_dataset is None:
             raise ValueError("`metric` 'likelihood' needs data to score. Give it as `metric_dataset`.")
-        of_likelihood = ("metric_dataset", "metric_dataset_split", "num_metric_examples")
+        of_likelihood = ("metric_dataset", "metric_dataset_config", "metric_dataset_split", "num_metric_examples")
         for name, metric in {"qr_text": "qr", **dict.fromkeys(of_likelihood, "likelihood")}.items():
             if self.metric != metric and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
@@ -74,7 +75,8 @@ class MetricArguments:
         if self.metric == "lm_head_norm":
             return LMHeadNorm()
         if self.metric == "likelihood":
-            rows = load_rows(self.metric_dataset, self.metric_dataset_split, "metric_dataset")  # type: ignore[arg-type]
+            name, config = str(self.metric_dataset), self.metric_dataset_config
+            rows = load_rows(name, self.metric_dataset_split, "metric_dataset", config)
             return LanguageModelingLikelihood(rows.select(range(min(self.num_metric_examples, len(rows)))))
         return load_callable(self.metric, ":", "metric")
 
@@ -104,14 +106,17 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
         [`ValueError`]: If there is no such data set. It names `argument`, that `name` was given as.
     """
     builder = FILES.get(os.path.splitext(name)[1])
+    is_saved = os.path.isdir(name) and {"state.json", "dataset_dict.json"} & set(os.listdir(name))  # by `save_to_disk`
     try:
         if builder is not None:
             if not os.path.exists(name):
                 raise FileNotFoundError(f"there is no file {name!r}")
-            if config is not None:
-                raise ValueError(f"a file has no configurations, but `dataset_config` is {config!r}. Leave it out")
+        if config is not None and (builder is not None or is_saved):
+            flag = argument.removesuffix("_name").replace("metric_texts", "metric_dataset") + "_config"
+            raise ValueError(f"a file has no configurations, but `{flag}` is {config!r}. Leave it out")
+        if builder is not None:
             return load_dataset(builder, data_files=name, streaming=streaming)
-        if os.path.isdir(name) and {"state.json", "dataset_dict.json"} & set(os.listdir(name)):  # by `save_to_disk`
+        if is_saved:
             saved = load_from_disk(name)
             return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         return load_dataset(name, config, streaming=streaming)
@@ -120,9 +125,9 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
         raise ValueError(f"`{argument}` {name!r} cannot be loaded: {reason}") from error
 
 
-def load_rows(name: str, split: str, argument: str) -> Dataset:
+def load_rows(name: str, split: str, argument: str, config: str | None = None) -> Dataset:
     """One split of what [`load_splits`] loads."""
-    splits = load_splits(name, argument)
+    splits = load_splits(name, argument, config)
     return take_split(splits, split, name, argument)
 
 
@@ -143,10 +148,16 @@ def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: s
 
 
 def load_texts(
-    name: str, split: str, argument: str, number: int | None = None, column: str = "text", remedy: str = "Rename one."
+    name: str,
+    split: str,
+    argument: str,
+    number: int | None = None,
+    column: str = "text",
+    remedy: str = "Rename one.",
+    config: str | None = None,
 ) -> Dataset:
     """One column of data to fine-tune on, of all rows or of the first, or an error that says which of them is no text."""
-    rows = load_rows(name, split, argument)
+    rows = load_rows(name, split, argument, config)
     check_column(rows, column, name, argument, remedy)
     rows = rows.select_columns(column).take(min(number or len(rows), len(rows)))
     for index, text in enumerate(rows[column]):

@@ -66,6 +66,7 @@ class GenerateArguments:
         "Examples to write. One for each prompt by default; more than there are prompts takes them again from the "
         "first.",
     )
+    prompts_config: str | None = option(None, "Configuration of the prompts.")
     prompts_split: str = option("train", "Split of the prompts.")
     max_new_tokens: int | None = option(
         None, "Longest text. As in training by default, which `dpg.json` says, or 256 without that file."
@@ -349,7 +350,7 @@ def write(args: GenerateArguments) -> dict[str, Any]:
             f"sampled with {', '.join(f'{name} {value}' for name, value in settings.items())}: give what training had as flags.",
             file=sys.stderr,
         )
-    rows = load_rows(args.prompts, args.prompts_split, "prompts")
+    rows = load_rows(args.prompts, args.prompts_split, "prompts", args.prompts_config)
     check_column(rows, "prompt", args.prompts, "prompts")
     number = args.num_examples or len(rows)
     call: dict[str, Any] = {"model": args.model, "weights": fingerprint(args.model), "prompts": args.prompts}

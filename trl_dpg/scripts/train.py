@@ -55,23 +55,22 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
         "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
         "if there is one.",
     )
+    eval_dataset_config: str | None = option(None, "Its configuration.")
     num_eval_prompts: int | None = option(None, "Held-out prompts to use, from the first. All by default.")
     evaluation_language: str | None = option(
-        None, "Language whose share of the generated texts validation reads out, as a code such as 'es'."
+        None, "Language whose share of the texts validation reads out: a code such as 'es'."
     )
     evaluation_reference: str | None = option(
         None, "String whose share of the generated texts validation reads out, such as a UUID."
     )
-    validation_draws: int = option(
-        1,
-        "Validations after training (with `eval_on_start` before, too), on fresh samples.",
-    )
+    validation_draws: int = option(1, "Validations after training (with `eval_on_start` before), on fresh samples.")
     reference_texts: list[str] | None = option(
         None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
     )
     replay_dataset_name: str | None = option(
-        None, "Real data of which every run of the target has the share `replay_ratio`: a file or a data set's id."
+        None, "Real data that stands in every run of the target: a file or a data set's id."
     )
+    replay_dataset_config: str | None = option(None, "Its configuration.")
     replay_dataset_split: str = option("train", "Its split.")
 
     def __post_init__(self):
@@ -94,8 +93,9 @@ GROUPS = {
     "reward": "reward cross_group_batching nonfinite reward_language scale_rewards reference_texts reward_funcs".split(),
     "generator": "model_name_or_path use_peft learning_rate lr_scheduler_type max_steps per_device_train_batch_size "
     "num_generations max_completion_length temperature entropy_coef use_vllm use_cpu seed".split(),
-    "data": "dataset_name dataset_train_split dataset_test_split eval_dataset_name num_eval_prompts "
-    "evaluation_language evaluation_reference validation_draws replay_dataset_name replay_dataset_split replay_ratio".split(),
+    "data": "dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name eval_dataset_config "
+    "num_eval_prompts evaluation_language evaluation_reference validation_draws replay_dataset_name replay_dataset_config "
+    "replay_dataset_split replay_ratio".split(),
     "output": "output_dir logging_steps eval_strategy eval_steps eval_on_start save_steps resume_from_checkpoint "
     "report_to save_generated push_to_hub hub_model_id disable_tqdm".split(),
 }
@@ -172,7 +172,7 @@ def load_datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[s
     test_split, number = script_args.dataset_test_split, script_args.num_eval_prompts
     eval_dataset = splits.get(test_split)
     if script_args.eval_dataset_name is not None:
-        held_out = load_splits(script_args.eval_dataset_name, "eval_dataset_name")
+        held_out = load_splits(script_args.eval_dataset_name, "eval_dataset_name", script_args.eval_dataset_config)
         name = test_split if test_split in held_out else "train"
         eval_dataset = take_split(held_out, name, script_args.eval_dataset_name, "eval_dataset_name")
     elif eval_dataset is None and training_args.eval_strategy != "no":
@@ -202,7 +202,10 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
     replay_dataset = None
     if script_args.replay_dataset_name is not None:
         replay_dataset = load_rows(
-            script_args.replay_dataset_name, script_args.replay_dataset_split, "replay_dataset_name"
+            script_args.replay_dataset_name,
+            script_args.replay_dataset_split,
+            "replay_dataset_name",
+            script_args.replay_dataset_config,
         )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train(training_args.resume_from_checkpoint)
         for _ in range(script_args.validation_draws if trainer.eval_dataset is not None else 0):
             trainer.evaluate()
-        trainer.save_model(training_args.output_dir)
+        trainer.save_model(training_args.output_dir, _internal_call=True)  # which does not push yet
         trainer.create_model_card()
         if trainer.is_world_process_zero():
             print_end(trainer, dataset_name)

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ from ..data import dataset_examples
 from ..metagradients import MetagradientOutput, TargetTrainingArguments, compute_metagradients
 from ..metagradients.metric import as_metric, description
 from ..metagradients.runtime.model import TargetModel
-from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
 from ..metrics import LanguageModelingLikelihood
-from ..publishing.facts import describe_machine, describe_model, public_name
+from ..publishing.facts import describe_machine, describe_model, describe_recipe, public_name
 from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
 from ..sft_rows import is_chat
 from ..target import load_target_model, load_target_tokenizer
@@ -57,6 +56,7 @@ class ValueArguments(MetricArguments):
     dataset: str = option(
         "", "What to rank, `NAME[:split]`: a file, a folder or a data set's id; split `train` by default."
     )
+    dataset_config: str | None = option(None, "Configuration of `dataset`.")
     model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
     output: str = option("", "Folder to write.")
     num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
@@ -196,7 +196,7 @@ def examples_of(rows: Dataset, argument: str, name: str, tokenizer: Any, **loss:
 def load_data(args: ValueArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, list[dict[str, Any]]]:
     """Rows to rank, and what they are in tokens."""
     name, split = name_and_split(args.dataset)
-    rows = load_rows(name, split, "dataset")
+    rows = load_rows(name, split, "dataset", args.dataset_config)
     rows = rows.take(min(args.num_examples or len(rows), len(rows)))
     loss = {"completion_only_loss": args.completion_only_loss, "assistant_only_loss": args.assistant_only_loss}
     examples = examples_of(rows, "dataset", name, tokenizer, **loss)
@@ -213,7 +213,7 @@ def load_metric(args: ValueArguments, tokenizer: Any, max_length: int) -> Any:
     if args.metric != "likelihood":
         return args.load_metric()
     name, argument = str(args.metric_dataset), "metric_dataset" if args.metric_texts is None else "metric_texts"
-    rows = load_rows(name, args.metric_dataset_split, argument)
+    rows = load_rows(name, args.metric_dataset_split, argument, args.metric_dataset_config)
     rows = rows.take(min(args.num_metric_examples or len(rows), len(rows)))
     texts: Any = rows
     if not all(isinstance(rows[0].get(column, ""), str) for column in ("text", "prompt", "completion", "messages")):
@@ -243,9 +243,6 @@ def load_model(args: ValueArguments, model_args: ModelConfig, seed: int, device:
 def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[str, Any]:
     """What was found, and how: the content of `valuation.json`, in which there is no path."""
     scores, errors = valuation.scores, valuation.standard_errors
-    recipe = asdict(valuation.recipe)
-    for setting in NOT_IN_THE_RESULT:
-        del recipe[setting]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "dataset": public_name(name)[0],
@@ -259,7 +256,11 @@ def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[
         "flags": {kind: len(rows) for kind, rows in valuation.flags.items()},
         "model": {**describe_model(model), "adapter": isinstance(model, PeftModel), "trained_parameters": trained},
         "metric": description(as_metric(metric)),
-        "recipe": {**recipe, "steps": valuation.recipe.num_steps(len(scores)), "untie_lm_head": False},
+        "recipe": {
+            **describe_recipe(valuation.recipe),
+            "steps": valuation.recipe.num_steps(len(scores)),
+            "untie_lm_head": False,
+        },
         "seconds": valuation.seconds,
         "hardware": describe_machine(next(model.parameters()).device),
     }

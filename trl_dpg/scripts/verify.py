@@ -62,6 +62,7 @@ class VerifyArguments(MetricArguments):
         None,
         "What to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
     )
+    dataset_config: str | None = option(None, "Its configuration.")
     dataset_split: str = option("train", "Its split.")
     generator: str | None = option(
         None,
@@ -70,6 +71,7 @@ class VerifyArguments(MetricArguments):
         "must be given as `metric`.",
     )
     prompts: str | None = option(None, "Prompts for `generator`, with a column `prompt`.")
+    prompts_config: str | None = option(None, "Configuration of the prompts.")
     num_examples: int | None = option(
         None,
         "Examples to fine-tune on, from the first. Of `dataset`, all by default; of `generator`, as many as in its training.",
@@ -77,11 +79,13 @@ class VerifyArguments(MetricArguments):
     control_dataset: str | None = option(
         None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
     )
+    control_dataset_config: str | None = option(None, "Its configuration.")
     replay_dataset: str | None = option(
         None,
         "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
     )
-    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1.")
+    replay_dataset_config: str | None = option(None, "Its configuration.")
+    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1. As `generator` says by default.")
     untie_lm_head: bool = option(
         False, "Give the target's LM head a weight of its own. As `generator` says by default."
     )
@@ -102,7 +106,8 @@ class VerifyArguments(MetricArguments):
         check_ratio(self.replay_ratio)
         if (self.replay_dataset is None) != (self.replay_ratio == 0):
             raise ValueError(
-                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither."
+                f"`replay_dataset` {self.replay_dataset!r} and `replay_ratio` {self.replay_ratio} belong together. Pass both, or neither; "
+                "`--replay_ratio 0` where the ratio is that of the generator's training."
             )
 
     def load_metric(self) -> Any:
@@ -119,13 +124,14 @@ class VerifyArguments(MetricArguments):
 
 # What SFTConfig calls as a recipe does
 OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
-OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"]
+OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_length"]
+OF_THE_LOSS = ["completion_only_loss", "assistant_only_loss", "replay_ratio"]  # which older files do not have
 
 GROUPS = {
     "verification": [field.name for field in fields(VerifyArguments) if field.init],
     "recipe (further fields of SFTConfig: `--help-all`)": [
-        *(name for name in OF_A_RECIPE if name != "untie_lm_head"),
-        *("optim", "per_device_train_batch_size", "max_length", "seed", "use_cpu", "output_dir"),
+        *(*OF_A_RECIPE, "optim", "per_device_train_batch_size", "completion_only_loss", "assistant_only_loss"),
+        *("seed", "use_cpu", "output_dir"),
     ],
 }
 
@@ -137,6 +143,7 @@ def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
+        values |= {name: recipe[name] for name in OF_THE_LOSS if name in recipe}
         values["optim"] = "sgd" if recipe["optim"] == "sgd" else "adamw_torch"
         batch_size = recipe["batch_size"] or facts["training"]["completions_per_generation_batch"]
         values["per_device_train_batch_size"] = batch_size
@@ -241,8 +248,9 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         args.dataset = str(output_dir / "data.jsonl")
         if args.num_examples is None:  # as many as in training
             known = args.facts.get("training", {}).get("completions_per_generation_batch")
-            args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts"))
+            args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts", args.prompts_config))
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
+        how["prompts_config"] = args.prompts_config
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
     number = len(rows["data"])
@@ -279,7 +287,7 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         path = getattr(args, argument)
         if path is None:
             continue
-        rows[name] = data = load_sft_rows(path, args.dataset_split, argument, args.num_examples)
+        rows[name] = data = load_sft_rows(args, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
                 f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
@@ -295,7 +303,7 @@ def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Da
     """Rows that stand beside the data and beside the control, drawn by the seed. Empty where there are none."""
     if args.replay_dataset is None:
         return {}
-    rows = load_sft_rows(args.replay_dataset, args.dataset_split, "replay_dataset", None)
+    rows = load_sft_rows(args, "replay_dataset", None)
     if set(rows.column_names) != set(data.column_names):
         raise ValueError(
             f"`replay_dataset` {args.replay_dataset!r} has the columns {rows.column_names}, but the data {data.column_names}. Give both "
@@ -305,13 +313,14 @@ def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Da
     return {"replay": rows.select(draw(len(rows), number, seed))}
 
 
-def load_sft_rows(path: str, split: str, argument: str, number: int | None) -> Dataset:
+def load_sft_rows(args: VerifyArguments, argument: str, number: int | None) -> Dataset:
     """Rows with `text`, or else with one of the other sets of columns that `SFTTrainer` takes."""
-    rows = load_rows(path, split, argument)
+    path, config = getattr(args, argument), getattr(args, f"{argument}_config")
+    rows = load_rows(path, args.dataset_split, argument, config)
     columns = set(rows.column_names)
     if "text" not in columns and ({"prompt", "completion"} <= columns or "messages" in columns):
         return rows.take(min(number or len(rows), len(rows)))
-    return load_texts(path, split, argument, number)
+    return load_texts(path, args.dataset_split, argument, number, config=config)
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:

@@ -80,8 +80,9 @@ class CentralDifference(LossDifferentiator):
             results, error = self._difference(batches, direction, norm, product)
             if error <= self.tolerance or length / 1.5 < self._length < 1.5 * length:
                 break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
-        self.errors.append(error)
-        if error <= self.tolerance:  # which a NaN fails
+        accepted = error <= self.tolerance  # which a NaN fails
+        self.errors.append(error if accepted else 0.0)
+        if accepted:
             return results
         self.num_fallbacks += 1
         self._length = 0.0  # nothing was learned about it

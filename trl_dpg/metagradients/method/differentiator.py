@@ -51,7 +51,8 @@ class LossDifferentiator(ABC):
     Differentiates a batch's loss a second time.
 
     Attributes:
-        errors (`list[float]`): Estimated relative error of each step, the last step first; empty where there is none.
+        errors (`list[float]`): Estimated relative error of each step, the last step first, 0 where it was repeated exactly; empty
+            where there is none.
         num_fallbacks (`int`): Steps that were repeated exactly.
     """
 
