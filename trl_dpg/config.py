@@ -130,9 +130,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             Seed of the shuffle of a generation batch. The global step is added to it.
         target_variants (`list[dict]`, *optional*):
             Variants of the target's recipe. The reward is the mean over the variants, so that data works for all of them. Each variant
-            costs a run of the target. A dict holds changed fields of the recipe (without `target_`). It may also have `"model"`, a
-            name or directory of another target with the same tokenizer, and `"head_seed"`, the seed of a new random LM head. An
-            empty dict is the recipe itself. On the command line, write JSON.
+            costs a run of the target. A dict holds changed fields of the recipe (without `target_`), and maybe two other keys:
+            `"model"`, name or directory of another target with the same tokenizer, and `"head_seed"`, seed of a new random LM
+            head. An empty dict is the recipe itself. On the command line, write JSON.
         target_fsdp (`bool`, *optional*, defaults to `False`):
             Whether to shard the target: as with FSDP2, each process holds its share of weights, gradients, optimizer state and tape,
             and one whole layer at a time. It does not matter how the generator is trained. Not with `target_optim="muon"`,
@@ -248,7 +248,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             raise ValueError(
                 "`reward='language_identification'` needs `reward_language`, the code of the wanted language, such as 'es'."
             )
-        with suppress(ValueError):  # "auto" stays a string; any other text is refused below, by the check of the recipe
+        with suppress(ValueError):  # "auto"; the recipe below refuses any other text
             if isinstance(self.target_adam_epsilon_root, str):
                 self.target_adam_epsilon_root = float(self.target_adam_epsilon_root)  # type: ignore[assignment]
         # Otherwise transformers would look for an `eval_loss`, which a generator's validation does not have.

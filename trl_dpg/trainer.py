@@ -259,10 +259,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         obstacle = obstacle_to_expected_credit(model, self._tokenizer, target.processing_class)
         self.credit_assignment, reason = choose_credit_assignment(args, obstacle)
         if reason is not None:
-            self.accelerator.print(f"credit_assignment: {self.credit_assignment!r}, because {reason}.", file=sys.stderr)
+            self.accelerator.print(f"credit_assignment: {self.credit_assignment!r}, as {reason}.", file=sys.stderr)
         for name in settings_without_effect(args, self.credit_assignment, len(self.reward_funcs)):
             logger.warning(
-                f"`{name}` {getattr(args, name)!r} has no effect, since `credit_assignment` is {self.credit_assignment!r}. Leave one "
+                f"`{name}` {getattr(args, name)!r} has no effect, as `credit_assignment` is {self.credit_assignment!r}. Leave one "
                 "of the two out."
             )
         if isinstance(target, MetagradientReward):
@@ -357,7 +357,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             "text": texts,
             "raw": list(raw)[-total:],
         }
-        part = self._step % args.gradient_accumulation_steps // args.steps_per_generation  # a step may use several batches
+        part = self._step % args.gradient_accumulation_steps // args.steps_per_generation  # of several in one step
         folder = Path(args.output_dir) / "generated"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{step:06d}{f'-{part}' if part else ''}.parquet"

@@ -113,7 +113,7 @@ def _check_combinations(recipe: "TargetTrainingArguments") -> None:
         )
     if recipe.lr_scheduler_type == "constant" and recipe.warmup_steps > 0:
         raise ValueError(
-            f"`warmup_steps` {recipe.warmup_steps!r} has no effect, since `lr_scheduler_type` is 'constant'. Set the "
+            f"`warmup_steps` {recipe.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set the "
             "scheduler to 'constant_with_warmup', or leave the warm-up out."
         )
     if recipe.bf16 and recipe.curvature == "central_difference":
