@@ -90,7 +90,7 @@ GROUPS = {
         for field in dataclasses.fields(arguments)
         if field.name.startswith("target_")
     ],
-    "credit (which words earned the reward)": ["credit_assignment", "credit_discount", "credit_candidates"],
+    "credit (which tokens earned the reward)": ["credit_assignment", "credit_discount", "credit_candidates"],
     "reward": "reward cross_group_batching nonfinite reward_language scale_rewards reference_texts reward_funcs".split(),
     "generator": "model_name_or_path use_peft learning_rate lr_scheduler_type max_steps per_device_train_batch_size "
     "num_generations max_completion_length temperature entropy_coef use_vllm use_cpu seed".split(),
