@@ -313,7 +313,7 @@ class ResumingMixin(_Trainer):
             logger.warning(
                 f"The checkpoint was written with other settings: {values}. The run does not end as if it had not stopped."
                 + (f" Its optimizer goes on with the checkpoint's {' and '.join(kept)}." if kept else "")
-                + (" The generation batch is made anew, with the current settings." if len(changed) > len(kept) else "")
+                + (" The generation batch is made anew, with the new settings." if len(changed) > len(kept) else "")
             )
         return set(changed)
 

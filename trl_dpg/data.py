@@ -198,8 +198,7 @@ def dataset_examples(
 
     Args:
         rows (`Iterable[dict]`):
-            Rows with `text`, with `messages`, or with `prompt` and `completion`, as texts or lists of messages. All rows must be of
-            the same kind.
+            Rows with `text`, `messages`, or `prompt` and `completion` (texts or lists of messages). All must be of the same kind.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
         completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):

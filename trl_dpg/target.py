@@ -56,8 +56,7 @@ def load_target_model(
             Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
     Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The model with all weights on this process, see [`whole_weights`], or
-            in shards.
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The model, whole (see [`whole_weights`]) or in shards.
 
     Raises:
         [`ValueError`]: If some weights of `model` are not on this process, or if `peft_config` is given but `model` has adapters.

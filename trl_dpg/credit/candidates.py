@@ -1,8 +1,4 @@
-"""
-Log-probabilities of candidate words, from the forward pass that TRL makes anyway.
-
-A word here is a token of the vocabulary. Candidates are words that could stand at a position instead of the sampled one.
-"""
+"""Log-probabilities of candidates (words, that is tokens, that could stand at a position), from TRL's own forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

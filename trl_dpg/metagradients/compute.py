@@ -28,8 +28,7 @@ def compute_metagradients(
     accelerator: Accelerator | PartialState | None = None,
 ) -> MetagradientOutput:
     r"""
-    Fine-tunes a model on examples and returns each example's metagradient. Unless central differences are asked for, it is exact up to
-    rounding.
+    Fine-tunes a model on examples and returns each example's metagradient, exact up to rounding (unless by central differences).
 
     With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\), example weights \\( w \\), losses
     \\( \ell_i = \sum_j \ell_{ij} \\) over an example's supervised tokens, and the Hessian \\( H_t = \nabla_\phi^2 L_t(\phi_t; w) \\):
@@ -60,8 +59,7 @@ def compute_metagradients(
             at the ends are applied. Columns with other model inputs, such as images, are refused.
         metric (`Callable`):
             \\( \Phi \\), higher is better: `metric(model)` returns a scalar tensor, differentiable in the trained
-            parameters. It may have a method `setup(model)`, called on the original model, and `readouts(model)`, which returns a
-            dict of floats.
+            parameters. It may have `setup(model)`, called on the original model, and `readouts(model)`, which returns floats by name.
         args ([`TargetTrainingArguments`], *optional*):
             Recipe of the fine-tuning run.
         accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):

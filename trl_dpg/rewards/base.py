@@ -68,8 +68,7 @@ class TargetReward(TargetFineTuning, ABC):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         """
-        Returns the values of all examples of the generation batch in float64, and figures to log. Called for each variant of the
-        recipe.
+        Returns values of the generation batch's examples in float64, and figures to log. Called for each variant of the recipe.
 
         Args:
             examples (`list[dict]`): Results of [`~TargetReward.examples_to_measure`] on all processes.
@@ -136,8 +135,7 @@ class TargetReward(TargetFineTuning, ABC):
         """
         Discards what the reward measures during a trainer's evaluation.
 
-        TRL does not tell a reward whether it evaluates. But the hook `log_metric` is a method of the trainer, whose model is then in
-        evaluation mode.
+        TRL does not tell a reward that it evaluates. But `log_metric` is a method of the trainer, whose model is then in eval mode.
         """
         trainer = log_metric.__self__ if inspect.ismethod(log_metric) else None
         if not isinstance(trainer, Trainer) or trainer.model.training:  # type: ignore[union-attr]
@@ -246,10 +244,7 @@ class TargetReward(TargetFineTuning, ABC):
             self.args = replace(self.args, micro_batch_size=int(figures["micro_batch_size"]))
 
     def _standardized(self, values: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """
-        Rewards, and figures of the values to log. Rewards have mean 0 and standard deviation 1; it is less if the values' own deviation
-        is below the floor.
-        """
+        """Rewards with mean 0 and standard deviation 1 (less if that of the values is below the floor), and figures to log."""
         finite = values[values.isfinite()]
         mean, std = finite.mean(), finite.std(correction=0).item()
         if finite.max() - finite.min() <= ROUNDING * finite.abs().max():
