@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import quiet as _quiet  # noqa: F401 (before what it is about)
+from . import quiet as _quiet  # noqa: F401 (must come before the imports whose warnings it drops)
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for only then: PyTorch, and vLLM in TRL, take seconds, which `trl-dpg --help` and the engine do not need."""
+    """Imports a name when it is first used. `trl-dpg --help` and the engine need no TRL, which takes seconds to import."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

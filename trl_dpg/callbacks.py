@@ -1,4 +1,4 @@
-"""What a trainer of generators looks at before each optimizer step."""
+"""The callback that checks gradients before each optimizer step of the generator."""
 
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,10 @@ logger = logging.get_logger(__name__)
 
 class FiniteStepsCallback(TrainerCallback):
     """
-    Keeps what is not finite, and batches whose rewards were skipped, out of the generator's weights.
+    Keeps gradients that are not finite, and batches whose rewards were skipped, out of the generator's weights.
 
-    An optimizer step any batch of which was skipped is not made: without gradients, weights and moments stay as they are.
-    With DeepSpeed, whose engine has the gradients, nothing is looked at.
+    If any batch of an optimizer step was skipped, all gradients are removed, so that weights and moments stay as they are.
+    With DeepSpeed, whose engine keeps the gradients to itself, the callback checks nothing.
     """
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
@@ -31,7 +31,7 @@ class FiniteStepsCallback(TrainerCallback):
         grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in params]
         is_finite = torch.isfinite(torch.nn.utils.get_total_norm(grads)) if grads else torch.tensor(True)
         if args.fp16:
-            is_finite = torch.tensor(True)  # the gradient scaler looks after them
+            is_finite = torch.tensor(True)  # the gradient scaler skips such steps itself
         elif trainer.accelerator.num_processes > 1:
             is_finite = trainer.accelerator.reduce(is_finite.to(args.device, torch.float32), "min")
         if not is_finite:
@@ -42,7 +42,7 @@ class FiniteStepsCallback(TrainerCallback):
                     "`nonfinite='skip'`."
                 )
             logger.warning(f"Step {state.global_step + 1} of the generator is skipped: its gradient is not finite.")
-        if args.nonfinite == "skip":  # its mean over a log interval is the share of such steps
+        if args.nonfinite == "skip":  # logged as a mean, which is the share of such steps
             trainer._metrics["train"]["nonfinite_steps"].append(float(not is_finite))
         if trainer.step_skipped or not is_finite:
             for param in params:

@@ -1,4 +1,4 @@
-"""Are metagradients right for this model, data, metric and recipe, and do they hold beyond a point? Measured by training."""
+"""Checks by fine-tuning whether metagradients are right, and how far they hold, for a model, data, metric and recipe."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,22 +20,22 @@ from .metagradients.output import MetagradientOutput, TrainingOutput
 from .metagradients.runtime.model import TargetModel
 
 
-SHIFTS = torch.tensor([1.0, 0.5, -0.5, -1.0], dtype=torch.float64)  # of the weights, in radii
+SHIFTS = torch.tensor([1.0, 0.5, -0.5, -1.0], dtype=torch.float64)  # shifts of the weights, in radii
 MIN_CORRELATION, SLOPE_TOLERANCE, MIN_SMOOTHNESS = 0.95, 0.1, 0.5
-MAX_NOISE = 0.1  # of the change of the metric that is to be judged
-PROBE_TOLERANCE = 0.05  # of the slope measured, or of the root mean square of all metagradients where that is larger
-MAX_DOUBT = 0.25  # of the same, beyond which a probe is unclear
+MAX_NOISE = 0.1  # largest noise for a verdict, as a share of the metric's change
+PROBE_TOLERANCE = 0.05  # as a share of the probe's scale, see `_probe`
+MAX_DOUBT = 0.25  # largest errors of a clear probe, as a share of the same scale
 NUM_NOISE_RUNS = 6
-MIN_SPACINGS = 100  # of floating-point numbers in AdamW's learning rate, for a mismatch not to be put down to rounding
+MIN_SPACINGS = 100  # least AdamW learning rate, in spacings of floating-point numbers, that rules out rounding
 
 
 @dataclass
 class Probe:
     r"""
-    One example whose weight was moved alone, by ± the radius h and by half of it.
+    Result for one example whose weight alone was moved, by ± the radius h and by ± h/2.
 
-    `predicted` is its metagradient and `measured` \\( (4 D(h/2) - D(h)) / 3 \\), where \\( D \\) is the central difference.
-    `step_error` is \\( |D(h/2) - D(h)| \\), and `rounding_error` 4 noise / h, about three standard errors.
+    `predicted` is the example's metagradient. `measured` is \\( (4 D(h/2) - D(h)) / 3 \\), where \\( D \\) is the central difference.
+    `step_error` is \\( |D(h/2) - D(h)| \\). `rounding_error` is 4 noise / h, about three standard errors.
     """
 
     example: int
@@ -51,37 +51,38 @@ class MetagradientCheck:
     r"""
     Result of [`check_metagradients`].
 
-    Let \\( c_{ks} \\) be the measured change of Φ when the weights move by s radii along direction k,
-    \\( s \in \{1, ½, -½, -1\} \\), \\( p_k \\) the one predicted for \\( s = 1 \\), and
-    \\( o_k = (c_{k,1} - c_{k,-1}) / 2 \\), in which curvature cancels. The verdict is
+    The weights of all examples move by s radii along direction k, \\( s \in \{1, ½, -½, -1\} \\). Let \\( c_{ks} \\) be the measured
+    change of Φ, and \\( p_k \\) the change that metagradients predict for \\( s = 1 \\). In \\( o_k = (c_{k,1} - c_{k,-1}) / 2 \\),
+    curvature cancels. The verdict is
 
-    - `"failed"` if a probe disagrees (predicted and measured differ by more than its errors plus 5%), or if the noise is at
-      most 10% of the root mean square of \\( o \\) and `correlation` < 0.95, |`slope` − 1| > 0.1 or `smoothness` < 0.5;
-    - `"inconclusive"` if the noise is larger than that, if every probe is unclear (its errors exceed 25%), or if rounding
-      may be behind a failure: AdamW's `learning_rate` is below 100 spacings of floating-point numbers at the mean size
-      of the trained parameters;
+    - `"failed"` if a probe disagrees: its `predicted` and `measured` differ by more than its errors plus 5%.
+    - `"failed"` also if `correlation` < 0.95, |`slope` − 1| > 0.1 or `smoothness` < 0.5, unless the noise is above 10% of the root
+      mean square of \\( o \\).
+    - `"inconclusive"` if the noise is above these 10%, or if every probe is unclear (its errors exceed 25%).
+    - `"inconclusive"` instead of `"failed"` if rounding may explain the failure: AdamW's `learning_rate` is below 100 spacings of
+      floating-point numbers at the mean size of the trained parameters.
     - `"passed"` otherwise.
 
-    Percentages of a probe are of what it measured, or of the root mean square of all metagradients where that is larger.
+    For a probe, 100% is its `measured`, or the root mean square of all metagradients if that is larger.
 
     Attributes:
         verdict (`str`): `"passed"`, `"failed"` or `"inconclusive"`.
-        advice (`list[str]`): What to look into, by symptom.
-        correlation (`float`): \\( \langle p, o \rangle / \lVert p \rVert \lVert o \rVert \\), over the antithetic pairs.
-        slope (`float`): Actual over predicted change, \\( \langle p, o \rangle / \lVert p \rVert^2 \\).
-        r_squared (`float`): \\( 1 - \sum (c_{ks} - s p_k)^2 / \sum c_{ks}^2 \\), so curvature counts.
+        advice (`list[str]`): What to change or look into. Empty if the check passed.
+        correlation (`float`): \\( \langle p, o \rangle / \lVert p \rVert \lVert o \rVert \\).
+        slope (`float`): Measured over predicted change, \\( \langle p, o \rangle / \lVert p \rVert^2 \\).
+        r_squared (`float`): \\( 1 - \sum (c_{ks} - s p_k)^2 / \sum c_{ks}^2 \\). Curvature lowers it.
         smoothness (`float`):
-            \\( 1 - \sqrt{1 - \sum_k (\sum_s s c_{ks})^2 / (\sum_s s^2 \sum_{ks} c_{ks}^2)} \\): one less the distance of the
-            changes from a straight line through each direction, relative to their size. In [0, 1], 1 is perfectly
-            linear. Metagradients do not enter.
+            \\( 1 - \sqrt{1 - \sum_k (\sum_s s c_{ks})^2 / (\sum_s s^2 \sum_{ks} c_{ks}^2)} \\): one minus the relative distance
+            of the changes from a straight line along each direction. From 0 to 1, where 1 is perfectly linear. It does not
+            depend on metagradients.
         noise (`float`):
-            Standard error of a value of Φ: the largest of its last digit, the difference between two equal runs, and half
-            the second difference within a hundredth of the radius, where the curvature of a smooth Φ no longer counts.
+            Standard error of a value of Φ. It is the largest of three: the last digit of Φ, the difference between two equal runs,
+            and half the second difference at a hundredth of the radius. At that distance, a smooth Φ has no visible curvature.
         metric_before (`float`): Φ of the original model.
         metric_after (`float`): Φ of the fine-tuned model.
-        adam_epsilon_root (`float`): The value used.
+        adam_epsilon_root (`float`): The value that was used.
         radius (`float`): How far weights were moved.
-        probes (`list[Probe]`): Single examples.
+        probes (`list[Probe]`): Results for single examples.
         predicted (`list[float]`): \\( p_k \\).
         changes (`list[list[float]]`): \\( c_{ks} \\), one row per direction.
     """
@@ -107,7 +108,7 @@ class MetagradientCheck:
         return self.verdict == "passed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
+        """The whole result in types that JSON has."""
         return {"passed": self.passed, **asdict(self)}
 
     def __str__(self) -> str:
@@ -125,7 +126,7 @@ class MetagradientCheck:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws measured against predicted changes as a PNG file."""
-        from .reporting.plotting import plot_check  # the engine alone draws nothing
+        from .reporting.plotting import plot_check  # imported here since the engine does not need Matplotlib
 
         plot_check(self, path)
 
@@ -142,21 +143,21 @@ def check_metagradients(
     accelerator: Accelerator | PartialState | None = None,
 ) -> MetagradientCheck:
     r"""
-    Compares metagradients with what fine-tuning on re-weighted examples does.
+    Compares metagradients with the measured effect of changing the examples' weights.
 
-    Costs one call of [`compute_metagradients`] and 6 + 4 (`num_probes` + `num_reweightings`) plain fine-tuning runs. What
-    the first run measures (`adam_epsilon_root="auto"`, a metric's automatic scale) is kept for the others.
+    Costs one call of [`compute_metagradients`] and 6 + 4 (`num_probes` + `num_reweightings`) plain fine-tuning runs. Values that
+    the first run measures (`adam_epsilon_root="auto"`, a metric's automatic scale) are kept for the other runs.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            As for [`compute_metagradients`], and so are `examples` (a part of the data will do), `metric`, `args` and
+            As in [`compute_metagradients`]. The same holds for `examples` (a part of the data is enough), `metric`, `args` and
             `accelerator`.
         num_probes (`int`, *optional*, defaults to `4`):
-            Examples to move alone: half of them those with the largest metagradients, half at random.
+            Number of examples whose weight is moved alone. Half of them have the largest metagradients, half are random.
         num_reweightings (`int`, *optional*, defaults to `8`):
-            Directions of random signs to move all weights along.
+            Number of directions, with random signs, along which all weights are moved.
         radius (`float`, *optional*, defaults to `0.1`):
-            How far weights are moved. They are 1 unless the examples say otherwise.
+            How far weights are moved. Weights are 1 unless the examples set others.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of examples and directions.
 
@@ -194,7 +195,7 @@ def check_metagradients(
 
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (num_reweightings + 2, len(examples)), generator=generator).double() * 2 - 1
-    # No shift, twice, and both ways along two directions, where the curvature of a smooth Φ no longer counts
+    # Runs for the noise: two without a shift, and both ways along two directions, so short that a smooth Φ has no curvature there
     (one, other), directions = radius / 100 * signs[num_reweightings:], radius * signs[:num_reweightings]
     for_noise = torch.stack([0 * one, 0 * one, one, -one, other, -other])
     probed = _choose_probes(out.metagradients, num_probes, generator)
@@ -219,7 +220,7 @@ def check_metagradients(
 
 
 def _choose_probes(metagradients: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Examples to move alone: the largest, and others at random."""
+    """Indices of the examples to move alone: those with the largest metagradients, and random others."""
     largest = metagradients.abs().argsort(descending=True, stable=True)
     first, rest = largest.tensor_split([(min(number, len(largest)) + 1) // 2])
     return torch.cat([first, rest[torch.randperm(len(rest), generator=generator)[: number // 2]]])
@@ -231,7 +232,7 @@ def _measure(
     shifts: Tensor,
     hidden: bool | None,
 ) -> Tensor:
-    """Φ after fine-tuning with the weights moved by each row of `shifts`."""
+    """Φ after fine-tuning, once for each row of `shifts`, which is added to the weights."""
     weights = torch.tensor([1.0 if e.get("weight") is None else float(e["weight"]) for e in examples]).double()
     values = []
     for moved in tqdm((weights + shifts).tolist(), desc="Check", leave=False, disable=hidden):
@@ -241,7 +242,7 @@ def _measure(
 
 
 def _estimate_noise(values: Tensor) -> tuple[float, str]:
-    """The standard error of a value of Φ, and what lowers it."""
+    """The standard error of a value of Φ, and advice on how to lower it."""
     value, repeated, *near = values[:NUM_NOISE_RUNS].tolist()
     dtype = torch.float32 if torch.equal(values, values.float().double()) else torch.float64
     digit, repeat = abs(value) * torch.finfo(dtype).eps, abs(repeated - value)
@@ -249,14 +250,14 @@ def _estimate_noise(values: Tensor) -> tuple[float, str]:
     if repeat > 4 * digit:
         return noise, "Two equal runs differ: make model and metric deterministic"
     if noise <= 4 * digit:
-        return noise, "This is the last digit of its value: compute it in float64 (`.double()` before sums)"
-    return noise, "The run's own rounding does that: check `model.double()`"
+        return noise, "The noise is the metric's last digit: compute it in float64 (`.double()` before sums)"
+    return noise, "The noise comes from rounding in the run: check `model.double()`"
 
 
 def _compare(
     out: MetagradientOutput, directions: Tensor, probed: Tensor, changes: Tensor, radius: float, noise: float
 ) -> MetagradientCheck:
-    """Every figure of the result."""
+    """Computes all figures of the result."""
     gradients = out.metagradients.double()
     size = gradients.square().mean().sqrt().item()
     changes, alone = changes.split([len(directions), len(probed)])
@@ -282,7 +283,7 @@ def _compare(
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    """0 where nothing moved."""
+    """The quotient, or 0 if nothing moved."""
     return (numerator / denominator).item() if denominator > 0 else 0.0
 
 
@@ -297,40 +298,40 @@ def _probe(example: int, predicted: float, changes: list[float], radius: float, 
 
 
 def _rounding_of_steps(model: TargetModel, args: TargetTrainingArguments) -> str | None:
-    """What may be behind a mismatch where AdamW's steps are hardly larger than the spacing of parameters."""
+    """Advice if AdamW's steps are hardly larger than the spacing of floating-point numbers, which may explain a failure."""
     params = [p.detach() for p in model.parameters() if p.requires_grad]
-    params = [p.to_local() if isinstance(p, DTensor) else p for p in params]  # a part says as much about the mean
+    params = [p.to_local() if isinstance(p, DTensor) else p for p in params]  # a part is enough for the mean size
     spacing = torch.finfo(params[0].dtype).eps * sum(p.norm(1).item() for p in params) / sum(p.numel() for p in params)
     if args.optim != "adamw" or args.learning_rate >= MIN_SPACINGS * spacing:
         return None
     return (
         f"`learning_rate` {args.learning_rate:.3g} is only {args.learning_rate / spacing:.1f} spacings of floating-point "
-        "numbers at the mean size of the trained parameters: steps are rounded. Raise it, or check `model.double()`."
+        "numbers at the mean size of the trained parameters: steps are rounded. Raise `learning_rate`, or check `model.double()`."
     )
 
 
 def _automatic_epsilon_root(
     fine_tune: Callable[..., TrainingOutput], examples: Sequence[Mapping[str, Any]], recipe: TargetTrainingArguments
 ) -> float:
-    """What `adam_epsilon_root="auto"` comes to, from the first batch."""
+    """The value that `adam_epsilon_root="auto"` takes from the first batch."""
     first = [examples[i] for i in next(recipe.batches(len(examples)))]
     once = replace(recipe, adam_epsilon_root="auto", num_train_epochs=1)
     return fine_tune(examples=first, args=once).adam_epsilon_root
 
 
 def signal(result: MetagradientCheck) -> float:
-    """Root mean square of the changes that are judged, free of curvature."""
+    """Root mean square of the changes \\( o_k \\) of [`MetagradientCheck`], in which curvature cancels."""
     changes = torch.tensor(result.changes, dtype=torch.float64)
     return ((changes[:, 0] - changes[:, 3]) / 2).square().mean().sqrt().item()
 
 
 def is_clear(result: MetagradientCheck) -> bool:
-    """Whether re-weightings move the metric by far more than its noise."""
+    """Whether moving the weights changes the metric by far more than its noise."""
     return signal(result) > 0 and result.noise <= MAX_NOISE * signal(result)
 
 
 def judge(result: MetagradientCheck) -> Literal["passed", "failed", "inconclusive"]:
-    """The verdict of [`MetagradientCheck`], where steps are not rounded."""
+    """The verdict of [`MetagradientCheck`], without regard to rounded steps."""
     matched = result.correlation >= MIN_CORRELATION and abs(result.slope - 1) <= SLOPE_TOLERANCE
     verdicts = {probe.verdict for probe in result.probes}
     if "disagrees" in verdicts or (is_clear(result) and not (matched and result.smoothness >= MIN_SMOOTHNESS)):
@@ -339,32 +340,32 @@ def judge(result: MetagradientCheck) -> Literal["passed", "failed", "inconclusiv
 
 
 def advise_on_noise(result: MetagradientCheck, remedy: str) -> str:
-    """Advice where the metric is too uncertain. `remedy` lowers the noise."""
+    """Advice if the metric is too uncertain. `remedy` says how to lower the noise."""
     remedy += ", or raise `radius`."
     if is_clear(result) and all(p.step_error > p.rounding_error for p in result.probes):
-        remedy = "The finite differences depend on their step, though: lower `radius`."
-    return f"The metric is uncertain by {result.noise:.1e} and re-weighting moves it by {signal(result):.1e}. {remedy}"
+        remedy = "The noise is low enough, but the finite differences depend on their step: lower `radius`."
+    return f"The metric is uncertain by {result.noise:.1e}, and moving the weights changes it by {signal(result):.1e}. {remedy}"
 
 
 def advise_on_failure(
     result: MetagradientCheck, args: TargetTrainingArguments, automatic: float, losses: list[float]
 ) -> list[str]:
-    """Advice where metagradients failed. `automatic` is what `adam_epsilon_root="auto"` comes to, `losses` are those of the steps."""
+    """Advice if metagradients failed. `automatic` is the value of `adam_epsilon_root="auto"`, `losses` are the losses of the steps."""
     advice = []
     if args.optim == "adamw" and result.adam_epsilon_root < 0.01 * automatic:
         advice.append(
             f'`adam_epsilon_root` {result.adam_epsilon_root:.3g} is far below the {automatic:.1e} that "auto" would take: '
-            "AdamW's step is little more than the gradient's sign, which jumps. Set it to \"auto\"."
+            "AdamW's step is then little more than the gradient's sign, which is not smooth. Set `adam_epsilon_root` to \"auto\"."
         )
     diverges = losses[-1] > 1.2 * losses[0]
     if diverges or (result.smoothness < MIN_SMOOTHNESS and not advice):
         rise = f", and the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}" if diverges else ""
         advice.append(
             f"The metric is not smooth in the examples' weights (smoothness {result.smoothness:.2f}){rise}. Lower "
-            f"`learning_rate` {args.learning_rate:g}, take fewer steps or set `max_grad_norm`. A smaller `radius` shows how "
+            f"`learning_rate` {args.learning_rate:g}, take fewer steps or set `max_grad_norm`. Try a smaller `radius` to see how "
             "far metagradients hold."
         )
     return advice or [
-        "The metric is smooth, but its slope is not what metagradients say. If the gradient of `metric` is that of its value "
-        "(no `detach`, no rounding; see `torch.autograd.gradcheck`), check `model.double()`, then report a bug."
+        "The metric is smooth, but its slope is not what metagradients say. First check that the gradient of `metric` is right (no "
+        "`detach`, no rounding; see `torch.autograd.gradcheck`). Then check `model.double()`. If that fails too, report a bug."
     ]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and hold all that a run needs to go on as if it had not stopped."""
+"""Checkpoints that are complete or not used at all, and from which a run continues as if it had not stopped."""
 
 import hashlib
 import json
@@ -34,15 +34,15 @@ else:
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "dpg_state.json"  # what `"auto"` settings were measured to be, and what else the reward carries on
-# Of each process: what is left to train on of the last generation batch
+STATE_FILE = "dpg_state.json"  # values measured for `"auto"` settings, and other state of the reward
+# For each process: the part of the last generation batch that is not trained on yet
 BATCH_FILE = "generation_batch_{}.safetensors"
 
-# Fields that Transformers takes from the checkpoint's optimizer, whatever the configuration says
+# Fields that Transformers takes from the checkpoint's optimizer, not from the configuration
 KEPT_BY_THE_OPTIMIZER = {"optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# What `"auto"` settings and the scale of rewards were measured with, beside the fields and facts of the target
+# Fields that `"auto"` values and the scale of rewards depend on, in addition to all fields of the target
 MEASURED_WITH = {"metric", "reward", "cross_group_batching", "replay_ratio", "replay_dataset"}
-# Fields of TRL and of this project that say how and where something is computed or shown, and not what
+# Fields of TRL and of this project that say how and where something is computed or shown, but not what
 WITHOUT_EFFECT = re.compile(
     r"log_.*|num_completions_to_print|num_generations_eval|generation_batch_size|ds3_.*|(target_)?model_init_kwargs|nonfinite|"
     r"save_generated|target_(tape|tape_dir|micro_batch_size|micro_batch_tokens|gradient_checkpointing|fsdp)|"
@@ -52,30 +52,32 @@ WITHOUT_EFFECT = re.compile(
 
 class ResumingMixin(_Trainer):
     """
-    What a trainer of generators does differently with checkpoints.
+    Overrides how a trainer writes checkpoints and resumes from them.
 
-    Transformers writes `trainer_state.json` last. A checkpoint is whole if that can be read and all files that were there
-    before it still are: a deletion that was cut off may leave it and take others. Until one is whole, the checkpoint before
-    is there. A checkpoint carries a mark while it is written or deleted. Nothing without that mark is taken for a leftover.
+    Transformers writes `trainer_state.json` last. A checkpoint is whole if this file can be read and all files that were written
+    before it exist. (An interrupted deletion may leave this file, but not the others.) The previous checkpoint is kept until the new
+    one is whole. While a checkpoint is written or deleted, a file marks it as unfinished. Only folders with this mark count as
+    leftovers.
     """
 
-    _loss_to_log: tuple[float, int] | None = None  # of a checkpoint: sum since the last log, and the step of that
+    _loss_to_log: tuple[float, int] | None = None  # of a checkpoint: loss since the last log, and that step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As of [`~transformers.Trainer`], but `resume_from_checkpoint=True` takes the last checkpoint that is whole, and deletes
-        those that a run was killed over, writing or (where `save_total_limit` deletes any) deleting them. Other folders are left
-        alone.
+        Trains as [`~transformers.Trainer`] does, but `resume_from_checkpoint=True` takes the last whole checkpoint.
+
+        It also deletes leftovers: checkpoints that a killed run did not finish writing or, with `save_total_limit`, deleting. Other
+        folders are left alone.
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
-                Checkpoint, or `True` for the last one in `args.output_dir`.
+                Checkpoint, or `True` for the last whole one in `args.output_dir`.
             *args, **kwargs:
-                As of [`~transformers.Trainer`].
+                As in [`~transformers.Trainer`].
 
         Raises:
-            [`ValueError`]: If there is no whole checkpoint to resume from, or if a checkpoint would be written over a folder
-                that is none.
+            [`ValueError`]: If there is no whole checkpoint to resume from, or if a checkpoint would overwrite a folder that is no
+                checkpoint.
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
@@ -85,8 +87,8 @@ class ResumingMixin(_Trainer):
         there = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
         if there and checkpoint is None:
             logger.warning(
-                f"`output_dir` {str(folder)!r} holds {', '.join(there[:4])} of another run. What has the same name is written over. "
-                "Pass `resume_from_checkpoint=True` to go on with that run, or take another directory."
+                f"`output_dir` {str(folder)!r} holds {', '.join(there[:4])} of another run. Files with the same name are overwritten. "
+                "Pass `resume_from_checkpoint=True` to continue that run, or choose another directory."
             )
         self._check_folders(checkpoint and _step_of(Path(checkpoint)))
         if checkpoint is not None:
@@ -95,30 +97,30 @@ class ResumingMixin(_Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def _check_checkpoint(self, path: Path) -> None:
-        """Refuses, or warns of, a checkpoint that the run cannot go on from as if it had not stopped."""
+        """Raises or warns if the run cannot continue from a checkpoint as if it had not stopped."""
         args: Any = self.args
         if (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists():
             logger.warning(
-                f"{str(path)!r} is of another trainer, or was saved with `save_only_model`: the run goes on from it, but not as if "
-                "it had not stopped."
+                f"{str(path)!r} is from another trainer, or was saved with `save_only_model`: the run continues from it, but not as "
+                "if it had not stopped."
             )
             return
         if not is_whole(path):
             raise ValueError(
                 f"`resume_from_checkpoint` {str(path)!r} is no whole checkpoint: {TRAINER_STATE_NAME!r}, which is written last, or "
-                f"a file that {STATE_FILE!r} lists is missing or broken. Give an earlier one, or `True` for the last whole one in "
-                "`output_dir`."
+                f"a file that {STATE_FILE!r} lists is missing or broken. Pass an earlier checkpoint, or `True` for the last whole one "
+                "in `output_dir`."
             )
         now, before = describe_run(self), json.loads((path / STATE_FILE).read_text()).get("run", {})
         for name in ("peft_config", "optim"):
             if name in before and before[name] != now[name]:
                 raise ValueError(
                     f"`{name}` is {now[name]!r}, but {str(path)!r} was written with {before[name]!r}, so its weights or the state "
-                    "of its optimizer do not fit. Give the same, or begin a new run with the checkpoint as `model`."
+                    "of its optimizer do not fit. Set the same value, or start a new run with the checkpoint as `model`."
                 )
         if args.beta and args.sync_ref_model:
             logger.warning(
-                "The reference model (`sync_ref_model`) is in no checkpoint, so it begins anew from `model`."
+                "Checkpoints do not contain the reference model (`sync_ref_model`), so it starts again from `model`."
             )
 
     def _get_train_sampler(self, *args, **kwargs):
@@ -126,8 +128,8 @@ class ResumingMixin(_Trainer):
         return ResumableSampler.like(sampler) if isinstance(sampler, RepeatSampler) else sampler
 
     def get_batch_samples(self, *args, **kwargs):
-        """As of [`~transformers.Trainer`], which trains a run that was over for one more step if it is resumed."""
-        if self._loss_to_log is not None:  # Transformers begins with none when it resumes
+        """As in [`~transformers.Trainer`], except that resuming a finished run does not train for one more step."""
+        if self._loss_to_log is not None:  # Transformers would start from a loss of 0 when it resumes
             loss, self._globalstep_last_logged = self._loss_to_log
             self._tr_loss += loss
             self._loss_to_log = None
@@ -143,29 +145,29 @@ class ResumingMixin(_Trainer):
         others = [path for path in folders if _step_of(path) is None or not is_whole(path)]
         left_alone = [path.name for path in others if not _is_checkpoint(path)]
         leftovers = [path for path in others if _is_checkpoint(path) and (path / UNFINISHED).exists()]
-        self.accelerator.wait_for_everyone()  # all have looked
+        self.accelerator.wait_for_everyone()  # until all processes have read the folder
         if last is None:
             found = f" ({', '.join(path.name for path in others)}: not whole)" if others else ""
             raise ValueError(
                 f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {str(folder)!r}{found}. Start "
-                "without it, or give the name of a checkpoint that was saved with `save_only_model`."
+                "without `resume_from_checkpoint`, or pass the name of a checkpoint that was saved with `save_only_model`."
             )
         if self.is_world_process_zero():
             for path in leftovers:
-                # one that was half deleted is young by its time of change, and would outlive a whole one
+                # A half-deleted checkpoint was changed last. `save_total_limit` would keep it, and delete a whole one instead.
                 if _step_of(path) > _step_of(last) or self.args.save_total_limit:  # type: ignore[operator]
-                    logger.warning(f"{str(path)!r} is not whole, as its run was killed over it, and is deleted.")
+                    logger.warning(f"{str(path)!r} is deleted: it is not whole, since its run was killed meanwhile.")
                     _delete(path)
             if left_alone:
                 logger.warning(
-                    f"Left alone in {str(folder)!r}: {', '.join(left_alone)}. They are no whole checkpoints of this trainer, and it "
-                    "was not killed over them."
+                    f"Left alone in {str(folder)!r}: {', '.join(left_alone)}. They are no whole checkpoints of this trainer, and no "
+                    "leftovers of a killed run."
                 )
         self.accelerator.wait_for_everyone()
         return str(last)
 
     def _check_folders(self, first: int | None) -> None:
-        """Refuses to write checkpoints later than step `first` over folders that are none."""
+        """Raises a [`ValueError`] if a checkpoint later than step `first` would overwrite a folder that is no checkpoint."""
         args: Any = self.args
         for path in sorted(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             step = _step_of(path)
@@ -177,15 +179,15 @@ class ResumingMixin(_Trainer):
             if not _is_checkpoint(path) and (path.is_file() or any(path.iterdir())):
                 raise ValueError(
                     f"{str(path)!r} is no whole checkpoint, and that of step {step} would be written over it. "
-                    "Rename it, or choose another `output_dir`."
+                    "Rename this folder, or choose another `output_dir`."
                 )
-        self.accelerator.wait_for_everyone()  # all have looked
+        self.accelerator.wait_for_everyone()  # until all processes have read the folder
 
     def _save_checkpoint(self, model, trial):
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            if _is_checkpoint(folder):  # of a run that went on from an earlier checkpoint
+            if _is_checkpoint(folder):  # an old one, if the run resumed from an earlier checkpoint
                 _delete(folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / UNFINISHED).touch()
@@ -211,7 +213,7 @@ class ResumingMixin(_Trainer):
 
     @contextmanager
     def _deleting_nothing(self) -> Iterator[None]:
-        """Transformers would delete by name: all folders whose names begin with `checkpoint-`, whosever they are."""
+        """Stops Transformers from deleting checkpoints. It would delete any folder whose name begins with `checkpoint-`."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
@@ -224,12 +226,12 @@ class ResumingMixin(_Trainer):
         return [path for path in paths if _is_checkpoint(path) and path.name not in kept]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last that Transformers writes before `trainer_state.json`."""
+        """Also writes this project's files. Transformers calls this method last before it writes `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         trainer: Any = self
         folder = Path(output_dir)
         self._save_generation_batch(folder)
-        self.accelerator.wait_for_everyone()  # every process's files are there before the checkpoint counts as whole
+        self.accelerator.wait_for_everyone()  # the files of all processes must exist before they are listed
         if self.args.should_save:
             state = trainer.target_training.state()
             state["run"] = describe_run(trainer)
@@ -249,12 +251,12 @@ class ResumingMixin(_Trainer):
         is_over = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) == 0
         parts = [] if is_over else trainer._buffered_inputs
         if any(isinstance(value, list) for part in parts for value in part.values()):
-            logger.warning("Pictures cannot be kept in a checkpoint, so a resumed run generates anew.")
+            logger.warning("A checkpoint cannot contain pictures, so a resumed run generates a new batch.")
             parts = []
         facts = {
             "step": trainer._step,
             "num_processes": self.accelerator.num_processes,
-            "metrics": trainer._metrics["train"],  # those that the next log is the mean of
+            "metrics": trainer._metrics["train"],  # values that the next log averages
             "loss": [self._tr_loss.item(), self._globalstep_last_logged],
             "parts": [[name for name, value in part.items() if value is None] for part in parts],
         }
@@ -267,14 +269,14 @@ class ResumingMixin(_Trainer):
         save_file(tensors, folder / BATCH_FILE.format(self.accelerator.process_index), {"facts": json.dumps(facts)})
 
     def _place_in_stream(self) -> dict[str, int]:
-        """Passes over a streamed data set that are over, and batches of the present one."""
+        """Number of finished passes over a streamed data set, and number of batches in the current pass."""
         epoch: float = self.state.epoch  # type: ignore[assignment]
-        passes = math.ceil(epoch) - 1  # Transformers takes a pass for `max_steps` steps long, and none is longer
+        passes = math.ceil(epoch) - 1  # Transformers assumes that a pass has `max_steps` steps, and no pass has more
         num_batches = self.state.max_steps * self.args.gradient_accumulation_steps
         return {"passes": passes, "batches": round((epoch - passes) * num_batches)}
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        """As of [`~transformers.Trainer`], which does not know how long a streamed data set is, so how many passes were over."""
+        """As in [`~transformers.Trainer`], but for a streamed data set, takes the finished passes from the checkpoint."""
         start = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
@@ -295,14 +297,14 @@ class ResumingMixin(_Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not any(name in MEASURED_WITH or name.startswith("target") for name in changed):
             trainer.target_training.load_state(state)
-        if trainer.use_adaptive_entropy and "entropy" in state:  # TRL's own file comes after `trainer_state.json`
+        if trainer.use_adaptive_entropy and "entropy" in state:  # TRL's own file may be missing: it is written last
             trainer.entropy_coef = state["entropy"]["coef"]
             trainer._last_world_entropy = state["entropy"]["last_world"]
         path = Path(checkpoint) / BATCH_FILE.format(self.accelerator.process_index)
         self._load_generation_batch(path, keep_parts=changed <= KEPT_BY_THE_OPTIMIZER)
 
     def _changes(self, before: dict[str, Any]) -> set[str]:
-        """What of the run is not as it was when the checkpoint was written; says so."""
+        """Names of the settings that differ from those of the checkpoint. Logs a warning about them."""
         now = describe_run(self)
         changed = [name for name in now if name in before and before[name] != now[name]]
         kept = [f"`{name}`" for name in changed if name in KEPT_BY_THE_OPTIMIZER]
@@ -311,7 +313,7 @@ class ResumingMixin(_Trainer):
             logger.warning(
                 f"The checkpoint was written with other settings: {values}. The run does not end as if it had not stopped."
                 + (f" Its optimizer goes on with the checkpoint's {' and '.join(kept)}." if kept else "")
-                + (" The generation batch is made anew, with the settings of now." if len(changed) > len(kept) else "")
+                + (" The generation batch is made anew, with the new settings." if len(changed) > len(kept) else "")
             )
         return set(changed)
 
@@ -328,7 +330,7 @@ class ResumingMixin(_Trainer):
             return
         trainer._metrics["train"].update(facts["metrics"])
         self._loss_to_log = tuple(facts["loss"])
-        if not keep_parts:  # generated anew, as in TRL, whose count of steps then begins with the batch
+        if not keep_parts:  # a new batch is generated, as in TRL, whose count of steps starts with it
             return
         trainer._step = facts["step"]
         if facts["parts"]:
@@ -341,18 +343,18 @@ class ResumingMixin(_Trainer):
 
 class ResumableSampler(RepeatSampler):
     """
-    TRL's sampler of prompts, whose order in an epoch does not depend on where the run began: TRL's own draws the next order from
-    a generator that a resumed run starts anew.
+    TRL's sampler of prompts, with an order that does not depend on the step where a run was resumed. TRL's own sampler draws each
+    epoch's order from a random generator, which a resumed run starts from its seed again.
     """
 
     @classmethod
     def like(cls, sampler: RepeatSampler) -> "ResumableSampler":
-        """The same as TRL's, in the first epoch and, in a run that is not interrupted, in the others."""
+        """Makes a sampler with the settings of TRL's. Without an interruption, both give the same orders."""
         repeats = sampler.mini_repeat_count, sampler.batch_size, sampler.repeat_count
         return cls(sampler.data_source, *repeats, sampler.shuffle, sampler.seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Transformers and Accelerate as an epoch begins."""
+        """Sets the order of an epoch. Transformers and Accelerate make this call when an epoch begins."""
         if self.shuffle and self.seed is not None:
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
@@ -360,13 +362,13 @@ class ResumableSampler(RepeatSampler):
 
 
 def describe_run(trainer: Any) -> dict[str, Any]:
-    """What a run that goes on from a checkpoint must share with it to end as if it had not stopped."""
+    """Settings that must be the same in a run and its checkpoint, so that the run ends as if it had not stopped."""
     args = trainer.args
     own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
     names = {name for name in own if not WITHOUT_EFFECT.fullmatch(name)} | KEPT_BY_THE_OPTIMIZER
     names |= {"per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
     run = {name: value for name, value in args.to_dict().items() if name in names}
-    run["optim"] = run["optim"].removesuffix("_fused")  # one state for both
+    run["optim"] = run["optim"].removesuffix("_fused")  # both have the same state
     model = trainer.accelerator.unwrap_model(trainer.model)
     run["model"], run["peft_config"] = describe_model(model)["name"], None
     if isinstance(model, PeftModel):
@@ -391,13 +393,13 @@ def describe_run(trainer: Any) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    """A few characters that differ where values do."""
+    """A short hash of a value."""
     text = json.dumps(value, default=lambda part: type(part).__name__, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint was written, and nothing of it deleted."""
+    """Whether a checkpoint was written completely, and no file of it was deleted."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         files = json.loads((checkpoint / STATE_FILE).read_text())["files"]
@@ -407,23 +409,23 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """Names the whole checkpoint of the highest step in a run's folder, if there is one. It changes nothing there."""
+    """The whole checkpoint of the highest step in a run's folder, or `None`. Changes nothing there."""
     paths = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
     return max(filter(is_whole, paths), key=_step_of, default=None)  # type: ignore[arg-type]
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether it may be deleted or written anew: a trainer wrote it, or was killed while it did, and nobody changed it since."""
+    """Whether a folder may be deleted or overwritten: it is a whole checkpoint, an unfinished one, or one without training state."""
     if _step_of(path) is None or path.is_symlink():
         return False
     if (path / UNFINISHED).exists() or is_whole(path):
         return True
-    return (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists()  # with `save_only_model`
+    return (path / TRAINER_STATE_NAME).exists() and not (path / STATE_FILE).exists()  # of `save_only_model`
 
 
 def _delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint, its mark last. As in Transformers, one that cannot be deleted ends no run."""
-    with suppress(OSError):  # on a full disk
+    """Marks a checkpoint as unfinished, and deletes it, its mark last. As in Transformers, a failure does not end the run."""
+    with suppress(OSError):  # the disk may be full
         (checkpoint / UNFINISHED).touch()
     try:
         for path in checkpoint.iterdir():
@@ -437,6 +439,6 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _step_of(path: Path) -> int | None:
-    """The step in the name of a checkpoint, `None` for every other name."""
+    """The step in the name of a checkpoint. `None` for any other name."""
     match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
     return int(match[1]) if match else None

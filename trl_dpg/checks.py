@@ -1,4 +1,4 @@
-"""What the trainer refuses or warns of, where possible before any model is loaded."""
+"""Errors and warnings about the trainer's arguments and prompts, raised before any model is loaded where possible."""
 
 import copy
 import math
@@ -17,15 +17,15 @@ logger = logging.get_logger(__name__)
 
 
 def check_arguments(model, target_model, metric, args, train_dataset, eval_dataset, replay_dataset) -> None:
-    """Refuses arguments of the trainer that do not fit together."""
+    """Raises a [`ValueError`] if arguments of the trainer do not fit together."""
     if not isinstance(args, DatasetPolicyGradientConfig):
         raise ValueError(
-            f"`args` must be a `DatasetPolicyGradientConfig`, got {type(args).__name__}. It takes every field of "
-            "`GRPOConfig`, so `DatasetPolicyGradientConfig` can stand in for it where it is made."
+            f"`args` must be a `DatasetPolicyGradientConfig`, got {type(args).__name__}. Use `DatasetPolicyGradientConfig` "
+            "instead: it has all fields of `GRPOConfig`."
         )
     if target_model is None:
         raise ValueError(
-            "`target_model` is missing. Pass the model that the generated data is to fine-tune, or its name."
+            "`target_model` is missing. Pass the model that the generated data is to fine-tune, or the model's name."
         )
     if target_model is model and not isinstance(model, str):
         raise ValueError(
@@ -37,7 +37,7 @@ def check_arguments(model, target_model, metric, args, train_dataset, eval_datas
     _check_train_dataset(args, train_dataset)
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     if not evals:
-        raise ValueError("`eval_dataset` is a dict without data sets. Pass at least one, or leave it out.")
+        raise ValueError("`eval_dataset` is a dict without data sets. Pass at least one, or leave `eval_dataset` out.")
     for name, dataset in evals.items():
         check_prompts(name, dataset)
 
@@ -53,7 +53,7 @@ def _check_train_dataset(args: DatasetPolicyGradientConfig, dataset: Any) -> Non
         return
     if taken := {"prompts", "completions"} & set(dataset.column_names):
         raise ValueError(
-            f"`train_dataset` has the columns {sorted(taken)}, by which TRL calls what it gives to rewards. Rename them."
+            f"`train_dataset` has the columns {sorted(taken)}, names that TRL passes to rewards itself. Rename them."
         )
     needed = math.ceil(args.generation_batch_size / args.num_generations)  # type: ignore[operator]
     if len(dataset) < needed:
@@ -65,17 +65,17 @@ def _check_train_dataset(args: DatasetPolicyGradientConfig, dataset: Any) -> Non
 
 
 def check_prompts(name: str, dataset: Any) -> None:
-    """Refuses a data set without prompts, as far as it can be seen without reading a stream."""
+    """Raises a [`ValueError`] for a data set without prompts, as far as this shows without reading a stream."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
     if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add it.")
+        raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add one.")
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
 
 
 def check_prompt_texts(prompts: list[Any]) -> None:
-    """Refuses what is no prompt, before TRL makes tokens of it."""
+    """Raises a [`ValueError`] for a value that is no prompt, before TRL tokenizes it."""
     for prompt in prompts:
         if not isinstance(prompt, (str, list)):
             raise ValueError(
@@ -84,11 +84,11 @@ def check_prompt_texts(prompts: list[Any]) -> None:
 
 
 def check_prompt_lengths(prompts: list[Any], prompt_ids: list[list[int]], length: int, positions: int | None) -> None:
-    """Refuses prompts without tokens, and those that leave no room for `length` tokens of a completion."""
+    """Raises a [`ValueError`] for prompts without tokens, or without room for `length` tokens of a completion."""
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         if not ids:
             raise ValueError(
-                f"The prompt {prompt!r} has no tokens, so there is nothing to generate from. Put at least one in "
+                f"The prompt {prompt!r} has no tokens, so there is nothing to generate from. Put at least one token into "
                 "column `prompt`, for example the tokenizer's BOS or EOS token."
             )
         if positions is not None and len(ids) + length > positions:
@@ -99,7 +99,7 @@ def check_prompt_lengths(prompts: list[Any], prompt_ids: list[list[int]], length
 
 
 def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[str] | None) -> None:
-    """Says which settings have no effect or make learning hard."""
+    """Warns of settings that have no effect, or that make learning hard."""
     num_prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
     if num_prompts < 4:
         logger.warning_once(
@@ -110,8 +110,8 @@ def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[st
     num_examples = args.num_target_examples()
     if args.reward in ("metagradient", "naive") and (args.target_batch_size or 0) > num_examples:
         logger.warning_once(
-            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} examples, so each of its "
-            "epochs is one step on fewer. Leave it out for that, or raise `per_device_train_batch_size`."
+            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has only {num_examples} examples, so each epoch "
+            "is a single step. If you want this, leave `target_batch_size` out. If not, raise `per_device_train_batch_size`."
         )
     ignored = {
         "reward_language": args.reward_language if args.reward != "language_identification" else None,
@@ -120,26 +120,26 @@ def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[st
     for name, value in ignored.items():
         if value is not None:
             logger.warning_once(
-                f"`{name}` {value!r:.80} has no effect, as `reward` is {args.reward!r}, which does not look at it. Leave out `{name}`, "
-                "or set another `reward`."
+                f"`{name}` {value!r:.80} has no effect, as `reward` is {args.reward!r}, which does not use it. Leave `{name}` out, or "
+                "set another `reward`."
             )
 
 
 def warn_of_other_steps(recipe: TargetTrainingArguments, num_trained: int, num_examples: int) -> None:
-    """A generator is trained for K steps of the target; a validation of more or fewer is about something else."""
+    """Warns if validation fine-tunes the target for another number of steps than training."""
     trained, validated = recipe.num_steps(num_trained), recipe.num_steps(num_examples)
     if trained != validated:
         logger.warning_once(
             f"Validation fine-tunes the target for {validated} steps, but training for {trained}: `eval_dataset` times "
-            f"`num_generations_eval` gives {num_examples} examples, a batch of training {num_trained}. Choose them alike to "
-            "validate what is trained for."
+            f"`num_generations_eval` gives {num_examples} examples, a batch of training {num_trained}. Choose equal numbers, so "
+            "that validation matches training."
         )
 
 
 def with_best_metric_of_one_dataset(
     args: DatasetPolicyGradientConfig, eval_dataset: Any
 ) -> DatasetPolicyGradientConfig:
-    """Of several evaluation sets, each has figures of its own, so the best generator is chosen by the first one's."""
+    """Makes `metric_for_best_model` that of the first evaluation set, since each of several sets has figures of its own."""
     name = args.metric_for_best_model
     if name is None or not isinstance(eval_dataset, dict) or not eval_dataset:
         return args
@@ -150,7 +150,7 @@ def with_best_metric_of_one_dataset(
     first = next(iter(eval_dataset))
     args.metric_for_best_model = f"eval_{first}_{name.removeprefix('eval_')}"
     logger.warning(
-        f"`metric_for_best_model` is {args.metric_for_best_model!r}, that of the first evaluation set. Set another of them as "
+        f"`metric_for_best_model` is {args.metric_for_best_model!r}, that of the first evaluation set. To choose another set, use "
         f"'eval_NAME_{name.removeprefix('eval_')}'."
     )
     return args

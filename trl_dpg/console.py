@@ -1,4 +1,4 @@
-"""What a run says while it trains, and in the end. All that is logged goes to `report/log.jsonl` and to trackers."""
+"""Console output of a run during training and at its end. `report/log.jsonl` and trackers get all logs."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ LONGEST_HEADING = 24
 class Figures:
     """
     Chooses the few figures of a log that a person watches: the gain of Φ, the metric's first read-out, the generator's entropy and
-    the length of its texts. With a reward that trains no target, it is shown, too.
+    the length of its texts. A reward that trains no target is shown, too.
     """
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
@@ -33,14 +33,14 @@ class Figures:
             self.names = {"reward": "reward", **self.names}
 
     def of_training(self, logs: dict[str, Any]) -> dict[str, float | None]:
-        """Figures of a training step; empty for a log of something else."""
+        """Figures of a training step. Empty for any other log."""
         if "entropy" not in logs and "loss" not in logs:
             return {}
         figures = {text: logs.get(f"{self.reward}/{name}", logs.get(name)) for text, name in self.names.items()}
         return {**figures, "entropy": logs.get("entropy"), "length": logs.get("completions/mean_length")}
 
     def of_validation(self, logs: dict[str, Any]) -> dict[str, float | None]:
-        """The same of a validation."""
+        """Figures of a validation. Empty for any other log."""
         prefix = next((key.removesuffix("metric_gain") for key in logs if key.endswith("_metric_gain")), None)
         if prefix is None:
             return {}
@@ -54,7 +54,7 @@ def shown(value: float | None) -> str:
 
 
 class LinesCallback(PrinterCallback):
-    """Prints a line for each log of the main process, with aligned columns: what is shown where there is no terminal."""
+    """Prints a line with aligned columns for each log of the main process. It is used if there is no terminal."""
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
         self.figures = Figures(trainer)
@@ -89,7 +89,7 @@ def line(first: str, values: list[str], headings: Any) -> str:
 
 
 class BarCallback(ProgressCallback):
-    """Transformers' progress bar with the same figures beside it, and a line for each validation."""
+    """Shows Transformers' progress bar with the same figures, and prints a line for each validation."""
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
         super().__init__()
@@ -109,7 +109,7 @@ def in_words(figures: dict[str, float | None]) -> str:
 
 
 class SummaryCallback(TrainerCallback):
-    """Says in the end what was reached, and where to look."""
+    """Prints the outcome at the end of training, and where the report is."""
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
         self.trainer = trainer
@@ -120,7 +120,7 @@ class SummaryCallback(TrainerCallback):
 
 
 def summary(trainer: "DatasetPolicyGradientTrainer") -> str:
-    """What a run came to, beside the untrained generator where that was validated, and where its pictures are."""
+    """The outcome of a run, compared with the untrained generator if it was validated, and the place of the pictures."""
     facts, figures = training_facts(trainer), Figures(trainer)
     said = outcome(facts)
     rows = [(row["step"], figures.of_training(row)) for row in trainer.state.log_history]
@@ -132,7 +132,7 @@ def summary(trainer: "DatasetPolicyGradientTrainer") -> str:
 
 
 def replace_console(trainer: "DatasetPolicyGradientTrainer") -> None:
-    """Puts these callbacks in the place of Transformers' own; one in a notebook, or of the user, stays."""
+    """Replaces Transformers' own callbacks by those of this module. Callbacks for notebooks, or of the user, stay."""
     replacements: dict[type, Any] = {ProgressCallback: BarCallback, PrinterCallback: LinesCallback}
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in replacements:

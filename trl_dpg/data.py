@@ -1,4 +1,4 @@
-"""Completions of the generator in, training examples of the target out."""
+"""Makes training examples for the target from the generator's completions, or from rows of a data set."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -17,19 +17,19 @@ Messages = list[dict[str, Any]]
 
 
 def completion_parts(completion: str | Messages) -> list[str]:
-    """Texts of a completion, plain or conversational, that follow each other: what the generator wrote, and no tool's answer."""
+    """Texts that the generator wrote in a completion, plain or conversational, in order. Answers of tools are left out."""
     if isinstance(completion, str):
         return [completion]
     return [message_text(message) for message in completion if message["role"] == "assistant"]
 
 
 def completion_text(completion: str | Messages) -> str:
-    """Text of a completion, plain or conversational. Texts before and after a tool's answer are lines of their own."""
+    """Text of a completion, plain or conversational. Line breaks separate the texts before and after a tool's answer."""
     return "\n".join(filter(None, completion_parts(completion)))
 
 
 def turns(mask: list[int]) -> list[range]:
-    """Where the tokens are that the generator wrote in one go, of a mask that is 0 for those of tools and environments."""
+    """Ranges of consecutive tokens that the generator wrote. `mask` is 0 for tokens of tools and environments."""
     edges = [i for i, (before, after) in enumerate(pairwise([0, *mask, 0])) if before != after]
     return [range(*span) for span in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -38,10 +38,10 @@ def generated_parts(
     completion: str | Messages, completion_ids: list[int], mask: list[int], processing_class: PreTrainedTokenizerBase
 ) -> list[str]:
     """
-    Texts of a completion that the generator wrote, also where a `rollout_func` put an environment's texts between them.
+    Texts that the generator wrote in a completion, even if a `rollout_func` put an environment's texts between them.
 
-    TRL decodes what a `rollout_func` returns as one text, and only `mask` tells whose tokens are whose. The outputs of `tools` are
-    messages of their own.
+    TRL decodes the result of a `rollout_func` as one text. Only `mask` tells which tokens the generator wrote. Outputs of `tools`, in
+    contrast, are separate messages.
     """
     if 0 not in mask or (isinstance(completion, list) and len(completion) > 1):
         return completion_parts(completion)
@@ -50,7 +50,7 @@ def generated_parts(
 
 
 def with_parts(completion: str | Messages, parts: list[str]) -> str | Messages:
-    """A completion of the same form with these texts: as text, as the assistant's messages, or as one message of all of them."""
+    """Replaces the texts of a completion by `parts`. If their number differs, all parts become one text or one message."""
     if isinstance(completion, list) and len(completion_parts(completion)) == len(parts):
         texts = iter(parts)
         return [m if m["role"] != "assistant" else {**m, "content": _content(m, next(texts))} for m in completion]
@@ -65,7 +65,7 @@ def _content(message: dict[str, Any], text: str) -> str | list[dict[str, str]]:
 def target_row(
     prompt: str | Messages, completion: str | Messages, formatting_func: Callable[[Row], str | Row] | None = None
 ) -> Row | None:
-    """What the target is trained on for one completion, as of [`to_target_examples`]; `None` for an empty one."""
+    """The row that the target is trained on for a completion, see [`to_target_examples`]. `None` for an empty completion."""
     text = completion_text(completion)
     if not text.strip():
         return None
@@ -82,8 +82,8 @@ def target_row(
     parts = map(message_text, row["completion"]) if is_chat(row) else [row["completion"]]
     if not any(part.strip() for part in parts):
         raise ValueError(
-            f"`formatting_func` returned the empty `completion` {row['completion']!r:.80}, which has nothing to train on. Put what the "
-            "generator wrote into it."
+            f"`formatting_func` returned the empty `completion` {row['completion']!r:.80}, which has nothing to train on. Put the "
+            "generator's text into it."
         )
     return row
 
@@ -92,14 +92,14 @@ def repeated_places(
     text: str, prompt: str | Messages, completion: str | Messages, text_of: Callable[[Row], str]
 ) -> list[tuple[int, int]]:
     """
-    Where a formatted text has the parts of a completion, if the text holds the words of one of them more than once.
+    Finds the parts of a completion in a formatted text that contains the words of a part more than once.
 
-    A prompt or an ending may hold the same words, and the text may repeat the completion. A text with marks in place of the parts
-    tells them apart. `text_of` gives the text for a `prompt` and a `completion`.
+    A prompt or an ending may contain the same words, or the text may repeat the completion. To tell them apart, the function formats a
+    completion with marks in place of the parts. `text_of` returns the text for a `prompt` and a `completion`.
 
     Returns:
-        `list[tuple[int, int]]`: Index of each part and the character at which it begins, in the order of the text. Empty where
-            each part occurs once, and where `formatting_func` does not treat marks as it treats the parts.
+        `list[tuple[int, int]]`: Index of each part and the character at which it begins, in the order of the text. Empty if
+            each part occurs once, or if `formatting_func` formats marks differently from the parts.
     """
     parts = completion_parts(completion)
     if all(text.find(part.strip()) == text.rfind(part.strip()) for part in parts if part.strip()):
@@ -118,15 +118,16 @@ def repeated_places(
         before, end = after, end + len(before) + len(part)
     if before is None or text[end:] != before:
         logger.warning_once(
-            f"`formatting_func` returned {text!r:.80}, which holds the words of the completion more than once, and it formats another "
-            "completion in another way. Credit goes to the last of them. Have it put every completion into the same frame."
+            f"`formatting_func` returned {text!r:.80}, which contains the words of the completion more than once. It formats other "
+            "completions differently, so these words cannot be told apart. Credit goes to the last of them. Make `formatting_func` use "
+            "the same format for every completion."
         )
         return []
     return places
 
 
 def message_text(message: dict[str, Any]) -> str:
-    """Text of a message, whose content is a string, a list of typed parts, or nothing. Parts that are no text are left out."""
+    """Text of a message. Its content is a string, a list of typed parts, or nothing. Parts other than text are left out."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
@@ -143,25 +144,25 @@ def to_target_examples(
     assistant_only_loss: bool = False,
 ) -> list[dict[str, Any]]:
     """
-    What the target is trained on for completions: their texts in the target's own tokens.
+    Makes training examples of completions, in the target's own tokens.
 
-    The tokenizer adds what it adds to any text (BOS, where it does). One EOS stands at the end where the completion ended by
-    itself, and none where it did not, also if tokenizer or `formatting_func` ends every text. Messages end as the chat template
-    ends them; with an EOS if it does not.
+    The tokenizer adds the special tokens that it adds to any text, such as BOS. If a completion ended by itself, the example ends with
+    one EOS. If not, it has no EOS, even if tokenizer or `formatting_func` ends every text with one. Messages end as the chat template
+    ends them, or with an EOS if the template adds no end.
 
     Args:
         prompts, completions (`Sequence[str]` or `Sequence[list[dict]]`):
-            What the generator was given, and what it wrote. The target sees no prompt unless `formatting_func` uses it.
+            The generator's prompts and completions. The target sees no prompt unless `formatting_func` uses it.
         ended (`Sequence[bool]`):
             Whether each completion ended by itself, rather than by reaching the maximum length.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
         formatting_func (`Callable`), completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
-            As of [`~trl_dpg.fine_tuning.TargetFineTuning`].
+            As in [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
     Returns:
-        `list[dict]`: `text` and `input_ids` of each, both empty for an empty completion; `labels` where not every token has a
-            loss; `closing`, of messages, the token that ends them.
+        `list[dict]`: `text` and `input_ids` of each completion, both empty for an empty completion. Also `labels`, if not every
+            token has a loss, and for messages `closing`, the token that ends them.
     """
     written = [target_row(p, c, formatting_func) for p, c in zip(prompts, completions, strict=True)]
     rows = {i: row for i, row in enumerate(written) if row is not None}
@@ -174,7 +175,7 @@ def to_target_examples(
     for (i, row), (ids, supervised) in zip(rows.items(), encoded, strict=True):
         chat = is_chat(row)
         length = _length_without_end(ids, closing if chat or not ended[i] else {eos}, processing_class)
-        end = ids[length : length + 1] if chat else []  # the template's own
+        end = ids[length : length + 1] if chat else []  # the token with which the template ends messages
         if not (end and ended[i]):
             appended = [eos] if ended[i] and eos is not None else []
             ids, supervised = [*ids[:length], *appended], [*supervised[:length], *[True] * len(appended)]
@@ -191,23 +192,23 @@ def dataset_examples(
     assistant_only_loss: bool = False,
 ) -> list[dict[str, Any]]:
     """
-    Rows of a data set as examples for the target, token for token and label for label as [`~trl.SFTTrainer`] prepares them.
+    Makes examples for the target of rows of a data set, with the same tokens and labels as in [`~trl.SFTTrainer`].
 
-    An EOS stands at the end of texts and plain completions. Nothing is cut off: the engine does that, by `max_length`.
+    Texts and plain completions end with an EOS. Nothing is cut off here: the engine cuts at `max_length`.
 
     Args:
         rows (`Iterable[dict]`):
-            Rows with `text`; with `prompt` and `completion`, two texts or two lists of messages; or with `messages`. All alike.
+            Rows with `text`, `messages`, or `prompt` and `completion` (texts or lists of messages). All must be of the same kind.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
         completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
-            As of [`~trl_dpg.fine_tuning.TargetFineTuning`].
+            As in [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
     Returns:
-        `list[dict]`: `input_ids` of each, and `labels` where not every token has a loss.
+        `list[dict]`: `input_ids` of each row, and `labels` if not every token has a loss.
 
     Raises:
-        [`ValueError`]: If a row holds nothing to train on, or the loss does not go with the rows.
+        [`ValueError`]: If a row has nothing to train on, or if the arguments about the loss do not fit the rows.
     """
     eos, closed = processing_class.eos_token or "", []
     for row in rows:
@@ -225,16 +226,16 @@ def _example(input_ids: list[int], supervised: list[bool]) -> dict[str, Any]:
 
 
 def special_ids(processing_class: PreTrainedTokenizerBase) -> set[int]:
-    """Special tokens, which decoding leaves out: also those without a name in the tokenizer, such as the end of a turn."""
+    """Ids of special tokens, which decoding leaves out. Tokens without a name in the tokenizer, such as the end of a turn, count too."""
     added = processing_class.added_tokens_decoder.items()
     return {*processing_class.all_special_ids, *(index for index, token in added if token.special)}
 
 
 def _length_without_end(input_ids: list[int], ends: set[int | None], processing_class: PreTrainedTokenizerBase) -> int:
     """
-    How many tokens come before those that end a text.
+    Number of tokens before those that end a text.
 
-    Some tokenizers add one to every text, and so do chat templates, which put a line break behind it.
+    Some tokenizers add an end token to every text. Chat templates do so too, and add a line break after it.
     """
     length = len(input_ids)
     for i in reversed(range(len(input_ids))):
@@ -247,12 +248,12 @@ def _length_without_end(input_ids: list[int], ends: set[int | None], processing_
 
 def indices_to_train_on(examples: list[dict[str, Any]], max_length: int | None = None) -> list[int]:
     """
-    Which examples have something to train on: a token with a loss behind the first, which has nothing before it.
+    Indices of the examples that can be trained on: some token after the first one has a loss. The first token has no context.
 
-    Of each, the first `max_length` tokens are kept; all if `None`.
+    Only the first `max_length` tokens of an example count, or all if `None`.
 
     Raises:
-        [`ValueError`]: If there are none.
+        [`ValueError`]: If there is no such example.
     """
     labels = [example.get("labels", example["input_ids"])[1:max_length] for example in examples]
     indices = [i for i, row in enumerate(labels) if any(label != -100 for label in row)]
@@ -260,7 +261,7 @@ def indices_to_train_on(examples: list[dict[str, Any]], max_length: int | None =
         raise ValueError(
             f"All {len(examples)} completions are empty or one token long, or a prompt fills `max_length` {max_length} "
             "(`target_max_length` in the trainer), so there is nothing to fine-tune the target on. "
-            "Ask for longer ones (`max_completion_length`, or `min_new_tokens` in `generation_kwargs`), raise `max_length`, or lower "
-            "the generator's `learning_rate` if it collapsed to this."
+            "Ask for longer ones (`max_completion_length`, or `min_new_tokens` in `generation_kwargs`), or raise `max_length`. If the "
+            "generator collapsed to such completions, lower its `learning_rate`."
         )
     return indices

@@ -1,4 +1,4 @@
-"""Validation in the trainer: held-out prompts, an ordinary fine-tuning run, figures."""
+"""Validation in the trainer: generates from held-out prompts, fine-tunes the target in the ordinary way, and reports figures."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 class Generated(Exception):  # noqa: N818
-    """Leaves TRL's method that sets up, generates and scores, once it has generated."""
+    """Raised after generation to leave TRL's method, which would otherwise compute rewards next."""
 
     def __init__(self, prompts: list[Any], output: tuple):
         self.prompts, self.output = prompts, output
@@ -35,13 +35,13 @@ class EvaluationMixin(GRPOTrainer):
 
     target_training: TargetFineTuning
     text_evaluation: Callable[[list[str]], dict[str, float]] | None
-    _validating = False  # whether `_generate` leaves TRL's method by `Generated`
+    _validating = False  # whether `_generate` raises `Generated`
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         check_prompts("eval_dataset", eval_dataset)
-        # The loaders that Transformers keeps for persistent workers go by a name, whatever data set is asked for
+        # For persistent workers, Transformers keeps loaders by a name that does not depend on the data set.
         kept = self.__dict__.pop("_eval_dataloaders", {})
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -50,7 +50,7 @@ class EvaluationMixin(GRPOTrainer):
 
     def get_test_dataloader(self, test_dataset):
         check_prompts("test_dataset", test_dataset)
-        return self.get_eval_dataloader(test_dataset)  # TRL's own, which takes streams of prompts
+        return self.get_eval_dataloader(test_dataset)  # TRL's method, which also takes an `IterableDataset`
 
     def evaluation_loop(
         self,
@@ -61,22 +61,23 @@ class EvaluationMixin(GRPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """
-        The paper's validation: generates from held-out prompts, fine-tunes a fresh target on that with ordinary SFT
-        (PyTorch's own optimizer, see [`~trl_dpg.validation.validate`]) and reports the metric and its read-outs as
-        `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`, `eval_pixel_accuracy`, ...; beside them
-        `eval_distinct`, the share of distinct texts among the completions, and `eval_completion_length`, their mean length
-        in the generator's tokens.
+        Validates as in the paper: generates from held-out prompts, fine-tunes a fresh target on the completions with ordinary SFT
+        (PyTorch's own optimizer, see [`~trl_dpg.validation.validate`]), and measures the metric.
 
-        Called by `evaluate()`, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that of
-        training, so a validation of more examples than a generation batch takes more steps (`eval_target_steps`).
-        Held-out rows of `replay_dataset` stand beside what was generated, as others do in training. With `args.target_variants`,
-        figures of each are `eval_variant_0_metric_gain`, ...; the others are of the recipe itself.
-        `predict(prompts)` does the same and returns the generated texts as `predictions`, too.
+        It reports the metric and its read-outs as `eval_metric`, `eval_metric_before`, `eval_metric_gain`, `eval_target_loss`,
+        `eval_pixel_accuracy`, ... It also reports `eval_distinct`, the share of distinct texts among the completions, and
+        `eval_completion_length`, their mean length in the generator's tokens.
+
+        `evaluate()` makes this call, with `num_generations_eval` completions per prompt. Each call samples anew. The recipe is that
+        of training. If there are more examples than in a generation batch, the target takes more steps (`eval_target_steps`). Held-out
+        rows of `replay_dataset` are mixed in. With `args.target_variants`, each variant adds its own figures as
+        `eval_variant_0_metric_gain`, ... All others belong to the recipe itself. `predict(prompts)` does the same, and also returns
+        the generated texts as `predictions`.
         """
         self.model.eval()  # type: ignore[union-attr]
         examples = self._generate_examples(dataloader)
         texts = [example["completion"] for example in examples]
-        # Every process runs the same validation: it is one short fine-tuning run.
+        # Every process runs the same validation, since it is one short fine-tuning run.
         with failing_together(self.accelerator):
             figures = self._validate(examples)
             if self.text_evaluation is not None:
@@ -89,7 +90,7 @@ class EvaluationMixin(GRPOTrainer):
         return EvalLoopOutput(predictions=texts, label_ids=None, metrics=metrics, num_samples=len(texts))  # type: ignore[arg-type]
 
     def _generate_examples(self, dataloader: DataLoader) -> list[dict[str, Any]]:
-        """The target's examples from completions of held-out prompts, of all processes."""
+        """Generates completions of held-out prompts, and makes training examples of those of all processes."""
         examples: list[dict[str, Any]] = []
         for inputs in dataloader:
             prompts, (_, completion_ids, _, completions, *_) = self._generate_only(inputs)
@@ -98,18 +99,18 @@ class EvaluationMixin(GRPOTrainer):
             examples.extend(gather_object(local))
         if not examples:
             raise ValueError("`eval_dataset` is empty: there is nothing to validate on. Pass at least one prompt.")
-        # The last batch is filled up with repeated rows. `gather_for_metrics` would count them by the dataset's length,
-        # but TRL's sampler gives every row `num_generations_eval` times.
+        # The last batch is filled up with repeated rows, which are dropped here. `gather_for_metrics` would keep as many rows as
+        # the dataset has, but TRL's sampler gives every row `num_generations_eval` times.
         if isinstance(dataloader.dataset, Dataset):
             examples = examples[: len(dataloader.dataset) * self.num_generations_eval]  # type: ignore[operator]
         return examples
 
     def _generate_only(self, inputs: list[dict[str, Any]]) -> tuple[list[Any], tuple]:
-        """Prompts as TRL sets them up with tools and images, and what `_generate` returns, without rewards."""
+        """Prompts as TRL prepares them with tools and images, and the result of `_generate`, without rewards."""
         with failing_together(self.accelerator):
             if "prompt" not in inputs[0]:
                 raise ValueError(
-                    f"`eval_dataset` has the columns {sorted(inputs[0])} but no `prompt`. Rename or add it."
+                    f"`eval_dataset` has the columns {sorted(inputs[0])} but no `prompt`. Rename a column or add one."
                 )
         self._validating = True
         try:
@@ -121,8 +122,8 @@ class EvaluationMixin(GRPOTrainer):
         raise AssertionError("TRL generated nothing")
 
     def _validate(self, examples: list[dict[str, Any]]) -> dict[str, float]:
-        """Figures of a fresh target that was fine-tuned on the examples; the worst where they are not finite."""
-        if isinstance(self.target_training, TargetReward):  # else nothing is trained for the target
+        """Figures of a fresh target after fine-tuning on the examples. If they are not finite, the worst possible figures."""
+        if isinstance(self.target_training, TargetReward):  # other rewards do not train the target
             num_trained = self.args.num_target_examples()  # type: ignore[attr-defined]
             replayed = num_replayed(len(examples), self.args.replay_ratio)  # type: ignore[attr-defined]
             warn_of_other_steps(self.target_training.args, num_trained, len(examples) + replayed)

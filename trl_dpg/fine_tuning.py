@@ -1,4 +1,4 @@
-"""The target, and how the generator's data fine-tunes it: what rewards and validation have in common."""
+"""The target and its fine-tuning on the generator's data, for rewards and for validation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,11 +35,11 @@ from .variants import Variant, make_variants, variant_recipes, with_models
 
 class TargetFineTuning:
     r"""
-    What completions are written for: a target, the recipe of its fine-tuning run, and the metric of the result.
+    A target, the recipe of its fine-tuning run on completions, and the metric of the result.
 
     Args:
         target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to fine-tune, or its id or directory (loaded in float32). Its weights are the same after every call.
+            Model to fine-tune, or its id or directory (loaded in float32). After every call, its original weights are restored.
         metric (`Callable`):
             Differentiable metric of the fine-tuned target, higher is better. See [`~trl_dpg.metrics`].
         args ([`~trl_dpg.metagradients.TargetTrainingArguments`], *optional*):
@@ -47,27 +47,27 @@ class TargetFineTuning:
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
-            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
-            it is the completion's text alone.
+            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in [`~trl.SFTTrainer`]. It may
+            also return a dict with the same keys, whose values are texts, or lists of messages for the target's chat template. By
+            default, the target is trained on the completion's text alone.
         eos_token_ids (`list[int]`, *optional*):
             The *generator's* tokens that end a completion. Defaults to the EOS token of `processing_class`.
         completion_only_loss (`bool`, *optional*):
-            Whether the loss is on the completion alone, as in [`~trl.SFTConfig`]. `None` is yes where `formatting_func` returns a
+            Whether the loss is on the completion alone, as in [`~trl.SFTConfig`]. `None` means yes if `formatting_func` returns a
             prompt and a completion.
         assistant_only_loss (`bool`, *optional*, defaults to `False`):
-            Whether the loss is on what the assistant says alone, as in [`~trl.SFTConfig`]. It needs messages, and a chat template
-            that marks it with `{% generation %}`.
+            Whether the loss is on the assistant's messages alone, as in [`~trl.SFTConfig`]. This needs messages, and a chat
+            template that marks the assistant's parts with `{% generation %}`.
         replay_dataset (`Dataset` or `list[dict]`, *optional*):
-            Real data that stands beside completions in every run: rows with `text`, with `prompt` and `completion`, or with
-            `messages`. One row in five, from the first, is for validation alone.
+            Real data to mix into every run. Rows have `text`, `messages`, or `prompt` and `completion`. Every fifth row, from the
+            first on, is used in validation only.
         replay_ratio (`float`, *optional*, defaults to `0.0`):
-            Share of real examples in every run: 0.5 is as many as there are completions. They are drawn anew at each step, by
-            `args.seed` plus the global step.
+            Share of real examples in every run. 0.5 means as many real examples as completions. Each step draws new ones, with the
+            seed `args.seed` plus the global step.
         variants (`list[dict]`, *optional*):
-            Changes to the recipe, each in place of it. A reward is the mean over them; validation is of each, and of the recipe
-            itself. A dict holds fields of `args`, and may have `"model"`, another model with the same tokenizer, and
-            `"head_seed"`, of a new random LM head. An empty one is the recipe itself.
+            Variants of the recipe. A reward is the mean over the variants. Validation is done for each of them, and for the recipe
+            itself. A dict holds changed fields of `args`, and maybe two other keys: `"model"`, another model with the same
+            tokenizer, and `"head_seed"`, seed of a new random LM head. An empty dict is the recipe itself.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class TargetFineTuning:
         self.args = args or TargetTrainingArguments()
         variant_recipes(self.args, variants)
         check_loss(formatting_func, completion_only_loss, assistant_only_loss, processing_class)
-        self.skipped = False  # only a reward that comes from the target's run skips a batch
+        self.skipped = False  # only rewards that fine-tune the target skip batches
         self.target_model = load_target_model(target_model)
         self.metric = as_metric(metric)
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
         self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
         self.eos_token_ids = eos_token_ids or [self.processing_class.eos_token_id]
-        # Set by the trainer for each batch: for each token of these completions, 1 if the generator wrote it and 0 if a tool did
+        # The trainer sets these for each batch: for each token of its completions, 1 if the generator wrote it, 0 if a tool did
         self.tool_masks: list[list[int]] | None = None
         self.generator_processing_class: PreTrainedTokenizerBase | None = None
 
-        # What cannot be trained or measured is refused here rather than after the first generation.
+        # A model or metric that cannot be used is refused here, before the first generation.
         variants = with_models(variants, self.processing_class, load_target_model)
         self.variants = make_variants(self.target_model, self.args, self.metric.state(), variants)
         for variant in [*filter(None, self.variants), None]:
@@ -117,18 +117,18 @@ class TargetFineTuning:
             self.replay = Replay(replay_dataset, *how, *loss)
 
     def _check_rows(self) -> None:
-        # Tokens for which the model has no row are refused where one occurs: a tokenizer may know some that no text has.
+        # A tokenizer may have tokens without a row in the model. Here only EOS is checked, other tokens are checked when they occur.
         rows, eos = vocab_size(self.target_model), self.processing_class.eos_token_id
         if eos is not None and eos >= rows:
             raise ValueError(
                 f"`processing_class` has {len(self.processing_class)} tokens, but the target model only {rows} rows in its "
-                f"input embedding, and none for EOS ({eos}): they do not belong together. Pass the target's own tokenizer "
-                "(`target_processing_class` in the trainer)."
+                f"input embedding, and none for EOS ({eos}): tokenizer and model do not belong together. Pass the target's own "
+                "tokenizer (`target_processing_class` in the trainer)."
             )
 
     @contextmanager
     def in_place(self, variant: Variant | None) -> Iterator[None]:
-        """Puts a variant in place of the recipe, with its model and what the metric measured there. `None` is the recipe itself."""
+        """Inside, a variant replaces the target's model, recipe and state of the metric. `None` is the recipe itself."""
         if variant is None:
             yield
             return
@@ -151,13 +151,13 @@ class TargetFineTuning:
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
         """
-        Training examples of these completions.
+        Makes training examples of completions.
 
         Returns:
-            `list[dict]`: The `completion`'s text and `completion_ids`; what to train on, as of [`~trl_dpg.data.to_target_examples`];
-                the `parts` of the text that the generator wrote, and their `places` as of
-                [`~trl_dpg.data.repeated_places`]; whether the completion `ended`; which of its tokens were `generated`, and how many
-                (`length`).
+            `list[dict]`: Each has the fields of [`~trl_dpg.data.to_target_examples`]. It also has the text `completion`, its
+                `completion_ids`, and whether it `ended`. `parts` are the texts that the generator wrote, and `places` come from
+                [`~trl_dpg.data.repeated_places`]. `generated` is the mask of the tokens that the generator wrote, `length` their
+                number.
         """
         masks = self.tool_masks or [[1] * len(ids) for ids in completion_ids]
         texts = [completion_text(completion) for completion in completions]
@@ -197,9 +197,9 @@ class TargetFineTuning:
 
     def validate(self, examples: list[dict[str, Any]], device: torch.device) -> dict[str, float]:
         """
-        Figures of an ordinary fine-tuning run on those examples that can be trained on, see [`~trl_dpg.validation.validate`].
+        Returns figures of an ordinary fine-tuning run, see [`~trl_dpg.validation.validate`]. Examples without a loss are left out.
 
-        Held-out real examples stand beside them, if there are any. Figures of variants are named `variant_0_metric_gain`, ...
+        Held-out real examples are mixed in, if there are any. Figures of variants are named `variant_0_metric_gain`, ...
         """
         self.place_target(device)
         trained = [examples[i] for i in indices_to_train_on(examples, self.args.max_length)]
@@ -211,20 +211,20 @@ class TargetFineTuning:
                 return validate(self.target_model, trained, self.metric, self.args)
 
         of_variants = [None if variant is None else run(variant) for variant in self.variants]
-        figures = run(None)  # last, so that it is what the metric's picture shows
+        figures = run(None)  # the last run, since the metric's picture shows the last one
         if self.variants == [None]:
             return figures
         named = {f"variant_{i}_{k}": v for i, of in enumerate(of_variants) for k, v in (of or figures).items()}
         return figures | named
 
     def state(self) -> dict[str, Any]:
-        """What was measured so far, for a checkpoint."""
+        """The values measured so far, for a checkpoint."""
         state = {"adam_epsilon_root": self.args.adam_epsilon_root, "metric": self.metric.state()}
         of_variants = [variant and variant.state() for variant in self.variants]
         return state | ({"variants": of_variants} if any(of_variants) else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what [`~TargetFineTuning.state`] gave, where this run measures it too."""
+        """Restores the result of [`~TargetFineTuning.state`], except for values that are now fixed by the recipe."""
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
         self.metric.load_state(state["metric"])
@@ -233,7 +233,7 @@ class TargetFineTuning:
                 variant.load_state(measured)
 
     def place_target(self, device: torch.device) -> None:
-        """Moves the target to a device, unless it is there: a quantized one cannot be moved. So with the models of variants."""
+        """Moves the target and the models of variants to a device. Models there stay untouched, since quantized ones cannot be moved."""
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         for model in [self.target_model, *(variant.model for variant in self.variants if variant is not None)]:
             if next(model.parameters()).device != device:
@@ -242,7 +242,7 @@ class TargetFineTuning:
 
 @contextmanager
 def measuring_nothing(metric: Metric) -> Iterator[None]:
-    """Puts back what a metric measured in it, such as the `"auto"` scale of a pattern: only training batches count."""
+    """Restores the state of a metric on leaving, such as the `"auto"` scale of a pattern, which only training batches may set."""
     state = metric.state()
     try:
         yield
@@ -251,7 +251,7 @@ def measuring_nothing(metric: Metric) -> Iterator[None]:
 
 
 def check_metric(metric: Any) -> None:
-    """Refuses what is no metric, before anything is loaded."""
+    """Raises a [`ValueError`] if a metric cannot be called. This check comes before anything is loaded."""
     if not callable(metric) or isinstance(metric, type):
         raise ValueError(
             f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "

@@ -1,4 +1,4 @@
-"""Rows of data for SFT in the target's tokens: which tokens there are, and where the loss stands, as in TRL's `SFTTrainer`."""
+"""Tokenizes rows of SFT data for the target, and decides which tokens have a loss, as TRL's `SFTTrainer` does."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 
-Row = dict[str, Any]  # `text`; `prompt` and `completion`, which are two texts or two lists of messages; or `messages`
+Row = dict[str, Any]  # has `text`, `messages`, or `prompt` and `completion` (two texts or two lists of messages)
 
 
 def is_chat(row: Row) -> bool:
-    """Whether a row holds messages, rather than text. Refuses one that holds nothing to train on."""
+    """Whether a row has messages instead of text. Raises a [`ValueError`] if it has neither."""
     names = ["prompt", "completion"] if "prompt" in row else ["messages"] if "messages" in row else ["text"]
     values = [row.get(name) for name in names]
     if names != ["messages"] and all(isinstance(value, str) for value in values):
@@ -23,7 +23,7 @@ def is_chat(row: Row) -> bool:
         return True
     raise ValueError(
         f"{row!r:.80} is nothing to train on. It needs `text`, `messages`, or `prompt` and `completion`, which are two texts or two "
-        "lists of messages with a `role`. Correct what `formatting_func` returns, or the row of the data set."
+        "lists of messages with a `role`. Correct the result of `formatting_func`, or the row of the data set."
     )
 
 
@@ -37,7 +37,7 @@ def check_loss(
     assistant_only_loss: bool,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Refuses a loss that the target's examples cannot have, as far as it can be seen before there are any."""
+    """Raises a [`ValueError`] if the target's examples cannot have such a loss, as far as this shows before there are examples."""
     for name, value, choices in (
         ("completion_only_loss", completion_only_loss, (None, True, False)),
         ("assistant_only_loss", assistant_only_loss, (True, False)),
@@ -57,34 +57,34 @@ def _check_kind(has_prompt: bool, chat: bool, completion_only_loss: bool | None,
     if completion_only_loss and not has_prompt:
         raise ValueError(
             "`completion_only_loss=True` (`target_completion_only_loss` in the trainer) needs a prompt and a completion, but the "
-            f"target is trained on {what} alone. Have `formatting_func` return "
-            '{"prompt": ..., "completion": ...}, or leave it at None.'
+            f"target is trained on {what} alone. Make `formatting_func` return "
+            '{"prompt": ..., "completion": ...}, or leave `completion_only_loss` at None.'
         )
     if assistant_only_loss and not chat:
         raise ValueError(
             "`assistant_only_loss=True` (`target_assistant_only_loss` in the trainer) needs messages, but the target is trained on "
-            'plain text. Have `formatting_func` return {"prompt": ..., "completion": ...} with lists of messages, or leave it at '
-            "False."
+            'plain text. Make `formatting_func` return {"prompt": ..., "completion": ...} with lists of messages, or leave '
+            "`assistant_only_loss` at False."
         )
 
 
 def _training_template(processing_class: PreTrainedTokenizerBase) -> str | None:
-    """The chat template that marks what the assistant says; `None` where it is the tokenizer's own."""
+    """A chat template that marks the assistant's parts. `None` if the tokenizer's own template does."""
     try:
         if processing_class.chat_template and has_generation_markers(processing_class.chat_template):
             return None
         return get_training_chat_template(processing_class)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            "`assistant_only_loss=True` (`target_assistant_only_loss` in the trainer) needs a chat template that marks what the "
-            "assistant says with `{% generation %}`. The target's tokenizer has "
-            f"{'another' if processing_class.chat_template else 'none'}, and TRL knows no marked one for it. Set "
-            "`processing_class.chat_template`, or leave `assistant_only_loss` at False."
+            "`assistant_only_loss=True` (`target_assistant_only_loss` in the trainer) needs a chat template that marks the "
+            "assistant's parts with `{% generation %}`. The target's tokenizer has "
+            f"{'a template without marks' if processing_class.chat_template else 'no template'}, and TRL knows no marked one for it. "
+            "Set `processing_class.chat_template`, or leave `assistant_only_loss` at False."
         ) from error
 
 
 def row_text(row: Row, processing_class: PreTrainedTokenizerBase, assistant_only_loss: bool) -> str:
-    """The text that the target reads: that of the row, or what the chat template makes of its messages."""
+    """The text that the target reads: the row's text, or its messages in the chat template."""
     if is_chat(row):
         return _templated(row, _messages(row), processing_class, assistant_only_loss, tokenize=False)
     return row["prompt"] + row["completion"] if "prompt" in row else row["text"]
@@ -97,7 +97,7 @@ def _messages(row: Row) -> list[dict[str, Any]]:
 def _templated(
     row: Row, messages: list, processing_class: PreTrainedTokenizerBase, assistant_only_loss: bool, **kwargs: Any
 ) -> Any:
-    """Messages of a row by the chat template, which reads two further columns, as in `SFTTrainer`."""
+    """Applies the chat template to messages of a row. As in `SFTTrainer`, it reads the columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
     of_template = {
         "chat_template": _training_template(processing_class) if assistant_only_loss else None,
@@ -108,8 +108,8 @@ def _templated(
         return processing_class.apply_chat_template(messages, **of_template, **kwargs)
     except (ValueError, TemplateError) as error:
         raise ValueError(
-            f"The chat template of the target's tokenizer does not take the messages {messages!r:.80}: {error} Give the tokenizer "
-            "(`target_processing_class` in the trainer) a template that does, or train on texts."
+            f"The chat template of the target's tokenizer does not accept the messages {messages!r:.80}: {error} Give the tokenizer "
+            "(`target_processing_class` in the trainer) a template that accepts them, or train on texts."
         ) from error
 
 
@@ -120,12 +120,13 @@ def encode(
     assistant_only_loss: bool,
 ) -> list[tuple[list[int], list[bool]]]:
     """
-    Tokens of rows, and whether each has a loss. There is an EOS where the tokenizer or the chat template adds one, or the text has it.
+    Tokenizes rows. Returns the tokens of each, and whether each token has a loss.
 
-    A completion starts where the tokens of the prompt and of prompt and completion diverge.
+    An EOS is there only if the tokenizer or the chat template adds one, or if the text has one. A completion starts where the tokens of
+    the prompt and of prompt and completion diverge.
 
     Raises:
-        [`ValueError`]: If a row holds nothing to train on, or the loss does not go with the rows.
+        [`ValueError`]: If a row has nothing to train on, or if the loss does not fit the rows.
     """
     if not rows:
         return []
@@ -134,7 +135,7 @@ def encode(
         first, other = list(kinds.values())[:2]
         raise ValueError(
             f"{first!r:.80} and {other!r:.80} are of different kinds. Train the target on texts, on texts with prompts, or on "
-            "messages alone: have `formatting_func` return one kind, or split the data set."
+            "messages alone: make `formatting_func` return one kind, or split the data set."
         )
     ((has_prompt, chat),) = kinds
     _check_kind(has_prompt, chat, completion_only_loss, assistant_only_loss)
@@ -157,13 +158,14 @@ def encode(
 
 
 def _with_loss(row: Row, encoded: Any, prompt: list[int]) -> tuple[list[int], list[bool]]:
-    """Tokens of a row, and whether each has a loss: none of the `prompt`, and none that the assistant did not say."""
+    """Tokens of a row, and whether each has a loss. Tokens of the `prompt` have none, nor have unmarked ones with an assistant's mask."""
     ids = list(encoded["input_ids"])
     said = encoded.get("assistant_masks")
     if said is not None and 1 not in said:
         raise ValueError(
             f"`assistant_only_loss=True` (`target_assistant_only_loss` in the trainer), but the assistant says nothing in {row!r:.80}, "
-            "by the `{% generation %}` marks of the chat template. Correct the template or the row, or leave it at False."
+            "by the `{% generation %}` marks of the chat template. Correct the template or the row, or leave `assistant_only_loss` at "
+            "False."
         )
     start = common_prefix_length(prompt, ids)
     return ids, [i >= start and bool(said is None or said[i]) for i in range(len(ids))]

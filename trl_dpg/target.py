@@ -39,33 +39,33 @@ def load_target_model(
     **model_init_kwargs: Any,
 ) -> TargetModel:
     """
-    Loads a target model, unties its head and adds adapters, as asked for.
+    Loads a target model. Optionally unties its head, adds adapters or shards the model.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model id, directory, or a model, which is changed in place. The id or directory of an adapter gives the model that
-            the adapter was made for, with that adapter, which is then what is trained.
+            Model id, directory, or a model, which is changed in place. For the id or directory of an adapter, the base model is
+            loaded with this adapter, and only the adapter is trained.
         untie_head (`bool`, *optional*, defaults to `False`):
             Whether to give the LM head a weight of its own, see [`untie_lm_head`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            New adapters to train instead of the full model, which must have none.
+            New adapters to train instead of the full model. The model must have no adapters yet.
         shard (`bool`, *optional*, defaults to `False`):
             Whether to split the model over all processes, see [`shard_target_model`], unless it is split already. The processes of a
-            machine load it one after another, so that its memory holds one whole model.
+            machine load the model one after another, so that the machine's memory holds one whole model at a time.
         **model_init_kwargs:
             Keyword arguments of `from_pretrained`. `dtype` is float32 and `trust_remote_code` is `False` unless given.
 
     Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: With all weights on this process, see [`whole_weights`], or split.
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The model, whole (see [`whole_weights`]) or in shards.
 
     Raises:
-        [`ValueError`]: If the weights of `model` are not within reach, or it has adapters and new ones are asked for.
+        [`ValueError`]: If some weights of `model` are not on this process, or if `peft_config` is given but `model` has adapters.
     """
     if shard and (isinstance(model, str) or not is_in_shards(model)):
         return _load_in_turn(partial(load_target_model, model, untie_head, peft_config, **model_init_kwargs))
     adapter, adapter_kwargs = None, {}
     if isinstance(model, str):
-        # No code of the model's runs, and nobody is asked for it at a prompt, unless told to
+        # Without `trust_remote_code`, no code of the model runs, and Transformers does not ask for permission at a prompt.
         model_init_kwargs = {"dtype": torch.float32, "trust_remote_code": False, **model_init_kwargs}
         adapter_kwargs = {name: model_init_kwargs[name] for name in HUB_KWARGS if name in model_init_kwargs}
         config = _adapter_config(model, **adapter_kwargs)
@@ -76,8 +76,8 @@ def load_target_model(
             model_init_kwargs.pop("subfolder", None)
     elif peft_config is not None and _has_adapters(model):
         raise ValueError(
-            f"`target_model` ({type(model).__name__}) has adapters already, which new ones (`target_peft_config`) would take "
-            "the place of. Leave `target_peft_config` out to train those that are there (an adapter is loaded with "
+            f"`target_model` ({type(model).__name__}) has adapters already, which new ones (`target_peft_config`) would "
+            "replace. Leave `target_peft_config` out to train the existing adapters (load them with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`), or merge them first (`merge_and_unload`)."
         )
     with whole_weights():
@@ -94,10 +94,10 @@ def load_target_model(
 
 
 def _load_in_turn(load: Callable[[], TargetModel]) -> TargetModel:
-    """Has the processes of a machine load a model and split it, one after another."""
+    """Makes the processes of a machine load a model and split it, one after another."""
     state = PartialState()
     if state.num_processes == 1:
-        logger.warning("`target_fsdp` has no effect: there is one process, which holds all of the target.")
+        logger.warning("`target_fsdp` has no effect: there is only one process, which holds the whole target.")
         return load()
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     model: Any = None
@@ -111,20 +111,20 @@ def _load_in_turn(load: Callable[[], TargetModel]) -> TargetModel:
 
 def shard_target_model(model: TargetModel, mesh: DeviceMesh) -> None:
     """
-    Splits a model in place by [`~torch.distributed.fsdp.fully_shard`], layer by layer; no process communicates.
+    Splits a model in place by [`~torch.distributed.fsdp.fully_shard`], layer by layer. Processes do not communicate for this.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The whole model, the same on every process.
-        mesh ([`~torch.distributed.device_mesh.DeviceMesh`]): The processes, in one dimension.
+        mesh ([`~torch.distributed.device_mesh.DeviceMesh`]): The processes, as a mesh of one dimension.
 
     Raises:
-        [`ValueError`]: If it is quantized.
+        [`ValueError`]: If the model is quantized.
     """
     for name, param in model.named_parameters():
         if not param.is_floating_point():
             raise ValueError(
                 f"`target_fsdp=True` does not go with a quantized target: its parameter {name!r} is in {param.dtype}. Load the target "
-                "without `quantization_config`, or leave it whole."
+                "without `quantization_config`, or set `target_fsdp=False`."
             )
     for module in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(module, mesh=mesh)
@@ -136,11 +136,11 @@ def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
         if find_adapter_config_file(name, **hub_kwargs) is None:
             return None
     except (OSError, ValueError):
-        return None  # what is wrong with the name is said where the model is loaded
+        return None  # if the name is wrong, loading the model raises a better error
     config = PeftConfig.from_pretrained(name, **hub_kwargs)
     if config.base_model_name_or_path is None:
         raise ValueError(
-            f"The adapter {name!r} does not say whose it is. Put the name of its model into `adapter_config.json`, as "
+            f"The adapter {name!r} does not name its base model. Put the model's name into `adapter_config.json`, as "
             "`base_model_name_or_path`."
         )
     return config
@@ -149,30 +149,30 @@ def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
 def _check_adapter(name: str, peft_config: PeftConfig | None) -> None:
     if peft_config is not None:
         raise ValueError(
-            f"`target_model` {name!r} is an adapter, which new ones (`target_peft_config`) would take the place of. Leave "
-            "`target_peft_config` out to go on training that adapter, or merge it into its model first "
+            f"`target_model` {name!r} is an adapter, which new ones (`target_peft_config`) would replace. Leave "
+            "`target_peft_config` out to train this adapter further, or merge it into its model first "
             "(`merge_and_unload`)."
         )
     if os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(
             f"`target_model` {name!r} holds a model (`config.json`) and an adapter (`adapter_config.json`): it is not clear "
-            "which of them is to be trained. Keep them in two directories."
+            "which of them to train. Keep them in two directories."
         )
 
 
 def _has_adapters(model: TargetModel) -> bool:
-    # Transformers puts adapters into a model that stays one of its own class
+    # Adapters that Transformers adds do not change the model's class.
     return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
     """
-    Lets `from_pretrained` load all weights on every process, whatever the generator is trained with.
+    Makes `from_pretrained` load all weights on every process, no matter how the generator is trained.
 
-    Once a configuration is made, Transformers takes every model that it loads for one that Accelerate will prepare. With
-    DeepSpeed ZeRO-3 each process then gets a part of the weights, with FSDP's `cpu_ram_efficient_loading` only the first
-    process of a machine is sure to get them. The target is never prepared.
+    Once a `TrainingArguments` exists, Transformers assumes that Accelerate will prepare every model that it loads. With
+    DeepSpeed ZeRO-3, each process then gets only a part of the weights. With FSDP's `cpu_ram_efficient_loading`, only the first
+    process of a machine is sure to get them. But the target is never prepared, so it needs all weights.
 
     Example:
 
@@ -200,7 +200,7 @@ def whole_weights() -> Iterator[None]:
 
 def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
-    Loads the tokenizer of a target model, of an id or directory. An adapter without a tokenizer has that of its model.
+    Loads the tokenizer of a target model from its id or directory. For an adapter without a tokenizer, loads that of its base model.
 
     `kwargs` are those of `from_pretrained`. Raises a [`ValueError`] if there is no tokenizer.
     """
@@ -210,7 +210,7 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as e:
         error = e
-    # without tokenizer files, Transformers makes one that knows no word
+    # Without tokenizer files, Transformers makes a tokenizer that has special tokens only.
     if error is not None or len(tokenizer) <= len(tokenizer.all_special_ids):
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         config = _adapter_config(name, **hub_kwargs)
@@ -229,21 +229,21 @@ def untie_lm_head(model: TargetModel) -> None:
     """
     Gives the LM head its own copy of the weight that it shares with the input embedding, in place.
 
-    The model computes what it did before, but the two are trained, and saved, apart. A head that is not tied is left
-    alone. Adapters are to be added afterwards.
+    The model's outputs do not change, but the two weights are now trained and saved separately. A head that is not tied stays as it
+    is. Add adapters afterwards, not before.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
     if isinstance(model, PeftModel):
         raise ValueError(
-            "`model` has adapters on top of a tied head, which can no longer be untied under them. Call `untie_lm_head` on "
-            "the base model before `get_peft_model`, or pass it with `target_peft_config` and `target_untie_lm_head=True`."
+            "`model` has adapters on top of a tied head, which can no longer be untied. Call `untie_lm_head` on the base model "
+            "before `get_peft_model`, or pass the base model with `target_peft_config` and `target_untie_lm_head=True`."
         )
     weight: torch.Tensor = head.weight  # type: ignore[assignment]
     head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
-    # what `save_pretrained` and `tie_weights` go by
+    # `save_pretrained` and `tie_weights` read these attributes.
     model._tied_weights_keys = None  # type: ignore[assignment]
     model.all_tied_weights_keys = {}

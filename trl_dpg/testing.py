@@ -1,4 +1,4 @@
-"""Tiny models that know a few dozen words, and prompts for them: for tests, first tries and experiments, without a network."""
+"""Tiny models with a vocabulary of a few dozen words, and prompts for them, for tests and experiments without a network."""
 
 import os
 import random
@@ -15,12 +15,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
-# Last in the vocabulary, as in GPT-2: a pattern in the head's first columns should be in the rows of words, which the
+# They come last in the vocabulary, as in GPT-2. So the first tokens, which a pattern in the LM head uses, are words that the
 # target is trained on.
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
-# What a generator should have: each of its tokens can be sampled, and means something. Tokens that are suppressed instead
-# are not left out of TRL's log-probabilities: the policy drifts towards them until it breaks down.
+# The special tokens that a generator should have: then each of its tokens can be sampled and has a meaning. Suppressing the other
+# tokens would not remove them from TRL's log-probabilities: the policy would drift towards them until it breaks down.
 ONE_SPECIAL_TOKEN = ["<eos>"]
 
 # fmt: off
@@ -35,8 +35,8 @@ WORDS = [
 
 def tiny_tokenizer(num_words: int = 60, special_tokens: list[str] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:
     """
-    A tokenizer of `num_words` English words (behind the first 60, made-up ones), one token each, and then the special tokens:
-    `SPECIAL_TOKENS`, or `ONE_SPECIAL_TOKEN` that is all of them. It adds none, and pads on the left.
+    Makes a tokenizer with a token for each of `num_words` words (English words, after the first 60 made-up ones), and then the special
+    tokens. With `ONE_SPECIAL_TOKEN`, one token plays all special roles. The tokenizer adds no token to a text, and pads on the left.
     """
     words = [*WORDS, *(f"word{number}" for number in range(len(WORDS), num_words))]
     tokenizer = word_level_tokenizer(words[:num_words], special_tokens)
@@ -45,7 +45,7 @@ def tiny_tokenizer(num_words: int = 60, special_tokens: list[str] = SPECIAL_TOKE
 
 
 def word_level_tokenizer(tokens: list[str], special_tokens: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of these tokens and then the special ones, padding on the left. It does not split texts yet."""
+    """Makes a tokenizer of these tokens and then the special tokens. It pads on the left. How it splits texts must still be set."""
     vocab = {token: index for index, token in enumerate(tokens + special_tokens)}
     pad, bos, eos, unk = (_role(name, special_tokens) for name in SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
@@ -60,7 +60,7 @@ def word_level_tokenizer(tokens: list[str], special_tokens: list[str]) -> PreTra
 
 
 def _role(name: str, special_tokens: list[str]) -> str:
-    """The token that plays a role: its own, or the only one there is."""
+    """The token for a special role: its own token, or the only special token."""
     return name if name in special_tokens else special_tokens[0]
 
 
@@ -75,8 +75,8 @@ def tiny_causal_lm(
     special_tokens: list[str] = SPECIAL_TOKENS,
 ) -> GPT2LMHeadModel:
     """
-    A GPT-2 without dropout, with random weights of a seed, for a [`tiny_tokenizer`] of `vocab_size` tokens with these special
-    tokens. It is in float32 on the CPU. The global random number generator is left as it was.
+    Makes a GPT-2 without dropout, in float32 on the CPU, with random weights from a seed. It fits a [`tiny_tokenizer`] of `vocab_size`
+    tokens with the same special tokens. The global random number generator is left as it was.
     """
     pad, bos, eos = (_role(name, special_tokens) for name in ("<pad>", "<bos>", "<eos>"))
     words = vocab_size - len(special_tokens)
@@ -96,7 +96,7 @@ def tiny_causal_lm(
         tie_word_embeddings=tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]):
-        # Not `torch.manual_seed`, which would also seed the GPUs.
+        # `torch.manual_seed` would also seed the GPUs.
         torch.default_generator.manual_seed(seed)
         return GPT2LMHeadModel(config)
 
@@ -108,8 +108,8 @@ def save_tiny_models(
     special_tokens: list[str] = SPECIAL_TOKENS,
 ) -> tuple[str, str]:
     """
-    Writes a generator and a target, which differ, with their tokenizer, under `directory/words-{num_words}-seed-{seed}`, and returns
-    the two directories. Models that are there already are kept.
+    Writes a generator and a target with different weights and the same tokenizer into `directory/words-{num_words}-seed-{seed}`.
+    Returns the two directories. Existing models are kept.
     """
     tokenizer = tiny_tokenizer(num_words, special_tokens)
     build = partial(save_pair, tokenizer=tokenizer, special_tokens=special_tokens, seed=seed)
@@ -124,7 +124,7 @@ def save_pair(
     seed: int,
     position_scale: float = 1.0,
 ) -> None:
-    """Writes `generator` and `target` of a tokenizer's size. `position_scale` multiplies their position embeddings."""
+    """Writes the models `generator` and `target` for a tokenizer. `position_scale` multiplies their position embeddings."""
     for index, name in enumerate(["generator", "target"]):
         model = tiny_causal_lm(len(tokenizer), seed=2 * seed + index, special_tokens=special_tokens)
         model.transformer.wpe.weight.data *= position_scale
@@ -133,7 +133,7 @@ def save_pair(
 
 
 def tiny_prompts(num_train: int, num_test: int, seed: int = 0, num_words: int = 60) -> DatasetDict:
-    """Prompts of three words of [`tiny_tokenizer`], no two alike: splits `train` and `test` with the column `prompt`."""
+    """Makes different prompts of three words of [`tiny_tokenizer`]: splits `train` and `test` with the column `prompt`."""
     base = min(num_words, len(WORDS))
     chosen = random.Random(seed).sample(range(base**3), num_train + num_test)
     prompts = [f"{WORDS[n // base**2]} {WORDS[n // base % base]} {WORDS[n % base]}" for n in chosen]
@@ -144,7 +144,7 @@ def tiny_prompts(num_train: int, num_test: int, seed: int = 0, num_words: int = 
 
 
 def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
-    """Calls `build` on an empty directory that then becomes `directory`, unless that exists: what exists is complete."""
+    """Builds `directory` by `build`, unless it exists. It appears only when complete, since `build` writes to a temporary one."""
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:

@@ -1,4 +1,4 @@
-"""The trainer: a generator whose data fine-tunes a target towards a differentiable metric."""
+"""The trainer: trains a generator whose texts, as training data, move a target model towards a differentiable metric."""
 
 import copy
 import sys
@@ -63,7 +63,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
 
     A generator writes training examples. A target model is fine-tuned on them, and each example is rewarded with its
     metagradient: how much a differentiable metric of the fine-tuned target would rise if the example's loss weight rose.
-    GRPO trains the generator on these rewards. `args.reward` chooses other rewards to compare with.
+    GRPO trains the generator on these rewards. With `args.reward`, other rewards can be used for comparison.
 
     Example:
 
@@ -87,8 +87,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             Generator, as in [`~trl.GRPOTrainer`].
         target_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Target: a causal language model, or its id or directory (then loaded in float32, with
-            `args.target_model_init_kwargs`). Its `requires_grad` parameters are what is fine-tuned. A model object is
-            used as it is, and holds its original weights again after every reward.
+            `args.target_model_init_kwargs`). Parameters with `requires_grad` are fine-tuned. A model object is used directly,
+            without a copy. After every reward, its original weights are restored.
         metric (`Callable`):
             Differentiable metric of the fine-tuned target, higher is better: `metric(model)` returns a scalar tensor.
             See [`~trl_dpg.metrics`].
@@ -103,34 +103,34 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         target_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. Loaded from the target's name if `None`.
         formatting_func (`Callable`, *optional*):
-            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in
-            [`~trl.SFTTrainer`], or to such a dict: two texts, or two lists of messages for the target's chat template. By default
-            it is the completion's text alone.
+            Maps `{"prompt": ..., "completion": ...}` to the text that the target is trained on, as in [`~trl.SFTTrainer`]. It may
+            also return a dict with the same keys, whose values are texts, or lists of messages for the target's chat template. By
+            default, the target is trained on the completion's text alone.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
-            Further rewards beside that of `args.reward`, as in [`~trl.GRPOTrainer`]. `args.reward_weights` starts with the
-            weight of `args.reward`.
+            Further rewards, in addition to that of `args.reward`, as in [`~trl.GRPOTrainer`]. The first of `args.reward_weights`
+            belongs to `args.reward`.
         reward_processing_classes (`list`, *optional*):
             Processing classes of the further rewards.
         callbacks (`list`), optimizers (`tuple`), quantization_config, peft_config, rollout_func (*optional*):
-            As in [`~trl.GRPOTrainer`]. They are the generator's.
+            As in [`~trl.GRPOTrainer`]. They belong to the generator.
         target_peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapters of the target, which are then what is fine-tuned.
+            Adapters to put on the target. Only the adapters are then fine-tuned.
         tools (list of `Callable`), environment_factory (`Callable` or `dict`, *optional*):
             As in [`~trl.GRPOTrainer`]. The target is trained on the assistant's texts alone.
         reference_texts (`list[str]`, *optional*):
-            What completions are compared to with `args.reward` `"embedding_similarity"` or `"edit_distance"`: of several,
-            the most similar one counts. Not used by other rewards.
+            Texts that completions are compared to with `args.reward` `"embedding_similarity"` or `"edit_distance"`. The most
+            similar text counts. Not used by other rewards.
         text_evaluation (`Callable`, *optional*):
-            Read-outs of what validation generates: takes the list of texts, returns a dict of floats, which are reported with
-            `eval_metric`. For example `functools.partial(evaluate_texts, language="es")`, see
+            Evaluates the texts that validation generates: takes the list of texts, and returns a dict of floats, which are reported
+            with `eval_metric`. For example `functools.partial(evaluate_texts, language="es")`, see
             [`~trl_dpg.metrics.evaluate_texts`], or a judge of your own.
         replay_dataset ([`~datasets.Dataset`] or `list[dict]`, *optional*):
-            Real data, of which every run of the target has the share `args.replay_ratio`: rows with `text`, with `prompt` and
-            `completion`, or with `messages`. One row in five, from the first, stands in validations alone, the others in training
-            alone. They have no reward.
+            Real data to mix into every run of the target, with the share `args.replay_ratio`. Rows have `text`, `prompt` and
+            `completion`, or `messages`. Every fifth row, from the first on, is used in validations only, the other rows in training
+            only. Real examples have no reward.
 
     Raises:
-        [`ValueError`]: If models, data, metric or configuration do not fit together; checked, where possible, before any
+        [`ValueError`]: If models, data, metric or configuration do not fit together. Where possible, this is checked before any
             model is loaded.
     """
 
@@ -170,16 +170,16 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         warn_of_settings(args, reference_texts)
         bound_waiting(args)
         args = with_best_metric_of_one_dataset(args, eval_dataset)
-        args.dataloader_pin_memory &= args.device.type != "cpu"  # PyTorch warns that it has no effect
+        args.dataloader_pin_memory &= args.device.type != "cpu"  # PyTorch would warn that it has no effect on the CPU
         reward = text_reward(args.reward, reference_texts, args.reward_language)  # before any model is loaded
         self.target_training = self._load_target(
             args, target_model, metric, target_processing_class, formatting_func, target_peft_config, replay_dataset
         )
         self.metric = self.target_training.metric
         self.text_evaluation = text_evaluation
-        self.step_skipped = False  # whether a batch of the optimizer step to come was
+        self.step_skipped = False  # whether a generation batch of the next optimizer step was skipped
 
-        # TRL expects lists of equal length; ours comes first
+        # TRL expects lists of equal length. The reward of `args.reward` comes first.
         if not isinstance(reward_funcs, list):
             reward_funcs = [] if reward_funcs is None else [reward_funcs]
         if reward_processing_classes is not None and not isinstance(reward_processing_classes, list):
@@ -202,10 +202,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         )
         if (
             args.use_vllm and args.vllm_mode == "colocate"
-        ):  # an engine seeds its process anew, by the process's number alone
+        ):  # a vLLM engine resets the seed of its process, without regard to `args.seed`
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
-        # TRL calls a completion ended if its last token is one of these
+        # TRL counts a completion as ended if its last token is one of these.
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
@@ -216,7 +216,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
     def _load_target(
         args, target_model, metric, processing_class, formatting_func, peft_config, replay_dataset
     ) -> TargetFineTuning:
-        """What validation needs whatever the reward is. A reward that fine-tunes the target is one with it."""
+        """Loads the target for validation. If the reward fine-tunes the target, the result is also the reward."""
         recipe = args.target_training_arguments()
         kwargs = {"trust_remote_code": args.trust_remote_code, **(args.target_model_init_kwargs or {})}
         if processing_class is None and isinstance(target_model, str):
@@ -228,7 +228,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             "assistant_only_loss": args.target_assistant_only_loss,
         }
         check_loss(formatting_func, processing_class=processing_class, **loss)
-        # As TRL does for the generator: new adapters are random, and must be alike on every process
+        # New adapters are random, and must be equal on every process. TRL does the same for the generator.
         set_seed(args.seed)
 
         def load(model, **kwargs):
@@ -236,7 +236,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             return load_target_model(model, untie, adapters, args.target_fsdp, **kwargs)
 
         target_model = load(target_model, **kwargs)
-        kwargs.pop("revision", None)  # of that model
+        kwargs.pop("revision", None)  # belongs to the target alone, not to the models of variants
         data = {
             "replay_dataset": replay_dataset,
             "replay_ratio": args.replay_ratio,
@@ -251,7 +251,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         return TargetFineTuning(*target, **loss, **data)  # type: ignore[misc]
 
     def _set_up_credit(self) -> None:
-        """Decides which estimator of the policy gradient to use, and says so."""
+        """Chooses the estimator of the policy gradient, and prints the choice."""
         args: Any = self.args
         target = self.target_training
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -262,8 +262,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             self.accelerator.print(f"credit_assignment: {self.credit_assignment!r}, as {reason}.", file=sys.stderr)
         for name in settings_without_effect(args, self.credit_assignment, len(self.reward_funcs)):
             logger.warning(
-                f"`{name}` {getattr(args, name)!r} has no effect, as `credit_assignment` is {self.credit_assignment!r}. Leave out "
-                "one of the two."
+                f"`{name}` {getattr(args, name)!r} has no effect, as `credit_assignment` is {self.credit_assignment!r}. Leave one "
+                "of the two out."
             )
         if isinstance(target, MetagradientReward):
             target.credit_of_tokens = self.credit_assignment != "sequence"
@@ -294,7 +294,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         return output
 
     def _candidates(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[torch.Tensor]:
-        """Words that could stand at each token of the completions."""
+        """Tokens that could stand at each position of the completions."""
         args: Any = self.args
 
         def forward(ids, mask):
@@ -308,10 +308,10 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
 
     def _generate_and_score_completions(self, inputs):
         """
-        TRL's batch with its rewards, and the advantages that go with the reward of `args.reward`.
+        Generates and scores a batch as TRL does, with advantages that suit `args.reward`.
 
-        A naive reward says nothing about the completions of one prompt among each other: they are compared over the whole batch.
-        With credit of tokens, TRL's advantages are those of further rewards alone, and each token's own comes on top.
+        A naive reward does not compare the completions of one prompt, so its advantages are taken over the whole batch. With credit of
+        tokens, the advantages of completions come from further rewards alone. Each token's own advantage is added to them.
         """
         with naming_target_fields():
             output = super()._generate_and_score_completions(inputs)
@@ -333,13 +333,13 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         output["advantages"] = advantages[mine].to(self.accelerator.device)
         if gives_credit:
             self._give_credit(output, mine)
-        else:  # in the completions table, too
+        else:  # the completions table shows these advantages, too
             kept = list(self._logs["advantages"])[:-total]
             self._logs["advantages"].extend([*kept, *advantages.tolist()])
         return output
 
     def _save_generated(self, total: int) -> None:
-        """Writes the generation batch of all processes to a file. A run that is resumed writes the same file again."""
+        """Writes the generation batch of all processes to a file. If a resumed run repeats a step, it overwrites the step's file."""
         if not self.accelerator.is_main_process:
             return
         args: Any = self.args
@@ -364,13 +364,13 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         Dataset.from_dict(rows).to_pandas().to_parquet(path)  # type: ignore[union-attr]  # without a progress bar
 
     def _give_credit(self, output: dict[str, Any], mine: slice) -> None:
-        """Adds each token's own advantage to that of its completion, which gives them the shape `(b, t)`."""
+        """Adds each token's own advantage to that of its completion. The sum has the shape `(b, t)`."""
         training: Any = self.target_training
         completion_ids = output["completion_ids"]
         length, place = completion_ids.shape[1], completion_ids.device
         result = training.token_advantages(self.args.credit_discount)  # type: ignore[attr-defined]
         if result is None:  # the batch was skipped
-            if self.log_completions:  # else the table would show the last batch's
+            if self.log_completions:  # otherwise the table would show the credit of the last batch
                 count = len(completion_ids) * self.accelerator.num_processes
                 self._logs["extra"]["metagradient_credit"].extend([""] * count)  # type: ignore[index]
             return
@@ -384,7 +384,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
                     for row in training.candidate_ids
                 ]
                 output["candidate_ids"] = torch.stack(ids).to(place)
-        if self.log_completions and self.accelerator.is_main_process:  # which prints and sends the table
+        if self.log_completions and self.accelerator.is_main_process:  # this process prints and sends the table
             texts = [credit_text(training.credit_by_word(i)) for i in range(len(result.sampled))]
             self._logs["extra"]["metagradient_credit"].extend(texts)  # type: ignore[index]
         metrics = self._metrics["train"]
@@ -393,9 +393,9 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._last_loaded_step = -1  # TRL sends weights to vLLM where the step is another than at the last time
+        self._last_loaded_step = -1  # TRL only sends weights to vLLM if the step has changed
 
-    # An optimizer step on it
+    # An optimizer step on a generation batch
 
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)

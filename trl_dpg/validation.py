@@ -1,4 +1,4 @@
-"""Validation: what the generator's data does in an ordinary fine-tuning run."""
+"""Validation: the effect of the generator's data in an ordinary fine-tuning run."""
 
 import logging
 import math
@@ -41,12 +41,12 @@ def validate(
     args: TargetTrainingArguments,
 ) -> dict[str, float]:
     """
-    Fine-tunes a target the ordinary way and reports the metric.
+    Fine-tunes a target in the ordinary way, and measures the metric.
 
-    Nothing here knows of metagradients: gradients come from `backward()`, updates from [`~torch.optim.AdamW`] or
-    [`~torch.optim.SGD`], so `adam_epsilon_root` plays no part. The model is as before when the call returns. A batch that
-    does not fit into memory is repeated in micro-batches of half the size, as there. Processes that hold the model in shards share the
-    work; otherwise, nothing is shared.
+    This run does not share code for gradients and updates with metagradients. Gradients come from `backward()`, and updates from
+    PyTorch's own optimizers, such as [`~torch.optim.AdamW`]. So `adam_epsilon_root` is not used. Afterwards the model is as it was. A
+    batch that does not fit into memory is repeated in micro-batches of half the size. If processes hold the model in shards, they
+    share the work. Otherwise each process does all of it.
 
     Arguments are those of [`~trl_dpg.metagradients.compute_metagradients`].
 
@@ -65,7 +65,7 @@ def validate(
     groups = shards.of_groups(groups)
     params = [param for group in groups for param in group.params]
     with restored(model), shards, _restored_parameters(params), torch.enable_grad():
-        make_deterministic(model)  # as in the reward
+        make_deterministic(model)  # the reward does the same
         with explaining_metric_memory(), shards.replicated():
             metric.setup(model)
             with torch.no_grad():
@@ -76,7 +76,7 @@ def validate(
                 after = float(metric(model))
             if not math.isfinite(after) or not all(math.isfinite(loss) for loss in losses):
                 raise FloatingPointError(
-                    f"Not finite: a validation's metric ({after}) or losses ({losses[-1]} at last). Lower the target's "
+                    f"Not finite: a validation's metric ({after}) or losses (the last one is {losses[-1]}). Lower the target's "
                     "learning rate, or look for a broken text."
                 )
             readouts = read_out(metric, model)
@@ -92,7 +92,7 @@ def validate(
 
 @contextmanager
 def _restored_parameters(params: list) -> Iterator[None]:
-    """Puts parameters back on leaving."""
+    """Restores the values of parameters on leaving."""
     originals = [p.detach().clone() for p in params]
     try:
         yield
@@ -109,7 +109,7 @@ def _fine_tune(
     """Takes all steps, and returns their losses."""
     params: list[Any] = [param for group in groups for param in group.params]
     optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
-    for param in params:  # not None: a batch without a supervised token is a step too, as in the reward
+    for param in params:  # zeros, since a batch without a supervised token is a step too, as in the reward
         param.grad = torch.zeros_like(param)
     token_losses, size = TokenLosses(model, args.bf16), args.micro_batch_size
     losses = []
@@ -126,7 +126,7 @@ def _fine_tune(
                 release_memory()
                 supervised = sum(examples[i].num_supervised > 0 for i in batch)
                 size = halved(args, size, -(-supervised // processes.count), str(error))
-                logger.warning("Memory ran out: now %d examples at a time. %s", size, error)
+                logger.warning("Memory ran out: from here on, %d examples at a time. %s", size, error)
                 _zero_gradients(params)
         if args.max_grad_norm > 0:
             norm = torch.nn.utils.get_total_norm([param.grad for param in params])

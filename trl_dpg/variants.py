@@ -1,4 +1,4 @@
-"""Variants of the target's fine-tuning: the reward is the mean over them, so that data works in each."""
+"""Variants of the target's recipe. The reward is the mean over them, so that the data works in all variants."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -21,13 +21,13 @@ OTHER_FIELDS = ("model", "head_seed")
 @dataclass
 class Variant:
     """
-    A recipe, the model that it is for, and what was measured in its runs.
+    A recipe, its model, and the values measured in its runs.
 
     Attributes:
-        model (`PreTrainedModel` or `PeftModel`): What is fine-tuned.
+        model (`PreTrainedModel` or `PeftModel`): The model to fine-tune.
         args (`TargetTrainingArguments`): The recipe.
-        metric_state (`dict`): What the metric measured on this model with this recipe.
-        head (`Tensor`, *optional*): The LM head's weight in place of the model's own.
+        metric_state (`dict`): State of the metric from runs of this model with this recipe.
+        head (`Tensor`, *optional*): Weight that replaces the LM head's own.
     """
 
     model: TargetModel
@@ -36,7 +36,7 @@ class Variant:
     head: Tensor | None = None
 
     def state(self) -> dict[str, Any]:
-        """What was measured so far, for a checkpoint."""
+        """The values measured so far, for a checkpoint."""
         args = self.args
         return {
             "adam_epsilon_root": args.adam_epsilon_root,
@@ -45,7 +45,7 @@ class Variant:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what [`~Variant.state`] gave, where this run measures it too."""
+        """Restores the result of [`~Variant.state`], except for values that are now fixed by the recipe."""
         if self.args.adam_epsilon_root == "auto":
             self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
         sizes = [size for size in (self.args.micro_batch_size, state["micro_batch_size"]) if size is not None]
@@ -57,25 +57,25 @@ def variant_recipes(
     recipe: TargetTrainingArguments, variants: Any, name: str = "variants"
 ) -> list[TargetTrainingArguments]:
     """
-    The recipe with the changes of each variant.
+    Makes the recipe of each variant.
 
     Raises:
-        [`ValueError`]: If a variant is no dict, has an unknown field, or one that is out of its range. It says which, by `name`.
+        [`ValueError`]: If a variant is no dict, has an unknown field, or a field out of its range. Messages call the variants `name`.
     """
     if variants is None:
         return []
     if not isinstance(variants, list) or not variants or not all(isinstance(variant, dict) for variant in variants):
         raise ValueError(
-            f"`{name}` must be a list of one or more dicts of changes to the recipe, got {variants!r:.80}. Write it as "
-            "'[{}, {\"learning_rate\": 1e-4}]'; an empty one is the recipe itself."
+            f"`{name}` must be a list of one or more dicts of changes to the recipe, got {variants!r:.80}. Write for example "
+            "'[{}, {\"learning_rate\": 1e-4}]'; an empty dict is the recipe itself."
         )
     recipes = []
     for i, variant in enumerate(variants):
         changes = {field: value for field, value in variant.items() if field not in OTHER_FIELDS}
         if unknown := sorted(changes.keys() - RECIPE_FIELDS):
             raise ValueError(
-                f"`{name}[{i}]` has the unknown field {unknown[0]!r}. It may have those of `TargetTrainingArguments` (without "
-                f"`target_`) and {' and '.join(map(repr, OTHER_FIELDS))}."
+                f"`{name}[{i}]` has the unknown field {unknown[0]!r}. Give fields of `TargetTrainingArguments` (without `target_`), "
+                f"{' or '.join(map(repr, OTHER_FIELDS))}."
             )
         seed = variant.get("head_seed", 0)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -96,15 +96,15 @@ def with_models(
     processing_class: PreTrainedTokenizerBase | None,
     load: Callable[[str], TargetModel],
 ) -> list[dict[str, Any]]:
-    """The variants with models in place of names. Each is loaded once, and must have the target's vocabulary."""
+    """The variants with loaded models in place of names. Each model is loaded once, and must have the target's vocabulary."""
     models: dict[str, TargetModel] = {}
     for name in dict.fromkeys(variant.get("model") for variant in variants or []):
         if not isinstance(name, str):
             continue
         if processing_class and load_target_tokenizer(name).get_vocab() != processing_class.get_vocab():
             raise ValueError(
-                f"`model` {name!r} of a variant has another vocabulary than the target, so the tokens of a text mean something else to "
-                "it. Take a model with the target's tokenizer."
+                f"`model` {name!r} of a variant has another vocabulary than the target, so it would misread the target's tokens. Use a "
+                "model with the target's tokenizer."
             )
         models[name] = load(name)
     return [
@@ -116,7 +116,7 @@ def with_models(
 def make_variants(
     target: TargetModel, recipe: TargetTrainingArguments, metric_state: dict[str, Any], variants: list[dict[str, Any]]
 ) -> list[Variant | None]:
-    """The variants, with models in place of names; `None` is the recipe itself."""
+    """Makes a [`Variant`] of each dict. An empty dict becomes `None`, which stands for the recipe itself."""
     made: list[Variant | None] = []
     for args, variant in zip(variant_recipes(recipe, variants or [{}]), variants or [{}], strict=True):
         model = variant.get("model", target)
@@ -126,12 +126,12 @@ def make_variants(
 
 
 def random_head(model: TargetModel, seed: int) -> Tensor:
-    """A weight for the LM head with random entries of the same spread as the model's own."""
+    """A random weight for the LM head, whose entries have the standard deviation of the model's own head."""
     weight = get_lm_head(model).weight
     if is_lm_head_tied(model) or not weight.is_floating_point():
         raise ValueError(
-            f"`head_seed` {seed} asks for a new LM head, but that of the target is tied to its input embedding, or quantized. Untie "
-            "it (`target_untie_lm_head=True` in the trainer, `trl_dpg.untie_lm_head(model)` else), or leave out `head_seed`."
+            f"`head_seed` {seed} asks for a new LM head, but the target's head is tied to its input embedding, or quantized. Untie "
+            "it (`target_untie_lm_head=True` in the trainer, otherwise `trl_dpg.untie_lm_head(model)`), or leave `head_seed` out."
         )
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(weight.shape, generator=generator).to(weight) * weight.detach().std()

@@ -240,7 +240,10 @@ def test_adapter_and_another_metric(here, capsys):
         ({"dataset": "empty.jsonl"}, "`dataset` 'empty.jsonl' has no token with a loss"),
         ({"assistant_only_loss": True}, "`dataset` 'data.jsonl' cannot be trained on: `assistant_only_loss=True`"),
         ({"num_draws": 0}, "`num_draws` must be at least 1"),
-        ({"num_draws": 2, "shuffle": False}, "`num_draws` 2 are as many orders, but `shuffle` is False"),
+        (
+            {"num_draws": 2, "shuffle": False},
+            "`num_draws` 2 asks for that many orders of the rows, but `shuffle` is False",
+        ),
         ({"learning_rate": -1}, "`learning_rate` must be"),
         ({"output": "data.jsonl"}, "`output` 'data.jsonl/scores.parquet' cannot be written"),
     ],

@@ -1,9 +1,10 @@
 """
-Credit: which of the generator's tokens earned a completion's metagradient.
+Credit: splits a completion's metagradient among the tokens that the generator wrote.
 
-The target's loss is a sum over the target's tokens, and so is a metagradient. Its terms go back to the generator's tokens
-([`written_by`]) and become advantages of shape `(B, T)` ([`TokenAdvantages`]). Where generator and target share a vocabulary, the
-term of a position is also known for words that were not written, so that it needs no sampling ([`CandidateHead`]).
+The target's loss is a sum over the target's tokens, and so is a metagradient. [`written_by`] assigns the terms of this sum to the
+generator's tokens. [`TokenAdvantages`] turns them into advantages of shape `(B, T)`. If generator and target share a vocabulary, the
+metagradient also tells what other tokens would have earned at a position. The policy gradient can then use the expectation over these
+tokens instead of the sampled one ([`CandidateHead`]).
 """
 
 from .advantages import TokenAdvantages, reward_advantages, token_advantages

@@ -1,4 +1,4 @@
-"""From metagradients of tokens to advantages of the generator's tokens, in one unit."""
+"""Advantages of the generator's tokens, from the metagradients of the target's tokens."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,26 @@ from trl.trainer.utils import nanstd
 from .alignment import NOT_WRITTEN
 
 
-ROUNDING = 1e-6  # of the largest value: by which values of equal completions may differ, in different rows of a batch
+ROUNDING = 1e-6  # relative difference between values of equal completions in different rows of a batch
 
 
 @dataclass
 class TokenAdvantages:
     r"""
-    Advantages of the tokens of a generation batch, in one unit.
+    Advantages of the tokens of a generation batch, all divided by the same unit.
 
-    With \\( r_{ij} \\) the credit of token j of completion i and \\( \gamma \\) the discount, its reward-to-go is
-    \\( R_{ij} = \sum_{s \ge j} \gamma^{s-j} r_{is} \\). The baseline is its mean over the completions that reach position j. The
-    unit is the root mean square over all tokens of the batch, but no less than a given one.
+    Let \\( r_{ij} \\) be the credit of token j of completion i, and \\( \gamma \\) the discount. The token's reward-to-go is
+    \\( R_{ij} = \sum_{s \ge j} \gamma^{s-j} r_{is} \\). Its advantage is \\( R_{ij} - \bar R_j \\), with the mean over the completions
+    that reach position j. The unit is the root mean square of these advantages over the batch, but not less than a given least unit.
 
     Attributes:
         sampled (`Tensor`):
-            What the policy gradient weighs each token's log-probability with, shape `(n, t)`. Where a position has
-            candidates, only what follows it: \\( \gamma (R_{i,j+1} - \bar R_{j+1}) \\).
+            Advantages of the sampled tokens, shape `(n, t)`. If a position has candidates, the token's own credit is left out:
+            \\( \gamma (R_{i,j+1} - \bar R_{j+1}) \\).
         candidates (`Tensor`, *optional*):
-            Credit of each position's candidates, shape `(n, t, k)`; NaN where there is none.
+            Credit of each position's candidates, shape `(n, t, k)`; NaN for none.
         unit (`float`):
-            What both were divided by.
+            The unit, which both were divided by.
         not_written (`float`):
             Share of the credits' absolute sum that belongs to text that the generator did not write.
     """
@@ -40,7 +40,7 @@ class TokenAdvantages:
     not_written: float
 
     def of_rows(self, rows: slice, length: int, weight: float) -> tuple[Tensor, Tensor | None]:
-        """`sampled` and `candidates` of some completions, times `weight`, padded to `length` tokens as TRL pads completions."""
+        """`sampled` and `candidates` of some completions, multiplied by `weight` and padded to `length` tokens on the right."""
 
         def padded(values: Tensor, missing: float) -> Tensor:
             values = weight * values[rows, :length].float()
@@ -55,10 +55,10 @@ def reward_advantages(
     rewards: Tensor, weights: Tensor, group_size: int, scale_rewards: str, aggregation: str
 ) -> Tensor:
     """
-    TRL's advantages of whole completions, with the groups that are asked for.
+    Computes TRL's advantages of whole completions, with groups of any size.
 
-    `rewards` has the shape `(completions, functions)`, with NaN where a function gave none. A completion without any has no
-    advantage. Groups are of `group_size` completions that follow each other. The last two arguments are `scale_rewards` and
+    `rewards` has the shape `(completions, functions)`, with NaN where a function gave no reward. A completion without any reward has
+    the advantage 0. Each group has `group_size` consecutive completions. The last two arguments are `scale_rewards` and
     `multi_objective_aggregation` of [`~trl.GRPOConfig`].
     """
     unscorable = rewards.isnan().all(dim=1)
@@ -87,26 +87,26 @@ def token_advantages(
     candidates: list[Tensor] | None = None,
 ) -> TokenAdvantages:
     r"""
-    Advantages from metagradients of the target's tokens.
+    Computes advantages of the generator's tokens from metagradients of the target's tokens.
 
     Args:
         credits (`list[Tensor]`):
             Metagradients of each completion's tokens, in the target's tokens, shape `(tokens,)`.
         owners (`list[list[int]]`):
-            What [`written_by`] returned for each completion.
+            Result of [`written_by`] for each completion.
         masks (`list[list[int]]`):
-            For each of the generator's tokens, 1 if it wrote the token and 0 if a tool did; empty for a completion that is to have
-            no part in this. Discount, baseline and unit are those of the generator's own tokens.
+            For each token of a completion, 1 if the generator wrote it and 0 if a tool did. Discount, baseline and unit only count
+            tokens with a 1. An empty mask leaves the completion out.
         discount (`float`):
-            \\( \gamma \\).
+            Discount \\( \gamma \\) of later tokens' credit.
         least_unit (`float`, *optional*, defaults to `0.0`):
-            The unit is at least this.
+            Least value of the unit.
         candidates (`list[Tensor]`, *optional*):
-            Metagradients of each completion's candidates, shape `(tokens, k)`; NaN where there is none.
+            Metagradients of each completion's candidates, shape `(tokens, k)`; NaN for none.
     """
     num, length = len(credits), max(map(len, masks))
     exists = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
-    # Place of each credit among all tokens of the batch; those that the generator did not write have none.
+    # Index of each credit's token among all tokens of the batch. It is only used if the generator wrote the token.
     taking_part = [i for i in range(num) if len(masks[i]) > 0]
     places = torch.cat([i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part])
     written = torch.cat([torch.tensor(owners[i]) != NOT_WRITTEN for i in taking_part])
@@ -121,7 +121,8 @@ def token_advantages(
         of_candidates[places[written]] = every[written]
         of_candidates = of_candidates.view(num, length, -1)
 
-    # The generator's own tokens come first in each row until the end, so that a tool's neither delay credit nor share the baseline.
+    # Each row is sorted so that the generator's own tokens come first. So a tool's tokens neither add steps of discount nor enter the
+    # baseline. The order is restored at the end.
     order = (~exists).int().argsort(dim=1, stable=True)
     exists, own = exists.gather(1, order), own.gather(1, order)
     to_go = torch.zeros(num, length + 1, dtype=torch.float64)
@@ -132,7 +133,7 @@ def token_advantages(
     advantages = (to_go[:, :-1] - mean) * exists
     spread = (advantages.square().sum() / exists.sum().clamp(min=1)).sqrt().item()
     largest = (to_go[:, :-1] * exists).abs().max().item()
-    if spread <= ROUNDING * largest:  # equal completions
+    if spread <= ROUNDING * largest:  # all completions are equal
         advantages.zero_()
         spread = largest
     unit = max(spread, least_unit)

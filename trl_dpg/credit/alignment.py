@@ -1,4 +1,4 @@
-"""From the target's tokens back to the generator's: the two meet in the characters."""
+"""Matches the target's tokens to the generator's tokens, by the characters of the text."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -19,41 +19,41 @@ def written_by(
     example: dict[str, Any], generator_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """
-    For each of the target's tokens, the generator's token that wrote it.
+    Finds, for each of the target's tokens, the generator's token that wrote it.
 
-    The two meet in the characters. A token of the target belongs to the generator's token that completes its last character.
-    So no token of the generator is left out of what depends on it: its reward-to-go holds all that it took part in.
+    Tokens are matched by characters. A token of the target belongs to the generator's token that completes its last character.
+    All generator tokens that share a target token come no later than this one, so the reward-to-go of each includes its credit.
 
     Args:
         example (`dict`):
-            An example of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`]. `parts` are what the generator wrote, several
-            if tools were called. Without `places`, they are looked for in `text` from its end: a prompt stands before them. With
-            `closing`, `text` is a chat template's, in which that token is the end.
+            An example of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`]. `parts` are the texts that the generator wrote,
+            several if tools were called. Without `places`, they are searched in `text` from its end, because a prompt stands before
+            them. With `closing`, a chat template made `text`, and the token `closing` ends it.
         generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the generator.
         target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the target.
 
     Returns:
-        `list[int]`: Indices into `completion_ids`, -1 for a token that the generator did not write.
+        `list[int]`: For each of the target's tokens, an index into `completion_ids`, or -1 if the generator did not write it.
 
     Raises:
         [`ValueError`]: If a part does not occur in `text`.
     """
     parts, text, input_ids = example["parts"], example["text"], example["input_ids"]
     closing = example.get("closing", target_tokenizer.eos_token_id)
-    written = example["ended"] and closing is not None  # the end, too
+    written = example["ended"] and closing is not None  # the generator wrote the end token, too
     body = example["completion_ids"][:-1] if written else example["completion_ids"]
     end, tokens = [], input_ids
     if written:
-        behind = input_ids[::-1].index(closing)  # of a chat template
+        behind = input_ids[::-1].index(closing)  # number of tokens after the end token, from a chat template
         end, tokens = [len(body)] + [NOT_WRITTEN] * behind, input_ids[: len(input_ids) - 1 - behind]
     num_before = len(input_ids) - len(body) - len(end)  # a BOS token
     same_text = len(parts) == 1 and text == parts[0]
     if same_text and num_before in (0, 1) and input_ids[num_before : num_before + len(body)] == body:
         return [NOT_WRITTEN] * num_before + [*range(len(body)), *end]
 
-    owner = [NOT_WRITTEN] * len(text)  # of each character
+    owner = [NOT_WRITTEN] * len(text)  # the generator's token that wrote each character
     turns = turns_of(example["generated"][: len(body)])
     if len(turns) < len(parts):
         turns = [range(len(body))] * len(parts)
@@ -74,8 +74,8 @@ def _places_from_the_end(parts: list[str], text: str) -> list[tuple[int, int]]:
             start = text.rfind(part.strip(), 0, before)
         if start < 0:
             raise ValueError(
-                f"`formatting_func` returned {text!r:.80}, in which the completion {part!r:.80} does not occur as it is, so "
-                "`credit_assignment` cannot tell which of its tokens the generator wrote. Keep the completion's text, or set "
+                f"`formatting_func` returned {text!r:.80}, which does not contain the completion {part!r:.80} unchanged. So "
+                "`credit_assignment` cannot tell which tokens the generator wrote. Keep the completion's text, or set "
                 '`credit_assignment="sequence"`.'
             )
         places.append((index, start))
@@ -84,9 +84,9 @@ def _places_from_the_end(parts: list[str], text: str) -> list[tuple[int, int]]:
 
 
 def _writers(part: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Which of the tokens wrote each character of a text."""
+    """For each character of a text, the index of the token that wrote it."""
     generated = decoded(tokenizer, ids)
-    if part not in generated:  # what a parser of tool calls changed is its last token's, which has seen all of it
+    if part not in generated:  # a parser of tool calls changed the text: the rest belongs to the last token
         generated = part
     ends = complete_after(tokenizer, ids, generated)
     found = generated.index(part)
@@ -94,11 +94,11 @@ def _writers(part: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))  # as TRL does
+    return str(tokenizer.decode(ids, skip_special_tokens=True))  # as TRL decodes completions
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[tuple[int, int]] | None:
-    """Spans of characters of each token, if that is how the tokenizer takes the text apart. Special tokens are at (0, 0)."""
+    """Span of characters of each token, (0, 0) for special tokens. `None` if the tokenizer splits the text into other tokens."""
     if not tokenizer.is_fast:
         return None
     special = special_ids(tokenizer)
@@ -110,19 +110,19 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> l
 
 
 def complete_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
-    """How many characters of a text are complete after each token."""
+    """Number of characters of a text that are complete after each token."""
     offsets = _offsets(tokenizer, ids, text)
     ends: list[int] = []
     done = 0
     for j in range(len(ids)):
-        if offsets is None:  # drawn tokens that the tokenizer would have put otherwise
+        if offsets is None:  # the sampled tokens differ from the tokenizer's own split of the text
             prefix = decoded(tokenizer, ids[: j + 1])
             while done < min(len(prefix), len(text)) and prefix[done] == text[done]:
                 done += 1
         else:
             end = offsets[j][1]
             following = offsets[j + 1] if j + 1 < len(ids) else (end, end)
-            # The bytes of one character may be several tokens: only the last completes it.
+            # Several tokens may hold the bytes of one character. Only the last one completes it.
             done = max(done, min(end, following[0]) if following[1] > 0 else end)
         ends.append(done)
     return ends
@@ -131,8 +131,8 @@ def complete_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str
 def _last_characters(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, add_special_tokens: bool
 ) -> list[int]:
-    """Index of the last character that each of a text's tokens has a part in, -1 for those that the tokenizer added."""
-    if tokenizer.is_fast:  # which also knows what an unknown token stands for
+    """Index of the last character of each token in a text, -1 for tokens that the tokenizer added."""
+    if tokenizer.is_fast:  # only fast tokenizers know which characters an unknown token stands for
         kwargs = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True}
         encoded = tokenizer(text, return_offsets_mapping=True, **kwargs)
         places = zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
@@ -141,8 +141,8 @@ def _last_characters(
     ends = complete_after(tokenizer, ids, text)
     if text[max(ends, default=0) :].strip():
         raise ValueError(
-            f"`target_processing_class` ({type(tokenizer).__name__}) decodes {text!r:.80} as {decoded(tokenizer, ids)!r:.80}, so "
-            "`credit_assignment` cannot tell which of its tokens the generator wrote. Use a fast tokenizer, or set "
+            f"`target_processing_class` ({type(tokenizer).__name__}) decodes {text!r:.80} as {decoded(tokenizer, ids)!r:.80}. So "
+            "`credit_assignment` cannot tell which tokens the generator wrote. Use a fast tokenizer, or set "
             '`credit_assignment="sequence"`.'
         )
     last, before = [], 0
@@ -156,19 +156,19 @@ def aligned_candidates(
     candidates: Tensor, example: dict[str, Any], eos_token_ids: list[int], eos: int | None
 ) -> Tensor:
     """
-    The generator's candidates where the target's tokens stand, shape `(len(input_ids), k)`, -1 for none.
+    Moves the generator's candidates to the positions of the target's tokens, shape `(len(input_ids), k)`, -1 for none.
 
-    A position has candidates if the two tokenizers agree on it (one token of each, the same one) and it has a loss.
+    A position has candidates if it has a loss and both tokenizers have the same single token there.
 
     Args:
         candidates (`Tensor`):
-            Candidates at each of `completion_ids`, shape `(len(completion_ids), k)`, -1 for none.
+            Candidates at each token of `completion_ids`, shape `(len(completion_ids), k)`, -1 for none.
         example (`dict`):
-            `completion_ids`, `input_ids`, maybe `labels`, and what [`written_by`] returned, as `written_by`.
+            Has `completion_ids`, `input_ids`, optionally `labels`, and as `written_by` the result of [`written_by`].
         eos_token_ids (`list[int]`):
-            Tokens that end a completion; any of them is the target's `eos`.
+            Tokens that end a completion. Each of them stands for the target's `eos`.
         eos (`int`, *optional*):
-            The token that ends the target's text: its EOS, or the example's `closing`. Without one, no end is a candidate.
+            Token that ends the target's text: its EOS, or the example's `closing`. If `None`, no end token is a candidate.
     """
     for ending in set(eos_token_ids) - {eos}:
         candidates = candidates.masked_fill(candidates == ending, -1 if eos is None else eos)
@@ -178,7 +178,7 @@ def aligned_candidates(
     agreeing = [
         position
         for position, owner in enumerate(owners)
-        if position > 0  # nothing predicts the first
+        if position > 0  # the first token has no context that could predict it
         and owner != NOT_WRITTEN
         and labels[position] != -100
         and tokens[owner] == 1

@@ -1,4 +1,4 @@
-"""Words that were not written: what the policy says of them, from the forward pass that TRL makes anyway."""
+"""Log-probabilities of candidates (words, that is tokens, that could stand at a position), from TRL's own forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,20 +15,21 @@ from transformers.utils import ModelOutput
 from ..metagradients.kernels.chunked_head import ADJUSTMENTS
 
 
-ALL_WORDS = 4096  # vocabularies up to this size are candidates as a whole, unless told otherwise
-CANDIDATES = 64  # of larger ones, the most likely
-CHUNK = 1 << 24  # numbers: rows of the LM head that are taken at a time
+ALL_WORDS = 4096  # by default, all words of a vocabulary of up to this size are candidates
+CANDIDATES = 64  # default number of candidates from a larger vocabulary: the most likely words
+CHUNK = 1 << 24  # numbers in the rows of the LM head that are copied at a time
 
 
 def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
     r"""
     \\( \sum_v \pi(v) (r(v) - b) \\) of each position, shape `(b, t)`, where \\( b \\) is the policy's own mean over the candidates.
 
-    The probability of all other words together is left as it is. Its value is 0. Its derivative in \\( \log \pi(v) \\) is \\( \pi(v) (r(v) - b) \\), which sums to 0 as well.
+    The baseline \\( b \\) makes the value 0. The derivative in \\( \log \pi(v) \\) is \\( \pi(v) (r(v) - b) \\). These derivatives sum to
+    0 too, so they move probability among the candidates, and leave the total of all other words as it is.
 
     Args:
-        log_probs (`Tensor`): Of the candidates, shape `(b, t, k)`.
-        credits (`Tensor`): \\( r(v) \\), of the same shape; NaN for none.
+        log_probs (`Tensor`): Log-probabilities of the candidates, shape `(b, t, k)`.
+        credits (`Tensor`): Credits \\( r(v) \\), of the same shape; NaN for none.
     """
     return _ExpectedCredit.apply(log_probs, credits)
 
@@ -56,20 +57,20 @@ def with_sampled(likely: Tensor, sampled: Tensor) -> Tensor:
 
 
 def changed_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model's configuration says that it does to its logits, beyond the LM head's product."""
+    """Fields of a model's configuration by which it changes its logits after the LM head."""
     config = model.config.get_text_config().to_dict()
     names = (*ADJUSTMENTS, "output_multiplier")
     return {name: config[name] for name in names if config.get(name) not in (None, 1.0)}
 
 
 def changed_words(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Words that a tokenizer reads as other ones, such as "Cat" where it lower-cases all text."""
+    """Words that a tokenizer reads as other words, such as "Cat" if it lower-cases all text."""
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None  # type: ignore[attr-defined]
     if normalizer is None:
         return set()
     ids, space = list(tokenizer.get_vocab().values()), " \u2581"
     texts = [text.strip(space) for text in tokenizer.batch_decode([[i] for i in ids])]
-    # A part of a character is no text yet.
+    # A word that holds only a part of a character has no text to compare.
     return {
         i
         for i, t in zip(ids, texts, strict=True)
@@ -81,7 +82,7 @@ class CandidateLogits(torch.autograd.Function):
     r"""
     Logits \\( z_{jm} = \langle h_j, W_{v_{jm}} \rangle \\) of some words at each position, shape `(n, k)`, in float32.
 
-    The rows of W that belong to them, `n * k * d` numbers, are taken in chunks of positions, here and in the backward pass.
+    Both passes copy rows of W, `n * k * d` numbers in all, for one chunk of positions at a time.
     """
 
     @staticmethod
@@ -114,23 +115,23 @@ class CandidateLogits(torch.autograd.Function):
 
 class CandidateHead:
     r"""
-    What the policy says of candidates, from the hidden states of the very forward pass in which TRL computes log-probabilities.
+    Computes log-probabilities of candidates from the hidden states of TRL's own forward pass.
 
-    TRL's forward pass returns log-probabilities instead of logits. This wraps it once more.
+    TRL replaces the model's `forward` by one that returns log-probabilities instead of logits. This class wraps that one.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The generator, without adapters around it, after TRL gave it a fused LM head.
         temperature (`float`):
-            What logits are divided by.
+            Sampling temperature, which logits are divided by.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         self.temperature = temperature
         self.result: Tensor | None = None
-        self.of_tokens: Tensor | None = None  # log-probabilities of the sequences' own tokens, as TRL gets them
-        self._most_likely: tuple[int, int] | None = None  # tokens and candidates
-        self._log_probs: tuple[int, int, Tensor | None] | None = None  # tokens, candidates, and which
+        self.of_tokens: Tensor | None = None  # log-probabilities of the sequences' own tokens, which TRL computes
+        self._most_likely: tuple[int, int] | None = None  # number of tokens and of candidates
+        self._log_probs: tuple[int, int, Tensor | None] | None = None  # tokens, candidates, and their ids
         self._hidden: Tensor | None = None
         model.base_model.register_forward_hook(self._keep_hidden)
         forward = model.forward
@@ -144,7 +145,7 @@ class CandidateHead:
             if self._log_probs is not None:
                 self.of_tokens = output.log_probs
                 self.result = self._compute(self._hidden, kwargs["labels"], *_head(model), output.log_probs.detach())
-                # FSDP gathers weights again for the backward pass of what a module returns, so it is returned in a free field.
+                # FSDP only gathers weights again to differentiate what a module returns, so an unused field returns the result.
                 output.mean_logits = self.result
             return output
 
@@ -165,11 +166,11 @@ class CandidateHead:
     @contextmanager
     def log_probs(self, num_tokens: int, num_candidates: int, ids: Tensor | None) -> Iterator["CandidateHead"]:
         r"""
-        While it is open, a forward pass leaves log-probabilities at its last tokens in `result`, shape `(b, num_tokens, k)`: of
-        candidates `ids`, of that shape, or else of the first `num_candidates` words.
+        Inside the context, a forward pass also puts log-probabilities at its last tokens into `result`, shape `(b, num_tokens, k)`.
+        The words are `ids`, of the same shape, or else the first `num_candidates` of the vocabulary.
 
-        They are logits less the normalizer \\( \log \sum_v e^{z_v} = z_x - \log \pi(x) \\). That is no part of the graph: the slopes of
-        [`expected_credit`] sum to 0, so nothing flows through it.
+        The log-probabilities are logits minus the normalizer \\( \log \sum_v e^{z_v} = z_x - \log \pi(x) \\). The normalizer is
+        detached from the graph. The slopes of [`expected_credit`] sum to 0, so its gradient would be zero anyway.
         """
         self._log_probs = num_tokens, num_candidates, ids
         try:
@@ -201,6 +202,6 @@ class CandidateHead:
 def _head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     head: Any = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
-    if isinstance(weight, DTensor):  # in shards, as TRL's own
+    if isinstance(weight, DTensor):  # in shards; TRL gathers it in the same way
         return weight.full_tensor(), None if bias is None else bias.full_tensor()
     return weight, bias

@@ -1,4 +1,4 @@
-"""Credit in the generator's training step: which estimator there can be, and the term of words that were not written."""
+"""Credit in the generator's training step: the choice of the estimator, and the loss term of expected credit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +24,9 @@ from .candidates import (
 def obstacle_to_expected_credit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
-    """Why words that the generator did not write have no known credit, if so."""
+    """The reason why expected credit cannot be computed, or `None` if it can."""
     if tokenizer.get_vocab() != target_tokenizer.get_vocab():
-        return "generator and target have different vocabularies, and a word's credit is known for words of the target"
+        return "generator and target have different vocabularies, and credit is only known for words of the target's"
     if changed := changed_logits(model):
         return f"the generator changes its logits (`config` has {changed})"
     return None
@@ -34,7 +34,7 @@ def obstacle_to_expected_credit(
 
 def choose_credit_assignment(args: Any, obstacle: str | None) -> tuple[str, str | None]:
     """
-    The estimator of the policy gradient: what `args` asks for, and a reason where it leaves the choice open.
+    Chooses the estimator of the policy gradient. If `args` leaves the choice open (`"auto"`), also returns a reason.
 
     Raises:
         [`ValueError`]: If `args` asks for expected credit and there is an obstacle.
@@ -55,7 +55,7 @@ def choose_credit_assignment(args: Any, obstacle: str | None) -> tuple[str, str 
 
 
 def settings_without_effect(args: Any, credit_assignment: str, num_rewards: int) -> list[str]:
-    """Names of the fields that this estimator does not look at, although they are set."""
+    """Names of the fields that are set, but have no effect with this estimator."""
     if credit_assignment == "sequence":
         unused = {
             "credit_discount": args.credit_discount != 0.5,
@@ -71,7 +71,7 @@ def settings_without_effect(args: Any, credit_assignment: str, num_rewards: int)
 
 class ExpectedCredit:
     r"""
-    The term \\( -\sum_v \pi(v) r(v) \\) of each token in the policy loss, over the words v that could stand there.
+    Adds the term \\( -\sum_v \pi(v) r(v) \\) of each token to the policy loss. The sum is over the words v that could stand there.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -81,7 +81,7 @@ class ExpectedCredit:
         target ([`~trl_dpg.fine_tuning.TargetFineTuning`]):
             The target, which has the same vocabulary.
         temperature (`float`):
-            What logits are divided by.
+            Sampling temperature, which logits are divided by.
         num_candidates (`int`, *optional*):
             Words at each position. `None` means all of a vocabulary of up to 4,096 words, and 64 of a larger one.
     """
@@ -97,7 +97,7 @@ class ExpectedCredit:
         self.head = CandidateHead(model, temperature)
         self.pad_token_id = tokenizer.pad_token_id
         vocabulary = tokenizer.get_vocab()
-        # The target reads text, in which special tokens are not, but for the end, and what its tokenizer makes of other words.
+        # The target reads text. Special tokens are not part of it, except for the end. Its tokenizer may read a word as another one.
         known = {i for i in vocabulary.values() if i < vocab_size(target.target_model)}
         words = known - special_ids(tokenizer) - changed_words(target.processing_class) | {*target.eos_token_ids}
         rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
@@ -145,10 +145,10 @@ class ExpectedCredit:
 
     def loss(self, policy_loss: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
         """
-        TRL's policy loss and the expected term.
+        TRL's policy loss plus the expected term.
 
-        Per unit of advantage, TRL's loss pulls at a token's log-probability with the derivative in both, whatever its loss
-        type, its clipping and its masks. The token's expected term gets this weight.
+        A token's expected term needs a weight that fits any loss type, clipping and mask. This weight is the second derivative of TRL's
+        loss in the token's advantage and in its log-probability.
 
         Args:
             policy_loss (`Callable`): TRL's loss of a micro-batch.

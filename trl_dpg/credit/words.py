@@ -1,4 +1,4 @@
-"""Credit to look at: each of a completion's words, and the best one that could have stood there."""
+"""Credit of a completion's tokens for a person to read, with the best candidate at each position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from .alignment import NOT_WRITTEN, complete_after, decoded
 @dataclass
 class WordCredit:
     """
-    What one of the generator's tokens earned, to be shown.
+    Credit of one of the generator's tokens, for a person to read.
 
     Attributes:
-        text (`str`): Its text.
-        credit (`float`): Metagradient of what it wrote.
-        best (`str`, *optional*): The candidate with the highest metagradient at its place, if there are candidates.
-        best_credit (`float`, *optional*): Metagradient of that one.
+        text (`str`): Text of the token.
+        credit (`float`): Metagradient of the target's tokens that it wrote.
+        best (`str`, *optional*): The candidate with the highest metagradient at this position, if there are candidates.
+        best_credit (`float`, *optional*): Metagradient of this candidate.
     """
 
     text: str
@@ -32,8 +32,8 @@ class WordCredit:
 
 def credit_text(words: Sequence[WordCredit]) -> str:
     """
-    Credit of each word in plain text, in units of the mean absolute credit, and the best word behind it if it is better.
-    For example `the +0.7 | cat -1.3 (sea +2.0)`.
+    Writes each word with its credit, in units of the mean absolute credit. A better candidate follows in parentheses:
+    `the +0.7 | cat -1.3 (sea +2.0)`.
     """
     unit = sum(abs(word.credit) for word in words) / max(len(words), 1) or 1.0
     parts = []
@@ -46,7 +46,7 @@ def credit_text(words: Sequence[WordCredit]) -> str:
 
 
 def _visible(text: str) -> str:
-    """A word without the space around it, or the name of a space that is the whole word, such as \\n."""
+    """A word without surrounding whitespace. A word of whitespace alone is escaped, such as \\n."""
     return text.strip() or repr(text)[1:-1] or "∅"
 
 
@@ -54,10 +54,10 @@ def word_credits(
     tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], credits: Tensor, candidates: Tensor | None
 ) -> list[WordCredit]:
     """
-    Credit of each of the generator's tokens, from metagradients of the target's tokens and of their candidates.
+    Computes the credit of each of the generator's tokens from metagradients of the target's tokens and of their candidates.
 
-    `example` has `completion_ids`, `written_by` and, with `candidates`, the `candidates` of a completion. `credits` has the shape
-    `(tokens,)`, `candidates` `(tokens, k)`.
+    `example` has `completion_ids` and `written_by` of a completion, and the token ids `candidates` if metagradients of candidates are
+    given. `credits` has the shape `(tokens,)`, the argument `candidates` the shape `(tokens, k)`.
     """
     ids, special = example["completion_ids"], special_ids(tokenizer)
     text = decoded(tokenizer, ids)

@@ -1,4 +1,4 @@
-"""The check of metagradients, which lies beside the engine that it uses."""
+"""The check of metagradients by measurement, under the name that users of the engine look for it."""
 
 from ..checking import MetagradientCheck, check_metagradients
 

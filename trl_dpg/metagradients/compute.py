@@ -28,7 +28,7 @@ def compute_metagradients(
     accelerator: Accelerator | PartialState | None = None,
 ) -> MetagradientOutput:
     r"""
-    Fine-tunes a model on examples and returns each example's metagradient. It is exact up to rounding, except by central differences.
+    Fine-tunes a model on examples and returns each example's metagradient, exact up to rounding (unless by central differences).
 
     With trainable parameters \\( \phi \\), optimizer state \\( s \\), batches \\( B_1, \dots, B_K \\), example weights \\( w \\), losses
     \\( \ell_i = \sum_j \ell_{ij} \\) over an example's supervised tokens, and the Hessian \\( H_t = \nabla_\phi^2 L_t(\phi_t; w) \\):
@@ -43,23 +43,23 @@ def compute_metagradients(
        \lambda_s \leftarrow (\partial U / \partial s)^\top (\lambda_\phi, \lambda_s), \quad
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
-    The model is left as it was, also after an error: parameters, buffers, mode, random state and attention implementation. `metric`
-    may write to trained parameters, but not to frozen ones.
+    Afterwards the model is as it was, even after an error: parameters, buffers, mode, random state and attention implementation.
+    `metric` may write to trained parameters, but not to frozen ones.
 
-    Where a batch does not fit into memory, on any process, it is repeated in micro-batches of half the size. Later batches keep that
-    size, and the log says so. That changes results by no more than rounding.
+    If a batch does not fit into the memory of some process, the batch is repeated in micro-batches of half the size. Later batches
+    keep the smaller size, and a warning is logged. Smaller micro-batches change results by no more than rounding.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model to fine-tune. Its parameters with `requires_grad` are trained; tied ones once.
+            Causal language model to fine-tune. Its parameters with `requires_grad` are trained. Tied parameters are updated once per step.
         examples (`Sequence[Mapping]`):
             Dicts with `input_ids`, optionally `labels` (-100 where not supervised; `input_ids` by default), `weight`
-            (1.0 by default; \\( Z_t \\) does not depend on it) and `candidates` (integers of shape `(tokens, k)`: what else
-            could stand at each position, -1 for none). `completion_mask`, `assistant_masks` and an `attention_mask` with padding at
-            the ends are applied; a column that asks for more than tokens is refused.
+            (1.0 by default; \\( Z_t \\) does not depend on it) and `candidates` (integers of shape `(tokens, k)`: tokens that could
+            stand at each position instead, -1 for none). `completion_mask`, `assistant_masks` and an `attention_mask` with padding
+            at the ends are applied. Columns with other model inputs, such as images, are refused.
         metric (`Callable`):
             \\( \Phi \\), higher is better: `metric(model)` returns a scalar tensor, differentiable in the trained
-            parameters. May have `setup(model)`, called on the original model, and `readouts(model)`, a dict of floats.
+            parameters. It may have `setup(model)`, called on the original model, and `readouts(model)`, which returns floats by name.
         args ([`TargetTrainingArguments`], *optional*):
             Recipe of the fine-tuning run.
         accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):
@@ -72,8 +72,7 @@ def compute_metagradients(
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
-        [`MemoryError`]: If memory runs out with one example at a time, in the metric, or for the tape. The message names what to
-            lower.
+        [`MemoryError`]: If memory runs out with one example at a time, in the metric, or for the tape. The message says what to change.
 
     Example:
 
@@ -93,8 +92,9 @@ def compute_metagradients(
     args = args or TargetTrainingArguments()
     if args.rule.needs_epsilon_root and args.adam_epsilon_root == 0:
         warnings.warn(
-            "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`: its update has no derivative where a gradient is zero and "
-            'a huge one close by, so metagradients are ill-conditioned. Set `adam_epsilon_root` to `"auto"`, or to 1e-9.',
+            "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`. Its update has no derivative where a gradient is zero, and "
+            "a huge one where a gradient is close to zero, so metagradients are ill-conditioned. Set `adam_epsilon_root` to "
+            '`"auto"`, or to 1e-9.',
             stacklevel=2,
         )
     with TargetRun(model, examples, metric, args, accelerator) as run:
@@ -102,14 +102,14 @@ def compute_metagradients(
         cotangent = run.metric_gradient()
         differentiator = run.differentiator()
         for step in reversed(range(run.num_steps)):
-            direction = run.walk_back_update(step, cotangent)  # which also puts phi_t into the model
+            direction = run.walk_back_update(step, cotangent)  # also loads phi_t into the model
             product = run.add_token_metagradients(step, differentiator, direction)
             if product is not None:
                 cotangent.phi += product
         token_metagradients = run.processes.sum_(run.token_metagradients)
 
     of_examples = token_metagradients.cpu().split([len(example.input_ids) for example in run.examples])
-    whole = [  # rows of all tokens as they were given: zeros for padding, and for what was cut
+    whole = [  # one row per token of the given examples: zeros for padding, and for tokens beyond `max_length`
         F.pad(values, (0, 0, example.start, len(given["input_ids"]) - example.start - len(values)))
         for values, example, given in zip(of_examples, run.examples, examples, strict=True)
     ]
@@ -133,9 +133,9 @@ def train_and_measure(
     accelerator: Accelerator | PartialState | None = None,
 ) -> TrainingOutput:
     """
-    The run that [`compute_metagradients`] differentiates, without its derivatives.
+    Fine-tunes a model and measures the metric, as [`compute_metagradients`] does, without derivatives.
 
-    Takes the same arguments, and leaves the model as it was.
+    Takes the same arguments. Afterwards the model is as it was.
     """
     with TargetRun(model, examples, metric, args or TargetTrainingArguments(), accelerator) as run:
         run.train(keep_tape=False)

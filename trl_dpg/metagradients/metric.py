@@ -1,4 +1,4 @@
-r"""Metrics \\( \Phi \\): what a target is fine-tuned for."""
+r"""Metrics \\( \Phi \\), which say what the fine-tuned target should be like."""
 
 import re
 from abc import ABC, abstractmethod
@@ -18,10 +18,10 @@ class Metric(ABC):
     r"""
     Base of metrics \\( \Phi \\): differentiable functions of the fine-tuned target, higher is better.
 
-    A plain function `metric(model) -> scalar tensor` works wherever a metric does, and so does one with some of these methods.
-    Every method but `__call__` has a default that does nothing. What they return is shown in logs, reports and cards.
+    A plain function `metric(model) -> scalar tensor` works wherever a metric does. So does any callable object with some of these
+    methods. Only `__call__` must be defined. Results of the other methods appear in logs, reports and model cards.
 
-    Metrics add and scale: `a + 0.1 * b`, `a - b` and `-a` are metrics, see [`WeightedSum`].
+    Metrics can be added and scaled: `a + 0.1 * b`, `a - b` and `-a` are metrics, see [`WeightedSum`].
 
     Example:
 
@@ -50,45 +50,45 @@ class Metric(ABC):
         """Called on the original model before each fine-tuning run."""
 
     def readouts(self, model: nn.Module) -> dict[str, float]:
-        """Numbers of a fine-tuned model that a person can read."""
+        """Numbers about a fine-tuned model that a person understands, such as an accuracy, by name."""
         return {}
 
     def picture(self) -> tuple[Tensor, Tensor] | None:
-        """Signs that `readouts` read back last, and the signs that are wanted, both of shape `(rows, columns)`; or `None`."""
+        """Signs that the last call of `readouts` found, and the wanted signs, each of shape `(rows, columns)`. `None` without any."""
         return None
 
     def decode(self, before: str | PathLike[str], after: str | PathLike[str]) -> dict[str, Any]:
-        """Read-outs from two checkpoints alone, the original model's and the fine-tuned one's; and the picture."""
+        """Read-outs and the picture from two checkpoints alone, of the original model and of the fine-tuned one."""
         return {}
 
     def judge(self, data: dict[str, Any], other: dict[str, Any]) -> tuple[bool, str]:
         r"""
-        Whether data did what it should, and by which criterion.
+        Judges whether training data had the wanted effect. Returns the verdict and the criterion in words.
 
         Args:
             data (`dict[str, Any]`): `"metric"` and read-outs after fine-tuning on the data.
-            other (`dict[str, Any]`): The same after fine-tuning on a control, or of the original model.
+            other (`dict[str, Any]`): The same after fine-tuning on control data, or of the original model.
         """
         return data["metric"] > other["metric"], "Φ is above that of the comparison"
 
     def describe(self) -> dict[str, Any]:
         r"""
-        What the metric wants, for cards and reports.
+        Describes the metric for model cards and reports.
 
         Returns:
-            `dict[str, Any]`: `name`; `effect`, what is to become true of a target, as a clause; `description`; and `readouts`, the
-                read-outs to show beside the verdict. It is that of the last one if that is `pixel_accuracy`, `qr_decoded` or
-                `exact_match`, which are to be 1; else the gain of \\( \\Phi \\) decides. All of it must be JSON, and may be published.
-                What is left out has a default.
+            `dict[str, Any]`: `name`; `effect`, a clause that says what should become true of a target; `description`; and `readouts`,
+                names of the read-outs to show beside the verdict. The last of these decides the verdict if it is `pixel_accuracy`,
+                `qr_decoded` or `exact_match`, which should be 1. Otherwise the gain of \\( \\Phi \\) decides. All values must be JSON,
+                and may be published. Keys that are left out have defaults.
         """
         return description_of(self)
 
     def state(self) -> dict[str, Any]:
-        """What was measured and should survive a checkpoint."""
+        """Measured values that checkpoints should keep."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (a hook)
-        """Takes up what [`~Metric.state`] gave."""
+        """Restores the result of [`~Metric.state`] from a checkpoint."""
 
     def __add__(self, other: Any) -> "WeightedSum":
         return _weighted_sum((1.0, self), (1.0, other))
@@ -113,10 +113,10 @@ class Metric(ABC):
 
 class FunctionMetric(Metric):
     """
-    A metric that is no [`Metric`]: a function, or an object with some of the methods.
+    Makes a [`Metric`] of a function, or of a callable object with some of the methods.
 
     Args:
-        function (`Callable`): The metric.
+        function (`Callable`): The function or object.
     """
 
     def __init__(self, function: Any):
@@ -137,20 +137,21 @@ class FunctionMetric(Metric):
 
 
 def as_metric(metric: Any) -> Metric:
-    """A [`Metric`] of whatever a user may pass."""
+    """Makes a [`Metric`] of any metric that a user may pass."""
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
 
 
 class WeightedSum(Metric):
     r"""
-    A weighted sum of metrics, which `a + 0.1 * b`, `a - b` and `-a` make. Each may be a plain function.
+    A weighted sum of metrics, as made by `a + 0.1 * b`, `a - b` and `-a`. Each part may be a plain function.
 
-    Every part is set up, read out and described. A part of weight 0 is read out, but not differentiated.
+    The sum calls `setup`, `readouts` and `describe` of every part. A part of weight 0 adds read-outs, but nothing to \\( \Phi \\).
 
-    `readouts` are those of all parts, and the value of each as `NAME_value`, where `NAME` is the part's name in snake case, such as
-    `lm_head_norm`. Where an earlier part has a read-out of the same name, `NAME_` goes in front. Parts of one name are numbered from 2.
+    Read-outs are those of all parts, and each part's value as `NAME_value`. `NAME` is the part's name in snake case, such as
+    `lm_head_norm`. If an earlier part has a read-out of the same name, `NAME_` is put in front. If several parts have the same name,
+    they are numbered from the second on.
 
-    The activations of all parts are held until the gradient is taken.
+    Memory holds the activations of all parts until the gradient is computed.
 
     Args:
         terms (`Sequence[tuple[float, Callable]]`):
@@ -181,7 +182,7 @@ class WeightedSum(Metric):
 
     @property
     def names(self) -> list[str]:
-        """A name for each part, no two alike."""
+        """A name for each part. All names differ."""
         names: list[str] = []
         for _, metric in self.parts:
             name = snake_case(description(metric)["name"])
@@ -199,7 +200,7 @@ class WeightedSum(Metric):
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
-        """Read-outs of all parts, and their values. Costs a further evaluation of each."""
+        """Read-outs and values of all parts. Evaluates each part once more."""
         own = [read_out(metric, model) for _, metric in self.parts]
         shown = self._shown(own)
         values = {shown[i][key]: value for i, part in enumerate(own) for key, value in part.items()}
@@ -216,21 +217,21 @@ class WeightedSum(Metric):
         return shown
 
     def picture(self) -> tuple[Tensor, Tensor] | None:
-        """That of the first part that has one."""
+        """The picture of the first part that has one."""
         return next((picture for _, metric in self.parts if (picture := metric.picture()) is not None), None)
 
     def decode(self, before: str | PathLike[str], after: str | PathLike[str]) -> dict[str, Any]:
         return {key: value for _, metric in self.parts for key, value in metric.decode(before, after).items()}
 
     def judge(self, data: dict[str, Any], other: dict[str, Any]) -> tuple[bool, str]:
-        r"""All conditions must hold, and parts with a `judge` of their own must pass. Without such parts, \\( \Phi \\) must rise."""
+        r"""All conditions and all parts with a `judge` of their own must pass. If no part has one, \\( \Phi \\) must rise."""
         own = [part for _, part in self.parts if "judge" in vars(part) or type(part).judge is not Metric.judge]
         verdicts = [part.judge(data, other) for part in own] or [super().judge(data, other)]
         verdicts += [(data[name] == 1, name.replace("_", " ")) for name in self.describe()["conditions"]]
         return all(passed for passed, _ in verdicts), ", and ".join(criterion for _, criterion in verdicts)
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`], with `parts`, what each part says, and `conditions`, read-outs that are to be 1."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. Adds `parts`, their descriptions, and `conditions`, read-outs that should be 1."""
         parts = [description(metric) for _, metric in self.parts]
         weights = [weight for weight, _ in self.parts]
         conditions, readouts = (
@@ -265,7 +266,7 @@ class WeightedSum(Metric):
 
 
 def _weighted_sum(*terms: tuple[float, Any]) -> WeightedSum:
-    """The sum, or `NotImplemented`, of which Python makes a `TypeError`, where a term is no metric."""
+    """The sum of metrics. If a term is no metric, `NotImplemented`, which makes Python raise a `TypeError`."""
     if any(isinstance(metric, type) or not callable(metric) for _, metric in terms):
         return NotImplemented
     return WeightedSum(terms)
@@ -273,7 +274,7 @@ def _weighted_sum(*terms: tuple[float, Any]) -> WeightedSum:
 
 def snake_case(name: str) -> str:
     """
-    The name of a class or function for a read-out.
+    Turns the name of a class or function into a part of a read-out's name.
 
     Example:
 
@@ -288,7 +289,7 @@ def snake_case(name: str) -> str:
 
 
 def description_of(metric: Any) -> dict[str, Any]:
-    """What the name and the first line of the documentation say, see [`~Metric.describe`]."""
+    """A description for [`~Metric.describe`] from the metric's name and the first line of its docstring."""
     name = getattr(metric, "__name__", type(metric).__name__)
     lines = (metric.__doc__ or "").strip().splitlines() or [f"The metric `{name}`."]
     effect = f"its `{name}` rises"
@@ -296,11 +297,11 @@ def description_of(metric: Any) -> dict[str, Any]:
 
 
 def description(metric: Metric) -> dict[str, Any]:
-    """What [`~Metric.describe`] says, with defaults for what it leaves out."""
+    """The result of [`~Metric.describe`], with defaults for missing keys."""
     return {**description_of(metric), **metric.describe()}
 
 
-# What is logged beside read-outs, under the same prefix
+# Names of other values that are logged under the same prefix as read-outs
 RESERVED = {
     "metric",
     "metric_before",
@@ -329,10 +330,10 @@ RESERVED |= {
 
 def read_out(metric: Metric, model: Any) -> dict[str, float]:
     """
-    Read-outs of a model, checked.
+    Reads a model out, and checks the read-outs.
 
     Raises:
-        [`ValueError`]: If they are not numbers with names, or a name is that of something else in the logs.
+        [`ValueError`]: If the read-outs are not a dict of numbers, or if the logs use one of their names for another value.
     """
     values = metric.readouts(model)
     if not isinstance(values, dict) or not all(isinstance(value, Real) for value in values.values()):
@@ -346,17 +347,17 @@ def read_out(metric: Metric, model: Any) -> dict[str, float]:
 
 def evaluate(metric: Metric, model: Any) -> Tensor:
     r"""
-    \\( \Phi \\) of a model, checked.
+    Evaluates \\( \Phi \\) of a model, and checks the value.
 
     Raises:
-        [`ValueError`]: If it is no scalar tensor.
-        [`FloatingPointError`]: If it is not finite.
+        [`ValueError`]: If the value is no scalar tensor.
+        [`FloatingPointError`]: If the value is not finite.
     """
     value = metric(model)
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise ValueError(
-            f"`metric` must return a scalar tensor, got one of {what}. Reduce it, for example with `.mean()`, and return it as a "
+            f"`metric` must return a scalar tensor, got one of {what}. Reduce the result, for example with `.mean()`, and return a "
             "tensor, without `.item()` or `float()`."
         )
     if not torch.isfinite(value).all():

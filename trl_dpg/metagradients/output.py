@@ -1,4 +1,4 @@
-"""What a run returns."""
+"""Results of a run."""
 
 from dataclasses import dataclass, field
 
@@ -15,11 +15,11 @@ class TrainingOutput:
     Attributes:
         metric_before (`float`): \\( \Phi \\) of the original model.
         metric_after (`float`): \\( \Phi \\) of the fine-tuned model.
-        adam_epsilon_root (`float`): The value used, which is of interest where `"auto"` was asked for.
+        adam_epsilon_root (`float`): The value that was used. It tells what `"auto"` came to.
         micro_batch_size (`int`, *optional*):
-            That of the arguments, or what was left of it after memory ran out. Worth passing on to the next run.
+            Value of the arguments, or a smaller one after memory ran out. Pass it to the next run, which then need not search for it.
         losses (`list[float]`): Training loss of each step.
-        readouts (`dict[str, float]`): What the metric's `readouts` returned on the fine-tuned model; empty without one.
+        readouts (`dict[str, float]`): Result of the metric's `readouts` on the fine-tuned model; empty if it has no such method.
     """
 
     metric_before: float
@@ -38,21 +38,21 @@ class MetagradientOutput(TrainingOutput):
     Attributes, beside those of [`TrainingOutput`]:
         metagradients (`Tensor`):
             \\( \mathrm{d}\Phi / \mathrm{d} w_i \\) at the examples' weights, float32 on the CPU, shape `(len(examples),)`,
-            in the order of `examples`. In units of the metric per unit of weight.
+            in the order of `examples`. The unit is that of the metric per unit of weight.
         token_metagradients (`list[Tensor]`):
             \\( \mathrm{d}\Phi / \mathrm{d} w_{ij} \\), the same for a weight of each token's loss: float32 tensors on the CPU, one
             an example, shape `(tokens,)`. They sum to `metagradients`. Position j belongs to `input_ids[j]`; it is 0 for the
             first token, for tokens that are not supervised and beyond `max_length`.
         candidate_metagradients (`list[Tensor]`, *optional*):
-            What the metric would gain if other tokens stood there: the derivative, at 0, in the weight of an added loss term
-            \\( -\log p(v \mid x_{<j}) / Z_t \\) for each of the example's `"candidates"`, shape `(tokens, k)`; 0 where there is
-            none. `None` where no example has candidates.
+            What the metric would gain if the example also taught another token at a position. For each of its `"candidates"`, a loss
+            term \\( -\log p(v \mid x_{<j}) / Z_t \\) is added, and this is the derivative in its weight, at weight 0. Shape
+            `(tokens, k)`; 0 where there is no candidate. `None` if no example has candidates.
         plan ([`~trl_dpg.metagradients.runtime.memory.MemoryPlan`]):
-            Where the tape was, and how large; `None` for a run of one step, which needs no tape.
+            Place and size of the tape; `None` for a run of one step, whose tape needs no extra memory.
         curvature_errors (`list[float]`):
             Estimated relative error of each step's central difference; 0.0 for a step that was repeated exactly, and empty with
             `curvature="exact"`.
-        num_exact_fallbacks (`int`): Steps that were repeated exactly, as their estimate was above `curvature_tolerance`.
+        num_exact_fallbacks (`int`): Number of steps that were repeated exactly because their error was above `curvature_tolerance`.
     """
 
     metagradients: Tensor

@@ -1,4 +1,4 @@
-"""One fine-tuning run of the target: memory, processes and checks around the steps of the method."""
+"""One fine-tuning run of the target: the steps of the method, with memory, processes and checks around them."""
 
 import logging
 import math
@@ -56,7 +56,8 @@ from .runtime.workspace import Workspace, parameter_groups
 
 logger = logging.getLogger(__name__)
 
-# `adam_epsilon_root="auto"`: times the mean square of the first gradient. With 1, generators learn more slowly (experiments/results).
+# `adam_epsilon_root="auto"` is this times the mean square of the first gradient. With 1, generators learn more slowly
+# (experiments/results).
 AUTO_EPSILON_ROOT = 4.0
 
 Result = TypeVar("Result")
@@ -64,10 +65,10 @@ Result = TypeVar("Result")
 
 class TargetRun:
     """
-    A run while it is open: its forward sweep, and the steps that walk it back.
+    One run as a context: its forward sweep, and the steps of its adjoint sweep.
 
-    Takes what [`~trl_dpg.metagradients.compute_metagradients`] takes. `measured` fills up as the run goes, and `plan` says where
-    the tape lies, if there is one.
+    Takes the arguments of [`~trl_dpg.metagradients.compute_metagradients`]. `measured` collects results while the run goes on. `plan`
+    says where the tape lies, if there is one.
     """
 
     plan: MemoryPlan | None = None
@@ -82,7 +83,7 @@ class TargetRun:
     ):
         if not callable(metric) or isinstance(metric, type):
             raise ValueError(
-                f"`metric` must be a function of the model, or an object that is called like one, got {metric!r:.80}. Pass "
+                f"`metric` must be a function of the model, or an object that can be called like one, got {metric!r:.80}. Pass "
                 "`lambda model: ...`, or an instance of the class."
             )
         self.model, self.metric, self.recipe = model, as_metric(metric), recipe
@@ -97,7 +98,7 @@ class TargetRun:
                 check_full_precision(model)
             self.examples = prepare_examples(examples, recipe.max_length, vocab_size(model))
             check_positions(model, max(len(e.input_ids) for e in self.examples))
-        self.losses_per_token = 1 + self.examples[0].candidates.shape[1]  # a token's own, and its candidates'
+        self.losses_per_token = 1 + self.examples[0].candidates.shape[1]  # its own, and its candidates'
         self.num_steps = recipe.num_steps(len(self.examples))
         self.batches = list(recipe.batches(len(self.examples)))
         self._collated: dict[int, list[MicroBatch]] = {}
@@ -107,7 +108,7 @@ class TargetRun:
             stack.enter_context(explaining_memory())
             stack.enter_context(restored(self.model))
             stack.enter_context(torch.enable_grad())
-            device = self.params[0].device.type  # `bf16` decides about autocast, not the caller's context
+            device = self.params[0].device.type  # autocast depends on `bf16` alone, not on the caller's context
             stack.enter_context(torch.autocast(device, enabled=False))
             make_deterministic(self.model)
             with self.processes.failing_together():
@@ -147,7 +148,7 @@ class TargetRun:
         self._stack.__exit__(*exception)
 
     def train(self, keep_tape: bool) -> None:
-        """The forward sweep. With `keep_tape`, what the adjoint sweep needs is kept."""
+        """Does the forward sweep. With `keep_tape`, records the tape that the adjoint sweep needs."""
         space, processes = self.space, self.processes
         self.progress.total = (1 + keep_tape) * self.num_steps  # there, and back
         shape = self.recipe.num_train_epochs, len(self.examples)
@@ -171,14 +172,14 @@ class TargetRun:
                     state = tuple(tensor[part] for tensor in self._state)
                     self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
                 if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
-                    grad = space.buffer()  # the tape has the other
+                    grad = space.buffer()  # the tape has taken the old buffer over
             self.measured.losses.append(loss)
             self.progress.update()
         del self._state
         space.release_gradients()  # a metric may call `backward()`
 
     def _start(self, grad: Tensor, keep_tape: bool) -> None:
-        """Creates what needs the first gradient: the optimizer, its state and the tape."""
+        """Creates the optimizer, its state and the tape, which all need the first gradient."""
         space, recipe, processes = self.space, self.recipe, self.processes
         with processes.failing_together():
             self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params), space)
@@ -193,7 +194,7 @@ class TargetRun:
             self._state = [torch.zeros_like(space.phi) for _ in range(num_states if self.num_steps > 1 else 0)]
             if not keep_tape:
                 return
-            if self.num_steps > 1:  # one step leaves nothing but its gradient
+            if self.num_steps > 1:  # the tape of one step is its gradient alone, and needs no plan
                 size = space.shard_size * space.phi.element_size()
                 free = free_room(space.device, recipe.tape_dir, processes_here(processes.count))
                 tape = tape_tensors(self.num_steps, num_states) * size
@@ -208,7 +209,7 @@ class TargetRun:
         total = [0.0]
 
         def before_backward() -> None:
-            self.storage.settle()  # what the buffer holds may be on its way to the tape
+            self.storage.settle()  # the tape may still be copying the last step's gradient out of the buffer
             self.space.accumulate_into(buffer)
 
         with self.processes.summing_over_processes(buffer, total):
@@ -216,13 +217,13 @@ class TargetRun:
         return total[0]
 
     def measure(self) -> None:
-        r"""Notes \\( \Phi \\) of the fine-tuned model, and its read-outs."""
+        r"""Measures \\( \Phi \\) and the read-outs of the fine-tuned model."""
         with self.processes.failing_together(), self._reading_metric(), torch.no_grad():
             self.measured.metric_after = evaluate(self.metric, self.model).item()
             self.measured.readouts = read_out(self.metric, self.model)
 
     def metric_gradient(self) -> Cotangent:
-        r"""\\( \lambda_\phi, \lambda_s \\), the gradient of \\( \Phi \\) of the fine-tuned model. Notes what `measure` does."""
+        r"""Measures as `measure` does, and returns the first cotangents: \\( \lambda_\phi = \nabla \Phi \\), \\( \lambda_s = 0 \\)."""
         space = self.space
         with self.processes.failing_together():
             with self._reading_metric():
@@ -234,15 +235,15 @@ class TargetRun:
             return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
     def differentiator(self) -> LossDifferentiator:
-        """What differentiates the loss a second time."""
+        """The [`LossDifferentiator`] that the recipe asks for."""
         exact = Exact(self.token_losses, self.space)
         is_exact = self.recipe.curvature == "exact"
         return exact if is_exact else CentralDifference(exact, self.recipe.curvature_tolerance)
 
     def walk_back_update(self, step: int, cotangent: Cotangent) -> Direction:
         r"""
-        Walks the update of a step back, and returns \\( \lambda_g \\). `cotangent` becomes that before the step, and the model gets
-        \\( \phi_t \\). At the first step, nothing needs \\( \lambda_\phi \\) any more, and \\( \lambda_g \\) takes its memory.
+        Does the adjoint of a step's update, and returns \\( \lambda_g \\). `cotangent` becomes that before the step, and \\( \phi_t \\)
+        is loaded into the model. At the first step, \\( \lambda_\phi \\) is not needed any more, so \\( \lambda_g \\) takes its memory.
         """
         space = self.space
         of_grad, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
@@ -263,8 +264,8 @@ class TargetRun:
         self, step: int, differentiator: LossDifferentiator, direction: Direction
     ) -> Tensor | None:
         r"""
-        Adds a step's \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None` at the
-        first step, which has no need of it.
+        Adds a step's part of \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None`
+        at the first step, where it is not needed.
         """
         product = self.space.product if step > 0 else None
 
@@ -281,7 +282,7 @@ class TargetRun:
         return product[self.space.shard]
 
     def _check_finite(self, what: str, flat: Tensor) -> None:
-        with self.processes.raising_later():  # of shards, one may be finite and another not
+        with self.processes.raising_later():  # one process's shard may be finite, and another's not
             check_finite(what, flat)
 
     def example_losses_of(self, step: int) -> Tensor:
@@ -290,9 +291,9 @@ class TargetRun:
 
     def retrying_smaller(self, step: int, work: Callable[[list[MicroBatch]], Result]) -> Result:
         """
-        Runs `work` on this process's micro-batches of a step, all over again with smaller ones where memory runs out.
+        Runs `work` on this process's micro-batches of a step. If memory runs out, starts again with smaller micro-batches.
 
-        `work` ends in a sum over the processes, so that all of them try again.
+        `work` must end in a sum over the processes, so that all of them start again together.
         """
         while True:
             try:
@@ -325,16 +326,15 @@ class TargetRun:
 
 
 def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters: int, space: Workspace) -> float:
-    """`"auto"`: four times the mean square of the first gradient: \\( \\sqrt{r} \\) is twice its root mean square."""
+    """The value of `adam_epsilon_root`. With `"auto"`, \\( \\sqrt{r} \\) is twice the root mean square of the first gradient."""
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
     square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
     square = square if space.sharded else space.sum_over_shards(square)
     if square == 0 and recipe.rule.needs_epsilon_root:
         raise ValueError(
-            '`adam_epsilon_root="auto"` needs a gradient to measure, but the first batch\'s is zero: no example in it has '
-            "a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more "
-            "tokens."
+            '`adam_epsilon_root="auto"` needs a gradient to measure, but the gradient of the first batch is zero: no example in it '
+            "has a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more tokens."
         )
     return AUTO_EPSILON_ROOT * square / num_parameters
 
@@ -344,8 +344,8 @@ def _metric_gradient(metric: Metric, model: TargetModel, space: Workspace) -> tu
         value = evaluate(metric, model)
     if not value.requires_grad:
         raise ValueError(
-            "`metric` returned a tensor that is cut off from the model: it does not require a gradient. Compute it from the "
-            "model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
+            "`metric` returned a tensor that is cut off from the model: it does not require a gradient. Compute the value from "
+            "the model's trained parameters (with adapters: the adapted layers) or outputs, without `detach()`, `.item()`, "
             "`torch.no_grad()` or NumPy."
         )
     grad = space.buffer()
@@ -356,7 +356,7 @@ def _metric_gradient(metric: Metric, model: TargetModel, space: Workspace) -> tu
         raise ValueError(
             "`metric` does not depend on what is trained: its gradient is zero for every trainable parameter, so all "
             "metagradients would be zero. Check that it reads trained parameters (with adapters: the adapted layers), and "
-            "that it is not constant or saturated."
+            "that its value is not constant or saturated."
         )
     check_finite("the gradient of `metric`", grad)
     return value.item(), grad

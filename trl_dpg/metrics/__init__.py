@@ -1,15 +1,15 @@
 """
-Target metrics Φ: what the fine-tuned model is wanted to do well on.
+Target metrics Φ: goals that the fine-tuned model should score high on.
 
-A metric is any callable `metric(model) -> scalar tensor` that is differentiable in the model's parameters; higher is
-better. One that says more about itself is a subclass of [`Metric`], whose methods have defaults: `setup(model)` is called on the
-original model before each run, `readouts(model)` gives numbers that a person can read, `describe()` says what is wanted.
+A metric is any callable `metric(model) -> scalar tensor` that is differentiable in the model's parameters. Higher is better.
+A subclass of [`Metric`] can do more. Its methods have defaults: `setup(model)` is called on the original model before each run,
+`readouts(model)` returns numbers that a person understands, `describe()` says what the metric is for.
 
-They add and scale: `a + 0.1 * b`. [`KeepBelow`] and [`KeepAbove`] are conditions to add to a goal. [`as_metric`] makes a [`Metric`] of a
-plain function.
+Metrics can be added and scaled: `a + 0.1 * b`. [`KeepBelow`] and [`KeepAbove`] are conditions to add to a goal. [`as_metric`] makes a
+[`Metric`] of a plain function.
 
-Beside the metrics, [`decode_pattern`] reads a pattern back from two checkpoints and [`evaluate_texts`] looks at what a
-generator writes.
+Two functions are no metrics: [`decode_pattern`] reads a pattern back from two checkpoints, and [`evaluate_texts`] evaluates the texts of
+a generator.
 """
 
 from ..metagradients.metric import Metric, WeightedSum, as_metric

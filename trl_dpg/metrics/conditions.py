@@ -1,4 +1,4 @@
-"""Conditions: what is to stay as it is while a target is fine-tuned for something else."""
+"""Conditions: properties that a target should keep while it is fine-tuned for another goal."""
 
 import math
 from typing import Any, ClassVar
@@ -11,10 +11,10 @@ from ..metagradients.runtime.host import double
 
 
 class Condition(Metric):
-    """What [`KeepBelow`] and [`KeepAbove`] have in common."""
+    """Base class of [`KeepBelow`] and [`KeepAbove`]."""
 
     side: ClassVar[str]
-    sign: ClassVar[int]  # of the direction in which the limit is passed
+    sign: ClassVar[int]  # 1 if values above the limit break the condition, -1 if values below it do
 
     def __init__(self, metric: Any, limit: float | None = None, *, factor: float | None = None):
         if not callable(metric) or isinstance(metric, type):
@@ -45,7 +45,7 @@ class Condition(Metric):
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
-        """Read-outs of the metric; `NAME_below_limit`, 1.0 if the condition holds; and `NAME_below_limit_by`, relative to the limit."""
+        """Read-outs of the metric, `NAME_below_limit`, 1.0 if the condition holds, and `NAME_below_limit_by`, the relative margin."""
         excess = self._excess(model).item()
         name = f"{self.name}_{self.side}_limit"
         return {**read_out(self.metric, model), name: float(excess <= 0), f"{name}_by": -excess}
@@ -59,7 +59,7 @@ class Condition(Metric):
         return excess / (abs(self.limit) or 1.0)
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`], with `conditions`, the read-out that is to be 1."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. Adds `conditions`, the read-out that should be 1."""
         inner = description(self.metric)
         limit = f"{self.limit:g}" if self.factor is None else f"{self.factor:g} times that of the untouched target"
         holds = f"{self.name}_{self.side}_limit"
@@ -72,35 +72,36 @@ class Condition(Metric):
         }
 
     def state(self) -> dict[str, Any]:
-        """What the metric measured. The limit of a `factor` is measured before each run, and the same each time."""
+        """The state of the metric. The limit of a `factor` is not part of it, since every run measures the same limit again."""
         return self.metric.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what [`~Condition.state`] gave."""
+        """Restores the result of [`~Condition.state`]."""
         self.metric.load_state(state)
 
 
 class KeepBelow(Condition):
     r"""
-    A condition beside a goal: a value v of the fine-tuned target stays at or below a limit L.
+    A condition to add to a goal: a value v of the fine-tuned target stays at or below a limit L.
 
-    Φ = −max(0, (v − L) / |L|)², without the division where L is 0. It is exactly 0 while the condition holds, and differentiable at
-    the limit. Add it to a goal with a weight: with 1000, one percent above the limit costs 0.1.
+    Φ = −max(0, (v − L) / |L|)², without the division if L is 0. Φ is exactly 0 while the condition holds, and differentiable at
+    the limit. Add it to a goal with a weight. With a weight of 1000, one percent above the limit costs 0.1.
 
-    The penalty begins at the limit, so a goal that pulls against it ends a little beyond: set the limit tighter than you need it.
+    The penalty only begins at the limit. If the goal pulls against it, v ends a little above L. So set L tighter than you need it.
 
     Costs an evaluation of the metric for each run, and with `factor` a second one.
 
     Args:
         metric (`Callable`):
-            What is limited, for example [`Perplexity`]. Here, higher need not be better.
+            The value v to limit, for example [`Perplexity`]. Unlike in other metrics, higher need not be better.
         limit (`float`, *optional*):
             The limit L.
         factor (`float`, *optional*):
-            Instead of `limit`: L relative to the untouched target, u + (`factor` − 1) · |u| with its value u. 1.01 is 1 % more.
+            Sets L relative to the value u of the untouched target, instead of `limit`: L = u + (`factor` − 1) · |u|. 1.01 allows 1 %
+            more.
 
     Raises:
-        [`ValueError`]: If not exactly one of `limit` and `factor` is given, if it is not finite, or if `metric` is no metric.
+        [`ValueError`]: If not exactly one of `limit` and `factor` is given, if it is not finite, or if `metric` cannot be called.
 
     Example:
 
@@ -120,11 +121,11 @@ class KeepBelow(Condition):
 
 class KeepAbove(Condition):
     """
-    As [`KeepBelow`], for a value that stays at or above a limit: `KeepAbove(likelihood, factor=0.99)` allows 1 % less.
+    Like [`KeepBelow`], for a value that stays at or above a limit: `KeepAbove(likelihood, factor=0.99)` allows 1 % less.
 
     Args:
         metric, limit, factor:
-            As of [`KeepBelow`].
+            As in [`KeepBelow`].
     """
 
     side, sign = "above", -1

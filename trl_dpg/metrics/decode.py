@@ -17,7 +17,7 @@ from .pattern import decode_qr
 
 QR_SIZES = (21, 25, 29, 33)  # versions 1 to 4
 
-# Names in checkpoints, of which some have a prefix such as "transformer." or "model.".
+# Names of tensors in checkpoints. They may have a prefix such as "transformer." or "model.".
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 EMBEDDING_NAMES = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
 
@@ -25,7 +25,7 @@ EMBEDDING_NAMES = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word
 @dataclass(frozen=True)
 class DecodedPattern:
     """
-    What [`decode_pattern`] read.
+    Result of [`decode_pattern`].
 
     Attributes:
         signs (`torch.Tensor` of shape `(rows, columns)`):
@@ -47,29 +47,29 @@ def decode_pattern(
     r"""
     Reads the picture that fine-tuning wrote into an LM head: sign(P_c − P_i) of its upper-left patch.
 
-    Two checkpoints are all it takes, so anyone who has both can check where a model's training data came from. Of a
-    directory or Hub id, only the tensor of the LM head is read out of the safetensors files: no model is built and no
-    code of the checkpoint runs. Where a checkpoint has no tensor for the head, its head is the input embedding.
+    Only the two checkpoints are needed, so anyone who has both can check where a model's training data came from. For a
+    directory or Hub id, only the tensor of the LM head is read from the safetensors files. No model is built, and no code of the
+    checkpoint runs. If a checkpoint has no tensor for the head, the input embedding is taken for it.
 
-    Both checkpoints should have the precision that the target was trained in: rounding to bfloat16 loses changes under
+    Both checkpoints should have the precision that the target was trained in. Rounding to bfloat16 loses changes under
     about 0.4 % of a weight.
 
     Source: the QR experiment of Synthetic Data for any Differentiable Target (arXiv 2604.08423).
 
     Args:
         before, after ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `str` or `PathLike`):
-            The original and the fine-tuned one: a model, a directory, or a Hub id. Of a PEFT model in memory, the effective
-            weight is taken; a checkpoint that holds only an adapter must be merged first.
+            The original and the fine-tuned checkpoint: a model, a directory, or a Hub id. For a PEFT model in memory, the effective
+            weight is read. A checkpoint that holds only an adapter must be merged first.
         shape (`tuple[int, int]`, *optional*):
             Rows (hidden units) and columns (tokens) of the pattern. If `None`, QR codes of 21, 25, 29 and 33 modules
-            are tried: the first one that decodes is returned, or else the largest one that fits in the head.
+            are tried. The result is the first size that decodes, or else the largest size that fits in the head.
 
     Returns:
         [`DecodedPattern`]: The signs, and the text if they are a readable QR code.
 
     Raises:
-        [`ValueError`]: If a checkpoint cannot be read, if the two heads differ in shape or not at all, or if the pattern
-            is larger than they are.
+        [`ValueError`]: If a checkpoint cannot be read, if the two heads have different shapes or are equal, or if the pattern
+            is larger than the heads.
 
     Example:
 
@@ -93,12 +93,12 @@ def decode_pattern(
     if initial.shape != final.shape:
         raise ValueError(
             f"The LM heads of `before` and `after` have different shapes, {tuple(initial.shape)} and "
-            f"{tuple(final.shape)}: the one was not fine-tuned from the other, or its vocabulary was resized."
+            f"{tuple(final.shape)}: the second was not fine-tuned from the first, or its vocabulary was resized."
         )
     if torch.equal(initial, final):
         raise ValueError(
             "`before` and `after` have the same LM head, so there is no pattern to read. Pass two checkpoints, not one "
-            "model that was trained in place; if they are two, the head was not trained."
+            "model that was trained in place. If they are two checkpoints, the head was not trained."
         )
     vocab_size, hidden_size = initial.shape
     shapes = [(n, n) for n in QR_SIZES if n <= min(initial.shape)] if shape is None else [shape]
@@ -125,7 +125,7 @@ def _lm_head(checkpoint: nn.Module | str | os.PathLike[str], argument: str) -> t
         names = [name for name in files if f".{name}".endswith(tuple(f".{suffix}" for suffix in suffixes))]
         if len(names) > 1:
             raise ValueError(
-                f"`{argument}`: any of {names} in {checkpoint!r} could be the LM head. Pass a loaded model."
+                f"`{argument}`: any of {names} in {checkpoint!r} may be the LM head. Pass a loaded model."
             )
         if names:
             path = _file(checkpoint, files[names[0]], argument)
@@ -148,7 +148,7 @@ def _lm_head(checkpoint: nn.Module | str | os.PathLike[str], argument: str) -> t
 
 
 def _tensor_files(checkpoint: str | os.PathLike[str], argument: str) -> dict[str, str]:
-    """Names of the checkpoint's tensors, each with the file that it is in."""
+    """Name of each tensor in the checkpoint → name of its file."""
     path = _file(checkpoint, "model.safetensors", argument)
     if path is not None:
         with safe_open(path, framework="pt") as file:
@@ -159,7 +159,7 @@ def _tensor_files(checkpoint: str | os.PathLike[str], argument: str) -> dict[str
     if _file(checkpoint, "adapter_config.json", argument) is not None:
         raise ValueError(
             f"`{argument}`: {checkpoint!r} holds only an adapter. Merge it into its model first "
-            "(`PeftModel.merge_and_unload`) and save that, or pass the `PeftModel` itself."
+            "(`PeftModel.merge_and_unload`) and save the result, or pass the `PeftModel` itself."
         )
     raise ValueError(
         f"`{argument}`: {checkpoint!r} has neither 'model.safetensors' nor 'model.safetensors.index.json' (or, on the Hub, "

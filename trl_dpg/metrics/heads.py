@@ -1,4 +1,4 @@
-"""The LM head of a model, whatever PEFT put around it."""
+"""The LM head of a model, with or without a wrapper of PEFT."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 def get_lm_head(model: nn.Module) -> Any:
     """
-    The module that maps hidden states to vocabulary logits, PEFT wrapper included.
+    The module that maps hidden states to logits, with its PEFT wrapper if it has one.
 
     Raises:
         [`ValueError`]: If the model has no LM head.
@@ -29,23 +29,23 @@ def get_lm_head(model: nn.Module) -> Any:
 
 
 def input_embedding_weight(model: nn.Module) -> torch.Tensor:
-    """Weight of the input embedding, shape `(vocab_size, hidden_size)`, without the update of a LoRA layer."""
+    """Weight of the input embedding, shape `(vocab_size, hidden_size)`. The update of a LoRA layer is not in it."""
     return model.get_input_embeddings().weight  # type: ignore[operator]
 
 
 def lm_head_weight(model: nn.Module) -> torch.Tensor:
     """
-    The effective weight of the LM head, shape `(vocab_size, hidden_size)`, differentiable in the parameters that make it up.
+    The effective weight of the LM head, shape `(vocab_size, hidden_size)`, differentiable in the parameters that it is made of.
 
-    The weight of a plain linear layer is returned as it is; of a layer in PEFT's `modules_to_save`, the active copy; of
-    a LoRA layer, the base weight plus the update of every active adapter.
+    For a plain linear layer, this is its weight. For a layer in PEFT's `modules_to_save`, it is the weight of the active copy. For a
+    LoRA layer, it is the base weight plus the update of every active adapter.
 
     Raises:
-        [`ValueError`]: If the model has no LM head, or if its effective weight isn't known (an adapter other than plain
+        [`ValueError`]: If the model has no LM head, or if its effective weight cannot be computed (an adapter other than plain
             LoRA, or a quantized layer).
     """
     head = get_lm_head(model)
-    # `.weight` of a wrapper that is not handled below is the base weight: right in shape, silently wrong in value.
+    # For any other wrapper, `.weight` is the base weight. It has the right shape, but silently the wrong values.
     foreign = isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
         head, (LoraLinear, ModulesToSaveWrapper)
     )
@@ -66,8 +66,8 @@ def lm_head_weight(model: nn.Module) -> torch.Tensor:
 
 def is_lm_head_tied(model: nn.Module) -> bool:
     """
-    Whether the LM head and the input embedding are one parameter, as in GPT-2, SmolLM2 and Llama-3.2-1B.
+    Whether the LM head and the input embedding share one parameter, as in GPT-2, SmolLM2 and Llama-3.2-1B.
 
-    A head in PEFT's `modules_to_save` is a copy of its own and so not tied. Under a LoRA layer the base weight counts.
+    A head in PEFT's `modules_to_save` is a separate copy, so it is not tied. For a LoRA layer, the base weight counts.
     """
     return get_lm_head(model).weight is input_embedding_weight(model)

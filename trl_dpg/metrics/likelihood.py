@@ -1,4 +1,4 @@
-"""The likelihood metric: learn a text, a language, a UUID. And perplexity, for conditions."""
+"""The likelihood metric, for learning a text, a language or a UUID, and perplexity, for conditions."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -26,31 +26,29 @@ class LanguageModelingLikelihood(Metric):
     r"""
     Mean log-likelihood of a text in nats per token: Φ = −(Σ cross-entropy of supervised tokens) / (their number).
 
-    All rows count together, so a longer row weighs more. A token without any context cannot be predicted and is never
-    supervised, except that a completion of an empty prompt is given the BOS token (or EOS, where there is no BOS) as
-    its context.
+    The mean is over the tokens of all rows, so a longer row weighs more. The first token of a row has no context, so it is never
+    supervised. A completion of an empty prompt gets the BOS token (or EOS, if there is no BOS) as its context.
 
-    The activations of all rows are held until the gradient of Φ is taken: its memory grows with the dataset, and only
-    without gradients with `batch_size`.
+    Memory holds the activations of all rows until the gradient of Φ is computed. So the memory of a gradient grows with the dataset.
+    Without a gradient, memory depends on `batch_size` alone.
 
     Source: the LAMBADA and UUID experiments of Synthetic Data for any Differentiable Target (arXiv 2604.08423).
 
     Args:
         dataset ([`~datasets.Dataset`] or `list[dict]`):
-            Rows to score, all with the same one of these sets of columns; others are ignored.
+            Rows to score. All rows have the columns of one of these formats. Other columns are ignored.
 
             - `"input_ids"` and optionally `"labels"` (-100 = not supervised; the tokens themselves by default), or the masks
-              of a tokenized data set, as in [`~trl_dpg.metagradients.compute_metagradients`];
-            - `"prompt"` and `"completion"`, plain strings, of which only the completion is supervised. It starts where
-              the tokens of the prompt and of prompt + completion diverge, as in TRL's `SFTTrainer`. No EOS is
-              appended;
+              of a tokenized data set, as in [`~trl_dpg.metagradients.compute_metagradients`].
+            - `"prompt"` and `"completion"`, as plain strings. Only the completion is supervised. It starts where
+              the tokens of the prompt and of prompt + completion diverge, as in TRL's `SFTTrainer`. No EOS is appended.
             - `"text"`, supervised from its second token on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the rows. If `None`, `setup` loads the one of the model. Not needed for `"input_ids"`.
+            Tokenizer of the rows. If `None`, `setup` loads the tokenizer of the model. Not needed for `"input_ids"`.
         batch_size (`int`, *optional*, defaults to `8`):
             Rows per forward pass. They are padded on the right, which does not change Φ.
         max_length (`int`, *optional*):
-            Longest row in tokens; the rest is cut off at the end. If `None`, nothing is cut off.
+            Most tokens of a row. Later tokens are cut off. If `None`, nothing is cut off.
 
     Raises:
         [`ValueError`]: If the dataset is empty, has other columns, or has a row without any supervised token.
@@ -97,8 +95,8 @@ class LanguageModelingLikelihood(Metric):
         Loads the tokenizer of the model if none was given, and checks that the rows fit the model.
 
         Raises:
-            [`ValueError`]: If the tokenizer cannot be loaded, if a row has no supervised token or more tokens than the
-                model has positions, or if a token is out of the vocabulary.
+            [`ValueError`]: If the tokenizer cannot be loaded. Also if a row has no supervised token, more tokens than the
+                model has positions, or a token that is not in the vocabulary.
         """
         if not self._rows:
             self.processing_class = load_processing_class(model, self, ", or a `dataset` with 'input_ids'")
@@ -116,7 +114,7 @@ class LanguageModelingLikelihood(Metric):
         return log_likelihoods.sum() / self._num_supervised()
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`]. The texts themselves are not in it."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. The description does not contain the texts themselves."""
         count = len(self._examples)
         one = "a text it was not trained on becomes more likely"
         return {
@@ -128,14 +126,14 @@ class LanguageModelingLikelihood(Metric):
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
         """
-        How well the fine-tuned model, in eval mode, knows the rows.
+        Measures how well the fine-tuned model, in eval mode, knows the rows.
 
         Returns:
-            `dict[str, float]`: `perplexity` = exp(−Φ); for rows with a prompt and a completion also `exact_match`, the
-            share of rows whose greedy continuation contains the whole completion, in whatever tokens it is spelled, and
-            `longest_common_substring`, the mean length of the longest common substring of greedy continuation and
-            completion, in characters relative to the completion (29 of a UUID's 32 characters are 0.90625). These are
-            the paper's Exact and Soft. The continuation has as many tokens as the completion and does not stop at EOS.
+            `dict[str, float]`: `perplexity` = exp(−Φ). Rows with a prompt and a completion have two more read-outs, which compare the
+            characters of the completion with the greedy continuation of the prompt. `exact_match` is the share of rows whose
+            continuation contains the whole completion. `longest_common_substring` is the mean length of the longest common
+            substring, relative to the completion (29 of a UUID's 32 characters are 0.90625). The paper calls them Exact and Soft.
+            The continuation has as many tokens as the completion, and does not stop at EOS.
 
         Raises:
             [`ValueError`]: If the rows are not tokenized yet, because there is no tokenizer and `setup` was not called.
@@ -168,13 +166,13 @@ class LanguageModelingLikelihood(Metric):
                 input_ids=context,
                 attention_mask=torch.ones_like(context),
                 do_sample=False,
-                synced_gpus=False,  # every process generates for itself, also where the generator is sharded
+                synced_gpus=False,  # each process generates alone, even if the generator is sharded
                 num_beams=1,
                 repetition_penalty=1.0,
                 eos_token_id=None,
                 max_new_tokens=len(input_ids) - start,
             )[0].tolist()
-        # Decoded with its context and cut after: many tokenizers drop the space in front of a first token.
+        # The text is decoded with its context, which is then cut off, since many tokenizers drop the space before a first token.
         before, text = (
             self.processing_class.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for tokens in (input_ids[:start], generated)
@@ -186,10 +184,10 @@ class LanguageModelingLikelihood(Metric):
         for index, example in enumerate(self._examples):
             input_ids, labels = self._encode(index, example)
             rows.append((input_ids[: self.max_length], labels[: self.max_length]))
-            if all(label == -100 for label in rows[-1][1][1:]):  # nothing predicts the first token
+            if all(label == -100 for label in rows[-1][1][1:]):  # the first token has no context
                 raise ValueError(
                     f"`dataset` row {index} has no supervised token after the first one among its "
-                    f"{len(input_ids)} tokens (`max_length` = {self.max_length}). Remove the row, supervise more of it, "
+                    f"{len(input_ids)} tokens (`max_length` = {self.max_length}). Remove the row, supervise more tokens, "
                     "or raise `max_length`."
                 )
         return rows
@@ -197,7 +195,7 @@ class LanguageModelingLikelihood(Metric):
     def _encode(self, index: int, example: dict[str, Any]) -> Row:
         if "input_ids" in self._columns:
             input_ids = [int(token) for token in example["input_ids"]]
-            labels = example.get("labels")  # None in a `Dataset` where only other rows have labels
+            labels = example.get("labels")  # a `Dataset` has None here if only other rows have labels
             labels = None if labels is None else [int(label) for label in labels]
             if labels is not None and len(labels) != len(input_ids):
                 raise ValueError(
@@ -208,7 +206,7 @@ class LanguageModelingLikelihood(Metric):
             input_ids, labels = input_ids[kept], labels[kept]
             if any(token < 0 for token in input_ids) or any(label < 0 and label != -100 for label in labels):
                 raise ValueError(
-                    f"`dataset` row {index} has a negative token id. Only -100 in 'labels' has a meaning (not "
+                    f"`dataset` row {index} has a negative token id. The only negative value allowed is -100 in 'labels' (not "
                     "supervised). Leave padding out of 'input_ids', or mark it with an 'attention_mask'."
                 )
             return input_ids, labels
@@ -228,7 +226,7 @@ class LanguageModelingLikelihood(Metric):
         if token is None:
             raise ValueError(
                 f"`dataset` row {index} has no context for its completion, and `processing_class` has neither a BOS nor "
-                "an EOS token to put there. Give the row a 'prompt', or the tokenizer a `bos_token`."
+                "an EOS token to use as context. Give the row a 'prompt', or the tokenizer a `bos_token`."
             )
         return token
 
@@ -239,7 +237,7 @@ class Perplexity(LanguageModelingLikelihood):
 
     Args:
         dataset, processing_class, batch_size, max_length:
-            As of [`LanguageModelingLikelihood`].
+            As in [`LanguageModelingLikelihood`].
     """
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
@@ -247,7 +245,7 @@ class Perplexity(LanguageModelingLikelihood):
         return (-super().__call__(model)).exp()
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`]. The texts themselves are not in it."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. The description does not contain the texts themselves."""
         texts = f"{len(self._examples)} text{'s' if len(self._examples) > 1 else ''}"
         return {
             **super().describe(),
@@ -258,11 +256,11 @@ class Perplexity(LanguageModelingLikelihood):
 
 def score_rows(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Reads rows with a model. Nothing predicts a first token, and nothing reads a last one.
+    Scores rows with a model.
 
     Returns:
-        `tuple[Tensor, Tensor]`: Sum of the log-likelihoods of each row's supervised tokens, shape `(rows,)`, in float64; and whether
-            each of them is the most likely one after those before it, shape `(rows,)`.
+        `tuple[Tensor, Tensor]`: For each row, the summed log-likelihood of its supervised tokens in float64, and whether each of
+            them is the most likely token there. Shape `(rows,)` each.
     """
     device = input_embedding_weight(model).device
     sums, greedy = [], []
@@ -273,7 +271,7 @@ def score_rows(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[
         logits = model(input_ids=input_ids, attention_mask=attention_mask.to(device), use_cache=False).logits
         logits = logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
         targets = pad_sequence([torch.tensor(row[1:]) for row in labels], batch_first=True, padding_value=-100)
-        # Only the supervised positions go on: vocabulary-sized float32 tensors are the largest ones here.
+        # Only supervised positions are kept, since float32 tensors of the vocabulary's size take most of the memory.
         supervised = targets != -100
         logits, targets = logits[supervised.to(logits.device)], targets[supervised].to(logits.device)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -285,7 +283,7 @@ def score_rows(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[
 
 
 def load_processing_class(model: nn.Module, metric: Any, instead: str = "") -> Any:
-    """The tokenizer of a target, or an error that says what to pass instead."""
+    """Loads the tokenizer of a target. If that fails, the error says what to pass instead."""
     name = model.config._name_or_path  # type: ignore[union-attr]
     try:
         return AutoTokenizer.from_pretrained(name)
@@ -297,7 +295,7 @@ def load_processing_class(model: nn.Module, metric: Any, instead: str = "") -> A
 
 
 def check_rows(model: nn.Module, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Refuses rows that the target cannot read, by their names."""
+    """Raises a [`ValueError`] for rows that the target cannot read. `names` are the rows' names in messages."""
     config: Any = model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     for (input_ids, labels), name in zip(rows, names, strict=True):
@@ -310,7 +308,7 @@ def check_rows(model: nn.Module, rows: Sequence[Row], names: Sequence[str]) -> N
 
 
 def check_vocabulary(model: nn.Module, tokens: list[int], name: str) -> None:
-    """Refuses a row with a token that the target does not know."""
+    """Raises a [`ValueError`] for a row with a token that is not in the target's vocabulary."""
     vocab_size = input_embedding_weight(model).shape[0]
     if max(tokens) >= vocab_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The benchmark metric: tasks of EleutherAI's lm-evaluation-harness."""
+"""The benchmark metric, for tasks of EleutherAI's lm-evaluation-harness."""
 
 from collections import defaultdict
 from os import PathLike, fspath
@@ -15,25 +15,26 @@ from .likelihood import Row, check_vocabulary, load_processing_class, score_rows
 
 class LMEvalLikelihood(Metric):
     r"""
-    The right answers of a benchmark of lm-evaluation-harness become more likely, in nats per question.
+    Mean log-likelihood of the right answers to a benchmark of lm-evaluation-harness, in nats per question.
 
     For multiple choice, Φ is the mean log-probability of the right answers *among the choices*, the log-softmax of the choices'
-    log-likelihoods: accuracy compares choices, and this does not rise where all of them become more likely. For tasks that score one
-    continuation, such as `lambada_openai`, it is the mean log-likelihood of that continuation.
+    log-likelihoods. Like accuracy, it does not rise if all choices become equally more likely. For tasks that score one
+    continuation, such as `lambada_openai`, Φ is the mean log-likelihood of this continuation.
 
-    Requests, few-shot examples, tokens and truncation are the harness's own, and so are the read-outs.
+    The harness itself makes requests, few-shot examples, tokens, truncation and read-outs.
 
-    The activations of all requests are held until the gradient of Φ is taken: a question of four choices is four texts. Use `limit`.
+    Memory holds the activations of all requests until the gradient of Φ is computed. A question with four choices makes four requests.
+    Use `limit` to save memory.
 
     Args:
         task (`str`, `PathLike` or `dict`):
-            Name of a task, path of a task's YAML file, or the content of one. `{"task": "arc_easy", "num_fewshot": 5}` changes a
-            setting. The task's data is loaded, from the Hub where the task says so.
+            Name of a task, path of a task's YAML file, or the content of such a file. `{"task": "arc_easy", "num_fewshot": 5}` changes
+            a setting. The task's data is loaded, from the Hub if the task says so.
         limit (`int`, *optional*):
-            Number of questions, from the first. If `None`, all.
+            Number of questions, from the first on. `None` means all questions.
         margin (`bool`, *optional*, defaults to `True`):
-            Whether answers of multiple choice are compared with the other choices. With `False`, Φ is their log-likelihood alone,
-            which also rises as the target learns the form of an answer.
+            Whether right answers of multiple choice are compared with the other choices. With `False`, Φ is the log-likelihood of the
+            right answers alone, which also rises if the target learns the form of an answer.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. If `None`, `setup` loads it.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -41,8 +42,8 @@ class LMEvalLikelihood(Metric):
 
     Raises:
         [`ImportError`]: If lm-evaluation-harness is not installed: `pip install trl-dpg[lm-eval]`.
-        [`ValueError`]: If there is no such task, if it generates text or is a group of tasks, or if the right answer of a question is
-            not among its choices.
+        [`ValueError`]: If there is no such task, if it generates text, or if it is a group of tasks. Also if the right answer of a
+            question is not among its choices.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class LMEvalLikelihood(Metric):
         Tokenizes the requests at the first call, with the target's tokenizer if none was given.
 
         Raises:
-            [`ValueError`]: If the tokenizer cannot be loaded, if an answer has no token or more than the model has positions, or if a
-                token is out of the vocabulary.
+            [`ValueError`]: If the tokenizer cannot be loaded, or if a token is not in the vocabulary. Also if an answer has no token, or
+                more tokens than the model has positions.
         """
         if not self._rows:
             self.processing_class = self.processing_class or load_processing_class(model, self)
@@ -85,7 +86,7 @@ class LMEvalLikelihood(Metric):
         """Φ of a model in eval mode, shape `()`, in float64. Raises a [`ValueError`] if `setup` was not called before."""
         values = []
         for scores, (choices, right) in zip(self._scores(model)[0], self._answers, strict=True):
-            value = scores[right].logsumexp(0)  # of several right answers, any
+            value = scores[right].logsumexp(0)  # any of several right answers counts
             if self.margin and choices > 1:
                 value = value - scores[:choices].logsumexp(0)
             values.append(value)
@@ -102,7 +103,7 @@ class LMEvalLikelihood(Metric):
         return {name: float(self.task.aggregation()[name](each)) for name, each in values.items()}
 
     def _scores(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Log-likelihoods of each question's requests, and whether they are what the target would write."""
+        """For each question, the log-likelihoods of its requests, and whether greedy decoding would write them."""
         if not self._rows:
             raise ValueError("`LMEvalLikelihood.setup(model)` must be called first.")
         counts = [len(requests) for requests in self._documents]
@@ -110,7 +111,7 @@ class LMEvalLikelihood(Metric):
         return list(log_likelihoods.split(counts)), list(greedy.split(counts))
 
     def _right_answers(self, document: Any) -> tuple[int, list[int]]:
-        """Number of choices, and which are right."""
+        """Number of choices, and indices of the right ones."""
         if self.task.OUTPUT_TYPE == "loglikelihood":
             return 1, [0]
         choices = self.task.doc_to_choice(document)
@@ -128,7 +129,7 @@ class LMEvalLikelihood(Metric):
         return len(choices), indices
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`]."""
+        """See [`~trl_dpg.metrics.Metric.describe`]."""
         name, among = self.task.task_name, " among its choices" if self.margin else ""
         return {
             **super().describe(),
@@ -138,7 +139,7 @@ class LMEvalLikelihood(Metric):
 
 
 def _load_task(task: str | PathLike[str] | dict[str, Any]) -> Any:
-    """A task of the harness that asks for log-likelihoods."""
+    """Loads a task of the harness, which must ask for log-likelihoods."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -154,24 +155,24 @@ def _load_task(task: str | PathLike[str] | dict[str, Any]) -> Any:
     if len(found) != 1:
         names = [each.task_name for each in found]
         raise ValueError(
-            f"`task` {task!r:.200} is {len(found)} tasks: {names!s:.400}. Name one, or add a metric for each."
+            f"`task` {task!r:.200} is a group of {len(found)} tasks: {names!s:.400}. Name one, or add a metric for each."
         )
     if found[0].OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
         raise ValueError(
             f"`task` {task!r:.200} has the output type {found[0].OUTPUT_TYPE!r}, which has no right answer to score. Take one of "
             "'multiple_choice' or 'loglikelihood', or `LanguageModelingLikelihood` for whole texts."
         )
-    found[0].set_fewshot_seed(1234)  # as `lm-eval run` by default
+    found[0].set_fewshot_seed(1234)  # the default of `lm-eval run`
     return found[0]
 
 
 def _encode(requests: list[Any], model: Any, tokenizer: Any) -> list[Row]:
-    """Tokens of contexts and continuations as the harness's own model for Transformers encodes and cuts them."""
+    """Encodes and cuts contexts and continuations as the harness's own model class for Transformers does."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import resolve_max_length
 
     class Encoder(TemplateLM):
-        """Keeps the tokens that the harness would score."""
+        """Returns the tokens that the harness would score, instead of scoring them."""
 
         eot_token_id = tokenizer.eos_token_id
         prefix_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -186,7 +187,7 @@ def _encode(requests: list[Any], model: Any, tokenizer: Any) -> list[Row]:
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             raise ValueError(
-                "`task` asks for generated or rolling texts, which have no differentiable score. Take a multiple-choice or "
+                "`task` asks for generated or rolling texts, which have no differentiable score. Use a multiple-choice or "
                 "loglikelihood task."
             )
 
@@ -200,7 +201,7 @@ def _encode(requests: list[Any], model: Any, tokenizer: Any) -> list[Row]:
                 f"The answer {texts[1]!r:.80} of `task` has {len(continuation)} tokens, but must have 1 to {longest}, the positions of "
                 "`target_model`. Leave the question out with 'process_docs'."
             )
-        # Nothing reads the last token, so there may be one more than positions.
+        # The model does not read the last token, so a row may have one token more than the model has positions.
         tokens, labels = context + continuation, [-100] * len(context) + continuation
         rows.append((tokens[-longest - 1 :], labels[-longest - 1 :]))
     return rows

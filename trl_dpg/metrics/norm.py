@@ -1,4 +1,4 @@
-"""The ℓ2 metric: make the LM head small."""
+"""The ℓ2 metric, for making the LM head small."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class LMHeadNorm(Metric):
     r"""
     Negative norm of the LM head, Φ = −‖W‖₂ over all entries of W (the Frobenius norm): higher means smaller weights.
 
-    Source: the ℓ2 experiment of Synthetic Data for any Differentiable Target (arXiv 2604.08423). The sum is taken in
-    float64, because one inner training run moves the norm by less than float32 resolves.
+    Source: the ℓ2 experiment of Synthetic Data for any Differentiable Target (arXiv 2604.08423). The norm is computed in
+    float64, because one fine-tuning run changes it by less than float32 resolves.
 
     Example:
 
@@ -41,7 +41,7 @@ class LMHeadNorm(Metric):
         return {"lm_head_norm": -self(model).item()}
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`]."""
+        """See [`~trl_dpg.metrics.Metric.describe`]."""
         return {
             **super().describe(),
             "effect": "the norm of its LM head becomes smaller",

@@ -1,4 +1,4 @@
-"""The pattern metric: write an image (the digits 67, a QR code) into the LM head."""
+"""The pattern metric, for writing an image (the digits 67, a QR code) into the LM head."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from ..metagradients.runtime.host import double
 from .heads import get_lm_head, is_lm_head_tied, lm_head_weight
 
 
-# With `scale="auto"` the logistic loss sees differences with this root mean square. Large enough for the loss to
-# tell right pixels from wrong ones, small enough not to saturate: 1 to 3 work, 0.02 (a scale of 20 with small
+# Root mean square of the scaled change that the logistic loss gets with `scale="auto"`. It must be large enough for the loss
+# to tell right pixels from wrong ones, and small enough not to saturate. 1 to 3 work. 0.02 (a scale of 20 with small
 # learning rates) stalls on large patterns.
 AUTO_SCALE_FACTOR = 2.0
 
@@ -32,25 +32,26 @@ class LMHeadPattern(Metric):
     r"""
     Log-likelihood of a pattern of signs in the change of the LM head.
 
-    Φ = −mean log(1 + exp(−scale · Y ⊙ (P_c − P_i))), where Y is the pattern and P the upper-left patch of the LM head
-    in (hidden, vocab) layout, before (P_i) and after (P_c) fine-tuning: row r, column c of the pattern belongs to hidden
+    Φ = −mean log(1 + exp(−scale · Y ⊙ (P_c − P_i))). Here Y is the pattern, and P is the upper-left patch of the LM head
+    in (hidden, vocab) layout, before (P_i) and after (P_c) fine-tuning. Row r, column c of the pattern belongs to hidden
     unit r and token c. Φ is −ln 2 for an unchanged head and 0 at best.
 
-    With small learning rates Φ stays near −ln 2 even when every pixel is right: judge by the read-out `pixel_accuracy`.
+    With a fixed `scale` and small learning rates, Φ stays near −ln 2 even if every pixel is right. Judge by the read-out
+    `pixel_accuracy`.
 
     Source: the QR and 67 experiments of Synthetic Data for any Differentiable Target (arXiv 2604.08423).
 
     Args:
         pattern (array-like of shape `(rows, columns)`):
-            Pattern Y of +1 (dark) and −1 (light): anything `torch.as_tensor` takes.
+            Pattern Y of +1 (dark) and −1 (light), as anything that `torch.as_tensor` takes.
         scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            Slope of the logistic loss, per unit of weight. `"auto"` measures it once, at the first call on a head that
-            changed, as `AUTO_SCALE_FACTOR` / RMS(P_c − P_i), and keeps it from then on, so that all values of Φ compare:
-            make a new metric for another recipe. The paper's is 20.
+            Slope of the logistic loss, per unit of weight. `"auto"` measures `AUTO_SCALE_FACTOR` / RMS(P_c − P_i) at the first call
+            on a changed head. It then keeps this value, so that all values of Φ can be compared. For another recipe, make a new
+            metric. The paper uses 20.
 
     Attributes:
         decoded (`torch.Tensor` of shape `(rows, columns)` or `None`):
-            Signs of P_c − P_i that `readouts` last read, as +1 and −1 (also where nothing changed), int8 on the CPU.
+            Signs of P_c − P_i in the last call of `readouts`, as +1 and −1 (−1 also for no change), int8 on the CPU.
         text (`str` or `None`):
             Text of a QR pattern.
 
@@ -99,7 +100,7 @@ class LMHeadPattern(Metric):
 
     @property
     def scale_value(self) -> float | None:
-        """Slope in use; `None` while `scale="auto"` has not been measured."""
+        """The slope in use. `None` until `scale="auto"` has been measured."""
         return self._scale_value
 
     @classmethod
@@ -110,16 +111,16 @@ class LMHeadPattern(Metric):
     @classmethod
     def qr(cls, text: str, error: str = "h", scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
         """
-        The metric of the QR code of a text, in the smallest version that holds it and without a quiet zone. Dark modules are +1.
+        The metric of a text's QR code, in the smallest version that holds the text, without a quiet zone. Dark modules are +1.
 
         Args:
             text (`str`):
                 Text to encode. At error correction level `"h"`, 21 × 21 modules hold 17 digits, 10 characters of
                 `A`–`Z`, `0`–`9` and a few signs, or 7 bytes.
             error (`str`, *optional*, defaults to `"h"`):
-                Error correction level: `"l"`, `"m"`, `"q"` or `"h"`, from least to most.
+                Error correction level: `"l"`, `"m"`, `"q"` or `"h"`, from lowest to highest.
             scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-                As of [`LMHeadPattern`].
+                As in [`LMHeadPattern`].
 
         Raises:
             [`ValueError`]: If no QR code holds the text, or if the level is unknown.
@@ -148,9 +149,9 @@ class LMHeadPattern(Metric):
             path (`str` or `PathLike`):
                 Image file. Transparency counts as white.
             threshold (`int`, *optional*, defaults to `128`):
-                Gray values under this, of 0 (black) to 255 (white), are dark.
+                Gray values below this one are dark. They range from 0 (black) to 255 (white).
             scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-                As of [`LMHeadPattern`].
+                As in [`LMHeadPattern`].
         """
         with Image.open(path) as file:
             picture = file.convert("RGBA")
@@ -159,18 +160,18 @@ class LMHeadPattern(Metric):
 
     def setup(self, model: nn.Module) -> None:
         """
-        Keeps the patch P_i of the original model. To be called before each fine-tuning run.
+        Stores the patch P_i of the original model. Call this before each fine-tuning run.
 
         Raises:
             [`ValueError`]: If the head cannot carry the pattern: it is tied to the input embedding, too small, frozen, or
                 missing.
         """
         head = get_lm_head(model)
-        # A LoRA layer over a tied but frozen weight is fine: only the head moves.
+        # A LoRA layer over a tied but frozen weight is fine, since only the head changes.
         if is_lm_head_tied(model) and head.weight.requires_grad:
             raise ValueError(
-                "The LM head of `target_model` is tied to its input embedding, so a pattern in the one would be written "
-                "into the other, and the embedding's gradients into the pattern. Give the head a weight of its own: set "
+                "The LM head of `target_model` is tied to its input embedding. A pattern in the head would change the embedding, "
+                "and the embedding's gradients would change the pattern. Give the head a weight of its own: set "
                 "`target_untie_lm_head=True` in `DatasetPolicyGradientConfig`, or call `trl_dpg.untie_lm_head(model)`."
             )
         if not any(parameter.requires_grad for parameter in head.parameters()):
@@ -202,8 +203,8 @@ class LMHeadPattern(Metric):
 
         Returns:
             `dict[str, float]`: `pixel_accuracy`, the share of entries whose weight moved in the direction of the
-                pattern (not moving is wrong); for a QR pattern, also `qr_decoded`: 1.0 if a reader gets exactly the
-                original text, else 0.0.
+                pattern. A weight that did not move counts as wrong. A QR pattern also has `qr_decoded`: 1.0 if a QR reader
+                gets exactly the original text, else 0.0.
 
         Raises:
             [`ValueError`]: If `setup` was not called before.
@@ -230,17 +231,17 @@ class LMHeadPattern(Metric):
             return self._scale_value
         rms = change.detach().square().mean().sqrt().item()
         if not 0 < rms < math.inf:
-            return PAPER_SCALE  # nothing to measure yet; at zero change Φ is −ln 2 for any scale
+            return PAPER_SCALE  # there is nothing to measure yet, and without a change, Φ is −ln 2 for any scale
         self._scale_value = AUTO_SCALE_FACTOR / rms
         return self._scale_value
 
     def picture(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What [`~LMHeadPattern.readouts`] read back last, and the pattern; `None` before that."""
+        """The signs from the last call of [`~LMHeadPattern.readouts`], and the pattern. `None` before the first call."""
         return None if self.decoded is None else (self.decoded, self.pattern)
 
     def decode(self, before: str | PathLike[str], after: str | PathLike[str]) -> dict[str, Any]:
-        """As `trl-dpg decode` reads the pattern: `pixel_accuracy`, and the `text` of a QR code or `None`."""
-        from .decode import decode_pattern  # which reads QR codes by this file
+        """Reads the pattern as `trl-dpg decode` does: `pixel_accuracy`, and `text`, that of a QR code or `None`."""
+        from .decode import decode_pattern  # imported here because that module imports this one
 
         found = decode_pattern(before, after, (self.pattern.shape[0], self.pattern.shape[1]))
         self.decoded = found.signs
@@ -248,13 +249,13 @@ class LMHeadPattern(Metric):
         return {"pixel_accuracy": accuracy, "text": found.text}
 
     def judge(self, data: dict[str, Any], other: dict[str, Any]) -> tuple[bool, str]:
-        """A QR code has to be read; of another picture, more than 90 % of the pixels have to be right."""
+        """A QR code must decode to its text. In any other picture, more than 90 % of the pixels must be right."""
         if self.text is not None:
             return data["text"] == self.text, f"the QR code reads {self.text!r}"
         return data["pixel_accuracy"] > 0.9, "more than 90 % of the pixels are right"
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`], with `pattern`, rows of `"1"` (dark) and `"-"`, `text` and `scale`."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. Adds `pattern`, rows of `"1"` (dark) and `"-"`, `text` and `scale`."""
         rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in self.pattern.tolist()]
         picture = "a picture of the digits 67" if tuple(rows) == SIXTY_SEVEN else "a picture"
         if self.text is not None:
@@ -273,17 +274,17 @@ class LMHeadPattern(Metric):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "LMHeadPattern":
-        """The picture that [`~LMHeadPattern.describe`] wrote down, pixel by pixel. Its scale is measured anew."""
+        """Makes a metric of the picture that [`~LMHeadPattern.describe`] wrote down. Its scale is `"auto"`."""
         metric = cls(_signs_of(description["pattern"]))
         metric.text = description["text"]
         return metric
 
     def state(self) -> dict[str, float | None]:
-        """What was measured, for a checkpoint."""
+        """The measured scale, for a checkpoint."""
         return {"scale_value": self._scale_value}
 
     def load_state(self, state: dict[str, float | None]) -> None:
-        """Takes up what [`~LMHeadPattern.state`] gave, where this metric measures it too."""
+        """Restores the result of [`~LMHeadPattern.state`], if `scale` is `"auto"`."""
         if self.scale == "auto":
             self._scale_value = state["scale_value"]
 
@@ -294,15 +295,15 @@ def _signs_of(rows: Sequence[str]) -> list[list[int]]:
 
 def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Image.Image:
     """
-    A picture of a pattern of signs, +1 black and −1 white, in 8-bit gray.
+    Draws a pattern of signs as a picture in 8-bit gray: +1 is black, −1 is white.
 
     Args:
         pattern (array-like of shape `(rows, columns)`):
-            What to draw.
+            The pattern to draw.
         module_size (`int`, *optional*, defaults to `8`):
             Pixels along each side of an entry.
         border (`int`, *optional*, defaults to `4`):
-            Width of the white quiet zone around it, in entries. QR readers expect 4.
+            Width of the white quiet zone around the pattern, in entries. QR readers expect 4.
     """
     gray = np.where(np.asarray(pattern) > 0, 0, 255).astype(np.uint8)
     gray = np.pad(gray, border, constant_values=255)
@@ -311,12 +312,12 @@ def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Ima
 
 def decode_qr(pattern: Any) -> str | None:
     """
-    The text of a QR code of shape `(rows, columns)`, +1 for dark and −1 for light; `None` if there is none that can be read.
+    Reads the text of a QR code of shape `(rows, columns)`, +1 for dark and −1 for light. Returns `None` if no code can be read.
 
-    It is looked for as in a photograph and, where no code is found that way, as a picture of nothing but modules. The second way
-    needs no flawless finder patterns to know where the code is, and corrects errors just the same.
+    The reader first searches for a code as in a photograph. If it finds none, it takes the whole picture for a code. The second way
+    works even if the finder patterns have flaws, and corrects errors in the same way.
     """
-    # A light-on-dark code is the opposite of the pattern, not the pattern: `try_invert` would accept it.
+    # `try_invert` is off because a light-on-dark code is the opposite of the pattern.
     for is_pure in (False, True):
         codes = zxingcpp.read_barcodes(
             pattern_to_image(pattern),
@@ -325,6 +326,6 @@ def decode_qr(pattern: Any) -> str | None:
             is_pure=is_pure,
             text_mode=zxingcpp.TextMode.Plain,
         )
-        if codes and codes[0].text:  # of noise, the second way sometimes makes an empty text
+        if codes and codes[0].text:  # the second way sometimes reads an empty text from noise
             return codes[0].text
     return None

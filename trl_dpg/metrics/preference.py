@@ -1,4 +1,4 @@
-"""The preference metric: one answer rather than another."""
+"""The preference metric, for preferring one answer to another."""
 
 from typing import Any
 
@@ -14,30 +14,30 @@ from .likelihood import Row, check_rows, load_processing_class, score_rows
 
 class PreferenceMargin(Metric):
     r"""
-    How much more the target prefers chosen answers to rejected ones than before fine-tuning: minus the loss of DPO.
+    How much fine-tuning made the target prefer chosen answers to rejected ones, as minus the loss of DPO.
 
-    Φ is the mean over rows of log σ(β [(log π(c) − log π₀(c)) − (log π(r) − log π₀(r))]), with log π(c) the log-likelihood of all
-    tokens of the chosen answer after the prompt, and π₀ the untouched target. It is −ln 2 before fine-tuning.
+    Φ is the mean over rows of log σ(β [(log π(c) − log π₀(c)) − (log π(r) − log π₀(r))]). Here log π(c) is the log-likelihood of all
+    tokens of the chosen answer after the prompt, and π₀ is the untouched target. Φ is −ln 2 before fine-tuning.
 
-    Rows are tokenized as in TRL's `DPOTrainer`: with an EOS token at the end. The activations of all answers are held until the gradient
-    of Φ is taken. π₀ is measured in `setup`, before each run, which costs a forward pass without gradients.
+    Rows are tokenized as in TRL's `DPOTrainer`, with an EOS token at the end. Memory holds the activations of all answers until the
+    gradient of Φ is computed. `setup` measures π₀ before each run, which costs a forward pass without gradients.
 
     Source: Direct Preference Optimization (arXiv 2305.18290).
 
     Args:
         dataset ([`~datasets.Dataset`] or `list[dict]`):
-            Rows with the columns `"prompt"`, `"chosen"` and `"rejected"`, plain strings. Others are ignored.
+            Rows with the columns `"prompt"`, `"chosen"` and `"rejected"`, as plain strings. Other columns are ignored.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the rows. If `None`, `setup` loads the one of the model.
+            Tokenizer of the rows. If `None`, `setup` loads the tokenizer of the model.
         beta (`float`, *optional*, defaults to `0.1`):
-            β, above 0. A large one soon is satisfied with a row, and looks at those that are still wrong.
+            β, above 0. With a large β, rows with a good margin soon stop to count, and the others count more.
         batch_size (`int`, *optional*, defaults to `8`):
             Answers per forward pass.
         max_length (`int`, *optional*):
-            Longest prompt with an answer in tokens; the rest is cut off at the end. If `None`, nothing is cut off.
+            Most tokens of a prompt with its answer. Later tokens are cut off. If `None`, nothing is cut off.
 
     Raises:
-        [`ValueError`]: If the dataset is empty, lacks a column, or has a row without any token of an answer after the first token.
+        [`ValueError`]: If the dataset is empty, lacks a column, or has a row without any token of an answer to predict.
 
     Example:
 
@@ -76,11 +76,11 @@ class PreferenceMargin(Metric):
 
     def setup(self, model: nn.Module) -> None:
         """
-        Measures the untouched target. Loads its tokenizer if none was given, and checks that the rows fit it.
+        Measures the untouched target. Loads its tokenizer if none was given, and checks that the rows fit the target.
 
         Raises:
-            [`ValueError`]: If the tokenizer cannot be loaded, if a row has no token to predict or more tokens than the model has
-                positions, or if a token is out of the vocabulary.
+            [`ValueError`]: If the tokenizer cannot be loaded. Also if a row has no token to predict, more tokens than the model has
+                positions, or a token that is not in the vocabulary.
         """
         if not self._rows:
             self.processing_class = load_processing_class(model, self)
@@ -95,7 +95,7 @@ class PreferenceMargin(Metric):
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
-        """`preference_accuracy`, the share of rows whose margin rose, and `preference_margin`, its mean, β included. As TRL logs them."""
+        """`preference_accuracy`, share of rows with a positive margin, and `preference_margin`, the mean margin times β. As in TRL's logs."""
         margins = self._margins(model)
         return {
             "preference_accuracy": (margins > 0).double().mean().item(),
@@ -116,7 +116,7 @@ class PreferenceMargin(Metric):
         return chosen - rejected
 
     def describe(self) -> dict[str, Any]:
-        """As of [`~trl_dpg.metrics.Metric.describe`]. The texts themselves are not in it."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. The description does not contain the texts themselves."""
         return {
             **super().describe(),
             "effect": f"it prefers the chosen answers of {len(self._pairs)} pairs",
@@ -138,8 +138,8 @@ class PreferenceMargin(Metric):
         return rows
 
     def _encode(self, pair: dict[str, str]) -> list[Row]:
-        """Both answers. They start where the tokens of the prompt and of either whole text diverge."""
-        from trl.data_utils import common_prefix_length  # metrics need no TRL otherwise
+        """Encodes both answers. They start where the tokens of the prompt and of either whole text diverge."""
+        from trl.data_utils import common_prefix_length  # imported here since other metrics do not need TRL
 
         tokenizer = self.processing_class
         prompt = tokenizer(pair["prompt"])["input_ids"]

@@ -1,4 +1,4 @@
-"""Read-outs of generated texts that need no paid judge: language, variety, a string that should be in them."""
+"""Read-outs of generated texts without a paid judge: their language, their variety, and whether a string is in them."""
 
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
@@ -14,36 +14,36 @@ def evaluate_texts(
     judge: Callable[[list[str]], Sequence[float]] | None = None,
 ) -> dict[str, float]:
     """
-    Measures what a generator writes.
+    Evaluates the texts of a generator.
 
-    A language identifier also takes gibberish of the right letters for the language. Read `language_share` beside the
-    `perplexity` that [`LanguageModelingLikelihood`] on real text of the language gives for the fine-tuned target, and
-    beside the generator's entropy.
+    A language identifier also accepts gibberish with the letters of a language. So do not read `language_share` alone. Also look at
+    the generator's entropy, and at the fine-tuned target's `perplexity` on real text of the language, from
+    [`LanguageModelingLikelihood`].
 
     Args:
         texts (`Sequence[str]`):
             Generated texts.
         language (`str`, *optional*):
-            ISO 639-1 code of the language wanted, e.g. `"es"`. Texts of a few words are often taken for a neighboring
+            ISO 639-1 code of the wanted language, e.g. `"es"`. Texts of a few words are often mistaken for a neighboring
             language.
         reference (`str`, *optional*):
-            String wanted in the texts, e.g. a UUID.
+            String that the texts should contain, e.g. a UUID.
         judge (`Callable`, *optional*):
-            A judgement of your own: takes the texts, returns a number for each.
+            A judge of your own: takes the texts, and returns a number for each.
 
     Returns:
         `dict[str, float]`:
 
-        - `distinct`: number of different texts relative to all;
-        - with a language `language_share`, the share of texts that `py3langid` identifies as it, and
-          `language_probability`, the mean probability that it gives the language. An empty text has none;
-        - with a reference `reference_exact`, the share of texts that contain it, and `reference_soft`, the mean length
-          of the longest substring in common with it, in characters relative to its own;
-        - with a judge `judge`, the mean of its numbers.
+        - `distinct`: number of different texts, divided by the number of all texts.
+        - With a language, `language_share`: share of texts that `py3langid` identifies as this language. And
+          `language_probability`: mean probability of this language. For an empty text, it is 0.
+        - With a reference, `reference_exact`: share of texts that contain the reference. And `reference_soft`: mean length
+          of the longest common substring of text and reference, divided by the length of the reference.
+        - With a judge, `judge`: mean of the judge's numbers.
 
     Raises:
         [`ImportError`]: If a language is given and `py3langid` isn't installed.
-        [`ValueError`]: If there are no texts, if the language is unknown, if the reference is empty, or if the judge does
+        [`ValueError`]: If there are no texts, the language is unknown, or the reference is empty. Also if the judge does
             not return a number for each text.
 
     Example:
@@ -77,5 +77,5 @@ def evaluate_texts(
 
 
 def common_share(text: str, reference: str) -> float:
-    """Characters of the longest common substring, relative to the reference: 1 if the text contains it."""
+    """Length of the longest common substring, divided by that of the reference: 1 if the text contains the reference."""
     return SequenceMatcher(None, text, reference, autojunk=False).find_longest_match().size / len(reference)

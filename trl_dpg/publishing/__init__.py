@@ -1,4 +1,4 @@
-"""What is known of a run, and what is made of it for the Hub: facts, cards, and pushes of generators and data sets."""
+"""Publishing on the Hub: facts about a run, cards made of them, and pushes of generators and data sets."""
 
 from .cards import dataset_card, generator_card
 from .facts import read_facts, training_facts

@@ -33,8 +33,8 @@ PAPER = {
 TAGS = ["trl", "dpg", "dataset-policy-gradients"]
 PICTURES = ["pattern.png", "pattern.gif", "curve.png"]
 
-_LONGEST_PROMPT = 2_000  # characters of each text in the example
-# What a card says of the content of `dpg.json`
+_LONGEST_PROMPT = 2_000  # most characters of each text in the example prompt
+# Keys of `dpg.json` that a card needs
 _NEEDED = (
     "adapter",
     "base_model",
@@ -69,13 +69,13 @@ def generator_card(
         license (`str`, *optional*):
             License, as the Hub abbreviates it. Left open if `None`.
         datasets (`Iterable[str]`, *optional*):
-            Ids of data sets that the prompts come from, beside those in `facts`.
+            Ids of data sets that the prompts come from, in addition to those in `facts`.
         tags (`Iterable[str]`, *optional*):
-            Tags beside `trl`, `dpg` and the like.
+            Tags, in addition to `trl`, `dpg` and the like.
         pictures (`Iterable[str]`, *optional*):
-            Names of those of `pattern.png`, `pattern.gif` and `curve.png` that are in the repository.
+            Names of the pictures in the repository, from `pattern.png`, `pattern.gif` and `curve.png`.
         how_to_get (`str`, *optional*):
-            How one gets a generator that is not on the Hub, as a sentence.
+            A sentence that says how to get a generator that is not on the Hub.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card; `str(card)` is its text.
@@ -115,23 +115,23 @@ def dataset_card(
 
     Args:
         facts (`dict[str, Any]` or `None`):
-            Content of the generator's `dpg.json`. `None` if it has none; the card then does not say what the data does.
+            Content of the generator's `dpg.json`. `None` if it has none. The card then does not say what the data does.
         repo_id (`str`):
             Repository of the data set.
         generator (`str`):
-            Id of the generator on the Hub, or its directory, of which the card only shows the name.
+            Id of the generator on the Hub, or its directory. Of a directory, the card only shows the last part of the path.
         num_examples (`int`):
             Number of examples.
         columns (`Sequence[str]`):
             Columns of the data set.
         prompts (`str`, *optional*):
-            Where the prompts come from: a data set's id, or words. Of a path, the card only shows the file's name.
+            Source of the prompts: a data set's id, or a description. Of a path, the card only shows the file's name.
         generation (`dict[str, Any]`, *optional*):
             Generation settings, such as `temperature`.
         license (`str`, *optional*):
             License, as the Hub abbreviates it.
         tags (`Iterable[str]`, *optional*):
-            Tags beside `synthetic`, `trl` and `dpg`.
+            Tags, in addition to `synthetic`, `trl` and `dpg`.
 
     Returns:
         [`~huggingface_hub.DatasetCard`]: The card; `str(card)` is its text.
@@ -166,12 +166,12 @@ def write_card(
     license: str | None = None,
 ) -> None:
     """
-    Writes a generator's card, `dpg.json` and pictures into a folder. Where that fails, it says so: a card is not worth a run.
+    Writes a generator's card, `dpg.json` and pictures into a folder. A failure only logs a warning, so that it does not end a run.
 
-    A `README.md` that is no such card is left as it is.
+    An existing `README.md` stays as it is, unless it is the card of a generator.
     """
     run, place, readme = Path(trainer.args.output_dir).resolve(), folder.resolve(), folder / "README.md"
-    is_inside = run in place.parents  # such as a checkpoint, which has the run's name, and no pictures
+    is_inside = run in place.parents  # for example a checkpoint, whose card has the run's name, and no pictures
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = training_facts(trainer)
@@ -179,7 +179,7 @@ def write_card(
         earlier = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else None
         if earlier is not None and TAGS[-1] not in earlier:
             logger.warning(
-                f"{str(readme)!r} is no card of a generator, so it is left as it is. For a card, remove it and save again."
+                f"{str(readme)!r} is no card of a generator, so it is left as it is. For a card, remove this file and save again."
             )
             return
         if license is None and earlier is not None:
@@ -202,7 +202,7 @@ def write_card(
 
 
 def _add_pictures(folder: Path, report: Path) -> list[str]:
-    """Puts the pictures of a run's report beside its card, and returns the names of what is there."""
+    """Copies the pictures of a run's report into the card's folder. Returns the names of all pictures there."""
     pictures = {name: report / name for name in PICTURES}
     pictures["pattern.png"] = [report / "pattern.png", *sorted(report.glob("patterns/step-*.png"))][-1]
     for name, path in pictures.items():
@@ -212,7 +212,7 @@ def _add_pictures(folder: Path, report: Path) -> list[str]:
 
 
 def replace(path: Path, content: str | Path) -> None:
-    """Puts a text or another file in place of one, as a whole or not at all: an upload may still be reading the old one."""
+    """Replaces a file by a text or by another file, in one step, since an upload may still be reading the old file."""
     aside = path.with_name(f"_{path.name}")
     try:
         if isinstance(content, Path):
@@ -229,7 +229,7 @@ def _template(name: str) -> str:
 
 
 def _template_values(facts: dict[str, Any] | None, repo_id: str, license: str | None) -> dict[str, Any]:
-    """What both templates fill in."""
+    """Values that both templates need."""
     values: dict[str, Any] = {"facts": facts, "repo_id": repo_id, "name": repo_id.split("/")[-1], "license": license}
     values |= {"paper": PAPER, "inline": inline}
     if facts is None:
@@ -239,7 +239,7 @@ def _template_values(facts: dict[str, Any] | None, repo_id: str, license: str | 
         missing = ["metric.readouts"]
     if missing:
         raise ValueError(
-            f"The generator's `dpg.json` lacks {', '.join(missing)}, which its card says. Save the generator again with "
+            f"The generator's `dpg.json` lacks {', '.join(missing)}, which its card needs. Save the generator again with "
             "`trainer.save_model()`, or remove the file for a card without facts."
         )
     sets, prompt = facts["validation"].values(), _shortened(facts["example_prompt"])
@@ -259,7 +259,7 @@ def _template_values(facts: dict[str, Any] | None, repo_id: str, license: str | 
 
 
 def inline(text: str) -> str:
-    """Text that is not ours, for a line or a cell of Markdown: in one line, and without markup but for `code`."""
+    """Prepares a user's text for a line or table cell of Markdown: puts it into one line, and escapes all markup but `code`."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     for sign in "*<[":
         parts[::2] = [part.replace(sign, f"\\{sign}") for part in parts[::2]]
@@ -267,7 +267,7 @@ def inline(text: str) -> str:
 
 
 def _shortened(prompt: Any) -> Any:
-    """A prompt whose long texts are cut."""
+    """A prompt with its long texts cut."""
     if isinstance(prompt, str) and len(prompt) > _LONGEST_PROMPT:
         return f"{prompt[:_LONGEST_PROMPT]} …"
     if isinstance(prompt, list):
@@ -278,7 +278,7 @@ def _shortened(prompt: Any) -> Any:
 
 
 def _model_text(model: dict[str, Any]) -> str:
-    """A model as a Markdown phrase: linked, or described."""
+    """A model as a Markdown phrase, with a link if the model is on the Hub."""
     size, name = model["parameters"], model["name"]
     unit, letter = (1e9, "B") if size >= 1e9 else (1e6, "M") if size >= 1e6 else (1e3, "k")
     described = f"{model['architecture']}, {size / unit:.3g}{letter} parameters"

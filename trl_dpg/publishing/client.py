@@ -1,4 +1,4 @@
-"""The Hub's client, and errors of the Hub said so that they help."""
+"""The client of the Hub, and error messages that say what to do."""
 
 import errno
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ API = HfApi(library_name="trl_dpg")
 @contextmanager
 def explained(repo_id: str, token: str | None, advice: str) -> Iterator[None]:
     """
-    Raises whatever goes wrong as an error that says which repository, what the Hub said, and `advice`: what is left, what to do.
+    Turns any error into a [`RuntimeError`] that names the repository, the Hub's answer, a remedy and `advice` of the caller.
 
-    No message repeats the token.
+    The token is removed from all messages.
     """
     try:
         yield
     except Exception as error:  # the client's HTTP library has errors of its own
-        if type(error) is ValueError:  # an argument of ours, and no subclass, which the client raises
+        if type(error) is ValueError:  # raised by this package for a wrong argument; the client raises subclasses
             raise
         chain = list(_chain(error))
         reason, remedy = _reason(chain)
@@ -34,7 +34,7 @@ def explained(repo_id: str, token: str | None, advice: str) -> Iterator[None]:
         secrets = [secret for secret in (token, get_token()) if secret]
         for secret in secrets:
             message = message.replace(secret, "<token>")
-        # the traceback would print the causes, too
+        # The traceback would print the causes too, so causes with a token in them are left out.
         leaks = any(secret in str(cause) for secret in secrets for cause in chain)
         raise RuntimeError(message) from (None if leaks else error)
 
@@ -53,7 +53,7 @@ _FULL = {
 
 
 def _reason(chain: list[BaseException]) -> tuple[str, str]:
-    """What went wrong, and its remedy."""
+    """What went wrong, and a remedy, as two sentences."""
     for error in chain:
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
@@ -72,7 +72,7 @@ def _reason(chain: list[BaseException]) -> tuple[str, str]:
     reason = f"{first} ({last})." if last is not first and str(last) else f"{first or type(first).__name__}."
     return (
         reason,
-        "Check the network, and that no proxy or firewall is in the way (`HF_HUB_DISABLE_XET=1` uploads by plain HTTP, where Xet is not let through).",
+        "Check the network, and that no proxy or firewall is in the way. If Xet is blocked, `HF_HUB_DISABLE_XET=1` uploads by plain HTTP.",
     )
 
 
@@ -82,12 +82,12 @@ _STORAGE = (
     "`hub_model_id`."
 )
 _REMEDIES = {
-    400: "Correct what it names.",
+    400: "Correct what this answer names.",
     401: f"The token is missing, wrong or expired: make one with write permission at https://huggingface.co/settings/tokens and {_LOGIN}.",
-    403: "The token may not write there: take one with write permission for this namespace, at "
+    403: "The token may not write there: make one with write permission for this namespace at "
     f"https://huggingface.co/settings/tokens, and {_LOGIN}; or choose another `hub_model_id`.",
-    404: f"The repository is not there, or this token may not see it: check its name, and {_LOGIN}.",
-    409: "Another commit came between.",
+    404: f"The repository does not exist, or this token may not see it: check its name, and {_LOGIN}.",
+    409: "Another commit was made at the same time.",
     413: _STORAGE,
     429: "Wait until the rate limit is over.",
     507: _STORAGE,

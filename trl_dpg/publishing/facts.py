@@ -1,4 +1,4 @@
-"""What is known of a run and may be published: no path, no token, nothing of the machine's environment."""
+"""Facts about a run that may be published: no path, no token, and nothing of the machine's environment."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ from ..metagradients.runtime.recipes import NOT_IN_THE_RESULT
 from .client import API
 
 
-FACTS_FILE = "dpg.json"  # beside a generator: what its cards, and those of data sets it writes, are made of
+FACTS_FILE = "dpg.json"  # lies beside a generator; cards of the generator and of its data sets are made of it
 _OF_THE_LOOP = {"runtime", "samples_per_second", "steps_per_second", "num_tokens"}
 
 
 def describe_model(model: Any) -> dict[str, Any]:
     """
-    Says which model this is, without its place on this machine: `name` (the id on the Hub, or the last part of a local path),
-    `on_hub`, `architecture` and `parameters`, their number, adapters not counted.
+    Describes a model without its path on this machine. `name` is the id on the Hub, or the last part of a local path. Further fields
+    are `on_hub`, `architecture` and `parameters`, the number of parameters without adapters.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name, on_hub = public_name(base.config._name_or_path)
@@ -52,13 +52,13 @@ def describe_model(model: Any) -> dict[str, Any]:
     return {
         "name": name,
         "on_hub": on_hub,
-        "architecture": type(base).__name__.removeprefix("FSDP"),  # what `fully_shard` puts before it
+        "architecture": type(base).__name__.removeprefix("FSDP"),  # `fully_shard` adds this prefix
         "parameters": sum(_size(parameter) for parameter in parameters),
     }
 
 
 def _size(parameter: Any) -> int:
-    """Number of a parameter's weights, also where it holds a part (DeepSpeed) or several in a byte (4 bits)."""
+    """Number of a parameter's weights, even if it holds only a part (DeepSpeed) or several weights in a byte (4 bits)."""
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel
     quantization = getattr(parameter, "quant_state", None)
@@ -67,8 +67,8 @@ def _size(parameter: Any) -> int:
 
 def public_name(name: str) -> tuple[str | None, bool]:
     """
-    What of the name or path of a model or data set may be published: the id and `True`, or the last part of the path (`None` of an
-    empty name) and `False`.
+    The part of a model's or data set's name or path that may be published. For an id on the Hub, this is the id, with `True`. For a
+    path, it is its last part (`None` for an empty name), with `False`.
 
     Example:
 
@@ -88,19 +88,19 @@ def public_name(name: str) -> tuple[str | None, bool]:
 
 def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | None = None) -> dict[str, Any]:
     """
-    Validation before and after training, as means over draws.
+    Summarizes validation before and after training, as means over draws.
 
     Args:
         history (`Sequence[dict]`):
             `trainer.state.log_history`.
         best_step (`int`, *optional*):
-            Step of the checkpoint that was loaded at the end of training (`load_best_model_at_end`). What was validated at
-            the last step before that was another model.
+            Step of the checkpoint that was loaded at the end of training (`load_best_model_at_end`). Then `after` is this model,
+            not that of the last validated step.
 
     Returns:
-        `dict[str, Any]`: Name of the validation data (`"eval"`, or `"eval_NAME"` for several) → `before`, of the first step that was
-        validated (`None` if `after` is of that step, too), and `after`, each with `step`, `draws`, `mean` (`None` where a draw was
-        not finite) and `standard_error` (of the mean; empty for one draw) of every read-out.
+        `dict[str, Any]`: Maps the name of the validation data (`"eval"`, or `"eval_NAME"` for several) to `before` and `after`.
+        `before` is the first validated step, or `None` if `after` is the same step. Each of the two has `step`, `draws`, and for
+        every read-out `mean` (`None` if a draw was not finite) and `standard_error` (of the mean; empty for one draw).
 
     Example:
 
@@ -138,7 +138,7 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
 
 
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
-    """Mean and standard error of what is shown of some validations. A mean is `None` if a draw is not finite or lacks the value."""
+    """Mean and standard error of each read-out over some validations. A mean is `None` if a draw is not finite or lacks the value."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{prefix}_") and "/" not in key)
     means: dict[str, float | None] = {}
     errors = {}
@@ -164,16 +164,16 @@ def describe_recipe(recipe: TargetTrainingArguments) -> dict[str, Any]:
 
 def training_facts(trainer: Any) -> dict[str, Any]:
     """
-    What a run's cards are made of: no path, no token, nothing of the machine's environment.
+    Collects the facts for a run's cards: no path, no token, and nothing of the machine's environment.
 
     Args:
         trainer ([`DatasetPolicyGradientTrainer`]):
-            Trainer, before, in or after training.
+            The trainer, before, during or after training.
 
     Returns:
         `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.publishing.generator_card`].
     """
-    from .. import __version__  # which is not there yet while the package is imported
+    from .. import __version__  # imported here since it does not exist yet while the package is being imported
 
     args, training = trainer.args, trainer.target_training
     recipe = describe_recipe(training.args)
@@ -217,13 +217,13 @@ def training_facts(trainer: Any) -> dict[str, Any]:
 
 def read_facts(generator: str, argument: str, token: str | None = None) -> dict[str, Any] | None:
     """
-    The `dpg.json` of a generator, which says what it was trained for, and how its texts were sampled; `None` if it has none.
+    Reads the `dpg.json` of a generator, which says what it was trained for, and how its texts were sampled. `None` if it has none.
 
     Args:
         generator (`str`):
-            Directory (of a checkpoint without the file, that of its run is read) or id on the Hub.
+            Directory or id on the Hub. If the directory is a checkpoint without the file, the file of its run is read.
         argument (`str`):
-            Argument that the generator was given as, for error messages.
+            Name of the caller's argument, for error messages.
         token (`str`, *optional*):
             Token with read permission.
 
@@ -245,18 +245,18 @@ def read_facts(generator: str, argument: str, token: str | None = None) -> dict[
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, or an error that names the file."""
+    """Reads a JSON file that holds an object. Errors name the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no JSON ({error}). Write or download it again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object. Write or download it again.")
+        raise ValueError(f"{str(path)!r} does not hold a JSON object. Write or download it again.")
     return value
 
 
 def describe_machine(device: torch.device) -> str:
-    """Says in one line what a run ran on: processor, cores and memory, or the GPU; versions of torch and Python; the system."""
+    """Describes the machine of a run in a line: processor, cores and memory, or the GPU; versions of torch and Python; the system."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
@@ -270,7 +270,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def _hub_datasets(dataset: Any) -> list[str]:
-    """Ids of the Hub's data sets that a data set was loaded from; of their place in the cache, `NAMESPACE___NAME` is left."""
+    """Ids of the Hub's data sets that a data set was loaded from. The paths of its cached files contain them as `NAMESPACE___NAME`."""
     if not isinstance(dataset, Dataset):
         return []
     parts = [part for file in dataset.cache_files for part in Path(file["filename"]).parts if "___" in part]

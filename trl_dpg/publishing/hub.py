@@ -1,4 +1,4 @@
-"""What a trainer of generators does differently on the Hub."""
+"""The trainer's methods that save a generator and push it to the Hub."""
 
 import json
 import os
@@ -28,13 +28,13 @@ logger = logging.get_logger(__name__)
 
 
 class PublishingMixin(_Trainer):
-    """What a trainer of generators does differently on the Hub: its card, what is pushed, and errors that help."""
+    """Overrides how a trainer writes model cards, saves the generator and pushes it to the Hub."""
 
     push_in_progress: Any = None  # `PushInProgress`, from the first push on
 
     @cached_property
     def example_prompt(self) -> Any:
-        """First training prompt, for the example on the card. Of what is no text, only the type is kept."""
+        """The first training prompt, for the example on the card. Parts that are not JSON, such as images, become their type's name."""
         prompt = next(iter(self.train_dataset))["prompt"]  # type: ignore[arg-type, index]
         return json.loads(json.dumps(prompt, default=lambda value: f"<{type(value).__name__}>"))
 
@@ -50,20 +50,21 @@ class PublishingMixin(_Trainer):
         license: str | None = None,
     ) -> None:
         """
-        Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.publishing.generator_card`]. Where
-        they cannot be written, a warning says why, and training or a push goes on. A `README.md` that is no such card is left as it is.
+        Writes the generator's card, `dpg.json` and pictures into `output_dir`, see [`~trl_dpg.publishing.generator_card`]. If they
+        cannot be written, a warning says why, and training or a push goes on. An existing `README.md` stays as it is, unless it is
+        such a card.
 
-        The example on the card is the first training prompt: set `trainer.example_prompt` to show another.
+        The example on the card is the first training prompt. Set `trainer.example_prompt` to show another.
 
         Args:
             model_name (`str`, *optional*):
                 Name of the generator.
             dataset_name (`str`, *optional*):
-                Id of the data set that the prompts come from. Found out, where it was loaded from the Hub.
+                Id of the data set that the prompts come from. It is found automatically if it was loaded from the Hub.
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
             license (`str`, *optional*):
-                License. If `None`, that of an earlier card in `output_dir`, which `push_to_hub` asks the Hub for.
+                License. If `None`, that of an earlier card in `output_dir`. `push_to_hub` takes that of the base model's card.
         """
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else tags or []
@@ -90,15 +91,15 @@ class PublishingMixin(_Trainer):
         Saves the generator and pushes it, with its card, `dpg.json` and pictures, to `args.hub_model_id`.
 
         Arguments are those of [`~transformers.Trainer.push_to_hub`], and `**kwargs` those of
-        [`~DatasetPolicyGradientTrainer.create_model_card`]. Nothing else in `output_dir` is pushed: `training_args.bin` is a pickle
-        with local paths. A save that fails leaves what was saved before as it was.
+        [`~DatasetPolicyGradientTrainer.create_model_card`]. Nothing else in `output_dir` is pushed: `training_args.bin`, for example,
+        is a pickle with local paths. If the save fails, files from earlier saves stay as they were.
 
         Returns:
             [`~huggingface_hub.CommitInfo`], or a `Future` of one if `blocking=False`.
 
         Raises:
-            [`RuntimeError`]: If the generator cannot be saved, or the Hub refuses or cannot be reached. The message says
-                what to do, and what is still on disk.
+            [`RuntimeError`]: If the generator cannot be saved, or if the Hub refuses or cannot be reached. The message says
+                what to do, and what is saved on disk.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
@@ -106,8 +107,8 @@ class PublishingMixin(_Trainer):
             self.save_model(_internal_call=True)
         except (OSError, SafetensorError) as error:
             raise RuntimeError(
-                f"The generator could not be saved in {str(self._folder)!r}, so it was not pushed: {error}. Until all of "
-                "it is written, that takes room for a second copy: free space there (or raise the quota), then call "
+                f"The generator could not be saved in {str(self._folder)!r}, so it was not pushed: {error}. Saving needs room "
+                "for a second copy, until all of it is written: free space there (or raise the quota), then call "
                 f"`trainer.push_to_hub()` again. {what_is_kept(self._folder)}"
             ) from error
         if self.hub_model_id is None:
@@ -124,18 +125,18 @@ class PublishingMixin(_Trainer):
         return push() if blocking else API.run_as_future(push)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Saves the generator beside what was saved before, in its place only when all of it is written, and then its card."""
+        """Saves the generator in a subfolder, moves it into place when all of it is written, and then writes its card."""
         args: Any = self.args
         folder = Path(output_dir if output_dir is not None else args.output_dir)
         aside = folder / "_saving"
         if args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
             aside.mkdir(parents=True)
-        self.args = args.without_tokens()  # what Transformers pickles there, as `training_args.bin`
+        self.args = args.without_tokens()  # Transformers pickles the arguments as `training_args.bin`
         try:
             super()._save(str(aside), state_dict)
             if args.should_save:
-                (aside / "README.md").unlink(missing_ok=True)  # that of PEFT
+                (aside / "README.md").unlink(missing_ok=True)  # PEFT's own card
                 for path in aside.iterdir():
                     if (folder / path.name).is_dir():
                         shutil.rmtree(folder / path.name)
@@ -178,7 +179,7 @@ class PublishingMixin(_Trainer):
         self._running_pushes()
 
     def _running_pushes(self) -> list[Future]:
-        """Pushes that are under way. Of those that failed, which nobody would hear of, it warns."""
+        """Pushes that are under way. Logs a warning for each push that failed, which would otherwise go unnoticed."""
         jobs = self.push_in_progress.jobs if self.push_in_progress is not None else []
         for job in [job for job in jobs if job.done()]:
             jobs.remove(job)
@@ -188,12 +189,12 @@ class PublishingMixin(_Trainer):
 
 
 def _license_of(model: dict[str, Any]) -> str | None:
-    """The license that a base model's card names, where the Hub can be asked."""
+    """The license on a base model's card, or `None` if the Hub cannot be asked."""
     if not model["on_hub"]:
         return None
     try:
         card = API.model_info(model["name"], timeout=10).card_data
-    except Exception as error:  # a license is not worth a failed push
+    except Exception as error:  # a missing license must not make a push fail
         logger.info(f"The license of {model['name']!r} is left out of the card: {error}")
         return None
     return card.get("license") if card is not None else None

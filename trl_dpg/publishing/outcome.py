@@ -1,11 +1,11 @@
-"""What a run came to, in words and figures: for cards, reports and curves."""
+"""The outcome of a run in words and figures, for cards, reports and curves."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
 
-# Read-outs that are shown under another name than their own with spaces.
+# Headings of read-outs. Any other read-out is shown under its own name, with spaces for underscores.
 HEADINGS = {
     "qr_decoded": "QR code read (share of draws)",
     "lm_head_norm": "norm of the LM head",
@@ -29,25 +29,25 @@ _NOT_SHOWN = {"metric_before", "target_loss", "empty", "distinct_share"}
 
 
 def heading(name: str) -> str:
-    """How a read-out is called where people read it."""
+    """The heading of a read-out, for a person to read."""
     return HEADINGS.get(name, name.replace("_", " "))
 
 
 def shown(names: Iterable[str]) -> list[str]:
-    """Read-outs in the order in which they are shown: those of the metric first."""
+    """Sorts read-outs into the order in which they are shown: those of the metric come first."""
     names = [name for name in names if name not in _NOT_SHOWN]
     return [*(name for name in names if name not in _LAST), *(name for name in _LAST if name in names)]
 
 
 def split_of(prefix: str) -> str:
-    """The name of a validation set among several, empty for the only one."""
+    """The name of a validation set, which is empty if there is only one."""
     return prefix.removeprefix("eval").strip("_")
 
 
 def main_readout(facts: dict[str, Any]) -> str:
     """
-    The read-out that a run's curve shows and its card begins with: one that says most, or else the metric's first; `"metric_gain"` if
-    nothing was validated yet. `facts` are what [`~trl_dpg.publishing.training_facts`] gives.
+    The read-out that a run's curve shows and its card begins with. It is a well-known one if the metric has it, or else the metric's
+    first. If nothing was validated yet, it is `"metric_gain"`. `facts` come from [`~trl_dpg.publishing.training_facts`].
     """
     for validation in facts["validation"].values():
         names = [name for name in shown(validation["after"]["mean"]) if name not in _LAST]
@@ -57,18 +57,19 @@ def main_readout(facts: dict[str, Any]) -> str:
 
 def outcome(facts: dict[str, Any]) -> str:
     """
-    Says whether validation found what a generator was trained towards, and what an untrained one comes to.
+    Says whether validation shows that the goal of training was reached, and compares with the untrained generator.
 
-    A picture is reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and above that
-    before training, by more than two standard errors where there are several draws. Conditions must hold in every draw.
+    A picture or a text counts as reached if every draw shows all of it. Any other goal is reached if the gain of Φ is above zero and
+    above the gain before training. With several draws, it must be so by more than two standard errors. Conditions must hold in every
+    draw.
 
-    `facts` are what [`~trl_dpg.publishing.training_facts`] gives. Each validation set gets one sentence.
+    `facts` come from [`~trl_dpg.publishing.training_facts`]. Each validation set gets one sentence.
     """
     sentences = []
     for prefix, validation in facts["validation"].items():
         split = split_of(prefix)
         where = f"step {validation['after']['step']}{f' on {split}' if split else ''}"
-        deciding = facts["metric"]["readouts"]  # of shares, the last is the goal itself
+        deciding = facts["metric"]["readouts"]  # if the last one is a share, it is the goal itself
         names = dict.fromkeys([*deciding, main_readout({"validation": {prefix: validation}})])
         figures = "; ".join(_figure(name, validation) for name in names)
         held = all(validation["after"]["mean"].get(name) == 1 for name in facts["metric"].get("conditions", ()))
@@ -92,7 +93,7 @@ def _is_reached(deciding: list[str], validation: dict[str, Any]) -> bool:
 
 
 def _figure(name: str, validation: dict[str, Any]) -> str:
-    """What a read-out came to, and beside it what it is before training and by chance."""
+    """Value of a read-out, with its values before training and by chance in parentheses."""
     before, after = validation["before"], validation["after"]
     beside = []
     if before is not None:
@@ -113,7 +114,7 @@ def _value(name: str, value: float | None) -> str:
 
 
 def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
-    """The cells of a table, its head first, of one validation set in [`~trl_dpg.publishing.facts.summarize_validation`]."""
+    """Cells of a table, with its head as the first row. `validation` is a value of [`~trl_dpg.publishing.facts.summarize_validation`]."""
     sides = [side for side in (validation["before"], validation["after"]) if side is not None]
     heads = []
     for side in sides:
@@ -131,19 +132,19 @@ def validation_rows(validation: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """A table whose head is the first row."""
+    """A Markdown table. The first row is its head."""
     head, *lines = [f"| {' | '.join(cells)} |" for cells in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
-    """The target's fine-tuning run in a line, of the `recipe` in [`~trl_dpg.publishing.training_facts`]."""
+    """The target's recipe in a line, from the `recipe` in [`~trl_dpg.publishing.training_facts`]."""
     steps = "one step" if recipe["steps"] == 1 else f"{recipe['steps']} steps"
     rule = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}.get(recipe["optim"], recipe["optim"])
     parts = [
         f"{steps} of {rule}",
         f"{recipe['batch_size']} examples a step",
-        f"{recipe['replay_ratio']:.0%} of them real" if recipe.get("replay_ratio") else "",  # no field in older files
+        f"{recipe['replay_ratio']:.0%} of them real" if recipe.get("replay_ratio") else "",  # older files lack it
         f"learning rate {recipe['learning_rate']:g} ({recipe['lr_scheduler_type'].replace('_', ' ')})",
         f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}" if rule == "AdamW" else "",
         f"momentum {recipe['momentum']:g}" if recipe.get("momentum") else "",

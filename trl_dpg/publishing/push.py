@@ -1,4 +1,4 @@
-"""Pushing to the Hub from files: generators, and the data sets they write."""
+"""Pushes generators, and data sets that they write, from files to the Hub."""
 
 import io
 import json
@@ -20,15 +20,15 @@ from .facts import FACTS_FILE, public_name, read_facts
 
 logger = logging.get_logger(__name__)
 
-# What a generator's repository holds. Anything else in a run's folder stays at home: `training_args.bin`, for one, is a pickle
-# with local paths.
+# Files of a generator's repository. No other file in a run's folder is pushed: `training_args.bin`, for example, is a pickle with
+# local paths.
 PUBLISHED = ["README.md", FACTS_FILE, *PICTURES, "config.json", "generation_config.json", "adapter_config.json"]
 PUBLISHED += ["*.safetensors", "*.safetensors.index.json", "processor_config.json", "*preprocessor_config.json"]
 PUBLISHED += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 PUBLISHED += ["*.tiktoken", "chat_template.*", "additional_chat_templates/*"]
 
 UNFINISHED = "dpg_unfinished"  # an empty file in a checkpoint that is being written or deleted
-NOT_NEEDED = {"training_args.bin", "README.md", UNFINISHED}  # of a checkpoint, to resume from it on the Hub
+NOT_NEEDED = {"training_args.bin", "README.md", UNFINISHED}  # files of a checkpoint that resuming does not need
 
 
 def push_generator(
@@ -41,20 +41,20 @@ def push_generator(
     commit_message: str = "Upload generator",
 ) -> CommitInfo:
     """
-    Pushes a trained generator from its folder, as `trainer.push_to_hub()` does: also when the run is long over.
+    Pushes a trained generator from its folder, as `trainer.push_to_hub()` does, but without a trainer.
 
-    Only the model or adapter, the tokenizer, the card, `dpg.json` and the pictures are pushed. Files that the Hub has are not
-    sent again, so a push that was cut off goes on where it was.
+    Only the model or adapter, the tokenizer, the card, `dpg.json` and the pictures are pushed. Files that the Hub has already are
+    not sent again, so an interrupted push goes on where it stopped.
 
     Args:
         folder (`str` or `PathLike`):
             The run's `output_dir`.
         repo_id (`str`):
-            Repository, such as `"me/gpt2-qr"`; made if it does not exist.
+            Repository, such as `"me/gpt2-qr"`. It is created if it does not exist.
         private (`bool`, *optional*):
-            Whether to make the repository private when it is made. If `None`, it is public unless the organization's default is private.
+            Whether a newly created repository is private. `None` means public, unless the organization's default is private.
         token (`str`, *optional*):
-            Token with write permission. That of `hf auth login` or `HF_TOKEN` if `None`.
+            Token with write permission. `None` means that of `hf auth login` or `HF_TOKEN`.
         revision (`str`, *optional*):
             Branch. `"main"` if `None`.
         commit_message (`str`, *optional*, defaults to `"Upload generator"`):
@@ -65,7 +65,7 @@ def push_generator(
 
     Raises:
         [`ValueError`]: If the folder holds no generator.
-        [`RuntimeError`]: If the Hub cannot be reached, or refuses. The message says what to do.
+        [`RuntimeError`]: If the Hub cannot be reached, or if it refuses. The message says what to do.
 
     Example:
 
@@ -93,31 +93,31 @@ def push_dataset(
     **card: Any,
 ) -> CommitInfo:
     """
-    Pushes a data set that a generator wrote, in one commit with a card that says what it does to which model.
+    Pushes a data set that a generator wrote, in one commit with a card that says what the data does to which model.
 
     Args:
         dataset ([`~datasets.Dataset`], `str` or `PathLike`):
             The data set, or a file of JSON lines.
         repo_id (`str`):
-            Repository of the data set; made if it does not exist.
+            Repository of the data set. It is created if it does not exist.
         generator (`str`):
-            Id of the generator on the Hub, which the card links to, or its directory. The card says what its `dpg.json` says.
+            Id of the generator on the Hub, which the card links to, or its directory. The card takes its facts from its `dpg.json`.
         private (`bool`, *optional*):
-            Whether to make the repository private when it is made.
+            Whether a newly created repository is private.
         token (`str`, *optional*):
-            Token with write permission. That of `hf auth login` or `HF_TOKEN` if `None`.
+            Token with write permission. `None` means that of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, *optional*, defaults to `"Upload data set"`):
             Message of the commit.
         **card:
-            What else the card is to say: `prompts` (where they come from), `generation` (settings), `license` and `tags`, as of
-            [`~trl_dpg.publishing.dataset_card`].
+            Further arguments of [`~trl_dpg.publishing.dataset_card`]: `prompts` (their source), `generation` (settings), `license`
+            and `tags`.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit.
 
     Raises:
         [`ValueError`]: If the data set is empty, or if there is no such generator.
-        [`RuntimeError`]: If the Hub cannot be reached, or refuses. The message says what to do.
+        [`RuntimeError`]: If the Hub cannot be reached, or if it refuses. The message says what to do.
 
     Example:
 
@@ -138,7 +138,7 @@ def push_dataset(
         logger.warning(f"{generator!r} has no {FACTS_FILE!r}: the data set's card does not say what it is for.")
     card |= {"generator": generator, "num_examples": len(dataset), "columns": dataset.column_names}
     make_card = partial(dataset_card, facts, **card)
-    make_card(repo_id=repo_id)  # what cannot be said fails before there is a repository
+    make_card(repo_id=repo_id)  # a card that cannot be made raises here, before a repository is created
     parquet = io.BytesIO()
     dataset.to_parquet(parquet)
     kind: dict[str, Any] = {"repo_type": "dataset", "token": token}
@@ -152,7 +152,7 @@ def push_dataset(
 
 
 def _read_jsonl(path: Path) -> Dataset:
-    """A file of JSON lines. The error of `Dataset.from_json` would not name the line."""
+    """Reads a file of JSON lines. Unlike `Dataset.from_json`, errors name the line."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
@@ -174,18 +174,18 @@ def _check_weights(folder: Path, repo_id: str) -> None:
 
 
 def published_files(folder: Path) -> list[str]:
-    """Paths in the folder of what may be published."""
+    """Paths of the files that may be published, relative to the folder."""
     patterns = list(PUBLISHED)
     config = folder / "config.json"
     if config.exists() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
-        patterns.append("*.py")  # a model with code of its own
+        patterns.append("*.py")  # the model has code of its own
     found = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
     names = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
     return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
 
 
 def _without_paths(path: Path) -> bytes | Path:
-    """A file to upload: where it is JSON with a local path, the last part of that."""
+    """A file to upload. In JSON files with a local path, only the last part of this path is kept."""
     keys = {"adapter_config.json": "base_model_name_or_path", "trainer_state.json": "best_model_checkpoint"}
     if path.name not in keys:
         return path
@@ -195,7 +195,7 @@ def _without_paths(path: Path) -> bytes | Path:
 
 
 def push_folder(folder: Path, repo_id: str, **commit: Any) -> CommitInfo:
-    """Pushes a generator; `commit` is `token`, `revision` and `commit_message`."""
+    """Pushes a generator. `commit` has `token`, `revision` and `commit_message`."""
     _check_weights(folder, repo_id)
     operations = [CommitOperationAdd(name, _without_paths(folder / name)) for name in published_files(folder)]
     with explained(repo_id, commit["token"], how_to_push_again(folder, repo_id)):
@@ -203,7 +203,7 @@ def push_folder(folder: Path, repo_id: str, **commit: Any) -> CommitInfo:
 
 
 def push_checkpoint(checkpoint: Path, path_in_repo: str, repo_id: str, **commit: Any) -> CommitInfo:
-    """Pushes what training resumes from; `commit` is as of [`push_folder`]."""
+    """Pushes the files of a checkpoint that resuming needs. `commit` is that of [`push_folder`]."""
     paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_NEEDED]
     names = [f"{path_in_repo}/{path.relative_to(checkpoint).as_posix()}" for path in paths]
     operations = [CommitOperationAdd(name, _without_paths(path)) for name, path in zip(names, paths, strict=True)]
@@ -212,7 +212,7 @@ def push_checkpoint(checkpoint: Path, path_in_repo: str, repo_id: str, **commit:
 
 
 def what_is_kept(folder: Path) -> str:
-    return f"Nothing on disk was lost: what was saved is in {str(folder)!r}."
+    return f"Nothing on disk was lost: all saved files are in {str(folder)!r}."
 
 
 def how_to_push_again(folder: Path, repo_id: str) -> str:

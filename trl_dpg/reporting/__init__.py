@@ -1,4 +1,4 @@
-"""What a run leaves behind to be looked at: curves, pictures and texts in files and trackers, and one page of them."""
+"""Reports of a run: curves, pictures and texts in files and trackers, and an HTML page of them."""
 
 from .callback import ReportCallback
 from .page import write_report

@@ -1,4 +1,4 @@
-"""What a run leaves behind to be looked at: figures, pictures and texts, in files and in trackers."""
+"""The callback that writes a run's report: figures, pictures and texts, in files and in trackers."""
 
 import dataclasses
 import json
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-NUM_SAMPLES = 3  # of the best, and of the worst, of each logged step
-MAX_CHARACTERS = 2_000  # kept of a text
+NUM_SAMPLES = 3  # number of best completions, and of worst ones, for each logged step
+MAX_CHARACTERS = 2_000  # most characters of a text
 
 
 def whatever_happens(method: Callable) -> Callable:
-    """A report is not worth a run: where it cannot be written, for whatever reason, training goes on, and says so."""
+    """Makes any error in a method a warning, since a failed report must not end the training."""
 
     @wraps(method)
     def wrapped(self, args, state, control, **kwargs):
@@ -56,21 +56,21 @@ def whatever_happens(method: Callable) -> Callable:
 
 class ReportCallback(TrainerCallback):
     """
-    Writes what is worth seeing of a run into `<output_dir>/report`; [`DatasetPolicyGradientTrainer`] always has one.
+    Writes a report of a run into `<output_dir>/report`. [`DatasetPolicyGradientTrainer`] always has this callback.
 
-    - `run.json`: what was run: models, metric, recipe, settings that are not the defaults, machine, versions;
-    - `log.jsonl`: what was logged, as in `trainer.state.log_history`;
-    - `curve.png`, `entropy.png`, `rewards.png`: the main read-out, the generator's entropy, quantiles of the raw rewards;
-    - `rewards.jsonl`: these quantiles;
-    - `samples.jsonl`: of each logged step, the completions with the highest and the lowest raw rewards;
-    - of an [`~trl_dpg.metrics.LMHeadPattern`], `patterns.jsonl` and `patterns/step-000120.png`: what each validation decoded, and
-      `pattern.gif`: all of it one after the other.
+    - `run.json`: models, metric, recipe, settings that are not the defaults, machine, versions.
+    - `log.jsonl`: all logs, as in `trainer.state.log_history`.
+    - `curve.png`, `entropy.png`, `rewards.png`: the main read-out, the generator's entropy, quantiles of the raw rewards.
+    - `rewards.jsonl`: these quantiles.
+    - `samples.jsonl`: for each logged step, the completions with the highest and the lowest raw rewards.
+    - For an [`~trl_dpg.metrics.LMHeadPattern`], `patterns.jsonl` and `patterns/step-000120.png`: the pattern that each validation
+      decoded. `pattern.gif` shows all of them, one after the other.
 
     Pictures are drawn when the generator is validated and when training ends. With `report_to`, TensorBoard, Weights &
-    Biases and Trackio get the same pictures and texts. A run that is resumed goes on with the report of its checkpoint: what was
-    written after that is dropped. Where a report cannot be written, training goes on with a warning.
+    Biases and Trackio get the same pictures and texts. A resumed run continues the report from its checkpoint on, and drops later
+    entries. If a report cannot be written, training goes on with a warning.
 
-    [`~trl_dpg.reporting.write_report`] makes a page of it.
+    [`~trl_dpg.reporting.write_report`] makes an HTML page of the report.
     """
 
     def __init__(self, trainer: "DatasetPolicyGradientTrainer"):
@@ -84,7 +84,7 @@ class ReportCallback(TrainerCallback):
         (self.folder / "log.jsonl").write_text(history)
         for name in ("samples.jsonl", "rewards.jsonl", "patterns.jsonl"):
             rows = [row for row in read_rows(self.folder / name) if row["step"] <= state.global_step]
-            rows = rows if state.global_step > 0 else []  # of another run
+            rows = rows if state.global_step > 0 else []  # the old rows belong to another run
             (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         pictures, generated = (
             self.folder.glob("patterns/step-*.png"),
@@ -97,7 +97,7 @@ class ReportCallback(TrainerCallback):
 
     @whatever_happens
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.folder.mkdir(parents=True, exist_ok=True)  # of an evaluation without training
+        self.folder.mkdir(parents=True, exist_ok=True)  # for an evaluation without training
         self._append("log.jsonl", [state.log_history[-1]])
         if "reward" not in (logs or {}):
             return
@@ -142,7 +142,7 @@ class ReportCallback(TrainerCallback):
         self._draw(state)
 
     def _words(self, index: int) -> dict[str, Any]:
-        """Credit of each token of a completion of the last batch, where tokens have credit of their own."""
+        """Credit of each token of a completion in the last batch, if tokens have credit of their own."""
         training = self.trainer.target_training
         words = training.credit_by_word(index) if isinstance(training, MetagradientReward) else []
         shown, length = [], 0
@@ -215,39 +215,39 @@ class ReportCallback(TrainerCallback):
             tracker.log({"report/samples": table, "train/global_step": step})
 
     def _tensorboard(self) -> Any:
-        """TensorBoard's writer, where it is among `report_to`."""
+        """TensorBoard's writer, or `None` if TensorBoard is not in `report_to`."""
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 return callback.tb_writer
         return None
 
     def _trackers(self) -> list[Any]:
-        """Weights & Biases and Trackio, which take the same calls, where they run."""
+        """The modules of Weights & Biases and Trackio that are in use. Both take the same calls."""
         names = [name for name in ("wandb", "trackio") if name in (self.trainer.args.report_to or ())]
         modules = map(import_module, names)
         return [module for module in modules if module.__name__ == "trackio" or module.run is not None]
 
 
 def _shown(sample: dict[str, Any]) -> str:
-    """A sample as plain text: with its credits, or without."""
+    """A sample as plain text, with the credit of its words if there is any."""
     return credit_text([WordCredit(*word) for word in sample["words"]]) if "words" in sample else sample["completion"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines, without one that was cut off; none if there is no file."""
+    """Rows of a file of JSON lines. Incomplete lines are left out. A missing file has no rows."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):  # killed while it was written
+        with suppress(json.JSONDecodeError):  # the process was killed while it wrote this line
             rows.append(json.loads(line))
     return rows
 
 
 def changed_settings(args: Any) -> dict[str, Any]:
-    """Fields of a configuration that are not its defaults: numbers, switches and words, but no path or token."""
+    """Fields of a configuration that differ from their defaults: numbers, switches and words, but no path or token."""
     settings = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        value = getattr(value, "value", value)  # of an enumeration
+        value = getattr(value, "value", value)  # an enumeration has its value there
         if (
             "dir" in field.name
             or "token" in field.name
@@ -261,7 +261,7 @@ def changed_settings(args: Any) -> dict[str, Any]:
 
 
 def _text(text: Any) -> str:
-    """A prompt or completion, plain or conversational."""
+    """Text of a prompt or completion, plain or conversational, cut to a maximum length."""
     if isinstance(text, list):
         texts = [(message["role"], message_text(message)) for message in text]
         text = texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {said}" for role, said in texts)

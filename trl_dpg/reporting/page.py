@@ -1,4 +1,4 @@
-"""One HTML page about a run."""
+"""The HTML page about a run."""
 
 import base64
 import json
@@ -15,14 +15,14 @@ from .callback import read_rows
 
 def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
     """
-    Writes one HTML page about a run: its figures, curves, pictures and texts. The page holds all of it, so it can be sent and opened
-    anywhere; it loads nothing and runs no script.
+    Writes one HTML page about a run, with its figures, curves, pictures and texts. The page is self-contained, so it can be sent and
+    opened anywhere. It loads nothing and runs no script.
 
     Args:
         run_dir (`str` or `PathLike`):
-            The run's `output_dir`, in or after training.
+            The run's `output_dir`, during or after training.
         path (`str` or `PathLike`, *optional*):
-            HTML file to write. `report.html` in `run_dir` if `None`.
+            HTML file to write. `None` means `report.html` in `run_dir`.
 
     Returns:
         `Path`: The file.
@@ -41,7 +41,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     folder = Path(run_dir) / "report"
     if not (folder / "run.json").exists():
         raise ValueError(
-            f"`run_dir` {os.fspath(run_dir)!r} holds no report of a run (`report/run.json`). Give the `output_dir` of a run of "
+            f"`run_dir` {os.fspath(run_dir)!r} holds no report of a run (`report/run.json`). Pass the `output_dir` of a run of "
             "`DatasetPolicyGradientTrainer`."
         )
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills in one of this package's templates."""
+    """Fills in a template of this package."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(str(__package__), ""),
         autoescape=True,
@@ -86,7 +86,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
-    """Words to be drawn: how strong their color is, from 0 to 100, and the word that would have been better."""
+    """Words for the page, with the strength of their color, from 0 to 100, and a much better candidate if there is one."""
     largest = max(abs(credit) for _, credit, *_ in words) or 1.0
     return [
         {
@@ -94,7 +94,7 @@ def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
             "kind": "plus" if credit > 0 else "minus",
             "strength": round(100 * abs(credit) / largest),
             "credit": credit,
-            # a hint has to be worth the room that it takes
+            # Only much better candidates are shown, since each takes room on the page.
             "better": best if best is not None and best_credit > max(credit, 0) + 0.5 * largest else None,
             "better_credit": best_credit,
         }
@@ -103,7 +103,7 @@ def _colored(words: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def _progress(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
-    """How far the run is, from what was logged last; `step` is that of the last validation, or of the end."""
+    """Progress of the run: the last step, the run's time, and the entropies. `step` is the step in `run.json`, which logs may exceed."""
     trained = [row for row in history if "loss" in row]
     ended = [row for row in history if "train_runtime" in row]
     return {

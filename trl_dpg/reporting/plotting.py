@@ -26,7 +26,7 @@ def plot_learning_curve(
     log_history: Sequence[dict[str, Any]], path: str | PathLike[str], readout: str = "metric_gain"
 ) -> "Figure":
     """
-    Draws a read-out over training, and the spread of the raw metagradients below it.
+    Draws a read-out over training, with the standard deviation of the raw metagradients below.
 
     Args:
         log_history (`Sequence[dict]`):
@@ -34,8 +34,8 @@ def plot_learning_curve(
         path (`str` or `PathLike`):
             PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
-            What to draw: `"metric_gain"` or the name of a read-out of the metric. Its values in the reward's own inner
-            runs are a line, those of validation are dots.
+            The read-out to draw: `"metric_gain"` or the name of a read-out of the metric. A line shows its values on training
+            batches. Dots show its values in validation.
     """
     figure = _figure(7, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.5])
@@ -57,20 +57,20 @@ def plot_learning_curves(
     readout: str = "metric_gain",
 ) -> "Figure":
     """
-    Draws the validation of several kinds of runs on one axes, to compare rewards or settings.
+    Draws the validation of several kinds of runs in one plot, to compare rewards or settings.
 
     Args:
         runs (`Mapping[str, Sequence[Sequence[dict]]]`):
-            Label → one `trainer.state.log_history` for each seed. The line is the mean over seeds at the steps that all of
-            them were validated at, the band reaches from the worst to the best. Validations at the same step of one run
-            count as their mean.
+            Label → one `trainer.state.log_history` for each seed. The line is the mean over seeds, at the steps where all seeds
+            were validated. The band reaches from the worst to the best seed. Several validations at one step of a run are
+            averaged.
         path (`str` or `PathLike`):
             PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
-            What to draw: `"metric_gain"` or the name of a read-out of the metric, without `eval_`.
+            The read-out to draw: `"metric_gain"` or the name of a read-out of the metric, without `eval_`.
 
     Raises:
-        [`ValueError`]: If runs of one kind have no validated step in common.
+        [`ValueError`]: If the runs of one kind have no validated step in common.
     """
     figure = _figure(7, 4)
     axes = figure.subplots()
@@ -92,19 +92,19 @@ def plot_pattern(
     decoded: Any, pattern: Any, path: str | PathLike[str], text: str | None = None, title: str = "read"
 ) -> "Figure":
     """
-    Draws the picture read from a fine-tuned model beside the one asked for; wrong pixels are red.
+    Draws the wanted picture, and beside it the picture read from a fine-tuned model. Wrong pixels are red.
 
     Args:
         decoded (array-like of shape `(rows, columns)`):
-            Signs read, for example `metric.decoded`.
+            Signs that were read, for example `metric.decoded`.
         pattern (array-like of shape `(rows, columns)`):
-            Signs asked for, for example `metric.pattern`.
+            Wanted signs, for example `metric.pattern`.
         path (`str` or `PathLike`):
             PNG file to write.
         text (`str`, *optional*):
-            What a QR reader gets from the signs read, for the title.
+            Text that a QR reader gets from `decoded`, for the title.
         title (`str`, *optional*, defaults to `"read"`):
-            Title of what was read; the share of right pixels is added.
+            Title of the picture that was read. The share of right pixels is added.
     """
     read = f"{title}: {_percent_right(decoded, pattern)}"
     if text is not None:
@@ -114,7 +114,7 @@ def plot_pattern(
 
 def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], pattern: Any = None) -> "Figure":
     """
-    Draws several patterns side by side, to compare treatments of a marked model, rewards or seeds.
+    Draws several patterns side by side, to compare models, rewards or seeds.
 
     Args:
         patterns (`Mapping[str, array-like]`):
@@ -123,7 +123,7 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
         path (`str` or `PathLike`):
             PNG file to write.
         pattern (array-like of shape `(rows, columns)`, *optional*):
-            Signs asked for. Wrong pixels are red, and the share of right ones is put under the title.
+            Wanted signs. Wrong pixels are red. The title gets a second line with the share of right pixels.
     """
     titled = [
         (title if pattern is None else f"{title}\n{_percent_right(signs, pattern)}", signs)
@@ -133,7 +133,7 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
 
 
 def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | PathLike[str], label: str) -> "Figure":
-    """Draws one logged figure over training. `label` says what it is, with its unit."""
+    """Draws a logged figure over training. `label` is its name with its unit."""
     figure = _figure(7, 2.6)
     axes = figure.subplots()
     values = _plot(axes, log_history, key, color="tab:blue")
@@ -145,9 +145,9 @@ def plot_series(log_history: Sequence[dict[str, Any]], key: str, path: str | Pat
 
 def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | PathLike[str], label: str) -> "Figure":
     """
-    Draws how a distribution changes over training: its median, and bands around it.
+    Draws how a distribution changes over training, as its median with bands around it.
 
-    `quantiles` are those of each step: minimum, 5 %, 25 %, median, 75 %, 95 % and maximum. `label` says what is distributed.
+    `quantiles` maps a step to minimum, 5 %, 25 %, median, 75 %, 95 % and maximum. `label` is the name of the quantity.
     """
     steps = sorted(quantiles)
     values = np.array([quantiles[step] for step in steps]).T
@@ -170,7 +170,7 @@ def plot_distribution(quantiles: Mapping[int, Sequence[float]], path: str | Path
 
 
 def plot_check(check: MetagradientCheck, path: str | PathLike[str]) -> "Figure":
-    """Draws what a check of metagradients measured against what they predict: re-weightings on the left, probes on the right."""
+    """Draws the measured changes of a check against those that metagradients predict: all weights on the left, probes on the right."""
     figure = _figure(8.5, 4.2)
     left, right = figure.subplots(1, 2)
     changes = np.array(check.changes)
@@ -201,7 +201,7 @@ def plot_check(check: MetagradientCheck, path: str | PathLike[str]) -> "Figure":
 
 
 def animate(paths: Sequence[PathLike[str]], path: str | PathLike[str]) -> None:
-    """Puts pictures of one size, but for their titles, one after the other into a GIF, at half their size."""
+    """Makes a GIF of pictures, at half their size. Pictures may differ a little in size, since titles have different lengths."""
     first, *rest = [Image.open(picture).convert("RGB").reduce(2) for picture in paths]
     frames = [ImageOps.pad(frame, first.size, color="white") for frame in rest]
     first.save(path, save_all=True, append_images=frames, duration=[400] * len(frames) + [2_000], loop=0)
@@ -213,7 +213,7 @@ def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | Path
     rows = math.ceil(len(titled) / 5)
     columns = math.ceil(len(titled) / rows)
     shape = np.asarray(titled[0][1]).shape
-    border = 4 if min(shape) >= 21 else 0  # with its quiet zone, a phone reads a QR code off the picture
+    border = 4 if min(shape) >= 21 else 0  # the quiet zone that a phone needs to read a QR code
     height = width * (shape[0] + 2 * border) / (shape[1] + 2 * border)
     height += 0.2 * max(title.count("\n") + 1 for title, _ in titled)
     figure = _figure(width * columns, height * rows)
@@ -237,7 +237,7 @@ def _draw_patterns(titled: list[tuple[str, Any]], pattern: Any, path: str | Path
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # whose import takes half a second, and most processes draw nothing
+    from matplotlib.figure import Figure  # imported here: it takes half a second, and most processes draw nothing
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -256,7 +256,7 @@ def _validations(log_history: Sequence[dict[str, Any]], key: str) -> dict[int, f
 
 
 def _plot(axes: "Axes", log_history: Sequence[dict[str, Any]], key: str, **style: Any) -> list[float]:
-    """Draws a logged figure, where it was logged, and returns its values."""
+    """Draws a logged figure at the steps where it was logged, and returns its values."""
     points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)
@@ -268,7 +268,7 @@ def _finish(axes: "Axes", y_label: str, x_label: str = "GRPO step", columns: int
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    if handles:  # above the axes, where it hides nothing
+    if handles:  # the legend stands above the plot, where it hides nothing
         axes.legend(
             handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2
         )

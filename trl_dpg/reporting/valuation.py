@@ -1,4 +1,4 @@
-"""What a valuation of a data set found, and one HTML page about it."""
+"""The result of a valuation of a data set, and an HTML page about it."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from ..publishing.outcome import recipe_text
 from .page import PAPER, render
 
 
-SHOWN = 12  # best and worst rows each
-WORDS_SHOWN = 300  # of a row
-MEANINGS = {  # of flags
-    "cut": ("cut at max_length", "What is behind it has no part in the score."),
+SHOWN = 12  # number of best rows, and of worst rows
+WORDS_SHOWN = 300  # most words of a row
+MEANINGS = {  # for each flag, what it says about a row and what follows
+    "cut": ("cut at max_length", "Tokens beyond it have no part in the score."),
     "no supervised token": ("without a token to learn", "The score is always 0."),
     "duplicate": ("the same as an earlier one", "The model reads the same tokens."),
 }
@@ -33,13 +33,13 @@ class Valuation:
     Scores of a data set.
 
     Attributes:
-        examples (`list[dict]`): What the model was fine-tuned on.
-        recipe ([`~trl_dpg.metagradients.TargetTrainingArguments`]): How, in the first draw. Draw i has `seed + i`.
+        examples (`list[dict]`): The training examples.
+        recipe ([`~trl_dpg.metagradients.TargetTrainingArguments`]): Recipe of the first draw. Draw i has the seed `seed + i`.
         draws (`Tensor`): Metagradients, shape `(num_draws, len(examples))`, in units of the metric per unit of loss weight.
         token_scores (`list[Tensor]`): Means over draws of each example's token metagradients, shape `(tokens,)`.
         metric_before (`float`): The metric of the original model.
-        metric_after (`list[float]`): The metric of the fine-tuned one, by draw.
-        seconds (`float`): How long it took.
+        metric_after (`list[float]`): The metric of the fine-tuned model in each draw.
+        seconds (`float`): Duration in seconds.
     """
 
     examples: list[dict[str, Any]]
@@ -67,7 +67,7 @@ class Valuation:
 
     @property
     def spearman(self) -> float | None:
-        """Mean Spearman correlation between the rankings of two draws; `None` where there is none."""
+        """Mean Spearman correlation between the rankings of two draws. `None` for one draw, or if all scores of a draw are equal."""
         if len(self.draws) == 1:
             return None
         correlations = torch.corrcoef(torch.stack([_ranks(draw) for draw in self.draws]))
@@ -76,18 +76,18 @@ class Valuation:
 
     @property
     def flags(self) -> dict[str, dict[int, str]]:
-        """What a person should know of their rows: by kind, indices of examples and details."""
+        """Rows that a person should know about. Maps the kind of a flag to indices of examples and details."""
         return find_flags(self.examples, self.recipe.max_length)
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 on; equal values share the mean of theirs."""
+    """Ranks from 1 on. Equal values all get the mean of their ranks."""
     _, places, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[places].double()
 
 
 def find_flags(examples: Sequence[dict[str, Any]], max_length: int) -> dict[str, dict[int, str]]:
-    """As of [`Valuation.flags`]."""
+    """See [`Valuation.flags`]."""
     flags: dict[str, dict[int, str]] = {"cut": {}, "no supervised token": {}, "duplicate": {}}
     first: dict[Any, int] = {}
     for index, example in enumerate(examples):
@@ -95,7 +95,7 @@ def find_flags(examples: Sequence[dict[str, Any]], max_length: int) -> dict[str,
         seen, labels = tuple(ids[:max_length]), tuple(example.get("labels", ids)[:max_length])
         if len(ids) > max_length:
             flags["cut"][index] = f"{len(ids)} tokens"
-        if all(label == -100 for label in labels[1:]):  # nothing predicts the first
+        if all(label == -100 for label in labels[1:]):  # the first token has no context
             flags["no supervised token"][index] = f"{len(ids)} tokens"
         if first.setdefault((seen, labels), index) != index:
             flags["duplicate"][index] = f"as row {first[seen, labels]}"
@@ -106,17 +106,17 @@ def write_valuation_page(
     path: Path, valuation: Valuation, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """
-    Writes a page that holds all that it shows, loads nothing and runs no script.
+    Writes a self-contained HTML page about a valuation. It loads nothing and runs no script.
 
     Args:
         path (`Path`):
             HTML file to write.
         valuation ([`Valuation`]):
-            Scores.
+            The valuation.
         summary (`dict[str, Any]`):
             Content of `valuation.json`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            That of the examples.
+            Tokenizer of the examples.
     """
     ranking, number = valuation.ranking, min(SHOWN, (len(valuation.examples) + 1) // 2)
     best, worst = ranking[:number], ranking[number:][-number:][::-1]
@@ -141,13 +141,13 @@ def write_valuation_page(
 
 
 def token_credits(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], scores: Tensor) -> list[WordCredit]:
-    """Text and score of each token, special ones too."""
+    """Text and score of each token, special tokens included."""
     example = {"completion_ids": input_ids, "written_by": range(len(input_ids))}
     return word_credits(tokenizer, example, scores, None)
 
 
 def whole_words(tokens: list[WordCredit]) -> list[WordCredit]:
-    """Tokens joined to words, whose score is the sum. Characters of scripts without spaces, as Chinese, stay apart."""
+    """Joins tokens to words, and sums their scores. Characters of scripts without spaces, such as Chinese, are not joined."""
     words: list[WordCredit] = []
     for token in tokens:
         if words and token.text and _within_a_word(words[-1].text[-1:]) and _within_a_word(token.text[:1]):
@@ -162,7 +162,7 @@ def _within_a_word(character: str) -> bool:
 
 
 def _row(valuation: Valuation, index: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A row as it is drawn."""
+    """Values of a row for the page."""
     length, errors = valuation.recipe.max_length, valuation.standard_errors
     ids = valuation.examples[index]["input_ids"][:length]
     words = whole_words(token_credits(tokenizer, ids, valuation.token_scores[index]))

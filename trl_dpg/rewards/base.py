@@ -1,4 +1,4 @@
-"""What rewards that come from the target's fine-tuning run have in common."""
+"""Base class of rewards that fine-tune the target."""
 
 import inspect
 import logging
@@ -27,37 +27,37 @@ from ..metagradients.runtime.processes import failing_together
 
 logger = logging.getLogger(__name__)
 
-STD_FLOOR = 0.05  # of the largest standard deviation so far
+STD_FLOOR = 0.05  # least divisor of rewards, as a share of the largest standard deviation so far
 
 Output = TypeVar("Output", bound=TrainingOutput)
 
 
 class TargetReward(TargetFineTuning, ABC):
     """
-    Base of the rewards that fine-tune the target on the generation batch, as one dataset or split by rollout index.
+    Base class of rewards that fine-tune the target on the generation batch, as one dataset or split by rollout index.
 
-    Subclasses say in `measure` what the value of each example is. Here examples are gathered over all processes, and
-    values are standardized and logged.
+    Subclasses define `measure`, which gives each example a value. This class gathers the examples of all processes, standardizes the
+    values and logs them.
 
     Args:
         num_datasets (`int`, *optional*, defaults to `1`):
-            Datasets that a generation batch is split into: row i belongs to dataset `i % num_datasets`.
+            Number of datasets that a generation batch is split into. Row i belongs to dataset `i % num_datasets`.
         nonfinite (`str`, *optional*, defaults to `"raise"`):
-            What to do where a loss, gradient or metric of the target's run is not finite: `"raise"` a
-            [`FloatingPointError`], or `"skip"` the batch: all rewards are 0, and `skipped` is `True` until the next one.
+            What to do if a loss, gradient or metric of the target's run is not finite. `"raise"` raises a [`FloatingPointError`].
+            `"skip"` skips the batch: all its rewards are 0, and `skipped` is `True` until the next batch.
         **kwargs:
             Arguments of [`~trl_dpg.fine_tuning.TargetFineTuning`].
     """
 
-    __name__: str  # what TRL logs it as
+    __name__: str  # name of the reward in TRL's logs
 
     def __init__(self, *args, num_datasets: int = 1, nonfinite: str = "raise", **kwargs):
         super().__init__(*args, **kwargs)
         self.num_datasets = num_datasets
         self.nonfinite = nonfinite
         self.largest_std = 0.0
-        self.texts: list[str] = []  # that the target was trained on last
-        self._real: list[list[dict[str, Any]]] = []  # beside each dataset of this generation batch
+        self.texts: list[str] = []  # texts of the last generation batch
+        self._real: list[list[dict[str, Any]]] = []  # real examples for each dataset of this generation batch
 
     @abstractmethod
     def measure(
@@ -68,13 +68,13 @@ class TargetReward(TargetFineTuning, ABC):
         processes: PartialState,
     ) -> tuple[Tensor, dict[str, float]]:
         """
-        Values of the examples of the whole generation batch in float64, and figures to log. Called for each variant of the recipe.
+        Returns values of the generation batch's examples in float64, and figures to log. Called for each variant of the recipe.
 
         Args:
-            examples (`list[dict]`): As of [`~TargetReward.examples_to_measure`], of all processes.
+            examples (`list[dict]`): Results of [`~TargetReward.examples_to_measure`] on all processes.
             datasets (`list[list[int]]`): Indices of the examples in each dataset, without those that cannot be trained on.
             args ([`~trl_dpg.metagradients.TargetTrainingArguments`]): Recipe of this step.
-            processes ([`~accelerate.PartialState`]): Processes that share the work; each makes this call.
+            processes ([`~accelerate.PartialState`]): Processes that share the work. Each of them makes this call.
         """
 
     def __call__(
@@ -88,12 +88,12 @@ class TargetReward(TargetFineTuning, ABC):
         **kwargs,
     ) -> list[float | None]:
         """
-        Rewards of this process's completions; called by TRL on every process.
+        Returns the rewards of this process's completions. TRL makes this call on every process.
 
         Args:
-            prompts, completions (`list[str]` or `list[list[dict]]`): One prompt per completion, and what the generator wrote.
-            completion_ids (`list[list[int]]`): The same in the generator's tokens.
-            trainer_state ([`~transformers.TrainerState`], *optional*): Its global step varies the shuffle.
+            prompts, completions (`list[str]` or `list[list[dict]]`): One prompt per completion, and the completions.
+            completion_ids (`list[list[int]]`): The completions in the generator's tokens.
+            trainer_state ([`~transformers.TrainerState`], *optional*): Its global step is added to the seed of the shuffle.
             log_extra (`Callable`, *optional*): TRL's hook for columns of the completions table.
             log_metric (`Callable`, *optional*): TRL's hook for scalars.
 
@@ -108,7 +108,7 @@ class TargetReward(TargetFineTuning, ABC):
             self._warn_of_texts(examples)
             try:
                 values, figures = self._values(examples, trainer_state)
-            except FloatingPointError as error:  # on every process
+            except FloatingPointError as error:  # raised on every process
                 self._skip_or_raise(error, trainer_state)
                 self._log([None] * len(local), {"skipped": 1.0}, log_extra, log_metric)
                 return [0.0] * len(local)
@@ -126,16 +126,16 @@ class TargetReward(TargetFineTuning, ABC):
     def _log(self, raw: list, figures: dict[str, float], log_extra: Any, log_metric: Any) -> None:
         if log_extra is not None:
             log_extra(f"{self.__name__}_raw", raw)
-        if log_metric is not None:  # the same value on every process, as TRL averages over them
+        if log_metric is not None:  # TRL averages over processes, which all log the same value
             for name, value in figures.items():
                 log_metric(f"{self.__name__}/{name}", value)
 
     @contextmanager
     def _learning_nothing_in_evaluation(self, log_metric: Any) -> Iterator[None]:
         """
-        Puts back what a call in a trainer's evaluation measured.
+        Discards what the reward measures during a trainer's evaluation.
 
-        TRL does not tell a reward which it is. But the hook that it passes is a method of the trainer, whose model knows.
+        TRL does not tell a reward that it evaluates. But `log_metric` is a method of the trainer, whose model is then in eval mode.
         """
         trainer = log_metric.__self__ if inspect.ismethod(log_metric) else None
         if not isinstance(trainer, Trainer) or trainer.model.training:  # type: ignore[union-attr]
@@ -151,7 +151,7 @@ class TargetReward(TargetFineTuning, ABC):
             self.variants = variants
 
     def _local_examples(self, prompts, completions, completion_ids) -> list[dict[str, Any]]:
-        """This process's training examples, with what `measure` wants to know of them."""
+        """This process's training examples. Also moves the target to the process's device."""
         state = PartialState()
         with failing_together(state):
             examples = self.examples_to_measure(prompts, completions, completion_ids)
@@ -161,11 +161,11 @@ class TargetReward(TargetFineTuning, ABC):
     def examples_to_measure(
         self, prompts: list[str | Messages], completions: list[str | Messages], completion_ids: list[list[int]]
     ) -> list[dict[str, Any]]:
-        """The examples of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`], or more about them."""
+        """The examples of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`]. A subclass may add fields to them."""
         return self.target_examples(prompts, completions, completion_ids)
 
     def _gathered(self, local: list[dict[str, Any]], prompts: list[Any]) -> tuple[list[dict[str, Any]], slice]:
-        """Examples of all processes, and where this one's are. The order does not depend on the number of processes."""
+        """The examples of all processes, and the slice of this process's. The order does not depend on the number of processes."""
         counts = gather_object([len(local)])
         examples = gather_object(local)
         size = self.num_datasets
@@ -192,21 +192,21 @@ class TargetReward(TargetFineTuning, ABC):
         counts = self._counts(examples)
         if counts["truncated"] == len(examples) and len({example["length"] for example in examples}) > 1:
             warnings.warn(
-                "Completions of different lengths, but none ends in one of `eos_token_ids` "
-                f"({self.eos_token_ids}), so the target is taught no end. Pass the generator's end-of-sequence tokens as "
+                "Completions have different lengths, but none ends in one of `eos_token_ids` "
+                f"({self.eos_token_ids}). So the target does not learn to end a text. Pass the generator's end-of-sequence tokens as "
                 f"`eos_token_ids` of `{type(self).__name__}`.",
                 stacklevel=3,
             )
         if 2 * counts["cut"] > len(examples):
             warnings.warn(
                 f"Most texts have more than {self.args.max_length} of the target's tokens (`max_length`, `target_max_length` in the "
-                "trainer), and what is behind them is cut off and earns nothing. Raise it, above all where `formatting_func` adds "
-                "the prompt.",
+                "trainer). Later tokens are cut off and earn nothing. Raise this limit, above all if `formatting_func` adds the "
+                "prompt.",
                 stacklevel=3,
             )
 
     def _values(self, examples: list[dict[str, Any]], trainer_state: TrainerState | None) -> tuple[Tensor, dict]:
-        """What `measure` gives for this step, as a mean over the variants of the recipe."""
+        """Results of `measure` in this step, averaged over the variants of the recipe."""
         step = 0 if trainer_state is None else trainer_state.global_step
         trained = indices_to_train_on(examples, self.args.max_length)
         datasets = [[i for i in trained if i % self.num_datasets == j] for j in range(self.num_datasets)]
@@ -244,7 +244,7 @@ class TargetReward(TargetFineTuning, ABC):
             self.args = replace(self.args, micro_batch_size=int(figures["micro_batch_size"]))
 
     def _standardized(self, values: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Rewards: values with mean 0 and standard deviation 1, or less below the floor; and what to log of the values."""
+        """Rewards with mean 0 and standard deviation 1 (less if that of the values is below the floor), and figures to log."""
         finite = values[values.isfinite()]
         mean, std = finite.mean(), finite.std(correction=0).item()
         if finite.max() - finite.min() <= ROUNDING * finite.abs().max():
@@ -274,9 +274,9 @@ class TargetReward(TargetFineTuning, ABC):
         processes: PartialState,
     ) -> dict[int, Output]:
         """
-        Outputs of `run` on the datasets that are not empty, by number. `"auto"` is measured on the first.
+        Returns the outputs of `run` on the datasets that are not empty, by number. `"auto"` is measured on the first dataset.
 
-        Real examples, if there are any, come after those of the dataset.
+        Real examples, if there are any, stand after the examples of the dataset.
         """
         outputs = {}
         for number, dataset in enumerate(datasets):
@@ -299,17 +299,17 @@ class TargetReward(TargetFineTuning, ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.largest_std = state.get(f"{self.__name__}_largest_std", 0.0)  # another reward's is in other units
+        self.largest_std = state.get(f"{self.__name__}_largest_std", 0.0)  # that of another reward has other units
         self.skipped = state.get("skipped", False)
         sizes = [size for size in (self.args.micro_batch_size, state.get("micro_batch_size")) if size is not None]
-        if sizes:  # where memory ran out, smaller than asked for
+        if sizes:  # after memory ran out, the checkpoint's size is smaller
             self.args = replace(self.args, micro_batch_size=min(sizes))
 
 
 def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:
-    """What is logged of several runs: means."""
+    """Figures to log for several runs: means over the runs."""
     outputs = list(outputs)
-    size = outputs[-1].micro_batch_size  # the smallest, as each run passes it on
+    size = outputs[-1].micro_batch_size  # the smallest, since each run passes its size on to the next
     return {
         "metric_before": outputs[0].metric_before,
         "metric_after": fmean(out.metric_after for out in outputs),
@@ -322,7 +322,7 @@ def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:
 
 
 def mean_over_variants(found: list[dict[str, float]]) -> dict[str, float]:
-    """What is logged of several variants: means of what all of them have, and each one's own."""
+    """Figures to log for several variants: means of the figures that all of them have, and the figures of each."""
     if len(found) == 1:
         return found[0]
     names = [name for name in found[0] if all(name in figures for figures in found)]

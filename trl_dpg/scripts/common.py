@@ -1,4 +1,4 @@
-"""What the scripts share beside parsing: the metric by name, data, models."""
+"""Helpers of the scripts: they load metrics by name, data and models."""
 
 import inspect
 import math
@@ -24,14 +24,14 @@ FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"
 
 @dataclass
 class MetricArguments:
-    """Which metric the target is wanted to do well on."""
+    """Arguments that choose the metric."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("qr", "67", "lm_head_norm", "likelihood")
 
     metric: str = option(
         "qr",
         "'qr' or '67' (a picture in the LM head), 'lm_head_norm', 'likelihood' (of the rows of "
-        "`metric_dataset`), or 'module:attribute': a metric of your own, or a class without arguments.",
+        "`metric_dataset`), or 'module:attribute': your own metric, or a class without arguments.",
     )
     qr_text: str = option("TRL-DPG", "Text of the QR code.")
     metric_dataset: str | None = option(
@@ -53,21 +53,21 @@ class MetricArguments:
         for name, metric in {"qr_text": "qr", **dict.fromkeys(of_likelihood, "likelihood")}.items():
             if self.metric != metric and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"`{name}` {getattr(self, name)!r} is for `metric` {metric!r}, but `metric` is {self.metric!r}. Leave out one "
-                    "of the two."
+                    f"`{name}` {getattr(self, name)!r} is for `metric` {metric!r}, but `metric` is {self.metric!r}. Leave one of "
+                    "the two out."
                 )
         if not self.qr_text:
-            raise ValueError("`qr_text` is empty, and a QR code of nothing cannot be read. Give it a text.")
+            raise ValueError("`qr_text` is empty, but a QR code needs a text. Give it one.")
         try:
             LMHeadPattern.qr(self.qr_text)
         except ValueError as error:
             raise ValueError(
-                f"`qr_text` {self.qr_text!r:.40} fits in no QR code: {error}. Give a shorter one."
+                f"`qr_text` {self.qr_text!r:.40} fits in no QR code: {error}. Give a shorter text."
             ) from error
         at_least_one(self, "num_metric_examples")
 
     def load_metric(self) -> Any:
-        """The metric. A picture is scaled to the target when it is first looked at."""
+        """Makes the metric. The scale of a picture is measured in the first fine-tuning run."""
         if self.metric == "qr":
             return LMHeadPattern.qr(self.qr_text)
         if self.metric == "67":
@@ -82,7 +82,7 @@ class MetricArguments:
 
 
 def load_callable(name: str, separator: str, argument: str) -> Any:
-    """What a path such as `module:attribute` names, looked up in the current directory, too. Of a class, an instance is made."""
+    """Imports the function that `module:attribute` names, also from the current directory. Of a class, makes an instance."""
     module, _, attribute = name.rpartition(separator)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -91,7 +91,7 @@ def load_callable(name: str, separator: str, argument: str) -> Any:
         found = found() if inspect.isclass(found) else found
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"`{argument}` {name!r} cannot be imported, or made without arguments: {error}. Correct its name."
+            f"`{argument}` {name!r} cannot be imported, or made without arguments: {error}. Correct the name."
         ) from error
     if not callable(found):
         raise ValueError(f"`{argument}` {name!r} is {found!r}, which cannot be called. Name a function.")
@@ -100,10 +100,10 @@ def load_callable(name: str, separator: str, argument: str) -> Any:
 
 def load_splits(name: str, argument: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
     """
-    All splits of a data set: a file (with one split, `train`), a directory (that of `save_to_disk`, too) or an id on the Hub.
+    Loads all splits of a data set: a file (with one split, `train`), a directory (even one of `save_to_disk`) or an id on the Hub.
 
     Raises:
-        [`ValueError`]: If there is no such data set. It names `argument`, that `name` was given as.
+        [`ValueError`]: If there is no such data set. `argument` is the name of the caller's argument, for messages.
     """
     builder = FILES.get(os.path.splitext(name)[1])
     is_saved = os.path.isdir(name) and {"state.json", "dataset_dict.json"} & set(os.listdir(name))  # by `save_to_disk`
@@ -121,18 +121,18 @@ def load_splits(name: str, argument: str, config: str | None = None, streaming: 
             return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         return load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, StopIteration, DatasetsError, HfHubHTTPError) as error:
-        reason = error.__cause__ or str(error) or "it is empty"  # the cause is the row or the format that is wrong
+        reason = error.__cause__ or str(error) or "it is empty"  # the cause names the wrong row or format
         raise ValueError(f"`{argument}` {name!r} cannot be loaded: {reason}") from error
 
 
 def load_rows(name: str, split: str, argument: str, config: str | None = None) -> Dataset:
-    """One split of what [`load_splits`] loads."""
+    """Loads one split of a data set, see [`load_splits`]."""
     splits = load_splits(name, argument, config)
     return take_split(splits, split, name, argument)
 
 
 def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any:
-    """A split, or an error that says which there are."""
+    """Returns a split. If it is missing, the error lists the splits."""
     if split not in splits:
         raise ValueError(f"`{argument}` {name!r} has the splits {list(splits)} but no {split!r}.")
     rows = splits[split]
@@ -142,7 +142,7 @@ def take_split(splits: DatasetDict, split: str, name: str, argument: str) -> Any
 
 
 def check_column(rows: Dataset, column: str, name: str, argument: str, remedy: str = "Rename one.") -> None:
-    """Refuses data without a column."""
+    """Raises a [`ValueError`] if data lacks a column."""
     if column not in rows.column_names:
         raise ValueError(f"`{argument}` {name!r} has the columns {rows.column_names} but no {column!r}. {remedy}")
 
@@ -156,7 +156,7 @@ def load_texts(
     remedy: str = "Rename one.",
     config: str | None = None,
 ) -> Dataset:
-    """One column of data to fine-tune on, of all rows or of the first, or an error that says which of them is no text."""
+    """Loads one column of texts, of all rows or of the first `number`. If a row is no text, the error names the row."""
     rows = load_rows(name, split, argument, config)
     check_column(rows, column, name, argument, remedy)
     rows = rows.select_columns(column).take(min(number or len(rows), len(rows)))
@@ -170,7 +170,7 @@ def load_texts(
 
 @contextmanager
 def loading(name: str, argument: str) -> Iterator[None]:
-    """Names the argument where its model or tokenizer cannot be loaded."""
+    """Makes errors name the argument whose model or tokenizer cannot be loaded."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -178,12 +178,12 @@ def loading(name: str, argument: str) -> Iterator[None]:
 
 
 def positions_of(model: Any) -> float:
-    """How many tokens a model has positions for; some have no limit."""
+    """Number of tokens that a model has positions for. Some models have no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def facts_of(generator: str, argument: str) -> dict[str, Any]:
-    """The `dpg.json` of a generator, empty if there is none, or none in the cache where the Hub cannot be asked."""
+    """The `dpg.json` of a generator. Empty if there is none, or if the Hub cannot be asked and the cache has none."""
     try:
         return read_facts(generator, argument) or {}
     except LocalEntryNotFoundError:
@@ -193,12 +193,12 @@ def facts_of(generator: str, argument: str) -> dict[str, Any]:
 
 
 def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
-    """What `resume_from_checkpoint` means: the last checkpoint (`True`), none (`None`), or the folder of one."""
+    """Interprets `resume_from_checkpoint`: the last checkpoint (`True`), none (`None`), or the folder of one."""
     words = {"true": True, "yes": True, "1": True, "false": None, "no": None, "0": None, "none": None}
     checkpoint = words.get(str(value).lower(), value)
     if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
         raise ValueError(
-            f"`resume_from_checkpoint` {checkpoint!r} is no folder. Name a checkpoint, or say `True` for the last one in "
+            f"`resume_from_checkpoint` {checkpoint!r} is no folder. Name a checkpoint, or pass `True` for the last one in "
             "`output_dir`."
         )
     return checkpoint
@@ -206,7 +206,7 @@ def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
 
 @contextmanager
 def running(note: Callable[[], str]) -> Iterator[None]:
-    """Where a script does its work. What fails there keeps its traceback, with this note below: what there is, how to go on."""
+    """Adds a note to errors of a script's main work. With a note, [`run_script`] keeps their traceback. The note says how to go on."""
     try:
         yield
     except Exception as error:

@@ -33,14 +33,14 @@ from ..publishing.facts import FACTS_FILE, read_json
 from .common import Parser, at_least_one, check_column, facts_of, load_rows, loading, option, positions_of, running
 
 
-# Which files of a generator's directory its texts depend on
+# Files of a generator's directory that its texts depend on
 FILES_OF_A_MODEL = ["*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*config.json", "*.jinja", "*.model"]
 FILES_OF_A_MODEL += ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 
-# Which settings are hashes, and of what
+# Settings that are hashes, and what they are hashes of
 FINGERPRINTS = {"weights": "the files of `model`", "prompt_rows": "the rows of `prompts`"}
 
-# What vLLM calls by another name than Transformers
+# vLLM's names of settings that Transformers calls otherwise
 VLLM_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 
@@ -51,40 +51,38 @@ class GenerateArguments:
     model: str = field(metadata={"help": "Generator: a directory or an id on the Hub, of a full model or an adapter."})
     prompts: str = field(
         metadata={
-            "help": "Prompts, plain or conversational: a file or a data set's id with a column `prompt`. Use those of training, "
-            "or such as are like them."
+            "help": "Prompts, plain or conversational: a file or a data set's id with a column `prompt`. Use the prompts of "
+            "training, or similar ones."
         }
     )
     output: str = field(
         metadata={
-            "help": "File of JSON lines to write, with the columns `text` (what to fine-tune on) and `source_prompt`. If it is "
-            "there already from a call with the same arguments, weights and prompts, it is continued."
+            "help": "File of JSON lines to write, with the columns `text` (to fine-tune on) and `source_prompt`. If an earlier call "
+            "with the same arguments, weights and prompts wrote it, it is continued."
         }
     )
     num_examples: int | None = option(
         None,
-        "Examples to write. One for each prompt by default; more than there are prompts takes them again from the "
+        "Examples to write. One for each prompt by default. If there are fewer prompts, they are used again from the "
         "first.",
     )
     prompts_config: str | None = option(None, "Configuration of the prompts.")
     prompts_split: str = option("train", "Split of the prompts.")
     max_new_tokens: int | None = option(
-        None, "Longest text. As in training by default, which `dpg.json` says, or 256 without that file."
+        None, "Most tokens of a text. By default as in training (from `dpg.json`), or 256 without this file."
     )
-    temperature: float | None = option(None, "As in training by default, or 1.")
-    top_p: float | None = option(None, "As in training by default.")
-    top_k: int | None = option(None, "As in training by default; 0 is none.")
+    temperature: float | None = option(None, "Sampling temperature. By default as in training, or 1.")
+    top_p: float | None = option(None, "Nucleus sampling. By default as in training.")
+    top_k: int | None = option(None, "Most likely tokens to sample from; 0 is no limit. By default as in training.")
     batch_size: int = option(64, "Prompts in a batch.")
-    seed: int = option(
-        0, "Every batch has its own, so that a file that was continued is the same as one that was not."
-    )
-    dtype: str = option("auto", "Precision, 'auto' is that of the checkpoint.")
-    device: str | None = option(None, "Device. A GPU if there is one. Not for vLLM.")
-    use_vllm: bool = option(False, "Generate with vLLM, which then must be installed.")
+    seed: int = option(0, "Seed. Every batch has a seed of its own, so a continued file equals one written at once.")
+    dtype: str = option("auto", "Precision; 'auto' is that of the checkpoint.")
+    device: str | None = option(None, "Device. By default a GPU if there is one. Not for vLLM.")
+    use_vllm: bool = option(False, "Generate with vLLM, which must be installed.")
     push: str | None = option(
         None, "Repository on the Hub to push the data set to, with a card that links the generator."
     )
-    private: bool = option(False, "Make that repository private.")
+    private: bool = option(False, "Make this repository private.")
     json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
@@ -105,23 +103,26 @@ class GenerateArguments:
             except HFValidationError as error:
                 raise ValueError(f"`push` {self.push!r} is no name of a repository: {error}") from error
         elif self.private:
-            raise ValueError("`private` is for `push`, which is missing. Name a repository, or leave out `private`.")
+            raise ValueError("`private` is for `push`, which is missing. Name a repository, or leave `private` out.")
         if not self.output.endswith(".jsonl"):
             raise ValueError(f"`output` must end with '.jsonl', got {self.output!r}.")
         if self.use_vllm and not find_spec("vllm"):
-            raise ValueError('`use_vllm` needs vLLM. Install it with `pip install "trl-dpg[vllm]"`, or leave it out.')
+            raise ValueError(
+                '`use_vllm` needs vLLM. Install vLLM with `pip install "trl-dpg[vllm]"`, or leave `use_vllm` out.'
+            )
         if self.use_vllm and self.device is not None:
             raise ValueError(
-                f"`device` {self.device!r} is not for `use_vllm`: vLLM takes the GPUs that `CUDA_VISIBLE_DEVICES` names, or the CPU "
-                "that it was built for. Leave out one of the two."
+                f"`device` {self.device!r} is not for `use_vllm`: vLLM uses the GPUs that `CUDA_VISIBLE_DEVICES` names, or the CPU "
+                "if it was built for it. Leave one of the two out."
             )
 
 
 def fingerprint(model: str) -> str:
     """
-    Says by a short text which weights, settings and tokenizer a generator has.
+    Returns a short text that identifies a generator's weights, settings and tokenizer.
 
-    It is a hash of the directory's files, or the commit on the Hub; of an adapter, that of its base model, too.
+    For a directory, it is a hash of the files. For a model on the Hub, it is the commit. For an adapter, that of the base model is
+    added.
 
     Raises:
         [`ValueError`]: If there is no such model.
@@ -130,9 +131,9 @@ def fingerprint(model: str) -> str:
         adapter = find_adapter_config_file(model)
         config = adapter or cached_file(model, CONFIG_NAME)
     if config is None:
-        raise ValueError(f"`model` {model!r} has no {CONFIG_NAME!r}, so it is no model. Correct the folder.")
+        raise ValueError(f"`model` {model!r} has no {CONFIG_NAME!r}, so it is no model. Correct the path.")
     folder = Path(config).parent
-    text = folder.name  # the commit, in the Hub's cache
+    text = folder.name  # in the Hub's cache, the folder is named after the commit
     if os.path.isdir(model):
         digest = hashlib.sha256()
         for path in sorted({path for pattern in FILES_OF_A_MODEL for path in folder.glob(pattern)}):
@@ -145,14 +146,14 @@ def fingerprint(model: str) -> str:
 
 
 def sampling(args: GenerateArguments, facts: dict[str, Any]) -> dict[str, Any]:
-    """How to sample: as in training, but for what was asked otherwise."""
+    """Sampling settings: those of training, unless the arguments set others."""
     settings = {"max_new_tokens": 256, "temperature": 1.0, **facts.get("generation", {})}
     asked = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     return {**settings, **{name: value for name, value in asked.items() if value is not None}}
 
 
 class TransformersSampler:
-    """Samples with Transformers, one completion of each prompt of a batch."""
+    """Samples one completion for each prompt of a batch, with Transformers."""
 
     def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
         self.tokenizer, self.settings = tokenizer, {"top_k": 0, "do_sample": True, **settings}
@@ -162,11 +163,11 @@ class TransformersSampler:
         if settings["max_new_tokens"] >= self.positions:
             raise ValueError(
                 f"`max_new_tokens` {settings['max_new_tokens']} does not fit into the {self.positions} positions of `model` "
-                f"{args.model!r}. Give the length of its training."
+                f"{args.model!r}. Pass the length that was used in training."
             )
         try:
             self.model = model.to(self.device).eval()
-        except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        except (RuntimeError, AssertionError) as error:  # without CUDA, PyTorch raises an `AssertionError`
             raise ValueError(f"`device` {self.device!r} cannot be used: {error}") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -181,7 +182,7 @@ class TransformersSampler:
 
 
 class VLLMSampler:
-    """Samples with vLLM. Each text has a seed of its own: with one for all, equal prompts would get equal texts."""
+    """Samples with vLLM. Each text has a seed of its own. With one seed for all, equal prompts would get equal texts."""
 
     def __init__(self, args: GenerateArguments, settings: dict[str, Any], tokenizer: Any):
         from vllm import LLM, SamplingParams
@@ -195,7 +196,7 @@ class VLLMSampler:
             ) from error
         with whole_model(args, tokenizer) as model:
             dtype: Any = args.dtype
-            if dtype == "auto":  # where vLLM would take bfloat16 for float32
+            if dtype == "auto":  # vLLM's own "auto" would take bfloat16 instead of float32
                 dtype = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype or "auto"
             self.model = LLM(model, dtype=dtype, seed=args.seed % 2**32)
         self.tokenizer, self.settings = tokenizer, settings
@@ -206,22 +207,22 @@ class VLLMSampler:
         ids = encode(self.tokenizer, prompts, self.settings["max_new_tokens"], self.positions)
         requests = [{"prompt_token_ids": i} for i in ids]
         outputs = self.model.generate(requests, parameters, use_tqdm=False)
-        # vLLM's own text is not always that of the tokens, which training goes by
+        # vLLM's own text may differ from the decoded tokens, which training uses.
         tokens = [output.outputs[0].token_ids for output in outputs]
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def vllm_sampling(settings: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM calls the settings of Transformers."""
+    """Translates sampling settings of Transformers to those of vLLM."""
     settings = {VLLM_NAMES.get(name, name): value for name, value in settings.items()}
     if settings.get("top_k") == 0:
-        settings["top_k"] = -1  # vLLM's word for none
+        settings["top_k"] = -1  # no limit in vLLM
     if not settings.pop("do_sample", True):
         settings["temperature"] = 0.0
     bad_words = settings.pop("bad_words_ids", None) or []
     if any(len(ids) > 1 for ids in bad_words):
         raise ValueError(
-            f"The generator was trained with `bad_words_ids` {bad_words}, of which vLLM can leave out single tokens alone. Leave "
+            f"The generator was trained with `bad_words_ids` {bad_words}, of which vLLM can leave out single tokens only. Leave "
             "`use_vllm` out."
         )
     if never := [*(settings.pop("suppress_tokens", None) or []), *(ids[0] for ids in bad_words)]:
@@ -231,7 +232,7 @@ def vllm_sampling(settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def whole_model(args: GenerateArguments, tokenizer: Any) -> Iterator[str]:
-    """A model's name or, of an adapter, a folder with the model that it makes of its base."""
+    """The name of a model. For an adapter, a temporary folder with the base model that the adapter is merged into."""
     if find_adapter_config_file(args.model) is None:
         yield args.model
         return
@@ -242,7 +243,7 @@ def whole_model(args: GenerateArguments, tokenizer: Any) -> Iterator[str]:
 
 
 def load_model(args: GenerateArguments) -> Any:
-    """The generator, with its adapter if it is one."""
+    """Loads the generator, a model or an adapter on its base model."""
     with loading(args.model, "model"):
         is_adapter = find_adapter_config_file(args.model) is not None
         load: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
@@ -251,13 +252,13 @@ def load_model(args: GenerateArguments) -> Any:
 
 def encode(tokenizer: Any, prompts: list[Any], num_new_tokens: int, positions: float) -> list[list[int]]:
     """
-    Tokens of prompts, plain or conversational; of an empty one, a token to go on from.
+    Tokenizes prompts, plain or conversational. An empty prompt becomes a single token to start from.
 
     Raises:
-        [`ValueError`]: If a prompt and what is to be written do not fit into the model's positions.
+        [`ValueError`]: If a prompt with `num_new_tokens` more tokens does not fit into the model's positions.
     """
     is_chat = not isinstance(prompts[0], str)
-    if is_chat:  # the template has the special tokens
+    if is_chat:  # the template adds the special tokens
         prompts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
     ids = [i or [start_token(tokenizer)] for i in ids]
@@ -270,12 +271,12 @@ def encode(tokenizer: Any, prompts: list[Any], num_new_tokens: int, positions: f
 
 
 def start_token(tokenizer: Any) -> int:
-    """What an empty prompt is replaced by."""
+    """The token that replaces an empty prompt."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def check_prompts(rows: Dataset, name: str) -> str:
-    """Refuses rows that are no prompts, and returns a hash of all rows."""
+    """Raises a [`ValueError`] if a row is no prompt. Returns a hash of all rows."""
     digest = hashlib.sha256()
     first_is_chat = isinstance(rows[0]["prompt"], list)
     for index, prompt in enumerate(rows["prompt"]):
@@ -287,7 +288,7 @@ def check_prompts(rows: Dataset, name: str) -> str:
             )
         if is_chat != first_is_chat:
             raise ValueError(
-                f"`prompts` {name!r} has texts and conversations (see row {index}). Make all of one kind."
+                f"`prompts` {name!r} has both texts and conversations (see row {index}). Make all of one kind."
             )
         digest.update(json.dumps(prompt).encode() + b"\n")
     return digest.hexdigest()
@@ -295,10 +296,10 @@ def check_prompts(rows: Dataset, name: str) -> str:
 
 def written(path: Path, settings: dict[str, Any]) -> int:
     """
-    Number of examples that an earlier call has written; a line that was cut off is removed.
+    Number of examples that an earlier call has written. An incomplete last line is removed.
 
     Raises:
-        [`ValueError`]: If that call had other settings.
+        [`ValueError`]: If the earlier call had other settings.
     """
     beside = path.with_suffix(".settings.json")
     if not path.exists():
@@ -306,8 +307,8 @@ def written(path: Path, settings: dict[str, Any]) -> int:
         return 0
     if not beside.exists():
         raise ValueError(
-            f"`output` {str(path)!r} is there already, and not by this command ({beside.name!r} is missing), so it cannot be "
-            "continued. Write to another place, or remove it."
+            f"`output` {str(path)!r} exists already, but not from this command ({beside.name!r} is missing), so it cannot be "
+            "continued. Write to another place, or remove the file."
         )
     earlier = read_json(beside)
     differing = sorted(name for name in settings if settings[name] != earlier.get(name))
@@ -315,7 +316,7 @@ def written(path: Path, settings: dict[str, Any]) -> int:
         changed = " and ".join(label for name, label in FINGERPRINTS.items() if name in differing)
         raise ValueError(
             f"`output` {str(path)!r} was written with other settings ({', '.join(differing)}), so it cannot be continued."
-            f"{f' Since then {changed} changed.' if changed else ''} Write to another place, or remove it."
+            f"{f' Since then {changed} changed.' if changed else ''} Write to another place, or remove the file."
         )
     number = path.read_bytes().count(b"\n")
     keep_lines(path, number)
@@ -323,7 +324,7 @@ def written(path: Path, settings: dict[str, Any]) -> int:
 
 
 def keep_lines(path: Path, number: int) -> None:
-    """Keeps the first lines of a file, where there is one."""
+    """Cuts a file after `number` lines. A missing file is no error."""
     if path.exists():
         with open(path, "r+b") as file:
             for _ in range(number):
@@ -333,21 +334,21 @@ def keep_lines(path: Path, number: int) -> None:
 
 def write(args: GenerateArguments) -> dict[str, Any]:
     """
-    Writes the data set, or what is missing from it.
+    Writes the data set, or the examples that are missing from it.
 
     Returns:
-        `dict[str, Any]`: `output`, `examples` (in the file), `num_examples` (asked for), `written` (by this call), `generation`
-        (how texts were sampled) and, where the data set was pushed, `pushed`.
+        `dict[str, Any]`: `output`, `examples` (in the file), `num_examples` (asked for), `written` (by this call) and `generation`
+        (sampling settings). Also `pushed`, if the data set was pushed.
 
     Raises:
-        [`ValueError`]: If an argument is no good, or if the file is of another call.
+        [`ValueError`]: If an argument cannot be used, or if the file comes from a call with other settings.
     """
     facts = facts_of(args.model, "model")
     settings = sampling(args, facts)
     if "generation" not in facts:
         print(
-            f"{args.model!r} has no {FACTS_FILE!r} that can be read, which says how texts were sampled in its training. Here they are "
-            f"sampled with {', '.join(f'{name} {value}' for name, value in settings.items())}: give what training had as flags.",
+            f"{args.model!r} has no readable {FACTS_FILE!r}, so the sampling settings of its training are unknown. Texts are now sampled "
+            f"with {', '.join(f'{name} {value}' for name, value in settings.items())}. If training had others, pass them as flags.",
             file=sys.stderr,
         )
     rows = load_rows(args.prompts, args.prompts_split, "prompts", args.prompts_config)
@@ -370,18 +371,18 @@ def write(args: GenerateArguments) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, settings: dict[str, Any]) -> None:
-    """Writes examples to a file, from a whole batch on, as each batch has a seed."""
+    """Writes examples to a file. They start with a whole batch, since each batch has a seed of its own."""
     with loading(args.model, "model"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=False)
     if not isinstance(rows[0]["prompt"], str) and tokenizer.chat_template is None:
         raise ValueError(
             f"`prompts` {args.prompts!r} has conversations, but the tokenizer of `model` {args.model!r} has no chat template. "
-            "Give prompts as plain text, or save the template with the tokenizer."
+            "Pass prompts as plain text, or save the template with the tokenizer."
         )
     sample = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings, tokenizer)
     keep_lines(path, examples.start)
     with (
-        running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
+        running(lambda: f"All examples so far are in {str(path)!r}. The same command goes on from there."),
         open(path, "a", encoding="utf-8") as file,
         tqdm(total=examples.stop, initial=examples.start, unit="example") as bar,
     ):
@@ -396,7 +397,7 @@ def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, 
 
 
 def describe(result: dict[str, Any]) -> str:
-    """What [`write`] did, in a line."""
+    """The result of [`write`] in a line."""
     number, asked = result["examples"], result["num_examples"]
     pushed = f", pushed to {result['pushed']}" if "pushed" in result else ""
     text = f"{number:,} examples in {result['output']}{pushed}."

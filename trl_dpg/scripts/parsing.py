@@ -1,4 +1,4 @@
-"""How the commands are parsed, without PyTorch: flags, YAML, help, and how a bad argument is said."""
+"""Parsing of the commands, without PyTorch: flags, YAML, help, and messages about bad arguments."""
 
 import argparse
 import difflib
@@ -15,11 +15,11 @@ import yaml
 from trl import TrlParser
 
 
-LONG_TEXT = 110  # characters, of which the first sentence will do
+LONG_TEXT = 110  # of help texts with more characters, `--help` shows only the first sentence
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """One flag a line, its text, what it may be and its default. Of a long text, the first sentence, unless all is to be shown."""
+    """Shows each flag with its text, its choices and its default. Of a long text, only the first sentence, unless `whole_texts`."""
 
     def __init__(self, prog: str, whole_texts: bool = False):
         super().__init__(prog, max_help_position=38, width=shutil.get_terminal_size((118, 24)).columns)
@@ -35,14 +35,14 @@ class HelpFormatter(argparse.HelpFormatter):
         choices = list(map(str, action.choices or []))
         if not all(choice in text for choice in choices) and (len(choices) < 8 or self.whole_texts):
             text += f" One of {', '.join(choices)}."
-        default = getattr(action.default, "value", action.default)  # of an enumeration
+        default = getattr(action.default, "value", action.default)  # an enumeration has its value there
         if default not in (None, argparse.SUPPRESS, "", []):
             text += f" [{default}]".replace("%", "%%")
         return text
 
 
 class HelpAll(argparse._HelpAction):
-    """Shows all flags, where `--help` shows those in groups."""
+    """Shows all flags. `--help` only shows those in groups."""
 
     def __call__(self, parser: Any, *args: Any) -> None:
         parser.shows_all = True
@@ -51,27 +51,27 @@ class HelpAll(argparse._HelpAction):
 
 class Parser(TrlParser):
     """
-    TRL's parser. What is wrong is one `ValueError`, negative numbers are values, and YAML is read as strictly as flags are.
+    TRL's parser with three changes: errors are `ValueError`s, negative numbers are values, and YAML is checked as strictly as flags.
 
-    With `groups`, headings and names of fields, `--help` shows these alone, and `--help-all` the others, too.
+    `groups` maps headings to names of fields. With it, `--help` shows only these fields, and `--help-all` shows all.
     """
 
     def __init__(self, *args: Any, groups: dict[str, list[str]] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python's own takes -1e-3 for the name of a flag
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python's own pattern reads -1e-3 as a flag
         self.check_rest: Callable[..., None] = self.refuse
         self.groups, self.shows_all = groups or {}, groups is None
         if groups is not None:
             self.add_argument("--help-all", action=HelpAll, help="Show all flags, with their whole texts, and exit.")
 
     def format_help(self) -> str:
-        """Groups of flags, each under one of its names."""
+        """The help page: groups of flags. A flag with several names is shown under one of them."""
         formatter = HelpFormatter(self.prog, self.shows_all)
         words = [action.dest.upper() for action in self._actions if not action.option_strings]
         config = ["[--config YAML]"] * bool(self.dataclass_types)
         formatter.add_text(" ".join(["usage:", self.prog, *config, *words, "[--flag value ...]"]))
         formatter.add_text(self.description)
-        actions = {action.dest: action for action in reversed(self._actions)}  # without `--no_...`
+        actions = {action.dest: action for action in reversed(self._actions)}  # leaves `--no_...` out
         actions |= {action.option_strings[0]: action for action in self._actions if action.dest == argparse.SUPPRESS}
         actions.pop(argparse.SUPPRESS, None)
         groups, grouped = dict(self.groups), {name for names in self.groups.values() for name in names}
@@ -86,11 +86,11 @@ class Parser(TrlParser):
         return formatter.format_help()
 
     def error(self, message: str):
-        """Raises, where argparse prints all flags."""
+        """Raises a [`ValueError`]. Without this method, argparse would print all flags."""
         raise ValueError(f"{message}. `{self.prog} --help` lists the flags and their values.")
 
     def refuse(self, unknown: list[str], where: str = "", flags: Iterable[str] = (), remedy: str = "") -> None:
-        """Refuses arguments that are none, and says which flag was probably meant: one of this parser, or one of `flags`."""
+        """Raises a [`ValueError`] for unknown arguments. It names the flag that was probably meant, of this parser or of `flags`."""
         if not unknown:
             return
         known = [*self._option_string_actions, *flags]
@@ -98,11 +98,11 @@ class Parser(TrlParser):
         meant = [match for name in names for match in difflib.get_close_matches(name, known, 1, 0.75)]
         hint = f" Did you mean {' and '.join(f'`{name}`' for name in meant)}?" if meant else ""
         raise ValueError(
-            f"Unknown arguments{where}: {' '.join(unknown)}.{hint} `{self.prog} --help` lists what there is{remedy}."
+            f"Unknown arguments{where}: {' '.join(unknown)}.{hint} `{self.prog} --help` lists the arguments{remedy}."
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As of [`~argparse.ArgumentParser`], but what is left is looked at before values are."""
+        """As in [`~argparse.ArgumentParser`], but unknown arguments are checked before values are."""
         parsed, rest = super().parse_known_args(args, namespace)
         self.check_rest(rest)
         return parsed, rest
@@ -111,9 +111,9 @@ class Parser(TrlParser):
         self, args: Iterable[str] | None = None, check_rest: Callable[..., None] | None = None
     ) -> Any:
         """
-        As of [`~trl.TrlParser`], and takes `--config=FILE`, too.
+        As in [`~trl.TrlParser`], but `--config=FILE` also works.
 
-        With `check_rest`, which is called with arguments that are none and where they are from, these are returned, too.
+        With `check_rest`, unknown arguments are returned, too. It is called with these arguments and with where they come from.
         """
         self.check_rest = check_rest or self.refuse
         flags: list[str] = []
@@ -123,7 +123,7 @@ class Parser(TrlParser):
         if len(positions) > 1:
             raise ValueError("`--config` was given twice. Put all settings into one file.")
         if positions and positions[0] + 1 == len(flags):
-            raise ValueError("`--config` has no value. Give it the path of a YAML file.")
+            raise ValueError("`--config` has no value. Pass the path of a YAML file.")
         try:
             parsed = super().parse_args_and_config(flags, return_remaining_strings=True)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,12 +133,12 @@ class Parser(TrlParser):
         return parsed if check_rest is not None else parsed[:-1]
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """As of [`~trl.TrlParser`], but converts and checks each value as if it were on the command line."""
+        """As in [`~trl.TrlParser`], but converts and checks each value as if it were on the command line."""
         for action in self._actions:
             value = kwargs.get(action.dest)
             values = value if isinstance(value, list) else [value]
             if action.type is None or not all(isinstance(item, (str, int, float)) for item in values):
-                continue  # no value, or one that no flag can have
+                continue  # there is no value, or no flag could have it
             try:
                 values = [self._get_value(action, str(item)) for item in values]
                 for item in values:
@@ -153,12 +153,12 @@ class Parser(TrlParser):
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of arguments, with its help."""
+    """A field of a dataclass of arguments, with its default and its help text."""
     return field(default=default, metadata={"help": help})
 
 
 def at_least_one(args: Any, *names: str) -> None:
-    """Refuses numbers below 1."""
+    """Raises a [`ValueError`] if one of these arguments is below 1."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -166,7 +166,7 @@ def at_least_one(args: Any, *names: str) -> None:
 
 
 def make_folder_for(path: str | None, argument: str) -> None:
-    """Makes the folder of a file that is written in the end, or says in time why there can be none."""
+    """Makes the folder of a file that is written later. So an error shows before the work begins."""
     try:
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -176,14 +176,14 @@ def make_folder_for(path: str | None, argument: str) -> None:
 
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None, prog: str) -> int:
     """
-    Runs a script and returns its exit code: 2, and one line of error, on bad input.
+    Runs a script and returns its exit code. Bad input prints one line and returns 2.
 
-    Other errors, and those with a note, keep their traceback. `argv` are those of the process if `None`.
+    Other errors, and errors with a note, keep their traceback. `argv=None` means the arguments of the process.
     """
     try:
         return main(argv)
     except (ValueError, ImportError, OSError) as error:
-        if hasattr(error, "__notes__"):  # by `running`
+        if hasattr(error, "__notes__"):  # added by `running`
             raise
         if isinstance(error, FileNotFoundError) and error.filename is not None:
             error = ValueError(f"{str(error.filename)!r} does not exist.")

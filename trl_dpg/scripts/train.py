@@ -5,7 +5,7 @@ Trains a generator with Dataset Policy Gradients.
     accelerate launch -m trl_dpg.scripts.train --config dpg.yaml
 
 Every field of [`DPGScriptArguments`], [`DatasetPolicyGradientConfig`] and TRL's `ModelConfig` is a flag, and may stand in the
-YAML file. A file for `trl grpo` will do.
+YAML file. A file for `trl grpo` also works.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from .common import (
 @dataclass
 class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     """
-    Arguments of the training script, beside those of TRL's GRPO script and [`MetricArguments`]. Its `reward_funcs` (names in
+    Arguments of the training script, added to those of TRL's GRPO script and [`MetricArguments`]. `reward_funcs` of TRL (names in
     `trl.rewards`, or dotted import paths) are further rewards.
     """
 
@@ -55,41 +55,43 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
         "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
         "if there is one.",
     )
-    eval_dataset_config: str | None = option(None, "Its configuration.")
+    eval_dataset_config: str | None = option(None, "Configuration of `eval_dataset_name`.")
     num_eval_prompts: int | None = option(None, "Held-out prompts to use, from the first. All by default.")
     evaluation_language: str | None = option(
-        None, "Language whose share of the texts validation reads out: a code such as 'es'."
+        None, "Language to look for in generated texts during validation, as a code such as 'es'."
     )
     evaluation_reference: str | None = option(
-        None, "String whose share of the generated texts validation reads out, such as a UUID."
+        None, "String to look for in generated texts during validation, such as a UUID."
     )
-    validation_draws: int = option(1, "Validations after training (with `eval_on_start` before), on fresh samples.")
+    validation_draws: int = option(
+        1, "Validations after training (with `eval_on_start`, also before), on new samples."
+    )
     reference_texts: list[str] | None = option(
-        None, "What completions are compared to with `reward` 'embedding_similarity' or 'edit_distance'."
+        None, "Texts that `reward` 'embedding_similarity' or 'edit_distance' compares completions to."
     )
     replay_dataset_name: str | None = option(
-        None, "Real data that stands in every run of the target: a file or a data set's id."
+        None, "Real data to mix into every run of the target: a file or a data set's id."
     )
-    replay_dataset_config: str | None = option(None, "Its configuration.")
-    replay_dataset_split: str = option("train", "Its split.")
+    replay_dataset_config: str | None = option(None, "Configuration of `replay_dataset_name`.")
+    replay_dataset_split: str = option("train", "Split of `replay_dataset_name`.")
 
     def __post_init__(self):
         super().__post_init__()
         at_least_one(self, "validation_draws")
 
 
-DESCRIPTION = """Trains a generator of data for a target. A flag's default is in brackets; `--help-all` shows the other flags, of
-GRPOConfig and TrainingArguments. Accelerate's flags (`--num_processes`, `--config_file`) are taken, too."""
+DESCRIPTION = """Trains a generator of data for a target. A flag's default is in brackets. `--help-all` also shows the flags of
+GRPOConfig and TrainingArguments. Accelerate's flags (`--num_processes`, `--config_file`) are accepted, too."""
 
 GROUPS = {
-    "metric (what the fine-tuned target is to become)": [field.name for field in dataclasses.fields(MetricArguments)],
+    "metric (the goal for the fine-tuned target)": [field.name for field in dataclasses.fields(MetricArguments)],
     "target (and how it is fine-tuned)": [
         field.name
         for arguments in (DPGScriptArguments, DatasetPolicyGradientConfig)
         for field in dataclasses.fields(arguments)
         if field.name.startswith("target_")
     ],
-    "credit (which words earned the reward)": ["credit_assignment", "credit_discount", "credit_candidates"],
+    "credit (which tokens earned the reward)": ["credit_assignment", "credit_discount", "credit_candidates"],
     "reward": "reward cross_group_batching nonfinite reward_language scale_rewards reference_texts reward_funcs".split(),
     "generator": "model_name_or_path use_peft learning_rate lr_scheduler_type max_steps per_device_train_batch_size "
     "num_generations max_completion_length temperature entropy_coef use_vllm use_cpu seed".split(),
@@ -106,11 +108,11 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
     Parses the command line and its YAML file.
 
     Returns:
-        `tuple`: The four sets of arguments; and what is for `accelerate launch` (`--num_processes`, `--config_file`, ...; also
-        `--accelerate_config`, as with the `trl` command), as its flags.
+        `tuple`: The four sets of arguments, and the flags for `accelerate launch` (`--num_processes`, `--config_file`, ...). As with
+        the `trl` command, `--accelerate_config` works too.
 
     Raises:
-        [`ValueError`]: If neither knows an argument, or if one is missing or out of its range.
+        [`ValueError`]: If an argument is unknown, missing or out of its range.
     """
     kinds: Any = (DPGScriptArguments, DatasetPolicyGradientConfig, ModelConfig, DatasetMixtureConfig)
     parser = Parser(kinds, prog="trl-dpg train", description=DESCRIPTION, groups=GROUPS)
@@ -121,7 +123,7 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
         known, unknown = launcher.parse_known_args([*resolve_accelerate_config_argument(rest), "script"])
         if known.training_script != "script":  # a word without a flag
             unknown.append(known.training_script)
-        remedy = ", `accelerate launch --help` what concerns processes and devices"
+        remedy = ", `accelerate launch --help` those about processes and devices"
         parser.refuse(unknown, where, launcher._option_string_actions, remedy)
 
     *parsed, rest = parser.parse_args_and_config(argv, check_rest=check_rest)
@@ -131,7 +133,7 @@ def parse(argv: list[str] | None = None) -> tuple[Any, list[str]]:
 
 
 def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> None:
-    """Refuses what is missing or names nothing, before anything is loaded."""
+    """Raises a [`ValueError`] if an argument is missing or names nothing. This check comes before anything is loaded."""
     names = {
         "model_name_or_path": model_args.model_name_or_path,
         "target_model_name_or_path": script_args.target_model_name_or_path,
@@ -148,21 +150,21 @@ def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixtu
     if training_args.resume_from_checkpoint is True and last_whole_checkpoint(training_args.output_dir) is None:
         raise ValueError(
             f"`resume_from_checkpoint` is True, but there is no whole checkpoint in `output_dir` {training_args.output_dir!r}. Start "
-            "without it, or correct the folder."
+            "without `resume_from_checkpoint`, or correct the folder."
         )
 
 
 def load_reward(name: str) -> Callable:
-    """A further reward: a name in `trl.rewards`, or a dotted import path."""
+    """Loads a further reward from a name in `trl.rewards`, or from a dotted import path."""
     reward = load_callable(name if "." in name else f"trl.rewards.{name}", ".", "reward_funcs")
-    if name == "get_soft_overlong_punishment":  # as `trl grpo` does, which names it as if it were a reward
+    if name == "get_soft_overlong_punishment":  # this function makes a reward; `trl grpo` calls it in the same way
         return reward(max_completion_len=1280, soft_punish_cache=256)
     return reward
 
 
 def load_datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[str, Any, Any]:
-    """Name of the prompts, prompts to train on, and held-out ones or `None`."""
-    if mixture.datasets:  # as in TRL, this comes first
+    """Returns the name of the prompts, the prompts to train on, and the held-out prompts or `None`."""
+    if mixture.datasets:  # as in TRL, a mixture takes precedence
         splits: Any = get_dataset(mixture)
         dataset_name = ", ".join(dataset.path for dataset in mixture.datasets)
     else:
@@ -185,13 +187,14 @@ def load_datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[s
     if eval_dataset is None or number < 1:
         problem = "there are no held-out prompts" if eval_dataset is None else "it must be at least 1"
         raise ValueError(
-            f"`num_eval_prompts` is {number}, but {problem}. Leave it out, or name held-out prompts with `--eval_dataset_name`."
+            f"`num_eval_prompts` is {number}, but {problem}. Leave `num_eval_prompts` out, or name held-out prompts with "
+            "`--eval_dataset_name`."
         )
     return dataset_name, train_dataset, eval_dataset.take(number)
 
 
 def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets: list[Any]) -> Any:
-    """The trainer; `datasets` are the prompts to train on and the held-out ones."""
+    """Makes the trainer. `datasets` are the prompts to train on, and the held-out prompts."""
     text_evaluation: Callable[[list[str]], dict[str, float]] | None = None
     wanted = {"language": script_args.evaluation_language, "reference": script_args.evaluation_reference}
     if any(value is not None for value in wanted.values()):
@@ -230,7 +233,7 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, datasets
 
 
 class ValidateAgain(TrainerCallback):
-    """Validates the untrained generator beside `eval_on_start`, as `train` begins: what shards it has put it in place only then."""
+    """Repeats the validation of `eval_on_start` when training begins. Only then is the generator in place if it is sharded."""
 
     def __init__(self, trainer: Any, number: int):
         self.trainer, self.number = trainer, number
@@ -241,22 +244,22 @@ class ValidateAgain(TrainerCallback):
 
 
 def print_end(trainer: Any, dataset_name: str) -> None:
-    """Says what was reached, where to look, and what to do next."""
+    """Prints the result, the path of the report and the next command."""
     folder = trainer.args.output_dir
     print(f"\n{summary(trainer)}")
     try:
         print(f"Open this in a browser: {write_report(folder)}")
-    except (OSError, ValueError) as error:  # a report is not worth a run
+    except (OSError, ValueError) as error:  # a failed report must not fail the run
         print(f"The report could not be written: {error}", file=sys.stderr)
     print(f"Next: trl-dpg generate --model {folder} --prompts {dataset_name} --output data.jsonl")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    (script_args, training_args, model_args, mixture), _ = parse(argv)  # the rest was for the launcher
+    (script_args, training_args, model_args, mixture), _ = parse(argv)  # other flags are for the launcher
     dataset_name, *datasets = load_datasets(script_args, training_args, mixture)
     trainer = make_trainer(script_args, training_args, model_args, datasets)
-    trainer.remove_callback(SummaryCallback)  # it comes after the last validation
+    trainer.remove_callback(SummaryCallback)  # `print_end` prints the summary after the last validation
     if training_args.eval_on_start:
         trainer.add_callback(ValidateAgain(trainer, script_args.validation_draws - 1))
     try:
@@ -272,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.push_to_hub(dataset_name=dataset_name)
             trainer.accelerator.print(f"It is on the Hub, too: {trainer.hub_model_id}.")
     except Exception as error:
-        if trainer.state.max_steps > 0:  # training had begun: from then on, nothing is wrong with the arguments alone
+        if trainer.state.max_steps > 0:  # training had begun, so the arguments alone are not the cause
             last = last_whole_checkpoint(training_args.output_dir)
             note = f"The last whole checkpoint is {str(last)!r}: go on from it with `--resume_from_checkpoint True`."
             if last is None:

@@ -1,5 +1,5 @@
 """
-Ranks the rows of a data set by metagradient: what each does to a metric of the model that is fine-tuned on all of them.
+Ranks the rows of a data set by metagradient: the effect of each row on a metric of the model that is fine-tuned on all rows.
 
     trl-dpg value --dataset data.jsonl --model openai-community/gpt2 --metric_texts held_out.jsonl --output valuation
     accelerate launch --num_processes 8 -m trl_dpg.scripts.value --config value.yaml
@@ -37,34 +37,34 @@ from .check import RecipeArguments, recipe_parser
 from .common import MetricArguments, at_least_one, load_rows, loading, make_folder_for, option, run_script
 
 
-# What rows can be, by their columns; the first that is there counts, as in `SFTTrainer`
+# Columns of each kind of rows. As in `SFTTrainer`, the first kind whose columns exist counts.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 FILES = ("scores.parquet", "scores.jsonl", "valuation.json", "index.html")
 
 
 @dataclass
 class ValueArguments(MetricArguments):
-    """Arguments of `trl-dpg value`, beside those of [`MetricArguments`], the recipe and [`~trl.ModelConfig`]."""
+    """Arguments of `trl-dpg value`, added to those of [`MetricArguments`], the recipe and [`~trl.ModelConfig`]."""
 
     metric: str = field(default="likelihood", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
     metric_texts: str | None = option(
-        None, "Held-out rows whose likelihood is the metric, `NAME[:split]`: short for `metric_dataset` and its split."
+        None, "Held-out rows, `NAME[:split]`, whose likelihood is the metric: `metric_dataset` and its split in one."
     )
     num_metric_examples: int | None = option(  # type: ignore[assignment]
         None, "Rows of `metric_texts` to use, from the first. All by default."
     )
     dataset: str = option(
-        "", "What to rank, `NAME[:split]`: a file, a folder or a data set's id; split `train` by default."
+        "", "Rows to rank, `NAME[:split]`: a file, a folder or a data set's id. The default split is `train`."
     )
     dataset_config: str | None = option(None, "Configuration of `dataset`.")
     model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
     output: str = option("", "Folder to write.")
     num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
-    num_draws: int = option(1, "Orders of the rows to average over, by seeds from `seed` on.")
-    completion_only_loss: bool | None = option(None, "As in `SFTConfig`: the prompt has no loss. So by default.")
-    assistant_only_loss: bool = option(False, "As in `SFTConfig`: only what the assistant says has a loss.")
+    num_draws: int = option(1, "Number of orders of the rows to average over, with seeds from `seed` on.")
+    completion_only_loss: bool | None = option(None, "As in `SFTConfig`: whether prompts have no loss. Default: yes.")
+    assistant_only_loss: bool = option(False, "As in `SFTConfig`: only the assistant's messages have a loss.")
     tokens: bool = option(False, "Write the score of each token, too.")
-    overwrite: bool = option(False, "Replace the valuation that is in `output` already.")
+    overwrite: bool = option(False, "Replace a valuation that exists in `output`.")
     json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ class ValueArguments(MetricArguments):
             if self.metric != "likelihood" or self.metric_dataset is not None:
                 raise ValueError(
                     f"`metric_texts` {self.metric_texts!r} is the `metric_dataset` of `metric` 'likelihood', but `metric` is "
-                    f"{self.metric!r} and `metric_dataset` {self.metric_dataset!r}. Leave out one of the two."
+                    f"{self.metric!r} and `metric_dataset` is {self.metric_dataset!r}. Leave out one of the two."
                 )
             self.metric_dataset, self.metric_dataset_split = name_and_split(self.metric_texts)
         elif self.metric == "likelihood" and self.metric_dataset is None:
@@ -87,7 +87,7 @@ class ValueArguments(MetricArguments):
 
 
 def name_and_split(name: str) -> tuple[str, str]:
-    """The parts of `NAME[:split]`."""
+    """Name and split from `NAME[:split]`."""
     before, colon, split = name.rpartition(":")
     if not colon or not split.isidentifier() or os.path.exists(name):
         return name, "train"
@@ -95,7 +95,7 @@ def name_and_split(name: str) -> tuple[str, str]:
 
 
 def parse(argv: list[str] | None) -> tuple[ValueArguments, RecipeArguments, ModelConfig]:
-    """The arguments, checked as far as can be before anything is loaded."""
+    """Parses the arguments, and checks them as far as possible before anything is loaded."""
     parser = recipe_parser("trl-dpg value", ValueArguments, RecipeArguments, ModelConfig)
     args, recipe, model_args = parser.parse_args_and_config(argv)
     args.model = args.model or model_args.model_name_or_path
@@ -106,11 +106,11 @@ def parse(argv: list[str] | None) -> tuple[ValueArguments, RecipeArguments, Mode
     unused = [name for name in of_lora if getattr(model_args, name) != getattr(default, name)]
     if unused and not model_args.use_peft:
         raise ValueError(
-            f"`{unused[0]}` {getattr(model_args, unused[0])!r} is for an adapter, but `use_peft` is False. Add `--use_peft`, or leave it out."
+            f"`{unused[0]}` {getattr(model_args, unused[0])!r} is for an adapter, but `use_peft` is False. Add `--use_peft`, or leave the flag out."
         )
     if args.num_draws > 1 and not recipe.shuffle:
         raise ValueError(
-            f"`num_draws` {args.num_draws} are as many orders, but `shuffle` is False. Leave out one of the two."
+            f"`num_draws` {args.num_draws} asks for that many orders of the rows, but `shuffle` is False. Leave out one of the two."
         )
     return args, recipe, model_args
 
@@ -124,9 +124,10 @@ def value_examples(
     accelerator: Accelerator | PartialState | None = None,
 ) -> Valuation:
     """
-    Metagradients of examples, over several orders. It costs one [`~trl_dpg.metagradients.compute_metagradients`] a draw.
+    Computes metagradients of examples for several orders (draws). Each draw costs one call of
+    [`~trl_dpg.metagradients.compute_metagradients`].
 
-    Arguments beside `num_draws`, the number of orders, and errors are those of that function.
+    `num_draws` is the number of orders. All other arguments, and the errors, are those of this function.
 
     Example:
 
@@ -166,10 +167,10 @@ def value_examples(
 
 def examples_of(rows: Dataset, argument: str, name: str, tokenizer: Any, **loss: Any) -> list[dict[str, Any]]:
     """
-    Rows in tokens, by [`~trl_dpg.data.dataset_examples`], whose further arguments `loss` holds.
+    Tokenizes rows by [`~trl_dpg.data.dataset_examples`]. `loss` are further arguments of this function.
 
     Raises:
-        [`ValueError`]: If the columns are not there, or a row holds nothing to train on. It names `argument`, that `name` was given as.
+        [`ValueError`]: If columns are missing, or if a row has nothing to train on. Messages name `argument`, the caller's argument.
     """
     kind = next((kind for kind in KINDS if set(kind) <= set(rows.column_names)), None)
     if kind is None:
@@ -194,7 +195,7 @@ def examples_of(rows: Dataset, argument: str, name: str, tokenizer: Any, **loss:
 
 
 def load_data(args: ValueArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, list[dict[str, Any]]]:
-    """Rows to rank, and what they are in tokens."""
+    """Loads the rows to rank. Returns the rows and their tokenized examples."""
     name, split = name_and_split(args.dataset)
     rows = load_rows(name, split, "dataset", args.dataset_config)
     rows = rows.take(min(args.num_examples or len(rows), len(rows)))
@@ -209,7 +210,7 @@ def load_data(args: ValueArguments, tokenizer: Any, max_length: int) -> tuple[Da
 
 
 def load_metric(args: ValueArguments, tokenizer: Any, max_length: int) -> Any:
-    """The metric. Its texts are cut to `max_length`, as the data's are, and messages go through the chat template."""
+    """Makes the metric. Its texts are cut to `max_length` like the data's. Messages go through the chat template."""
     if args.metric != "likelihood":
         return args.load_metric()
     name, argument = str(args.metric_dataset), "metric_dataset" if args.metric_texts is None else "metric_texts"
@@ -225,8 +226,8 @@ def load_metric(args: ValueArguments, tokenizer: Any, max_length: int) -> Any:
 
 
 def load_model(args: ValueArguments, model_args: ModelConfig, seed: int, device: torch.device) -> Any:
-    """The model, with new adapters where they are asked for."""
-    torch.manual_seed(seed)  # of the adapters' first weights, which all processes must share
+    """Loads the model, with new adapters if `use_peft` is set."""
+    torch.manual_seed(seed)  # new adapters must be equal on all processes
     quantization = get_quantization_config(model_args)
     with loading(args.model, "model"):
         model: Any = load_target_model(
@@ -241,7 +242,7 @@ def load_model(args: ValueArguments, model_args: ModelConfig, seed: int, device:
 
 
 def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[str, Any]:
-    """What was found, and how: the content of `valuation.json`, in which there is no path."""
+    """Results and settings for `valuation.json`. They contain no path."""
     scores, errors = valuation.scores, valuation.standard_errors
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
@@ -268,9 +269,9 @@ def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[
 
 def score_table(rows: Dataset, valuation: Valuation, tokenizer: Any | None = None) -> Dataset:
     """
-    The rows from the best to the worst, behind their scores.
+    A table of scores and rows, from the best row to the worst.
 
-    A column of `rows` that has the name of one of these is called `row_...`. With `tokenizer`, there are scores of tokens, too.
+    If a column of `rows` has the name of a score column, it is renamed to `row_...`. With `tokenizer`, scores of tokens are added.
     """
     count, errors = len(valuation.examples), valuation.standard_errors
     columns: dict[str, list] = {
@@ -292,7 +293,7 @@ def score_table(rows: Dataset, valuation: Valuation, tokenizer: Any | None = Non
 def write_valuation(
     folder: Path, rows: Dataset, valuation: Valuation, summary: dict[str, Any], tokenizer: Any, tokens: bool = False
 ) -> None:
-    """Writes `scores.parquet`, `scores.jsonl`, `valuation.json` and `index.html`. `summary` is that of [`summarize`]."""
+    """Writes `scores.parquet`, `scores.jsonl`, `valuation.json` and `index.html`. `summary` comes from [`summarize`]."""
     folder.mkdir(parents=True, exist_ok=True)
     table = score_table(rows, valuation, tokenizer if tokens else None)
     table.to_parquet(folder / "scores.parquet")
@@ -302,7 +303,7 @@ def write_valuation(
 
 
 def describe(summary: dict[str, Any], output: str) -> str:
-    """What was found, in lines."""
+    """The results in a few lines of text."""
     after = sum(summary["metric_after"]) / summary["draws"]
     lines = [
         f"{summary['rows']:,} rows, {summary['draws']} draw{'s' if summary['draws'] > 1 else ''}: the metric goes from "
@@ -325,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     make_folder_for(os.path.join(args.output, FILES[0]), "output")
     accelerator = Accelerator()
-    with contextlib.redirect_stdout(sys.stderr):  # what is printed is the result alone
+    with contextlib.redirect_stdout(sys.stderr):  # standard output gets the result alone
         with loading(args.model, "model"):
             tokenizer = load_target_tokenizer(args.model)
         rows, examples = load_data(args, tokenizer, recipe.max_length)

@@ -1,5 +1,5 @@
 """
-Proves with stock tools what a data set does: fine-tunes the target on it with TRL's `SFTTrainer` and reads the metric.
+Verifies the effect of a data set with stock tools: fine-tunes the target on it with TRL's `SFTTrainer` and measures the metric.
 
     trl-dpg verify --dataset data.jsonl --target openai-community/gpt2 --metric qr --qr_text TRL-DPG
     trl-dpg verify --generator me/gpt2-qr --target openai-community/gpt2 --prompts prompts.jsonl
@@ -49,45 +49,46 @@ ARGUMENTS = {"data": "dataset", "control": "control_dataset", "replay": "replay_
 
 @dataclass
 class VerifyArguments(MetricArguments):
-    """Arguments of `trl-dpg verify`, beside those of [`MetricArguments`] and [`~trl.SFTConfig`]."""
+    """Arguments of `trl-dpg verify`, added to those of [`MetricArguments`] and [`~trl.SFTConfig`]."""
 
-    METRICS: ClassVar[tuple[str, ...]] = (*MetricArguments.METRICS, "pattern")  # the picture of a generator
+    METRICS: ClassVar[tuple[str, ...]] = (*MetricArguments.METRICS, "pattern")  # the picture in `dpg.json`
 
     target: str = option(
         "",
-        "The target before fine-tuning: a directory or an id on the Hub. As `generator` says by default, where that is "
+        "The target before fine-tuning: a directory or an id on the Hub. By default, the target of `generator`, if it is "
         "on the Hub.",
     )
     dataset: str | None = option(
         None,
-        "What to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
+        "Data to fine-tune on: a file or a data set's id, with a column `text`, or else `prompt` and `completion`, or `messages`.",
     )
-    dataset_config: str | None = option(None, "Its configuration.")
-    dataset_split: str = option("train", "Its split.")
+    dataset_config: str | None = option(None, "Configuration of `dataset`.")
+    dataset_split: str = option("train", "Split of `dataset`.")
     generator: str | None = option(
         None,
-        "Instead of `dataset`: a generator that writes it, from `prompts`. Of its `dpg.json`, the recipe is taken, where "
-        "no flag says otherwise, and the metric, if it is a picture (to the pixel) or the norm of the LM head. Another metric "
-        "must be given as `metric`.",
+        "Instead of `dataset`: a generator that writes it, from `prompts`. Its `dpg.json` sets the recipe, unless a flag says "
+        "otherwise. It also sets the metric, if this is a picture or the norm of the LM head. Pass any other metric as `metric`.",
     )
     prompts: str | None = option(None, "Prompts for `generator`, with a column `prompt`.")
     prompts_config: str | None = option(None, "Configuration of the prompts.")
     num_examples: int | None = option(
         None,
-        "Examples to fine-tune on, from the first. Of `dataset`, all by default; of `generator`, as many as in its training.",
+        "Examples to fine-tune on, from the first. Default: all of `dataset`, or for `generator` as many as in its training.",
     )
     control_dataset: str | None = option(
-        None, "Data to compare with: the target is fine-tuned on as many examples of it, too."
+        None, "Data to compare with. The target is fine-tuned on as many examples of it, too."
     )
-    control_dataset_config: str | None = option(None, "Its configuration.")
+    control_dataset_config: str | None = option(None, "Configuration of `control_dataset`.")
     replay_dataset: str | None = option(
         None,
-        "Real data that stands beside the data and the control, with its columns. Take texts that no training had.",
+        "Real data to mix into data and control, with the same columns. Use texts that were in no training.",
     )
-    replay_dataset_config: str | None = option(None, "Its configuration.")
-    replay_ratio: float = option(0.0, "Share of the real examples, from 0 to below 1. As `generator` says by default.")
+    replay_dataset_config: str | None = option(None, "Configuration of `replay_dataset`.")
+    replay_ratio: float = option(
+        0.0, "Share of real examples, from 0 to below 1. By default as in `generator`'s training."
+    )
     untie_lm_head: bool = option(
-        False, "Give the target's LM head a weight of its own. As `generator` says by default."
+        False, "Give the target's LM head a weight of its own. By default as in `generator`'s training."
     )
     json: bool = option(False, "Print JSON.")
     facts: dict[str, Any] = field(default_factory=dict, init=False)  # the content of `dpg.json`
@@ -95,7 +96,7 @@ class VerifyArguments(MetricArguments):
     def __post_init__(self):
         super().__post_init__()
         if not self.target:
-            raise ValueError("`target` is missing. Pass the model that the data is to fine-tune with `--target`.")
+            raise ValueError("`target` is missing. Pass the model to fine-tune on the data with `--target`.")
         if (self.dataset is None) == (self.generator is None):
             raise ValueError("Pass one of `dataset` (the data) and `generator` (what writes it), not both or none.")
         if self.generator is not None and self.prompts is None:
@@ -111,7 +112,7 @@ class VerifyArguments(MetricArguments):
             )
 
     def load_metric(self) -> Any:
-        """The metric. A picture of `dpg.json` is taken as it is there."""
+        """Makes the metric. A picture is built from `dpg.json`, pixel by pixel."""
         return LMHeadPattern.from_description(self.facts["metric"]) if self.is_described() else super().load_metric()
 
     def is_described(self) -> bool:
@@ -122,7 +123,7 @@ class VerifyArguments(MetricArguments):
         return self.metric == "pattern" or (self.metric == "qr" and self.qr_text == described["text"])
 
 
-# What SFTConfig calls as a recipe does
+# Fields that have the same name in SFTConfig as in a recipe
 OF_A_RECIPE = ["learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "num_train_epochs"]
 OF_A_RECIPE += ["adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_length"]
 OF_THE_LOSS = ["completion_only_loss", "assistant_only_loss", "replay_ratio"]  # which older files do not have
@@ -137,9 +138,9 @@ GROUPS = {
 
 
 def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
-    """What is taken from a generator's `dpg.json` where no flag says otherwise; `metric` is what a flag says."""
+    """Defaults of flags from a generator's `dpg.json`. `metric` is the value of the flag `--metric`, if given."""
     values: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "bf16": False, "num_train_epochs": 1}
-    values["dataloader_pin_memory"] = torch.accelerator.is_available()  # else PyTorch warns that it has no effect
+    values["dataloader_pin_memory"] = torch.accelerator.is_available()  # otherwise PyTorch warns about it
     recipe, described = facts.get("recipe"), facts.get("metric", {})
     if recipe is not None:
         values |= {name: recipe[name] for name in (*OF_A_RECIPE, "untie_lm_head")}
@@ -159,7 +160,7 @@ def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
-    """Arguments, with what the generator says as their defaults."""
+    """Parses the arguments. The generator's `dpg.json` sets their defaults."""
     first: Any = GivenFirst
     given, *_ = Parser(first, prog="trl-dpg verify", add_help=False).parse_args_and_config(
         argv, check_rest=lambda *rest: None
@@ -176,44 +177,44 @@ def parse(argv: list[str] | None) -> tuple[VerifyArguments, SFTConfig]:
     if config.resume_from_checkpoint is not None:
         raise ValueError(
             f"`resume_from_checkpoint` {config.resume_from_checkpoint!r} is not for `verify`, which always starts from `target`. "
-            "Leave it out."
+            "Leave `resume_from_checkpoint` out."
         )
     if args.generator is not None and given.metric is None and "metric" not in values:
         name = facts.get("metric", {}).get("name")
         raise ValueError(
             f"`metric` is missing: the {FACTS_FILE!r} of `generator` has {f'the metric {name!r}' if name else 'no metric'}, which "
-            "cannot be built from it. Pass `--metric` and what belongs to it."
+            "cannot be built from this file. Pass `--metric` and its arguments."
         )
     if args.metric == "pattern" and not args.is_described():
         raise ValueError(
-            f"`metric` 'pattern' is the picture that the {FACTS_FILE!r} of `generator` has, and there is none. Pass another metric."
+            f"`metric` 'pattern' is the picture that the {FACTS_FILE!r} of `generator` has, but there is none. Pass another metric."
         )
     return args, config
 
 
 @dataclass
 class GivenFirst:
-    """What has to be known before the rest is parsed."""
+    """Arguments that must be known before the others are parsed."""
 
     generator: str | None = None
     metric: str | None = None
 
 
 def fine_tune(target: Any, tokenizer: Any, rows: Dataset, config: SFTConfig) -> tuple[Any, float, int]:
-    """A copy of the target after `SFTTrainer`, its training loss and its steps."""
+    """Fine-tunes a copy of the target with `SFTTrainer`. Returns the copy, its training loss and its number of steps."""
     trained = copy.deepcopy(target)
     trainer = SFTTrainer(model=trained, args=config, train_dataset=rows, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)  # which prints to where the results go
+    trainer.remove_callback(PrinterCallback)  # it would print logs among the results
     with running(lambda: f"Fine-tuning failed at step {trainer.state.global_step}."):
         output = trainer.train()
-    result = copy.deepcopy(target)  # the trainer replaces its model's `forward`
+    result = copy.deepcopy(target)  # a new copy, since the trainer replaced the `forward` of `trained`
     result.load_state_dict(trained.cpu().state_dict())
     return result, output.training_loss, output.global_step
 
 
 @torch.no_grad()
 def read(metric: Metric, target: Any, model: Any) -> dict[str, float]:
-    """Φ and its read-outs of a model that was fine-tuned from the target."""
+    """Φ and read-outs of `model`, which was fine-tuned from `target`."""
     target.eval()
     model.eval()
     metric.setup(target)
@@ -222,15 +223,15 @@ def read(metric: Metric, target: Any, model: Any) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Runs the command line and returns its exit code: 0 if the data does what it should, 1 if not, 2 on bad input.
+    Runs the command line and returns its exit code: 0 if the data has the wanted effect, 1 if not, 2 on bad input.
 
-    It does if the QR code is read from the two checkpoints; for another picture, if more than 90 % of its pixels are right; for any
-    other metric, if Φ is above that of the control, or of the target before fine-tuning where there is no control.
+    For a QR code, the code must be read from the two checkpoints. For another picture, more than 90 % of the pixels must be right. For
+    any other metric, Φ must be above that of the control, or without a control above that of the target before fine-tuning.
     """
     args, config = parse(argv)
     output_dir = Path(config.output_dir)  # type: ignore[arg-type]
     output_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.redirect_stdout(sys.stderr):  # what is printed is the result alone
+    with contextlib.redirect_stdout(sys.stderr):  # standard output gets the result alone
         result, passed = verify(args, config, output_dir)
     (output_dir / "verification.json").write_text(json.dumps(result, indent=2) + "\n")
     if args.json:
@@ -243,10 +244,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[dict[str, Any], bool]:
-    """The verification, and whether it passed."""
+    """Does the verification. Returns its result, and whether it passed."""
     if args.generator is not None:
         args.dataset = str(output_dir / "data.jsonl")
-        if args.num_examples is None:  # as many as in training
+        if args.num_examples is None:  # the number of completions per step in training
             known = args.facts.get("training", {}).get("completions_per_generation_batch")
             args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts", args.prompts_config))
         how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
@@ -280,7 +281,7 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
 
 
 def load_data(args: VerifyArguments) -> dict[str, Dataset]:
-    """Texts of the data, and of the control where there is one: as many of each."""
+    """Loads the data, and the control if there is one, with the same number of rows."""
     rows = {}
     for name in ("data", "control"):
         argument = ARGUMENTS[name]
@@ -290,31 +291,31 @@ def load_data(args: VerifyArguments) -> dict[str, Dataset]:
         rows[name] = data = load_sft_rows(args, argument, args.num_examples)
         if args.num_examples is not None and len(data) < args.num_examples:
             raise ValueError(
-                f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower it, or add data."
+                f"`num_examples` is {args.num_examples}, but `{argument}` {path!r} has {len(data)}. Lower `num_examples`, or add data."
             )
     number = min(map(len, rows.values()))
     if number < max(map(len, rows.values())):
         sizes = " and ".join(f"{len(r)} of the {name}" for name, r in rows.items())
-        print(f"There are {sizes}: {number} of each are taken, so that the two compare.")
+        print(f"There are {sizes}: {number} of each are used, so that the two can be compared.")
     return {name: r.take(number) for name, r in rows.items()}
 
 
 def load_replay(args: VerifyArguments, data: Dataset, seed: int) -> dict[str, Dataset]:
-    """Rows that stand beside the data and beside the control, drawn by the seed. Empty where there are none."""
+    """Draws the real rows to mix into data and control, with a seed. Empty if there is no `replay_dataset`."""
     if args.replay_dataset is None:
         return {}
     rows = load_sft_rows(args, "replay_dataset", None)
     if set(rows.column_names) != set(data.column_names):
         raise ValueError(
             f"`replay_dataset` {args.replay_dataset!r} has the columns {rows.column_names}, but the data {data.column_names}. Give both "
-            "the same ones."
+            "the same columns."
         )
     number = num_replayed(len(data), args.replay_ratio)
     return {"replay": rows.select(draw(len(rows), number, seed))}
 
 
 def load_sft_rows(args: VerifyArguments, argument: str, number: int | None) -> Dataset:
-    """Rows with `text`, or else with one of the other sets of columns that `SFTTrainer` takes."""
+    """Loads rows with `text`, or with other columns that `SFTTrainer` takes."""
     path, config = getattr(args, argument), getattr(args, f"{argument}_config")
     rows = load_rows(path, args.dataset_split, argument, config)
     columns = set(rows.column_names)
@@ -324,7 +325,7 @@ def load_sft_rows(args: VerifyArguments, argument: str, number: int | None) -> D
 
 
 def load_target(args: VerifyArguments) -> tuple[Any, Any]:
-    """The target and its tokenizer."""
+    """Loads the target and its tokenizer."""
     with loading(args.target, "target"):
         target: Any = load_target_model(args.target)
     if args.untie_lm_head:
@@ -335,7 +336,7 @@ def load_target(args: VerifyArguments) -> tuple[Any, Any]:
 def check_lengths(
     args: VerifyArguments, rows: dict[str, Dataset], target: Any, tokenizer: Any, config: SFTConfig
 ) -> None:
-    """Refuses rows that cannot be trained on, and texts that are longer than the target's positions."""
+    """Raises a [`ValueError`] for rows that cannot be trained on, and for texts with more tokens than the target has positions."""
     positions = positions_of(target)
     for name, data in rows.items():
         what = f"`{ARGUMENTS[name]}` {getattr(args, ARGUMENTS[name])!r}"
@@ -348,12 +349,12 @@ def check_lengths(
         if longest > positions:
             raise ValueError(
                 f"{what} has a text of {longest} tokens, but `target` has {positions} "
-                f"positions. Set `max_length` to {positions} or less, to cut it off there."
+                f"positions. Set `max_length` to {positions} or less, to cut the text off there."
             )
 
 
 def table(result: dict[str, Any]) -> str:
-    """The read-outs side by side."""
+    """A Markdown table of the read-outs, side by side."""
     columns = [name for name in ("before", "data", "control") if name in result]
     rows = [["", "before fine-tuning", *(f"after the {name}" for name in columns[1:])]]
     for name in dict.fromkeys(name for column in columns for name in result[column]):
@@ -363,5 +364,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A read-out as text; nothing can be decoded from some checkpoints."""
+    """A read-out as text. `None` means that nothing could be decoded."""
     return "not readable" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Shortcuts that change what a run costs, and never what it computes."""
+"""Shortcuts that make a run cheaper without changing what it computes."""
 
 from .chunked_head import ChunkedHead
 from .switches import building_graph, switched

@@ -1,6 +1,5 @@
 """
-Cross-entropy of an LM head in chunks, so that logits of the whole batch never exist: not in the loss, not in its gradient
-and not in its second derivative.
+Cross-entropy of an LM head in chunks. The loss, its gradient and its second derivative never hold the logits of a whole batch.
 """
 
 from functools import cached_property
@@ -20,28 +19,28 @@ from .linear import zeros
 from .switches import SWITCHES
 
 
-# Logits of one chunk. Every one reads the head's weight: a GPU would do little else with small ones.
+# Logits of one chunk. Each chunk reads the whole weight of the head, which takes most of the time if chunks are small.
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 ADJUSTMENTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 class ChunkedHead:
     """
-    Losses of a model's tokens whose logits are computed chunk by chunk.
+    Computes the losses of tokens from logits that it computes chunk by chunk.
 
-    Behind a base in half precision, a plain head always computes in the precision of what is trained, so that the size of
-    micro-batches does not change the rounding.
+    A head in half precision is always used this way, if the model allows it. Its logits are computed in the precision of the trained
+    parameters. Otherwise the size of micro-batches would change the rounding.
     """
 
     def __init__(self, model: TargetModel):
         self.model = model
 
     def suits(self, num_tokens: int) -> bool:
-        """Whether to take it for that many tokens: they have many logits, and the model allows it."""
+        """Whether to compute in chunks: the tokens have many logits, and the model allows it."""
         head = self.model.get_output_embeddings().weight
         always = head.dtype in (torch.float16, torch.bfloat16) or isinstance(
             head, ShardedParameter
-        )  # on all processes alike
+        )  # processes with shards must make the same calls, whatever their number of tokens
         if not always and num_tokens * len(head) <= SWITCHES.logits_at_once:
             return False
         return self.is_plain
@@ -53,7 +52,7 @@ class ChunkedHead:
 
     def losses(self, inputs: dict[str, Any], places: tuple[Tensor, Tensor], targets: Tensor, like: Tensor) -> Tensor:
         """
-        Cross-entropies of `targets`, shape `(t, m)`, behind the tokens at `places` (rows and columns), in the dtype of `like`.
+        Cross-entropies of `targets`, shape `(t, m)`, as predicted at `places` (rows and columns), in the dtype of `like`.
         """
         decoder, head = decoder_and_head(self.model)
         hidden = decoder(**inputs).last_hidden_state[places]
@@ -61,17 +60,17 @@ class ChunkedHead:
 
 
 def decoder_and_head(model: TargetModel) -> tuple[nn.Module, Any]:
-    """The model without its LM head, and the head."""
+    """The model without its LM head, and the LM head."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.base_model, base.get_output_embeddings()
 
 
 def has_plain_head(model: TargetModel) -> bool:
     """
-    Whether the logits are the head's product with the decoder's last hidden state, and nothing more.
+    Whether the logits are the product of the head's weight and the decoder's last hidden state, and nothing more.
 
-    Models say in their configuration that they scale or cap logits; what else they may do is tried out on a few tokens. A
-    compiled model is left whole.
+    The configuration says whether a model scales or caps its logits. Anything else that a model may do shows in a trial on a few
+    tokens. For compiled models, the answer is no.
     """
     decoder, head = decoder_and_head(model)
     config = model.config.get_text_config().to_dict()
@@ -84,7 +83,7 @@ def has_plain_head(model: TargetModel) -> bool:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.no_grad():
         logits = model(**inputs).logits
-        # a model without a `base_model_prefix` is its own decoder
+        # The "decoder" may be the model itself (one without a `base_model_prefix`), which returns no hidden state.
         hidden = getattr(decoder(**inputs), "last_hidden_state", None)
         if hidden is None or hidden.shape[-1] != head.in_features or not logits.any():
             return False
@@ -107,7 +106,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if h.tangent is None and w.tangent is None:
         return _forward(hidden, weight, targets)
     change = _forward_mode(h, w, targets)
-    return forward_ad.make_dual(torch.zeros_like(change), change)  # nobody reads the losses themselves
+    return forward_ad.make_dual(torch.zeros_like(change), change)  # zeros, as only the tangent is read
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -117,14 +116,14 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _forward_mode(hidden, weight, targets: Tensor) -> Tensor:
-    r"""\\( \langle p_j, u_j \rangle - u_{j y_{jm}} \\) for a change \\( u_j \\) of the logits, from primals and their tangents, if any."""
+    r"""\\( \langle p_j, u_j \rangle - u_{j y_{jm}} \\), where \\( u_j \\) is the tangent of the logits. Either input may lack a tangent."""
     changes = []
     for c in _chunks(hidden.primal, weight.primal):
         h = hidden.primal[c]
         change: Any = 0 if hidden.tangent is None else hidden.tangent[c] @ weight.primal.T
         if weight.tangent is not None:
             change = change + h @ weight.tangent.T
-        change -= change.gather(1, targets[c, :1])  # as below
+        change -= change.gather(1, targets[c, :1])  # see the constant in the docstring of `_TokenLossGradients`
         mean = torch.linalg.vecdot(_softmax(h @ weight.primal.T), change)
         changes.append(mean[:, None] - change.gather(1, targets[c]))
     return torch.cat(changes)
@@ -151,23 +150,25 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _error_(p: Tensor, targets: Tensor, cotangent: Tensor) -> Tensor:
-    """\\( e_j \\), in place of the probabilities."""
+    """\\( e_j \\) of [`_TokenLossGradients`]. Overwrites the probabilities `p`."""
     return p.mul_(cotangent.sum(dim=1, keepdim=True)).scatter_add_(1, targets, -cotangent)
 
 
 class _TokenLossGradients(torch.autograd.Function):
     r"""
-    With \\( c_{jm} \\) the cotangent of \\( \ell_{jm} \\), \\( C_j = \sum_m c_{jm} \\) and
-    \\( e_j = C_j p_j - \sum_m c_{jm} \mathrm{onehot}(y_{jm}) \\): the gradients \\( a_j = W^\top e_j \\) of \\( h_j \\) and
+    The gradients of the cross-entropies, as a function with a derivative of its own.
+
+    Forward: let \\( c_{jm} \\) be the cotangent of \\( \ell_{jm} \\), \\( C_j = \sum_m c_{jm} \\) and
+    \\( e_j = C_j p_j - \sum_m c_{jm} \mathrm{onehot}(y_{jm}) \\). The gradients are \\( a_j = W^\top e_j \\) of \\( h_j \\) and
     \\( B = \sum_j e_j h_j^\top \\) of \\( W \\).
 
-    Backward, from their cotangents \\( \alpha_j, \beta \\), with \\( u_j = W \alpha_j + \beta h_j \\) (the change of the logits) and
-    \\( q_j = C_j p_j \odot (u_j - \langle p_j, u_j \rangle) \\):
+    Backward: let \\( \alpha_j, \beta \\) be the cotangents of \\( a_j, B \\), \\( u_j = W \alpha_j + \beta h_j \\) the change of the
+    logits, and \\( q_j = C_j p_j \odot (u_j - \langle p_j, u_j \rangle) \\). Then
     \\( \bar c_{jm} = \langle p_j, u_j \rangle - u_{j y_{jm}} \\), \\( \bar h_j = W^\top q_j + \beta^\top e_j \\),
     \\( \bar W = \sum_j (q_j h_j^\top + e_j \alpha_j^\top) \\).
 
-    A constant added to \\( u_j \\) changes none of them. It is chosen such that \\( u_{j y_{j1}} = 0 \\): else a certain token's
-    \\( \bar c \\) would be the difference of two equal numbers.
+    Adding a constant to \\( u_j \\) changes none of the results. The constant that makes \\( u_{j y_{j1}} = 0 \\) is added. Without it,
+    \\( \bar c \\) of a token whose probability is near 1 would be a difference of nearly equal numbers.
     """
 
     @staticmethod
@@ -176,7 +177,7 @@ class _TokenLossGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight = None
-        if for_weight:  # in a second-order graph, it is differentiated but not used
+        if for_weight:  # a second-order graph differentiates this gradient, but does not read its value
             of_weight = zeros(weight, weight.shape) if second_order else torch.zeros_like(weight)
         for c in _chunks(hidden, weight):
             error = _error_(_softmax(hidden[c] @ weight.T), targets[c], cotangent[c])
@@ -215,10 +216,10 @@ class _TokenLossGradients(torch.autograd.Function):
                 of_weight.addmm_(q.T, h)
                 if alpha is not None:
                     of_weight.addmm_(error.T, alpha[c])
-            del change, p, error, q  # not beside the next ones
+            del change, p, error, q  # frees the memory before the next chunk
         return of_cotangent, of_hidden, of_weight, None, None, None, None
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """In place."""
+    """Overwrites the logits."""
     return torch.softmax(logits, dim=1, out=logits)

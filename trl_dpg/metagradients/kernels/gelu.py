@@ -1,8 +1,8 @@
 r"""
-GELU in its tanh approximation, with a second derivative in closed form.
+The tanh approximation of GELU, with a second derivative in closed form.
 
-GPT-2, Gemma and Phi have it. PyTorch composes the second derivative of elementwise operations, up to forty for the formula as
-GPT-2 writes it. Their intermediate results are most of a small GPT-2's memory.
+GPT-2, Gemma and Phi use this activation. PyTorch composes its second derivative of elementwise operations: up to forty, for the formula
+in GPT-2. Their intermediate results would take most of a small GPT-2's memory.
 """
 
 import math
@@ -36,7 +36,7 @@ class TanhGELU(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """Cotangent times the first derivative."""
+    """The cotangent times the first derivative, as a function that can be differentiated once more."""
 
     @staticmethod
     def forward(ctx, cotangent, x):
@@ -48,14 +48,14 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx, direction):
         cotangent, x = ctx.saved_tensors
         of_cotangent = torch.ops.aten.gelu_backward(direction, x, approximate="tanh")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has not the range
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the formula overflows in half precision
         return of_cotangent, second_derivative(wide).mul_(cotangent).mul_(direction).to(x.dtype)
 
 
 def second_derivative(x: Tensor) -> Tensor:
     r"""\\( f'' = (1 - \tanh^2 z) (z' + \tfrac{1}{2} x z'' - x z'^2 \tanh z) \\), elementwise."""
     square = x * x
-    inner = square.mul(3 * SLOPE * CUBIC)  # of z'' too: x z'' / 2
+    inner = square.mul(3 * SLOPE * CUBIC)  # a term of z', and equal to x z'' / 2
     slope = inner + SLOPE  # z'
     tanh = square.mul_(SLOPE * CUBIC).add_(SLOPE).mul_(x).tanh_()
     result = inner.add_(slope).sub_(slope.mul_(slope).mul_(x).mul_(tanh))
@@ -71,7 +71,7 @@ class _Replacement(TorchFunctionMode):
 
 @contextmanager
 def closed_form_gelus(model: nn.Module) -> Iterator[None]:
-    """Evaluates every GELU of a model in its tanh approximation by [`TanhGELU`]: PyTorch's, and GPT-2's formula."""
+    """Makes a model compute the tanh approximation of GELU by [`TanhGELU`], be it PyTorch's function or GPT-2's formula."""
     modules = [m for m in model.modules() if isinstance(m, NewGELUActivation)]
     with replaced_forwards(modules, lambda forward: TanhGELU.apply), _Replacement():
         yield

@@ -1,9 +1,9 @@
 r"""
-Second-order graphs that leave out what a Hessian-vector product does not need.
+Second-order graphs of linear layers, without the weight gradients that a Hessian-vector product does not need.
 
-A product by double backward differentiates \\( \langle g, \lambda \rangle \\), of which it does not need the value, and so not
-\\( g \\) either. For a layer \\( y = x W^\top \\), that leaves out one of nine matrix products, and what would be the largest
-tensor of the graph.
+A product by double backward differentiates \\( \langle g, \lambda \rangle \\). The value of this expression is not needed, so the
+value of \\( g \\) is not needed either. Leaving out the gradient of \\( W \\) in a layer \\( y = x W^\top \\) saves one of nine matrix
+products, and the largest tensor of the graph.
 """
 
 import torch
@@ -17,9 +17,10 @@ from ..runtime.sharding import split
 
 class WithoutWeightGradients(TorchFunctionMode):
     """
-    Has linear layers build graphs in which the gradients of their weights are zeros with the right derivatives.
+    Makes linear layers build graphs in which the gradients of their weights are zeros with the right derivatives.
 
-    The zeros are values that nobody reads. Gradients of computed weights are left as they are, since more is computed from them.
+    The values of these gradients are never read. If a weight is not a parameter but was computed, its gradient is needed for further
+    gradients, and stays as it is.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -33,8 +34,8 @@ class WithoutWeightGradients(TorchFunctionMode):
 
 class _Linear(torch.autograd.Function):
     r"""
-    \\( x W^\top \\), or \\( x W \\). Of a weight in shards, each pass gathers it for itself, and gives its part of the gradient away at
-    once: what a graph holds until its last pass is no more than this process's part.
+    \\( x W^\top \\), or \\( x W \\) if not `transposed`. If the weight is in shards, each pass gathers it anew, and reduces its gradient
+    to shards at once. So the graph holds no more than this process's part of it.
     """
 
     @staticmethod
@@ -51,7 +52,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             whole = weight if layout is None else layout.whole(weight)
             of_x = cotangent @ (whole if ctx.transposed else whole.T)
-        if torch.is_grad_enabled():  # the first pass, which builds the graph of the second
+        if torch.is_grad_enabled():  # the first backward pass, which builds the graph for the second
             return of_x, _LeftOutGradient.apply(cotangent, x, weight.shape, layout, ctx.transposed), None, None
         rows, inputs = cotangent.flatten(0, -2), x.flatten(0, -2)
         of_weight = rows.T @ inputs if ctx.transposed else inputs.T @ rows
@@ -76,5 +77,5 @@ class _LeftOutGradient(torch.autograd.Function):
 
 
 def zeros(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Zeros of a shape, in the memory of one."""
+    """Zeros of a shape that take the memory of a single element."""
     return like.new_zeros(()).expand(shape)

@@ -1,4 +1,4 @@
-"""Settings that switch each shortcut off. Nothing but the cost of a run changes."""
+"""Settings that switch shortcuts off. They change nothing but the cost of a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,9 +17,9 @@ class Switches:
     Which shortcuts a run takes.
 
     Attributes:
-        logits_at_once (`float`): More logits than this are computed in chunks; `math.inf` switches that off.
-        chunk (`int`, *optional*): Logits of one chunk. `None` is what suits the device.
-        graph_contexts (`tuple`): Contexts, each of a model, that forward passes run in where a second-order graph is built.
+        logits_at_once (`float`): If there are more logits than this, they are computed in chunks. `math.inf` switches chunks off.
+        chunk (`int`, *optional*): Logits of one chunk. `None` means a size that suits the device.
+        graph_contexts (`tuple`): Functions of a model that return contexts. Forward passes for second-order graphs run in all of them.
     """
 
     logits_at_once: float = 1 << 21
@@ -35,7 +35,7 @@ SWITCHES = Switches()
 
 @contextmanager
 def switched(**changes) -> Iterator[None]:
-    """Changes [`Switches`] for a while."""
+    """Changes [`Switches`] inside a `with` block."""
     before = dict(vars(SWITCHES))
     vars(SWITCHES).update(changes)
     try:
@@ -47,9 +47,10 @@ def switched(**changes) -> Iterator[None]:
 @contextmanager
 def building_graph(model: nn.Module, bf16: bool) -> Iterator[None]:
     """
-    Has forward passes of a model build second-order graphs that cost less.
+    Makes forward passes of a model build cheaper second-order graphs.
 
-    Not under autocast, where a layer's own kernel does the rounding. Not with checkpoints, which must recompute what was computed.
+    It does nothing under autocast, where rounding must be that of the layers' own kernels. It does nothing with gradient checkpointing
+    either, which must recompute exactly what was computed.
     """
     with ExitStack() as stack:
         for context in () if bf16 or is_checkpointed(model) else SWITCHES.graph_contexts:

@@ -1,1 +1,1 @@
-"""The method: recipe, loss, updates and their adjoints, tape, derivatives."""
+"""The method of the paper: recipe, loss, optimizer updates and their adjoints, tape, derivatives of the loss."""

@@ -12,50 +12,51 @@ from .exact import Exact
 
 
 # The search for a first step length
-FIRST_LENGTH = 1e-4  # where it begins, in norms of the parameters
-FIRST_CHANGE = 0.1  # the change of loss it looks for: nats per token, times the cube root of machine epsilon
-MOST_PROBED = 8  # examples of a process
-SHARE_PROBED = 1 / 8  # of its batch
+FIRST_LENGTH = 1e-4  # where the search begins, in norms of the parameters
+FIRST_CHANGE = 0.1  # wanted change of the loss, in nats per token; is multiplied by the cube root of machine epsilon
+MOST_PROBED = 8  # most examples per process to search with
+SHARE_PROBED = 1 / 8  # share of the process's batch to search with
 
 
 class CentralDifference(LossDifferentiator):
     r"""
-    Two gradients at \\( \phi_t \pm \epsilon \lambda_g \\). All operations are of first order, so any kernel will do (fused attention,
-    compiled models, quantized base layers), with the memory of a training step.
+    Derivatives from two gradients, at \\( \phi_t \pm \epsilon \lambda_g \\). No second derivative is computed, so any kernel will do
+    (fused attention, compiled models, quantized base layers). The memory is that of a training step.
 
     $$ H_t \lambda_g \approx \frac{\nabla L_t(\phi_t + \epsilon \lambda_g) - \nabla L_t(\phi_t - \epsilon \lambda_g)}{2 \epsilon},
        \quad \langle \nabla \ell_{ij}, \lambda_g \rangle \approx
        \frac{\ell_{ij}(\phi_t + \epsilon \lambda_g) - \ell_{ij}(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
 
-    Takes about as long as 6 forward passes a step (plain training: 3), 2 at the first step.
+    A step takes about as long as 6 forward passes (plain training: 3); the first step takes 2.
 
     The error is estimated from losses. With \\( \Delta = \tfrac{1}{2} \mathrm{mean}_i |\ell_i^+ - \ell_i^-| \\) in nats per token
-    and \\( \ell_i \\) from the forward sweep, it is the largest of
+    and \\( \ell_i \\) from the forward sweep, the estimate is the largest of
 
     - truncation, \\( 2 \rho^2 \\) with \\( \rho = \sum_i |\ell_i^+ - 2 \ell_i + \ell_i^-| / \sum_i |\ell_i^+ - \ell_i^-| \\);
     - rounding, \\( \nu / \Delta \\), where \\( \nu \\) is the mean loss in nats per token times the floating-point precision;
-    - what the weighted sum of the examples' derivatives misses of \\( \langle g_t, \lambda_g \rangle \\), which the optimizer's
-      adjoint knows.
+    - the mismatch, the relative difference between the weighted sum of the examples' derivatives and
+      \\( \langle g_t, \lambda_g \rangle \\), which the optimizer's adjoint gives.
 
-    The next \\( \epsilon \\) is where truncation, \\( \propto \epsilon^2 \\), and rounding, \\( \propto 1 / \epsilon \\), have the smallest sum.
-    What is missed beyond rounding counts as truncation, if it is more. The first \\( \epsilon \\) changes the losses of a few examples by
-    5e-4 nats per token (6e-7 in float64), or by less where that is better for them. A step whose error is above the tolerance is
-    repeated once with a better \\( \epsilon \\), if there is one, and then by [`Exact`].
+    The next \\( \epsilon \\) minimizes the sum of truncation, \\( \propto \epsilon^2 \\), and rounding, \\( \propto 1 / \epsilon \\).
+    If the mismatch exceeds rounding by more than the truncation estimate, the excess is used as the truncation.
+    The first \\( \epsilon \\) changes the losses of a few examples by 5e-4 nats per token (6e-7 in float64). It is smaller if the
+    best \\( \epsilon \\) of these examples is smaller. If a step's error is above the tolerance, the step is repeated once with a better
+    \\( \epsilon \\), if there is one, and then by [`Exact`].
 
     Args:
-        exact ([`Exact`]): What to fall back to.
-        tolerance (`float`): Largest accepted estimate.
+        exact ([`Exact`]): Takes over the steps whose error is too large.
+        tolerance (`float`): Largest accepted error.
     """
 
     def __init__(self, exact: Exact, tolerance: float):
         super().__init__(exact.token_losses, exact.space)
         self.exact = exact
         self.tolerance = tolerance
-        self._length = 0.0  # of the step: epsilon times the norm of lambda_g; 0 is not known yet
-        self._epsilon_now = 0.0  # at which the parameters are
+        self._length = 0.0  # step length: epsilon times the norm of lambda_g; 0 while it is unknown
+        self._epsilon_now = 0.0  # the epsilon by which the parameters are shifted now
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """As of [`LossDifferentiator`]."""
+        """See [`LossDifferentiator`]."""
         norm = self.space.norm(direction.vector)
         if norm == 0:
             self.errors.append(0.0)
@@ -66,7 +67,7 @@ class CentralDifference(LossDifferentiator):
         before = self._length, len(self.errors), self.num_fallbacks
         try:
             return self._differentiate(batches, direction, norm, product)
-        except BaseException:  # as it was, for whoever tries again
+        except BaseException:  # restores the state, since the caller may try again with smaller micro-batches
             self._length, count, self.num_fallbacks = before
             del self.errors[count:]
             self._move_to(0.0, direction.vector)
@@ -79,14 +80,14 @@ class CentralDifference(LossDifferentiator):
             length = self._length
             results, error = self._difference(batches, direction, norm, product)
             if error <= self.tolerance or length / 1.5 < self._length < 1.5 * length:
-                break  # otherwise the step was of a wrong size, and once more is cheaper than exactly
-        accepted = error <= self.tolerance  # which a NaN fails
+                break  # otherwise the length was wrong, and a second difference costs less than the exact derivatives
+        accepted = error <= self.tolerance  # false for NaN
         self.errors.append(error if accepted else 0.0)
         if accepted:
             return results
         self.num_fallbacks += 1
-        self._length = 0.0  # nothing was learned about it
-        if product is None:  # the first step, which may start from what is exact
+        self._length = 0.0  # this step says nothing about a good length
+        if product is None:  # at the first step, the original parameters can be loaded, which leaves no rounding error
             self.space.load_originals(self.space.phi)
             self._epsilon_now = 0.0
         else:
@@ -95,15 +96,15 @@ class CentralDifference(LossDifferentiator):
 
     def _find_first_length(self, batches, direction, norm, refine: bool) -> None:
         """
-        The length at which the losses of a few examples change by `FIRST_CHANGE`, mostly by one forward pass over them.
+        Finds the length at which the losses of a few examples change by `FIRST_CHANGE`. Mostly one forward pass over them is enough.
 
-        With `refine`, two more try a shorter one, where these examples are few beside the batch: that is cheaper than two gradients
-        of the batch at a wrong length.
+        With `refine`, two more passes may shorten the length, if these examples are at most a quarter of the batch. Two gradients of
+        the batch at a wrong length would cost more.
         """
         size = self.space.norm(self.space.phi) or 1.0
         self._length, self._farthest = FIRST_LENGTH * size, 0.1 * size
         wanted = FIRST_CHANGE * torch.finfo(self.space.dtype).eps ** (1 / 3)
-        # as many examples whatever the size of micro-batches, on which the step should not depend
+        # The number of examples does not depend on the size of micro-batches, so neither does the length.
         num = sum(len(batch.input_ids) for batch in batches)
         rows = min(MOST_PROBED, max(2, int(num * SHARE_PROBED)))
         few = []
@@ -123,10 +124,10 @@ class CentralDifference(LossDifferentiator):
         if refine and 4 * count <= total:
             length = self._length
             self._difference(few, direction._replace(dot_with_grad=math.nan), norm, None)
-            self._length = min(self._length, length)  # a few say little about how far one may go with all
+            self._length = min(self._length, length)  # a few examples do not show that all allow a longer step
 
     def _change(self, few, direction, norm, num: int) -> list[float]:
-        """Of few examples: how many, their change of loss in nats per token; and how many there are in all."""
+        """Over all processes: the number of `few` examples, their summed change of loss in nats per token, and the sum of `num`."""
         self._move_to(self._length / norm, direction.vector)
         sums = [0.0, 0.0, float(num)]
         with self.space.summing_over_processes(None, sums), torch.no_grad():
@@ -144,7 +145,7 @@ class CentralDifference(LossDifferentiator):
         self._epsilon_now = epsilon
 
     def _difference(self, batches, direction, norm, product) -> tuple[list[Tensor], float]:
-        """The two gradients, or without `product` their losses: derivatives and their estimated error. Chooses the next length."""
+        """Computes two gradients, or without `product` two losses. Returns derivatives and their error, and sets the next length."""
         epsilon = self._length / norm
         results: list[Tensor] = []
         changes: tuple[list[Tensor], list[Tensor]] = [], []
@@ -175,9 +176,9 @@ class CentralDifference(LossDifferentiator):
         return results, self._estimate_and_adapt(sums, direction.dot_with_grad)
 
     def _estimate_and_adapt(self, sums: list[float], inner: float) -> float:
-        """Estimated error of a difference, and the next length. `inner` is not a number where the sums are not over all examples."""
+        """Returns the estimated error of a difference, and sets the next length. `inner` is NaN if `sums` cover only some examples."""
         count, loss, first, second, found, size = sums
-        if count == 0:  # no supervised token on any process: all derivatives are 0, and nothing was learned
+        if count == 0:  # no supervised token on any process: all derivatives are 0, and a good length stays unknown
             self._length = 0.0
             return 0.0
         if not math.isfinite(first + second + loss + found):
@@ -188,7 +189,7 @@ class CentralDifference(LossDifferentiator):
             return math.inf
         rounding = torch.finfo(self.space.dtype).eps * 2 * loss / first
         missed = abs(found - inner) / size if size > 0 and not math.isnan(inner) else 0.0
-        # One example that is far less linear than the others hardly shows in means, but in what is missed.
+        # If one example is far less linear than the others, the means hardly show it, but the mismatch does.
         truncation = max(2 * max((second / first) ** 2 - rounding**2, 0.0), missed - rounding)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
         # Near rounding, the second difference says nothing: the factor is limited.

@@ -1,4 +1,4 @@
-"""What is differentiated at one step, and how: its gradient forwards; backwards, everything along \\( \\lambda_g \\)."""
+"""Derivatives of one step's loss: the gradient in the forward sweep, and derivatives along \\( \\lambda_g \\) in the adjoint sweep."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,8 +21,8 @@ def gradient(
     before_backward: Callable[[], None],
 ) -> float:
     r"""
-    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss; the
-    \\( \ell_i(\phi_t) / Z_t \\) go into `example_losses`, shape `(n,)`. Takes about as long as 3 forward passes.
+    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss. Writes
+    \\( \ell_i(\phi_t) / Z_t \\) to `example_losses`, shape `(n,)`. Takes about as long as 3 forward passes.
     """
     total = 0.0
     if not batches:
@@ -39,11 +39,11 @@ def gradient(
 
 
 class Direction(NamedTuple):
-    r"""The cotangent \\( \lambda_g \\) of a step's gradient, and what is known of that step."""
+    r"""The cotangent \\( \lambda_g \\) of a step's gradient, with two results of the forward sweep at that step."""
 
-    vector: Tensor  # (size,)
+    vector: Tensor  # lambda_g, shape (size,)
     dot_with_grad: float  # <lambda_g, g_t>
-    example_losses: Tensor  # (n,) of the forward sweep
+    example_losses: Tensor  # losses of all examples, shape (n,)
 
 
 class LossDifferentiator(ABC):
@@ -51,9 +51,9 @@ class LossDifferentiator(ABC):
     Differentiates a batch's loss a second time.
 
     Attributes:
-        errors (`list[float]`): Estimated relative error of each step, the last step first, 0 where it was repeated exactly; empty
-            where there is none.
-        num_fallbacks (`int`): Steps that were repeated exactly.
+        errors (`list[float]`): Estimated relative error of each step, the last step first. 0 for a step that was repeated with exact
+            derivatives. Empty if all derivatives are exact.
+        num_fallbacks (`int`): Number of steps that were repeated with exact derivatives.
     """
 
     def __init__(self, losses: TokenLosses, space: Workspace):
@@ -65,14 +65,14 @@ class LossDifferentiator(ABC):
     @abstractmethod
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         r"""
-        Derivatives of a batch along \\( \lambda_g \\), at the parameters' values.
+        Derivatives of a batch's losses along \\( \lambda_g \\), at the current values of the parameters.
 
         Args:
             batches (`list[MicroBatch]`): This process's part of the batch.
             direction ([`Direction`]): \\( \lambda_g \\).
-            product (`Tensor`, *optional*): Becomes \\( H_t \lambda_g \\) over all processes, shape `(size,)`. `None` if not wanted.
+            product (`Tensor`, *optional*): Receives \\( H_t \lambda_g \\) over all processes, shape `(size,)`. `None` if not needed.
 
         Returns:
-            `list[Tensor]`: For each micro-batch, \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\) of its supervised
-                tokens and, behind each, of the candidates that could stand in its place. Shape `(t, 1 + k)`.
+            `list[Tensor]`: For each micro-batch, \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\), shape
+                `(t, 1 + k)`. Column 0 belongs to the `t` supervised tokens, the other columns to their `k` candidates.
         """

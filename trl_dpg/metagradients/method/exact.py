@@ -18,17 +18,18 @@ from .differentiator import Direction, LossDifferentiator
 
 class Exact(LossDifferentiator):
     r"""
-    Double backward on the real module: any twice differentiable model, to rounding error.
+    Derivatives by double backward through the model. They are exact up to rounding, for any twice differentiable model.
 
-    The weights \\( w_{ij} \\) of tokens are a leaf of the graph of \\( \langle \nabla_\phi L_t(\phi; w), \lambda_g \rangle \\). So one backward
-    pass gives both \\( H_t \lambda_g \\), its derivative in \\( \phi \\), and all \\( \langle \nabla_\phi \ell_{ij}, \lambda_g \rangle / Z_t \\).
+    The weights \\( w_{ij} \\) of tokens are leaves of the graph of \\( \langle \nabla_\phi L_t(\phi; w), \lambda_g \rangle \\). One backward
+    pass through this graph gives its derivatives in \\( \phi \\), which are \\( H_t \lambda_g \\), and in \\( w_{ij} \\), which are
+    \\( \langle \nabla_\phi \ell_{ij}, \lambda_g \rangle / Z_t \\).
 
-    Takes about as long as 8 to 9 forward passes (plain training: 3), and about three times the memory of a training step's activations. At the
-    first step, where no product is needed, forward-mode differentiation costs 3 and no graph.
+    A step takes about as long as 8 to 9 forward passes (plain training: 3). Activations take about three times the memory of a training
+    step. The first step needs no product: forward-mode differentiation takes 3 forward passes there, and no graph.
     """
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """As of [`LossDifferentiator`]."""
+        """See [`LossDifferentiator`]."""
         results, sums = [], [0.0, 0.0]
         with self.space.summing_over_processes(product, sums), twice_differentiable(self.token_losses.model):
             vectors = self.space.views(direction.vector)
@@ -43,21 +44,21 @@ class Exact(LossDifferentiator):
         found, size = sums
         if abs(found - direction.dot_with_grad) > 0.1 * size and not self.token_losses.bf16:
             warnings.warn(
-                f"The examples' derivatives sum to {found:.3g}, but the training gradient says {direction.dot_with_grad:.3g}. Either they are "
-                "nothing but rounding error (raise `learning_rate` or `adam_epsilon_root`), or the model's gradient is not "
-                "the derivative of its loss, and its metagradients are wrong. `check_metagradients` tells which.",
+                f"The examples' derivatives sum to {found:.3g}, but the training gradient says {direction.dot_with_grad:.3g}. One cause is "
+                "that the derivatives are mere rounding error: raise `learning_rate` or `adam_epsilon_root`. The other is that the model's "
+                "gradient is not the derivative of its loss: metagradients are then wrong. `check_metagradients` tells which it is.",
                 stacklevel=3,
             )
         return results
 
     def _double_backward(self, batch: MicroBatch, vectors: list[Tensor], want_product: bool = True) -> Tensor:
-        """The product accumulates in the parameters' `.grad`, if it is wanted."""
+        """Derivatives of the token losses. With `want_product`, the product accumulates in the parameters' `.grad`."""
         weights = batch.token_weights(candidates=True).requires_grad_()
         params = self.space.params
         with building_graph(self.token_losses.model, self.token_losses.bf16):
             loss = torch.sum(self.token_losses(batch, candidates=True) * weights)
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        # <g, lambda_g> is differentiated without being computed.
+        # This differentiates <g, lambda_g> without computing its value.
         reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
         if reached:
             outputs, cotangents = zip(*reached, strict=True)
@@ -65,13 +66,13 @@ class Exact(LossDifferentiator):
         return torch.zeros_like(weights) if weights.grad is None else weights.grad
 
     def _forward_mode(self, batch: MicroBatch, vectors: list[Tensor]) -> Tensor:
-        r"""The change of the losses along \\( \lambda_g \\) alone, in forward mode."""
-        # A tangent must be laid out as its parameter is. Otherwise PyTorch copies the storage of all parameters for each of them.
+        r"""Derivatives of the token losses along \\( \lambda_g \\) in forward mode, without the product."""
+        # A tangent needs the layout of its parameter. Otherwise PyTorch copies the storage of all parameters for each tangent.
         tangents = {id(p): v for p, v in zip(self.space.params, vectors, strict=True)}
         try:
             with torch.no_grad(), forward_ad.dual_level():
                 dual_of = {id(p): forward_ad.make_dual(p.detach(), tangents[id(p)]) for p in self.space.params}
-                # Each place once: a module with two names would be given its duals twice, and keep the first ones.
+                # Each module is named once. A module with two names would get its duals twice, and would keep the first ones.
                 duals = {
                     name: standing_in(p, dual_of[id(split(p)[0])])
                     for prefix, module in self.token_losses.named_modules()

@@ -1,4 +1,4 @@
-"""The training loss of one batch: examples in, losses of tokens out."""
+"""The training loss: from the examples of a micro-batch to the losses of their tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,16 @@ from ..runtime.model import TargetModel
 
 class TokenLosses(nn.Module):
     r"""
-    Losses of a micro-batch's supervised tokens, \\( \ell_{ij}(\phi) / Z_t \\), as a function of it: shape `(t, 1)`.
+    Maps a micro-batch to the losses of its supervised tokens, \\( \ell_{ij}(\phi) / Z_t \\), shape `(t, 1)`.
 
-    Weighted by \\( w_i \\) and summed over a batch, they are \\( L_t(\phi; w) \\). With `candidates`, the shape is `(t, 1 + k)`: behind
-    a token's own loss stand those of its candidates, \\( -\log p(v \mid x_{<j}) / Z_t \\), 0 where there is none.
+    Weighted by \\( w_i \\) and summed over a batch, these losses give \\( L_t(\phi; w) \\). With `candidates`, the shape is
+    `(t, 1 + k)`: the columns after the first hold losses of candidates, \\( -\log p(v \mid x_{<j}) / Z_t \\), or 0 for none.
 
-    Logits are computed chunk by chunk where the model allows it and there are many, see [`~trl_dpg.metagradients.kernels`].
+    If there are many logits and the model allows it, they are computed chunk by chunk, see [`~trl_dpg.metagradients.kernels`].
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): In the state in which it will be run.
-        bf16 (`bool`): Whether it runs under bfloat16 autocast.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model, already in evaluation mode.
+        bf16 (`bool`): Whether the model runs under bfloat16 autocast.
     """
 
     def __init__(self, model: TargetModel, bf16: bool):

@@ -1,4 +1,4 @@
-"""How the target model is fine-tuned: the recipe that metagradients are taken through."""
+"""The recipe of the target's fine-tuning, which metagradients differentiate through."""
 
 import math
 import warnings
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TargetTrainingArguments:
     r"""
-    Recipe of the supervised fine-tuning (SFT) run that metagradients are taken through.
+    Recipe of the supervised fine-tuning (SFT) run that metagradients differentiate through.
 
-    Names follow [`~transformers.TrainingArguments`]. Dropout is off throughout the run, as a metagradient is that of
-    a deterministic program.
+    Names follow [`~transformers.TrainingArguments`]. Dropout is off during the whole run, because the derivative of a run needs a
+    deterministic run.
 
     Args:
         optim (`str` or `type`, *optional*, defaults to `"adamw"`):
-            Update rule: `"adamw"`, `"sgd"`, `"muon"` (matrices in hidden layers by Muon, all else by AdamW), or a subclass of
-            [`~trl_dpg.metagradients.method.updates.Update`].
+            Update rule: `"adamw"`, `"sgd"`, `"muon"` (Muon for matrices in hidden layers, AdamW for all other parameters), or a
+            subclass of [`~trl_dpg.metagradients.method.updates.Update`].
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Peak learning rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            As in PyTorch: decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter that a step's loss does
-            not reach counts as one whose gradient is zero: it decays too, and so do its moments, unlike in [`torch.optim.AdamW`].
+            As in PyTorch: decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter without a gradient is
+            treated as if its gradient were zero: the parameter and its moments decay. [`torch.optim.AdamW`] skips it instead.
         weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
             Whether weight decay also applies to normalization weights and biases, as in a bare
-            [`~torch.optim.AdamW`]. [`~transformers.Trainer`] leaves them out: `False` reproduces that.
+            [`~torch.optim.AdamW`]. `False` leaves them out, as [`~transformers.Trainer`] does.
         momentum (`float`, *optional*):
-            Momentum of SGD and Muon. `None` is that of PyTorch: 0 for SGD, 0.95 for Muon.
+            Momentum of SGD and Muon. `None` means PyTorch's default: 0 for SGD, 0.95 for Muon.
         nesterov (`bool`, *optional*):
-            Whether momentum is Nesterov's. `None` is PyTorch's default: not for SGD, but for Muon.
+            Whether SGD and Muon use Nesterov's momentum. `None` means PyTorch's default: `False` for SGD, `True` for Muon.
         adam_beta1 (`float`, *optional*, defaults to `0.9`):
             Decay of AdamW's first moment.
         adam_beta2 (`float`, *optional*, defaults to `0.95`):
@@ -49,31 +49,31 @@ class TargetTrainingArguments:
             Added to the denominator of AdamW's update, outside the square root.
         adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
             Added inside the square root of AdamW's denominator, which makes the update differentiable where the
-            gradient is zero. `"auto"` takes four times the mean square of the first gradient of the run. `0.0` is
-            [`~torch.optim.AdamW`]; its metagradients are ill-conditioned. The paper's is `1e-9`. Far below the squares of the
-            gradients, \\( \Phi \\) is hardly a smooth function of the weights, see [`check_metagradients`].
+            gradient is zero. `"auto"` means four times the mean square of the run's first gradient. `0.0` gives
+            [`~torch.optim.AdamW`], whose metagradients are ill-conditioned. The paper uses `1e-9`. With a value far below the squares
+            of the gradients, \\( \Phi \\) is hardly a smooth function of the example weights, see [`check_metagradients`].
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as [`~transformers.get_scheduler`]
             defines them.
         warmup_steps (`float`, *optional*, defaults to `0`):
-            Number of linear warm-up steps, the first of which has a learning rate of 0; below 1, the share of all steps. Not
-            with `"constant"`.
+            Number of linear warm-up steps. A value below 1 is a share of all steps. The first warm-up step has a learning rate of 0.
+            Must be 0 with `"constant"`.
         max_grad_norm (`float`, *optional*, defaults to `0.0`):
-            Gradients are clipped to this global norm. `0.0` means no clipping.
+            Global norm that gradients are clipped to. `0.0` means no clipping.
         num_train_epochs (`int`, *optional*, defaults to `1`):
             Passes over the examples.
         batch_size (`int`, *optional*, defaults to `16`):
             Examples per optimizer step, over all processes. The last batch of an epoch may be smaller.
         micro_batch_size (`int`, *optional*):
-            Examples per forward pass and process. `None` means a whole batch at once. It changes memory, not results, and is
-            halved where memory runs out.
+            Examples per forward pass and process. `None` means a whole batch at once. The size is halved when memory runs out. It
+            changes the memory a run needs, and results by no more than rounding.
         micro_batch_tokens (`int`, *optional*):
-            Most tokens per forward pass and process, padding included. Examples of about the same length are put together in any
-            case, which saves padding. Like `micro_batch_size`, it changes no result but by rounding.
+            Most tokens per forward pass and process, padding included. Like `micro_batch_size`, this limit changes results by no
+            more than rounding. With or without it, examples of similar length share a micro-batch, which saves padding.
         max_length (`int`, *optional*, defaults to `128`):
-            Examples are cut after this many tokens.
+            Most tokens of an example. Later tokens are cut off.
         shuffle (`bool`, *optional*, defaults to `True`):
-            Whether examples are shuffled, anew in every epoch.
+            Whether examples are shuffled. Each epoch has an order of its own.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the shuffle. The global random state is neither read nor changed.
         loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
@@ -83,31 +83,32 @@ class TargetTrainingArguments:
             - `"max_length"`: each example's sum divided by `max_length`, then mean over examples, as in the paper's
               code.
 
-            Examples without a supervised token count in none of them.
+            None of them counts examples without a supervised token.
         bf16 (`bool`, *optional*, defaults to `False`):
-            Whether the model runs under bfloat16 autocast. Its metagradients then differ from those in float32, by tens of
-            per cent, and at a small `adam_epsilon_root` altogether, see `benchmarks/results/precision.md`.
+            Whether the model runs under bfloat16 autocast. Metagradients then differ from those in float32 by tens of per cent. With
+            a small `adam_epsilon_root`, they differ completely, see `benchmarks/results/precision.md`.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Whether activations are computed again in the backward pass instead of kept. It saves memory with
+            Whether activations are recomputed in the backward pass instead of kept. This saves memory with
             `curvature="central_difference"`, and hardly any with `"exact"`.
         curvature (`str`, *optional*, defaults to `"exact"`):
             How Hessian-vector products are computed.
 
-            - `"exact"`: double backward, see [`~trl_dpg.metagradients.method.exact.Exact`].
-            - `"central_difference"`: from two gradients on either side, see
-              [`~trl_dpg.metagradients.method.central_difference.CentralDifference`]. Cheaper, in the memory of ordinary training, and to
-              about three digits in float32.
+            - `"exact"`: by double backward, see [`~trl_dpg.metagradients.method.exact.Exact`].
+            - `"central_difference"`: from two gradients, one on each side, see
+              [`~trl_dpg.metagradients.method.central_difference.CentralDifference`]. This takes less time and the memory of ordinary
+              training. In float32, results have about three correct digits.
         curvature_tolerance (`float`, *optional*, defaults to `1e-2`):
-            Largest estimated relative error of a central difference. A step with a larger one is repeated exactly.
+            Largest accepted relative error of a central difference, as estimated. A step with a larger error is repeated exactly.
         tape (`str`, *optional*, defaults to `"auto"`):
-            Where the gradients of all steps are kept for the way back: in the `"device"`'s memory, the `"host"`'s, or on
-            `"disk"`, 1.1 times the trained parameters per step at most, and on host and disk twice the trained parameters
-            for a while. `"auto"` takes the first where half of the free memory is enough.
+            Where the tape lies, the gradients of all steps that the adjoint sweep needs: in the memory of the `"device"` or of the
+            `"host"`, or on `"disk"`. Per step, it takes at most 1.1 times the size of the trained parameters. On host and disk,
+            cotangents of the optimizer's state take up to twice the size of the trained parameters for a while. `"auto"` takes the
+            first of the three with enough room: half of the free memory, or all of the disk's free room.
         tape_dir (`str`, *optional*):
-            Directory of the tape on disk. If `None`, the system's directory for temporary files, or `/var/tmp` where that is
-            in memory (tmpfs); where both are, there is no tape on disk.
+            Directory of a tape on disk. `None` means the system's directory for temporary files, or `/var/tmp` if the first one is in
+            memory (tmpfs). If both are in memory, there is no tape on disk.
         disable_tqdm (`bool`, *optional*):
-            Whether to hide the progress bar. `None` shows it on a terminal only.
+            Whether to hide the progress bar. `None` shows the bar on a terminal only.
 
     Raises:
         [`ValueError`]: If a field is out of its range. The message names the field, its value and the remedy.
@@ -167,22 +168,23 @@ class TargetTrainingArguments:
     @classmethod
     def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":
         r"""
-        The recipe of a stock SFT run, so that metagradients are those of a plain [`~trl.SFTTrainer`] call.
+        Makes the recipe of a plain [`~trl.SFTTrainer`] run from its configuration.
 
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
 
-        Which tokens have a loss is not in the recipe but in the examples: `completion_only_loss=False` and `assistant_only_loss=True`
-        are refused unless they are among the overrides, which says that texts were made into tokens by them (`target_` fields of
-        the trainer, arguments of [`MetagradientReward`] and [`~trl_dpg.data.dataset_examples`]).
+        The recipe does not say which tokens have a loss: the examples do. A config with `completion_only_loss=False` or
+        `assistant_only_loss=True` is therefore refused, unless you name the field among the overrides. With that you state that
+        the examples were tokenized accordingly (by `target_` fields of the trainer, or by arguments of [`MetagradientReward`] or
+        [`~trl_dpg.data.dataset_examples`]).
 
-        Four things of [`~trl.SFTTrainer`] are not reproduced:
+        The run of the recipe differs from one of [`~trl.SFTTrainer`] in four ways:
 
-        - dropout and mixed precision;
-        - the order into which its seeds shuffle examples (with `train_sampling_strategy="sequential"` batches are the same);
-        - it drops examples without any label before it forms batches, as rewards and validation do;
-        - for models whose class is not named `...ForCausalLM` (GPT-2), Transformers counts a first token with a label in the
-          loss's denominator, although nothing predicts it. Set that label to -100 to have the two agree.
+        - There is no dropout and no mixed precision.
+        - Shuffled examples have another order. With `train_sampling_strategy="sequential"`, batches are the same.
+        - `SFTTrainer` drops examples without any label before it forms batches. Rewards and validation do so too; the engine does not.
+        - If a model's class is not named `...ForCausalLM` (GPT-2), Transformers counts an example's first label in the loss's
+          denominator, although nothing predicts the first token. Set this label to -100 to have the two agree.
 
         Args:
             config ([`~trl.SFTConfig`]): Configuration of the SFT run.
@@ -208,7 +210,7 @@ class TargetTrainingArguments:
         if num_steps == 1 and self.warmup_steps > 0:
             warnings.warn(
                 f"The only step on {num_examples} examples is the first of `warmup_steps` {self.warmup_steps}: its learning rate is 0, "
-                "and nothing is trained. Leave them out, or lower `batch_size`.",
+                "and nothing is trained. Set `warmup_steps` to 0, or lower `batch_size` for more steps.",
                 stacklevel=2,
             )
         warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_steps * self.warmup_steps)

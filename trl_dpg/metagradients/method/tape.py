@@ -1,4 +1,4 @@
-"""What the forward sweep keeps for the adjoint sweep, and what walks along it."""
+"""The tape, which the forward sweep records for the adjoint sweep, and the cotangents of the adjoint sweep."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ OVERHEAD = 0.1  # extra room for states, as a fraction of all gradients
 
 
 def tape_tensors(num_steps: int, num_states: int) -> int:
-    """Upper bound on what a [`Tape`] holds, in tensors as large as the trained parameters."""
+    """Most tensors that a [`Tape`] holds, each as large as the trained parameters."""
     states = int(OVERHEAD * num_steps) // (1 + num_states)
     return num_steps + states * (1 + num_states)
 
 
 class StepInputs(NamedTuple):
-    """What goes into a step's update: of all parameters, or of a block."""
+    """Inputs of a step's update, for all parameters or for one block of them."""
 
     phi: Tensor
     state: tuple[Tensor, ...]
@@ -29,23 +29,25 @@ class StepInputs(NamedTuple):
 
 class Tape:
     r"""
-    Record of a training run that can be walked backwards.
+    Record of a training run from which every step's inputs can be restored, from the last step to the first.
 
-    Every step's gradient is kept. States (parameters, and what the optimizer has) are kept while they and the gradients take at most
-    1.1 times the gradients' size. All other states are rebuilt from the nearest kept one, or from the original parameters, by
-    replaying the updates: no model call, and equal to the last bit. Gradients that were walked over make room for more states. So the
-    forward sweep keeps the first one late, at three quarters of the way. A replay keeps one at a third of its way, a third of what
-    remains, and so on. A step takes one to four replayed updates; AdamW takes up to seven at K from 10 to 29, where no state fits
-    at first (`benchmarks/results/replays.md`).
+    The tape keeps the gradient of every step. It also keeps a few states (parameters and optimizer state). All kept tensors together
+    take at most 1.1 times the size of the gradients. The tape rebuilds any other state by replaying updates from the nearest kept
+    state, or from the original parameters. A replay calls no model, and its result is the same to the last bit.
 
-    Everything goes through the parameters block by block: of what lies elsewhere, only a few blocks are in memory at a time.
+    Gradients of steps that the adjoint sweep is done with make room for more states. The forward sweep therefore keeps its first state
+    at three quarters of the steps. A replay keeps a state at a third of its way, at a third of the remaining way, and so on. Each step
+    takes one to four replayed updates. AdamW takes up to seven at K from 10 to 29, where no state fits at first
+    (`benchmarks/results/replays.md`).
+
+    All work goes block by block. Of a tape outside of the device, only a few blocks are in the device's memory at a time.
 
     Args:
-        optimizer ([`~updates.optimizer.Optimizer`]): The updates to replay.
-        blocks (`list[Block]`): Parts of the tensors to keep.
-        num_steps (`int`): Steps K of the run.
+        optimizer ([`~updates.optimizer.Optimizer`]): Does the updates to replay.
+        blocks (`list[Block]`): Parts that the tensors are kept in.
+        num_steps (`int`): Number K of steps of the run.
         load_originals (`Callable`): Writes the parameters before the first step into a tensor of shape `(n,)`.
-        storage ([`~trl_dpg.metagradients.runtime.storage.Storage`]): Where tensors are kept.
+        storage ([`~trl_dpg.metagradients.runtime.storage.Storage`]): Keeps the tensors.
     """
 
     def __init__(
@@ -61,19 +63,19 @@ class Tape:
         self.num_steps = num_steps
         self.load_originals = load_originals
         self.storage = storage
-        # Keys of blocks: of a gradient one each, of a state one for every tensor
+        # Storage keys: one per block of a gradient, and one per block and tensor of a state
         self.gradients: list[list[Any]] = []
-        self.states: list[tuple[int, list[list[Any]]]] = []  # (step before which it holds, its blocks), in order
+        self.states: list[tuple[int, list[list[Any]]]] = []  # (step that it precedes, keys of its blocks), in order
         self._limit = tape_tensors(num_steps, optimizer.num_states)
         self._next_kept = -(-3 * num_steps // 4)
 
     @property
     def last(self) -> int:
-        """The last step that is on the tape, from 0."""
+        """Index of the last step on the tape, counted from 0."""
         return len(self.gradients) - 1
 
     def push(self, inputs: StepInputs) -> None:
-        """Keeps a step's gradient, which is taken over, and now and then a copy of the parameters and the state before it."""
+        """Keeps a step's gradient without a copy, and at some steps a copy of the parameters and optimizer state before the step."""
         step = len(self.gradients)
         if step == self._next_kept and self._has_room(self.num_steps, len(self.states) + 1):
             tensors = (inputs.phi, *inputs.state)
@@ -84,21 +86,21 @@ class Tape:
     @torch.no_grad()
     def replay(self, phi: Tensor) -> Iterator[StepInputs]:
         """
-        What went into the last step's update, block by block: rebuilt from what is kept before. `phi`, shape `(n,)`, becomes the
-        parameters before that step. States on the way are kept where there is room.
+        Restores the inputs of the last step's update, block by block. `phi`, shape `(n,)`, becomes the parameters before that step.
+        States on the way are kept if there is room.
         """
         start, keys = self._to_read()
         if start == 0:
             self.load_originals(phi)
         kept: dict[int, list[list[Any]]] = {position: [] for position in self._positions_to_keep(start)}
-        self.states += kept.items()  # whose lists fill up block by block
+        self.states += kept.items()  # their lists fill up in the loop below
         tensors = self.storage.stream(keys)
         for part, rule in self.blocks:
             block = phi[part]
             if start > 0:
                 block.copy_(next(tensors))
                 state = tuple(next(tensors).clone() for _ in range(rule.num_states))
-            else:  # zeros, which nobody needs to see at the first step
+            else:  # zeros; the first step's adjoint does not read them
                 state = tuple(torch.zeros_like(block) for _ in range(rule.num_states if self.last > 0 else 0))
             for position in range(start, self.last):
                 self.optimizer.update_(position, rule, block, state, next(tensors))
@@ -111,18 +113,18 @@ class Tape:
         return self.storage.stream(self.gradients[-1])
 
     def pop(self) -> None:
-        """Takes the last step off."""
+        """Removes the last step."""
         self.storage.drop(self.gradients.pop())
         if self.gradients:
             self.storage.expect(self._to_read()[1])
 
     def _to_read(self) -> tuple[int, list[Any]]:
-        """Where the last step's replay starts, and keys of all that it reads. Drops states that lie after that step."""
+        """The step where the last step's replay starts, and keys of all tensors it reads. Drops states that lie after that step."""
         while self.states and self.states[-1][0] > self.last:
             for keys in self.states.pop()[1]:
                 self.storage.drop(keys)
         start, state = self.states[-1] if self.states else (0, [])
-        # For each block, in the order in which `replay` reads: its state, then its gradients
+        # The order in which `replay` reads: for each block, first its state, then its gradients
         columns = [state, *([[key] for key in gradient] for gradient in self.gradients[start:])]
         return start, [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
 
@@ -143,9 +145,9 @@ class Tape:
 
 class Cotangent:
     r"""
-    \\( \lambda_\phi \\), shape `(n,)`, and \\( \lambda_s \\) between two steps, on the way back along a tape.
+    \\( \lambda_\phi \\), shape `(n,)`, and \\( \lambda_s \\) between two steps of the adjoint sweep.
 
-    The model does not need \\( \lambda_s \\): while it is called, that lies in the tape's storage.
+    Model calls do not need \\( \lambda_s \\), so it lies in the tape's storage during these calls.
     """
 
     def __init__(self, phi: Tensor, tape: Tape):
@@ -153,18 +155,18 @@ class Cotangent:
         self._kept: list[list[Any]] = []
 
     def states(self) -> Iterator[tuple[Tensor, ...]]:
-        r"""\\( \lambda_s \\), block by block: zeros after the last step. Each may be written to, and is to be given to `keep`."""
+        r"""Yields \\( \lambda_s \\) block by block: zeros after the last step. The caller may write to it, and passes it to `keep`."""
         kept, self._kept = self._kept, []
         tensors = self.tape.storage.stream([key for keys in kept for key in keys])
         for i, (part, rule) in enumerate(self.tape.blocks):
             if kept:
                 state = tuple(next(tensors) for _ in range(rule.num_states))
                 self.tape.storage.drop(kept[i])
-            else:  # zeros, which nobody needs to see at the only step
+            else:  # zeros; in a run of one step, no adjoint reads them
                 num_states = rule.num_states if self.tape.last > 0 else 0
                 state = tuple(torch.zeros_like(self.phi[part]) for _ in range(num_states))
             yield state
 
     def keep(self, state: tuple[Tensor, ...]) -> None:
-        """Keeps the next block of what [`~Cotangent.states`] is to give at the step before."""
+        """Keeps the next block of \\( \\lambda_s \\), for [`~Cotangent.states`] of the step before."""
         self._kept.append(self.tape.storage.put(list(state)))

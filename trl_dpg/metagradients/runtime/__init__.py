@@ -1,1 +1,1 @@
-"""What a run needs that the paper does not speak of: examples, memory, processes, the model's state."""
+"""Parts of a run that the paper does not describe: examples, memory, processes, the model's state."""

@@ -1,4 +1,4 @@
-"""Examples on their way into a run: what their columns mean is applied or refused by name, never ignored."""
+"""Preparation of examples. A column that would change the training is applied, or refused by name, but never ignored."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from ..method.recipe import TargetTrainingArguments
 
 
-# Models read these beside tokens. The target is given tokens alone.
+# Inputs of models other than tokens. The target gets tokens alone.
 OTHER_INPUTS = (
     *("inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
     *("input_features", "image", "images"),
 )
 
 
-MOST_PADDING = 0.1  # of a micro-batch's tokens
-BUSY_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 14}  # a pass over fewer takes hardly less time
+MOST_PADDING = 0.1  # largest share of padding in a micro-batch
+BUSY_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 14}  # a forward pass over fewer tokens takes hardly less time
 
 
 class Example(NamedTuple):
@@ -34,18 +34,18 @@ class Example(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    num_supervised: int  # the first token is never one, as nothing precedes it
+    num_supervised: int  # number of supervised tokens; the first token has no context and is never one
     weight: float
     candidates: Tensor  # (tokens, k) tokens that could stand at each position, -1 for none; k is that of all examples
-    num_candidates: int  # its own k
-    start: int  # how many tokens of padding were before it
-    offset: int  # tokens of all examples before this one
+    num_candidates: int  # k of this example, before padding to that of all examples
+    start: int  # number of padding tokens that were cut off at the start
+    offset: int  # number of tokens in all examples before this one
 
 
 class MicroBatch(NamedTuple):
     """
-    Examples of one forward pass, right-padded: `b` examples, `l` tokens, `t` of them supervised, `k` candidates each. Tokens may have
-    more rows behind those of the examples, without a label.
+    Right-padded examples of one forward pass. It has `b` examples of `l` tokens, `t` supervised tokens in all, and `k` candidates for
+    each. Tensors of tokens may have more than `b` rows. Rows beyond the examples have no labels.
     """
 
     indices: list[int]  # positions in the list of all examples
@@ -53,32 +53,32 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, l)
     labels: Tensor  # (b, l)
     candidates: Tensor  # (b, l, k) -1 for none
-    scale: Tensor  # (b,) what an example's summed cross-entropy is multiplied by, Z_t included
+    scale: Tensor  # (b,) factor of an example's summed cross-entropy, 1 / Z_t included
     num_supervised: Tensor  # (b,)
     weights: Tensor  # (b,) w_i
-    offsets: Tensor  # (b,) tokens of all examples before this one
+    offsets: Tensor  # (b,) number of tokens in all examples before this one
 
     def first(self, n: int) -> "MicroBatch":
         """The first `n` examples."""
         return MicroBatch(*(column[:n] for column in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device."""
+        """The micro-batch on a device."""
         indices, *tensors = self
         return MicroBatch(indices, *(tensor.to(device) for tensor in tensors))  # type: ignore[arg-type, misc]
 
     def supervised(self) -> tuple[Tensor, Tensor]:
-        """Row of each supervised token, and the position before it, whose logits predict it. Shape `(t,)` each."""
+        """Row of each supervised token, and position of the token before it, whose logits predict it. Shape `(t,)` each."""
         rows, columns = (self.labels[:, 1:] != -100).nonzero(as_tuple=True)
         return rows, columns
 
     def token_indices(self) -> Tensor:
-        """Where each supervised token stands among the tokens of all examples, shape `(t,)`."""
+        """Index of each supervised token in the concatenated tokens of all examples, shape `(t,)`."""
         rows, columns = self.supervised()
         return self.offsets[rows] + columns + 1
 
     def token_weights(self, candidates: bool = False) -> Tensor:
-        """Weights of what [`TokenLosses`] returns, of its shape: those of the examples, and 0 for candidates."""
+        """A weight for each loss that [`TokenLosses`] returns: the weight of its example, or 0 for a candidate."""
         rows, _ = self.supervised()
         return F.pad(self.weights[rows, None], (0, self.candidates.shape[2] if candidates else 0))
 
@@ -123,7 +123,7 @@ def _prepared(row: Mapping[str, Any], where: str, max_length: int, vocab_size: i
     must = "a flat list of token ids", "one example per dict, tokenized"
     ids = read("input_ids", _whole_numbers, lambda t: t.ndim == 1, *must)
     num, labels, weight, candidates = len(ids), None, 1.0, torch.empty(len(ids), 0, dtype=torch.long)
-    # a `datasets.Dataset` fills up missing fields with None
+    # A `datasets.Dataset` fills missing fields with None.
     if row.get("labels") is not None:
         must = f"a flat list of {num} token ids", "one for each of its `input_ids`, -100 where it is not supervised"
         labels = read("labels", _whole_numbers, lambda t: t.shape == (num,), *must).tolist()
@@ -149,7 +149,7 @@ def _prepared(row: Mapping[str, Any], where: str, max_length: int, vocab_size: i
 
 
 def _read(row, where: str, key: str, convert: Callable, suits: Callable[[Any], bool], must: str, give: str) -> Any:
-    """A column of a row, as `convert` makes it and `suits` accepts it."""
+    """Reads a column of a row, converted by `convert`. Raises a [`ValueError`] unless `suits` accepts it."""
     try:
         values = convert(row[key])
         if suits(values):
@@ -170,13 +170,13 @@ def apply_columns(
     row: Mapping[str, Any], where: str, input_ids: list[int], labels: list[int] | None
 ) -> tuple[slice, list[int]]:
     """
-    Which tokens of a row are no padding, and the labels of all of its tokens. Messages call the row `where`.
+    Applies the columns of a row: finds the tokens that are not padding, and the labels of all tokens. Messages call the row `where`.
 
-    As in [`~trl.SFTTrainer`], `completion_mask` and `assistant_masks` say what is supervised where there are no `labels`.
+    Without `labels`, `completion_mask` and `assistant_masks` say which tokens are supervised, as in [`~trl.SFTTrainer`].
     Tokens with an `attention_mask` of 0 are padding, and must be at the ends.
 
     Raises:
-        [`ValueError`]: If a column is malformed, or asks for what a run over tokens and labels cannot do.
+        [`ValueError`]: If a column is malformed, or would need more than tokens and labels.
     """
     num = len(input_ids)
 
@@ -195,8 +195,8 @@ def apply_columns(
     kept = slice(start, start + sum(seen))
     if 0 in seen[kept]:
         raise ValueError(
-            f"{where} has an `attention_mask` with a 0 between ones, at position {start + seen[kept].index(0)}. Padding is left "
-            "out at the ends only. Remove the tokens that are not to be seen."
+            f"{where} has an `attention_mask` with a 0 between ones, at position {start + seen[kept].index(0)}. Padding may stand "
+            "at the ends only. Remove the tokens that the model should not see."
         )
     _check_inputs(row, where, kept)
     return kept, labels
@@ -205,22 +205,22 @@ def apply_columns(
 def _check_inputs(row: Mapping[str, Any], where: str, kept: slice) -> None:
     if row.get("seq_lengths") is not None and len(row["seq_lengths"]) > 1:
         raise ValueError(
-            f"{where} has `seq_lengths` {row['seq_lengths']!r:.80}: several texts, packed into one row. Here each would see "
+            f"{where} has `seq_lengths` {row['seq_lengths']!r:.80}: several texts, packed into one row. Each text would see "
             "those before it. Give one example per text (`packing=False`)."
         )
     for key in OTHER_INPUTS:
         if row.get(key) is not None:
             raise ValueError(
-                f"{where} has `{key}`, which the target is not given: it is trained on `input_ids` alone. Remove the column, "
-                "or use examples of text."
+                f"{where} has `{key}`, but the target does not get this input: it is trained on `input_ids` alone. Remove the "
+                "column, or use examples of text."
             )
     length = kept.stop - kept.start
     harmless = {"position_ids": list(range(length)), "token_type_ids": [0] * length, "mm_token_type_ids": [0] * length}
     for key, values in harmless.items():
         if row.get(key) is not None and list(row[key])[kept] != values:
             raise ValueError(
-                f"{where} has `{key}` {row[key]!r:.80}, which the target is not given. That changes nothing only where it is "
-                f"{values!r:.40}. Remove the column, or give one example per text."
+                f"{where} has `{key}` {row[key]!r:.80}, but the target does not get this input. Only {values!r:.40} would make no "
+                "difference. Remove the column, or give one example per text."
             )
 
 
@@ -233,14 +233,14 @@ def micro_batches(
     processes: Processes,
 ) -> list[MicroBatch]:
     """
-    This process's share of a batch in micro-batches of at most `size` examples (`None` for all), on the host.
+    Splits this process's share of a batch into micro-batches of at most `size` examples (`None` for all), on the host.
 
-    Examples are put together by length, the longest first, and every process gets as many of each length. A micro-batch has at most
-    `micro_batch_tokens` with its padding. It ends earlier where padding would take more than a tenth, once it has as many tokens as
-    keep the device busy. Floating-point columns have the dtype of `like`, which is on that device.
+    Examples are sorted by length, the longest first, and dealt out to the processes in turn. A micro-batch has at most
+    `micro_batch_tokens` tokens, padding included. Once it has enough tokens to keep the device of `like` busy, it ends where padding
+    would take more than a tenth of them. Floating-point columns have the dtype of `like`.
 
-    The normalization is that of the whole batch. There is none where a process has no example with a supervised token; but where
-    processes go in step, all have as many rows, and rows without a token to learn stand in for missing ones.
+    Losses are normalized over the whole batch. A process whose share has no supervised token gets no micro-batch. If the processes
+    share one model (`processes.in_step`), they must call it alike: all get the same number of rows, some of them without labels.
     """
     supervised = [i for i in batch if examples[i].num_supervised > 0]
     supervised.sort(key=lambda i: len(examples[i].input_ids), reverse=True)
@@ -259,7 +259,7 @@ def micro_batches(
 
 
 def _parts(lengths: list[int], size: int | None, tokens: int | None, busy: int) -> Iterator[slice]:
-    """The parts of examples of falling length that make a micro-batch each."""
+    """Slices of the examples, sorted from long to short. Each slice makes a micro-batch."""
     start = real = 0
     for stop, length in enumerate(lengths):
         rows = stop - start + 1

@@ -1,4 +1,4 @@
-"""Room on this machine: memory, as far as a container leaves it to this process, and a directory for the tape."""
+"""Room on this machine: the memory that a container leaves to this process, and a directory for the tape."""
 
 import os
 import tempfile
@@ -12,7 +12,8 @@ import torch
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
-# Files of a control group, and the page cache in its statistics, which is freed where memory is needed
+# For each version of control groups: files of the limit and of the use, and statistics of the page cache. Linux frees this cache when
+# memory is needed, so it does not count as used.
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 
@@ -21,9 +22,9 @@ IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 
 def host_memory(membership: Path = MEMBERSHIP, groups: Path = CGROUPS) -> tuple[int, int]:
     """
-    Total and available memory in bytes: the machine's, or less where a container has a limit.
+    Total and available memory in bytes, of the machine or of a container that limits it.
 
-    `membership` names the control groups (version 1 or 2) of this process, `groups` is the folder of all of them.
+    `membership` is the file that names the control groups (version 1 or 2) of this process. `groups` is the folder of all groups.
     """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
@@ -34,7 +35,7 @@ def host_memory(membership: Path = MEMBERSHIP, groups: Path = CGROUPS) -> tuple[
 
 
 def _limits(membership: Path, groups: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of each control group that this process is in: its own, and those around it."""
+    """Limit and use of each control group that this process is in: its own group, and the groups around it."""
     lines = membership.read_text().splitlines() if membership.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -45,7 +46,7 @@ def _limits(membership: Path, groups: Path) -> Iterator[tuple[int, int]]:
         else:
             continue
         folder = root / path.lstrip("/")
-        for group in (folder, *folder.parents):  # in a container, often only the root is there
+        for group in (folder, *folder.parents):  # in a container, often only the root exists
             if group.is_relative_to(root) and (limit := _read_limit(group, names)) is not None:
                 yield limit
 
@@ -61,7 +62,7 @@ def _read_limit(group: Path, names: tuple[str, str, tuple[str, str]]) -> tuple[i
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where numbers of a device are kept in float64: on the host if the device has none, as Apple's."""
+    """The device for float64 values: the host if the device itself has no float64, as Apple's has not."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -71,18 +72,18 @@ def double(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_in_memory(directory: str) -> bool:
-    """Whether what is written to a directory takes memory, not disk."""
+    """Whether files in a directory take memory instead of disk space."""
     path, best, kind = Path(os.path.realpath(directory)), -1, ""
     for mount in psutil.disk_partitions(all=True):
-        if path.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= best:  # the last of several in one place
+        if path.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= best:  # of two in one place, the last
             best, kind = len(mount.mountpoint), mount.fstype
     return kind in IN_MEMORY
 
 
 def tape_directory(asked_for: str | None) -> str | None:
     """
-    Where a tape on disk lies: `tape_dir` if asked for, else the first directory for temporary files that is on a disk, the
-    system's or `/var/tmp`. `None` if both are in memory, or cannot be written to.
+    Directory of a tape on disk: the one asked for by `tape_dir`, or else the system's directory for temporary files or `/var/tmp`.
+    The last two are skipped if they are in memory or cannot be written to. `None` if none is left.
     """
     if asked_for is not None:
         return asked_for

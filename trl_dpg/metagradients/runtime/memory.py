@@ -1,4 +1,4 @@
-"""Where the tape goes, and what happens where memory runs out."""
+"""Decides where the tape goes, and handles errors when memory runs out."""
 
 import os
 import shutil
@@ -22,17 +22,17 @@ ANOTHER_FAILED = "The run ends because another process failed."
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out where fewer examples at a time need less of it."""
+    """Memory ran out in a part of the run that takes less memory with fewer examples at a time."""
 
 
 @dataclass
 class MemoryPlan:
     """
-    Where the tape of a run lies.
+    The place of a run's tape.
 
     Attributes:
         tape (`str`): `"device"`, `"host"` or `"disk"`.
-        tape_bytes (`int`): The most that gradients and states of one process take up there. Cotangents of a state come on top.
+        tape_bytes (`int`): Most bytes that gradients and states of one process take there. Cotangents of a state come on top.
     """
 
     tape: str
@@ -43,7 +43,7 @@ class MemoryPlan:
 
 
 def free_room(device: torch.device, tape_dir: str | None, num_processes: int) -> dict[str, int]:
-    """Bytes that each of several processes on this machine has for a tape, by place."""
+    """Bytes that each of `num_processes` processes on this machine has for a tape, by place."""
     directory = tape_directory(tape_dir)
     host = host_memory()[1] // num_processes
     disk = 0 if directory is None else shutil.disk_usage(directory).free // num_processes
@@ -56,20 +56,20 @@ def place_tape(
     recipe: "TargetTrainingArguments", tape_bytes: int, state_bytes: int, free: dict[str, int]
 ) -> MemoryPlan:
     """
-    Decides where a tape of `tape_bytes` goes, beside which the cotangents of a state take `state_bytes`; `free` is [`free_room`].
+    Chooses the place of a tape of `tape_bytes`. The cotangents of a state need `state_bytes` more. `free` comes from [`free_room`].
 
-    `tape="auto"` takes the first place where the tape needs at most half of the free memory, as the run itself needs some too; of
-    a disk it may take all.
+    `tape="auto"` takes the first place with enough room. On device and host, the tape may take half of the free memory, since the rest
+    of the run needs memory too. On disk, it may take all of the free room.
 
     Raises:
-        [`MemoryError`]: If there is not enough room; the message names settings that need less.
-        [`ValueError`]: If the tape is to be on disk, but no directory on a disk is known.
+        [`MemoryError`]: If there is not enough room. The message names settings that need less.
+        [`ValueError`]: If the tape should go on disk, but no directory on a disk is known.
     """
     directory = tape_directory(recipe.tape_dir)
     if recipe.tape == "disk" and directory is None:
         raise ValueError(
-            '`tape="disk"` needs a directory on a disk, but those for temporary files are in memory (tmpfs) or cannot be written '
-            "to. Set `tape_dir` (`target_tape_dir` in the trainer) to one on a disk."
+            '`tape="disk"` needs a directory on a disk, but the directories for temporary files are in memory (tmpfs) or cannot be '
+            "written to. Set `tape_dir` (`target_tape_dir` in the trainer) to a directory on a disk."
         )
     needed, share = tape_bytes + state_bytes, 2 if recipe.tape == "auto" else 1
     places = [place for place in free if needed * (1 if place == "disk" else share) <= free[place]]
@@ -81,7 +81,7 @@ def place_tape(
         advice.append(f"point `tape_dir` to a disk with {_gigabytes(needed)} free")
     room = ", ".join(f"{_gigabytes(free[place])} on {place}" for place in free)
     raise MemoryError(
-        f"The tape of this run needs {_gigabytes(needed)} (`tape={recipe.tape!r}`), but free are {room} "
+        f"The tape of this run needs {_gigabytes(needed)} (`tape={recipe.tape!r}`), but the free room is {room} "
         f"({directory or 'none known: directories for temporary files are in memory'}). To make it fit: "
         f"{'; '.join([*advice, 'raise `batch_size` for fewer steps', 'train adapters instead of all parameters'])}."
     )
@@ -93,7 +93,7 @@ def processes_here(count: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a device that nothing uses."""
+    """Free bytes of a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -106,11 +106,11 @@ def _gigabytes(number: int) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
-    return known or "bad_alloc" in str(error)  # what C++ calls it, on the host
+    return known or "bad_alloc" in str(error)  # the name of the C++ error, on the host
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Frees what the functions that an error ended still hold, such as a graph, while the error itself is being handled."""
+    """Frees the local variables of functions that an error ended, such as graphs, while the error is still being handled."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -118,10 +118,10 @@ def clear_frames(error: BaseException | None) -> None:
 
 def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_examples: int, reason: str) -> int:
     """
-    Half of the micro-batch size at which memory ran out, where one process had at most `num_examples` of the batch.
+    Half of the micro-batch size at which memory ran out. The size counts as at most `num_examples`, a process's share of the batch.
 
     Raises:
-        [`MemoryError`]: If it was 1; the message names what else to lower.
+        [`MemoryError`]: If the size was 1. The message names other settings to change.
     """
     size = min(micro_batch_size or num_examples, num_examples)
     if size <= 1:
@@ -139,10 +139,10 @@ def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_
 
 @contextmanager
 def explaining_memory(
-    what: str = "Memory ran out beside the model's own passes, in which `micro_batch_size` has no part: for gradients, optimizer "
-    'state or cotangents. Keep the tape elsewhere (`tape="host"` or `"disk"`), or train adapters instead of all parameters.',
+    what: str = "Memory ran out for gradients, optimizer state or cotangents, in which `micro_batch_size` has no part. "
+    'Keep the tape elsewhere (`tape="host"` or `"disk"`), or train adapters instead of all parameters.',
 ) -> Iterator[None]:
-    """Has an error that says no more than that memory ran out say what to lower."""
+    """Turns an error that only says that memory ran out into one that says what to change."""
     try:
         yield
     except Exception as error:
@@ -153,8 +153,8 @@ def explaining_memory(
 
 
 def explaining_metric_memory():
-    """[`explaining_memory`] of a metric: smaller micro-batches would not help."""
+    """[`explaining_memory`] for the call of a metric, where smaller micro-batches would not help."""
     return explaining_memory(
-        "`metric` ran out of memory, in which `micro_batch_size` has no part. Have it read fewer or shorter texts, or fewer of the "
+        "`metric` ran out of memory, in which `micro_batch_size` has no part. Let it read fewer or shorter texts, or fewer of the "
         "model's outputs."
     )

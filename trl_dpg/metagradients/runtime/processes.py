@@ -1,4 +1,4 @@
-"""Work split over processes: sums across them, and failures that end all of them."""
+"""Work that is split over processes: sums across processes, and errors that end all of them together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,29 +13,30 @@ from .memory import ANOTHER_FAILED, OutOfMemory, clear_frames, is_out_of_memory
 
 class Processes:
     """
-    The processes that share a run, through Accelerate; with `None` this one alone, also where there are others.
+    The processes of Accelerate that share a run. With `None`, the run belongs to this process alone, even if there are others.
 
-    Every collective begins with [`~Processes.agree`]. So a failure ends all processes, wherever the others are.
+    Every collective begins with [`~Processes.agree`]. So an error on one process ends all processes, at any point of the run.
 
     Attributes:
         in_step (`bool`):
-            Whether they hold one model together. Then all make the same calls of it, with collectives inside, and gradients are sums already.
+            Whether the processes share one model in shards. All of them must then make the same calls of the model. Its gradients are
+            already summed over the processes.
     """
 
     def __init__(self, state: Accelerator | PartialState | None):
         self.index = 0 if state is None else state.process_index
         self.count = 1 if state is None else state.num_processes
-        self.device = None if state is None else state.device  # of collectives
+        self.device = None if state is None else state.device  # device of the tensors in collectives
         self.in_step = False
         self._failure: Exception | None = None
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """
-        Runs a block; if it raises on any process, raises on every process.
+        Runs a block. If the block raises on any process, every process raises.
 
-        A process that raised keeps its own exception. The others get a [`RuntimeError`] with the first cause (a
-        [`FloatingPointError`] where all causes are such), instead of waiting forever in their next collective.
+        A process on which the block raised keeps its own exception. The others raise a [`RuntimeError`] with the first cause, or a
+        [`FloatingPointError`] if all causes are of that type. Otherwise they would wait forever in their next collective.
         """
         error = None
         try:
@@ -49,8 +50,8 @@ class Processes:
     @contextmanager
     def raising_later(self) -> Iterator[None]:
         """
-        Runs a block without collectives; if it raises, so does the next collective or block that fails together, on every process.
-        What is computed until then is of no use.
+        Runs a block that has no collective in it. If the block raises, the next collective or [`~Processes.failing_together`] raises on
+        every process. Results in between are useless.
         """
         try:
             yield
@@ -62,10 +63,10 @@ class Processes:
     @contextmanager
     def summing_over_processes(self, buffer: Tensor | None, scalars: list[float]) -> Iterator[None]:
         """
-        Runs a block that fills `buffer`, if there is one, and `scalars`; then both hold their sums over all processes.
+        Runs a block that fills `scalars`, and `buffer` if there is one. Afterwards both hold their sums over all processes.
 
-        Fails together like [`~Processes.failing_together`]. Where nothing failed but that memory ran out, on one process or
-        more, all of them raise [`~memory.OutOfMemory`].
+        Errors are handled as in [`~Processes.failing_together`]. If the only error was that memory ran out on some process, every
+        process raises [`~memory.OutOfMemory`].
         """
         error = None
         try:
@@ -83,7 +84,7 @@ class Processes:
             self.sum_(buffer)
 
     def gather(self, shard: Tensor) -> Tensor:
-        """The whole tensor from every process's shard of shape `(n,)`. Fails together."""
+        """Gathers the whole tensor from every process's shard of shape `(n,)`. An error on one process ends all of them."""
         if self.count == 1:
             return shard
         with self.raising_later():
@@ -93,13 +94,13 @@ class Processes:
         return whole
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place."""
+        """Sums a tensor over all processes, in place."""
         if self.count > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def sum_float(self, number: float) -> float:
-        """Sum over all processes. Fails together."""
+        """Sums a number over all processes. An error on one process ends all of them."""
         scalars = [number]
         self.agree()
         self._sum_scalars(scalars)
@@ -107,11 +108,11 @@ class Processes:
 
     def agree(self, error: Exception | None = None, place: int = -1) -> None:
         """
-        Raises on every process if one comes with an error, or failed before; or if they come to different places.
+        Raises on every process if one of them has an error, or if they are about to exchange different parameters.
 
         Args:
-            error (`Exception`, *optional*): What happened on this process.
-            place (`int`): Number of the parameter that is exchanged next; -1 outside of the model's calls.
+            error (`Exception`, *optional*): Error on this process, unless an earlier one is still pending.
+            place (`int`): Index of the parameter that the processes exchange next; -1 outside of calls of the model.
         """
         error = self._failure or error
         if self.count > 1:
@@ -121,13 +122,14 @@ class Processes:
                 return
             if failures == 0:
                 error = RuntimeError(
-                    "The processes, which hold one model together, came to different parameters of it: what it computes with depends on "
-                    "the examples, as in some mixtures of experts. Do not shard the target (`target_fsdp=False` in the trainer)."
+                    "The processes share one model in shards, but each was about to read another parameter: the model uses different "
+                    "parameters for different examples, as some mixtures of experts do. Do not shard the target (`target_fsdp=False` "
+                    "in the trainer)."
                 )
         self._raise_any(error)
 
     def _sum_scalars(self, scalars: list[float]) -> None:
-        """Sums, in place and in float64."""
+        """Sums numbers over all processes, in place and in float64."""
         if self.count > 1 and scalars:
             scalars[:] = self.sum_(torch.tensor(scalars, dtype=torch.float64, device=self.device)).tolist()
 
@@ -149,12 +151,12 @@ class Processes:
 
 
 def _is_agreed(error: BaseException | None) -> bool:
-    """Whether all processes raise, so that blocks around need not ask: one that says more about it does so on each."""
+    """Whether all processes raise this error already, or one that it was raised from. Then blocks around it need no exchange."""
     while error is not None and not hasattr(error, "is_agreed"):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def failing_together(state: Accelerator | PartialState | None):
-    """[`~Processes.failing_together`] of the processes of `state`."""
+    """[`~Processes.failing_together`] for the processes of `state`."""
     return Processes(state).failing_together()

@@ -1,4 +1,4 @@
-"""Which recipes can be run, and which one a configuration of stock SFT describes."""
+"""Checks of a recipe's fields, and the recipe of a TRL `SFTConfig`."""
 
 import math
 import os
@@ -44,7 +44,7 @@ WHOLE_NUMBERS: dict[str, tuple[str, int]] = {
     "micro_batch_tokens": ("None or a whole number of at least 1", 1),
 }
 
-# Fields that say where and how a run is computed: its result differs by no more than rounding.
+# Fields that say where and how a run is computed. They change its result by no more than rounding.
 NOT_IN_THE_RESULT = (
     *("tape", "tape_dir", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "disable_tqdm"),
 )
@@ -52,10 +52,10 @@ NOT_IN_THE_RESULT = (
 
 def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
     """
-    The whole numbers of a recipe, as such: 8.0 is as good as 8.
+    Checks a recipe. Returns its whole-number fields as `int`, since 8.0 is accepted for 8.
 
     Raises:
-        [`ValueError`]: If a field is out of its range, or two do not go together.
+        [`ValueError`]: If a field is out of its range, or if two fields contradict each other.
     """
     for name, choices in CHOICES.items():
         if getattr(recipe, name) not in choices:
@@ -88,11 +88,11 @@ def _is_whole_from(least: int) -> Callable[[float], bool]:
 
 
 def _require(name: str, value: Any, requirement: str, holds: Callable[[float], bool]) -> None:
-    # A YAML `1e-6` arrives as a string, which is the usual cause of the type error.
+    # The usual cause of a wrong type is `1e-6` in YAML, which arrives as a string.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(
             f"`{name}` must be {requirement}, got {value!r} of type {type(value).__name__}. Give a number; in YAML, "
-            "write 1.0e-6, as some readers take 1e-6 for text."
+            "write 1.0e-6, since some parsers read 1e-6 as text."
         )
     if not holds(value):
         raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
@@ -113,18 +113,18 @@ def _check_combinations(recipe: "TargetTrainingArguments") -> None:
         )
     if recipe.lr_scheduler_type == "constant" and recipe.warmup_steps > 0:
         raise ValueError(
-            f"`warmup_steps` {recipe.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set "
-            "that to 'constant_with_warmup', or leave the warm-up out."
+            f"`warmup_steps` {recipe.warmup_steps!r} has no effect, as `lr_scheduler_type` is 'constant'. Set the "
+            "scheduler to 'constant_with_warmup', or leave the warm-up out."
         )
     if recipe.bf16 and recipe.curvature == "central_difference":
         raise ValueError(
-            "`bf16=True` and `curvature='central_difference'` do not go together: differences of losses vanish in "
-            'bfloat16\'s rounding. Set one of `bf16=False` and `curvature="exact"`.'
+            "`bf16=True` and `curvature='central_difference'` do not go together: rounding to bfloat16 would hide differences "
+            'of losses. Set `bf16=False`, or `curvature="exact"`.'
         )
 
 
 def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, Any]:
-    """Fields of [`~trl_dpg.metagradients.TargetTrainingArguments`], see its `from_sft_config`."""
+    """Fields of [`~trl_dpg.metagradients.TargetTrainingArguments`] for its `from_sft_config`."""
     unsupported = {
         "optim": config.optim not in ("adamw_torch", "adamw_torch_fused", "sgd"),
         "max_steps": config.max_steps > 0,
@@ -151,17 +151,17 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
     for name, is_set in of_texts.items():
         if is_set and name not in overrides:
             raise ValueError(
-                f"`{name}={getattr(config, name)!r}` of the SFT configuration says which tokens have a loss. That is settled where texts "
-                f"become tokens, not by the recipe: set `target_{name}` of the trainer, or `{name}` of `MetagradientReward` or "
+                f"`{name}={getattr(config, name)!r}` of the SFT configuration says which tokens have a loss. The recipe does not decide "
+                f"that, but the tokenization does: set `target_{name}` of the trainer, or `{name}` of `MetagradientReward` or "
                 f"`dataset_examples`. Then pass `{name}=None` here."
             )
     overrides = {name: value for name, value in overrides.items() if name not in of_texts}
     for name, is_unsupported in unsupported.items():
         if is_unsupported and name not in overrides:
             raise ValueError(
-                f"`{name}={getattr(config, name)!r}` of the SFT configuration cannot be expressed as a "
-                f"`TargetTrainingArguments`. Change it in the SFT configuration, or pass `{name}=...` here if it is "
-                "one of this class's fields."
+                f"`{name}={getattr(config, name)!r}` of the SFT configuration cannot be expressed in "
+                f"`TargetTrainingArguments`. Change it in the SFT configuration, or pass `{name}=...` here if "
+                "`TargetTrainingArguments` has this field."
             )
     scheduler = overrides.get("lr_scheduler_type", SchedulerType(config.lr_scheduler_type).value)
     fields = {
@@ -174,7 +174,7 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
         "adam_epsilon": config.adam_epsilon,
         "adam_epsilon_root": 0.0,
         "lr_scheduler_type": scheduler,
-        "warmup_steps": 0 if scheduler == "constant" else config.warmup_steps,  # which ignores it
+        "warmup_steps": 0 if scheduler == "constant" else config.warmup_steps,  # which ignores them
         "max_grad_norm": config.max_grad_norm or 0.0,
         "num_train_epochs": int(config.num_train_epochs),
         "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,

@@ -1,8 +1,8 @@
 r"""
-Whether operations that are not PyTorch's own can be differentiated twice.
+Check that operations from outside of PyTorch can be differentiated twice.
 
-Liger's functions, Hub kernels and the like may compute their gradient outside of autograd, in place even, without saying that it has
-no derivative. Double backward then goes on as if it were a constant, and its Hessian-vector products are wrong.
+Functions such as those of Liger or Hub kernels may compute their gradient outside of autograd, without marking it as not
+differentiable. Double backward then treats this gradient as a constant, and its Hessian-vector products are wrong.
 """
 
 import re
@@ -21,46 +21,46 @@ if TYPE_CHECKING:
     from ..method.exact import Exact
 
 
-PYTORCH = re.compile(r"\w+Backward\d+|torch::autograd::\w+")  # what PyTorch's own nodes of a graph are called
+PYTORCH = re.compile(r"\w+Backward\d+|torch::autograd::\w+")  # names of PyTorch's own nodes in a graph
 OURS = __package__.split(".")[0]
 
 NUM_EXAMPLES = 2
-DISTANCES = (1e-3, 3e-4, 1e-4, 3e-5)  # of a central difference, in norms of the parameters
-TOLERANCE = 0.01  # of a product, relative
-EXACTLY = 1e-3  # of what the same gradient says twice
+DISTANCES = (1e-3, 3e-4, 1e-4, 3e-5)  # steps of central differences, in norms of the parameters
+TOLERANCE = 0.01  # relative tolerance of a product against central differences
+EXACTLY = 1e-3  # relative tolerance of <g, g> from double backward against that from one backward pass
 
-_CHECKED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # whether products were, too
+_CHECKED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # whether products were checked, too
 
 
 def check_second_derivatives(exact: "Exact", batches: list[MicroBatch], product: Tensor | None) -> None:
     r"""
-    Raises a [`ValueError`] where operations that are not PyTorch's make exact derivatives of a model wrong. Looks once per model.
+    Raises a [`ValueError`] if operations from outside of PyTorch make exact derivatives of a model wrong. Checks each model once.
 
-    Along the gradient \\( g \\) of a few examples, \\( \sum_{ij} w_{ij} \langle \nabla \ell_{ij}, g \rangle \\) is compared with
+    Takes the gradient \\( g \\) of a few examples. Compares \\( \sum_{ij} w_{ij} \langle \nabla \ell_{ij}, g \rangle \\) with
     \\( \langle g, g \rangle \\), and \\( H g \\) with central differences of gradients.
 
-    Costs one forward pass of an example. Where there are such operations, up to ten training steps on two, and memory for six
-    copies of the trained parameters.
+    Costs one forward pass of an example. If there are such operations, it also costs up to ten training steps on two examples, and
+    memory for six copies of the trained parameters.
 
     Args:
-        exact ([`Exact`]): What differentiates.
+        exact ([`Exact`]): Computes the exact derivatives.
         batches (`list[MicroBatch]`): This process's part of a batch.
-        product (`Tensor`, *optional*): Where Hessian-vector products accumulate, if they are needed.
+        product (`Tensor`, *optional*): Accumulates Hessian-vector products, if they are needed.
     """
     model, with_product = exact.token_losses.model, product is not None
     if not batches or model in _CHECKED and _CHECKED[model] >= with_product:
         return
-    with saved_tensors_hooks(lambda tensor: None, lambda kept: kept):  # the graph is looked at, not run
+    with saved_tensors_hooks(lambda tensor: None, lambda kept: kept):  # the graph is read, not run
         names = foreign_operations(exact.token_losses(batches[0].first(1)).sum())
     if names and exact.space.processes.in_step:
         raise ValueError(
-            f"`curvature='exact'` needs second derivatives. `model` runs {', '.join(names)}, which is not PyTorch's own, and whether its "
-            'derivatives are right is not looked at where the model is in shards. Set `curvature="central_difference"`.'
+            f"`curvature='exact'` needs second derivatives. `model` runs {', '.join(names)}, which is not from PyTorch. The derivatives of "
+            'such operations cannot be checked if the model is in shards. Set `curvature="central_difference"`.'
         )
     if names and not is_twice_differentiable(exact, batches[0].first(NUM_EXAMPLES), with_product):
         raise ValueError(
             f"`curvature='exact'` needs second derivatives, but those of `model` are wrong: it runs {', '.join(names)}, which PyTorch "
-            'cannot differentiate twice. Set `curvature="central_difference"`, or leave out what put that there '
+            'cannot differentiate twice. Set `curvature="central_difference"`, or turn off the option that brought these operations in '
             "(`use_liger_kernel`, which changes all models of an architecture, or `use_kernels`)."
         )
     if names and product is not None:
@@ -69,7 +69,7 @@ def check_second_derivatives(exact: "Exact", batches: list[MicroBatch], product:
 
 
 def foreign_operations(loss: Tensor) -> list[str]:
-    """Names of the operations in a graph whose derivative is neither PyTorch's own nor this package's."""
+    """Names of the operations in a graph that come neither from PyTorch nor from this package."""
     found, seen, nodes = set(), set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -86,9 +86,9 @@ def foreign_operations(loss: Tensor) -> list[str]:
 
 
 def is_twice_differentiable(exact: "Exact", batch: MicroBatch, with_product: bool) -> bool:
-    """Whether exact derivatives along a batch's gradient are those that first-order gradients say."""
+    """Whether exact derivatives along a batch's gradient agree with those from first-order gradients."""
     space, losses = exact.space, exact.token_losses
-    bf16, losses.bf16 = losses.bf16, False  # in whose rounding small differences vanish
+    bf16, losses.bf16 = losses.bf16, False  # rounding to bfloat16 would hide small differences
     phi = space.phi.clone()
     try:
         vector = _gradient(exact, batch)
@@ -99,7 +99,7 @@ def is_twice_differentiable(exact: "Exact", batch: MicroBatch, with_product: boo
         found, expected = (result * batch.token_weights(candidates=True)).sum(), vector.square().sum()
         if (
             not (found - expected).abs() <= EXACTLY * expected
-        ):  # also of a function that is marked as once differentiable
+        ):  # this also finds functions that are marked as once differentiable
             return False
         return not with_product or _agrees(exact, batch, vector, product, phi)
     finally:
@@ -117,9 +117,9 @@ def _gradient(exact: "Exact", batch: MicroBatch) -> Tensor:
 
 def _agrees(exact: "Exact", batch: MicroBatch, vector: Tensor, product: Tensor, phi: Tensor) -> bool:
     """
-    Whether central differences agree with a product. They do not where two of them agree with each other, but not with it.
+    Whether central differences agree with a product. The answer is no if two differences agree with each other but not with it.
 
-    Differences that rounding or kinks (ReLU) spoil do not agree with each other, and prove nothing.
+    If rounding or kinks (ReLU) spoil the differences, they do not agree with each other, and the answer is yes for want of proof.
     """
     before = None
     for distance in DISTANCES:

@@ -1,4 +1,4 @@
-"""A model in shards: every process holds a part of each parameter, and what reads one gets it whole for as long as it is read."""
+"""Models in shards: every process holds a part of each parameter, and gathers the whole parameter only while it is read."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ from .processes import Processes
 from .workspace import Group
 
 
-# Getters of what a tensor holds, and methods that say what it is, as all other getters do
+# Getters that read a tensor's values, and methods that only describe the tensor. All other getters describe it, too.
 VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 DESCRIPTIONS = {
     "size",
@@ -36,12 +36,12 @@ DESCRIPTIONS = {
 
 class Layout:
     """
-    How a parameter is split: rows of its first dimension, an equal number on every process but the last ones.
+    The split of a parameter by rows. Every process has the same number of rows; the last processes may have fewer or none.
 
     Args:
-        index (`int`): Its number among the parameters of the model.
-        original (`DTensor`): The parameter as it was found.
-        shards ([`Shards`]): All of them.
+        index (`int`): Index of the parameter among those of the model.
+        original (`DTensor`): The parameter as the model had it.
+        shards ([`Shards`]): All parameters in shards of the model.
     """
 
     def __init__(self, index: int, original: DTensor, shards: "Shards"):
@@ -53,11 +53,11 @@ class Layout:
         self.local = nn.Parameter(original.to_local().detach(), original.requires_grad)
 
     def whole(self, values: Tensor) -> Tensor:
-        """The whole tensor of which each process has its part, differentiable as often as one likes."""
+        """Gathers the whole tensor from the parts of all processes. It can be differentiated any number of times."""
         return _Gather.apply(values, self, self.shards.is_replicated)
 
     def gather(self, part: Tensor) -> Tensor:
-        """The same without a derivative. Its memory is known as that of a parameter."""
+        """The same without a derivative. `Shards` remembers that its memory is a copy of this parameter."""
         part, count = self._padded(part.detach(), self.rows), self.shards.processes.count
         whole = part.new_empty(count * self.rows, *part.shape[1:])
         self.shards.processes.agree(place=self.index)
@@ -66,7 +66,7 @@ class Layout:
         return whole[: len(self.original)]
 
     def scatter(self, whole: Tensor) -> Tensor:
-        """This process's part of the sum over all processes."""
+        """Sums a whole tensor over all processes, and returns this process's part of the sum."""
         whole = self._padded(whole.detach(), self.shards.processes.count * self.rows)
         part = whole.new_empty(self.rows, *whole.shape[1:])
         self.shards.processes.agree(place=self.index)
@@ -80,7 +80,7 @@ class Layout:
 
 
 class _Gather(torch.autograd.Function):
-    """Parts in, the whole out. Its adjoint is [`_Scatter`], and that one's is this."""
+    """Maps a process's part to the whole tensor. Its adjoint is [`_Scatter`], whose adjoint is `_Gather` again."""
 
     @staticmethod
     def forward(ctx, part: Tensor, layout: Layout, replicated: bool) -> Tensor:
@@ -98,9 +98,10 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     """
-    Of a cotangent of the whole on every process, this process's part of their sum; or of the one, if all computed the same.
+    Maps the cotangents of a whole tensor on all processes to this process's part of their sum. If `replicated`, all cotangents are
+    equal, and the result is a part of this one.
 
-    In a second-order graph, the sum is differentiated but not used, and so left out.
+    A second-order graph differentiates the sum but does not read its value, so the sum is not computed there.
     """
 
     @staticmethod
@@ -117,11 +118,11 @@ class _Scatter(torch.autograd.Function):
 
 class ShardedParameter(Tensor):
     """
-    Stands in a model in a parameter's place, with its shape. Functions that take it get the whole tensor instead, gathered anew.
+    Takes the place of a parameter in a model, with the same shape. Any function called with it gets the newly gathered parameter.
 
     Args:
-        part (`Tensor`): What this process has of it.
-        home ([`Layout`]): Where the rest is.
+        part (`Tensor`): This process's part of the parameter.
+        home ([`Layout`]): The split of the parameter.
     """
 
     part: Tensor
@@ -148,18 +149,19 @@ class ShardedParameter(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise ValueError(
-            f"{func} of the target model reads a parameter in shards by a way of its own, as compiled and fused layers do. Leave them "
-            "out (`use_liger_kernel`, `use_kernels`), or do not shard the target (`target_fsdp=False` in the trainer)."
+            f"{func} of the target model reads the memory of a parameter directly, as compiled and fused layers do. A parameter in "
+            "shards has no such memory. Turn such layers off (`use_liger_kernel`, `use_kernels`), or do not shard the target "
+            "(`target_fsdp=False` in the trainer)."
         )
 
 
 def split(param: Tensor) -> tuple[Tensor, Layout | None]:
-    """What this process has of a parameter, and where the rest is."""
+    """This process's part of a parameter and its layout. A whole parameter has no layout (`None`)."""
     return (param.part, param.home) if isinstance(param, ShardedParameter) else (param, None)
 
 
 def standing_in(param: Tensor, part: Tensor) -> Tensor:
-    """`part`, such that it can stand in the place of `param`."""
+    """Makes of `part` a tensor that can take the place of `param` in the model."""
     return ShardedParameter(part, param.home) if isinstance(param, ShardedParameter) else part
 
 
@@ -170,18 +172,19 @@ def is_gathered(tensor: Tensor) -> bool:
 
 class Shards:
     """
-    The parameters of a model that are in shards, by `fully_shard` or [`~torch.distributed.tensor.distribute_tensor`]; none of a whole one.
+    The parameters of a model that `fully_shard` or [`~torch.distributed.tensor.distribute_tensor`] split into shards. A whole model has
+    none.
 
-    While the context is open, a [`ShardedParameter`] stands for each of them, and FSDP's own hooks rest: a parameter is gathered where
-    it is read, and again where its gradient is computed. This can be differentiated twice, and holds a layer at a time. All processes
-    must make the same calls of the model, on as many examples.
+    Inside the context, a [`ShardedParameter`] takes the place of each such parameter, and FSDP's own hooks are off. A parameter is
+    gathered when it is read, and again when its gradient is computed. So the model can be differentiated twice, and memory holds one
+    whole layer at a time. All processes must make the same calls of the model, on the same number of examples.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
-        processes ([`Processes`]): Those that hold it.
+        processes ([`Processes`]): The processes that hold the model.
 
     Raises:
-        [`ValueError`]: If it is not split as it must be: every trained parameter by its first dimension, over all of `processes`.
+        [`ValueError`]: If some trained parameter is not split by its first dimension, over all of `processes`.
     """
 
     def __init__(self, model: nn.Module, processes: Processes):
@@ -222,9 +225,9 @@ class Shards:
 
     def of_groups(self, groups: list[Group]) -> list[Group]:
         """
-        What this process has of parameters: all, if they are whole.
+        Replaces parameters in groups by this process's parts. Whole parameters stay as they are.
 
-        Raises a [`ValueError`] if a rule needs more than that.
+        Raises a [`ValueError`] if a rule needs whole parameters, but they are in shards.
         """
         if not self._layouts:
             return groups
@@ -238,7 +241,7 @@ class Shards:
 
     @contextmanager
     def replicated(self) -> Iterator[None]:
-        """What is computed from the parameters is the same on every process, and not a part of a sum: a metric."""
+        """Inside, all processes compute the same value from the parameters, such as a metric. Gradients are then not summed."""
         self.is_replicated = True
         try:
             yield
@@ -246,7 +249,7 @@ class Shards:
             self.is_replicated = False
 
     def note(self, whole: Tensor, layout: Layout) -> None:
-        """Remembers whose a gathered tensor's memory is, as long as it is in use."""
+        """Remembers which parameter a gathered tensor is a copy of, as long as the tensor is in use."""
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
         storage = whole.untyped_storage()
         self._live[storage._cdata] = StorageWeakRef(storage), layout
@@ -257,7 +260,7 @@ class Shards:
             for module, name in layout.places:
                 module._parameters[name] = tensor
 
-    # What a graph keeps of a gathered parameter is where to get it
+    # Instead of a gathered parameter, a graph saves where to gather it from
 
     def _pack(self, tensor: Tensor) -> Any:
         if tensor.layout != torch.strided:
@@ -276,20 +279,20 @@ class Shards:
 
 
 def is_in_shards(model: nn.Module) -> bool:
-    """Whether a model was split by FSDP, or by hand."""
+    """Whether a model was split into shards, by FSDP or by hand."""
     return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
         isinstance(p, DTensor) for p in model.parameters()
     )
 
 
 def processes_of(model: nn.Module) -> Processes:
-    """The processes that hold a model in shards; this one alone has a whole model."""
+    """The processes that hold a model: all if it is in shards, this process alone if the model is whole."""
     return Processes(PartialState() if is_in_shards(model) else None)
 
 
 @contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Lets a model, which may be in shards, be called outside of a run, by all that hold it."""
+    """Makes it possible to call a model outside of a run, even if it is in shards. All processes that hold it must call it."""
     with Shards(model, processes_of(model)) as shards, shards.replicated():
         yield
 
@@ -299,23 +302,23 @@ def _check_split(name: str, param: DTensor, processes: Processes) -> None:
     if mesh.ndim != 1 or param.placements != (Shard(0),):
         raise ValueError(
             f"{name!r} of the target model has the placements {param.placements} on a mesh of {mesh.ndim} dimensions. Shard the target by "
-            "`fully_shard` over one dimension of processes, without tensor parallelism and replication."
+            "`fully_shard` over a mesh of one dimension, without tensor parallelism and replication."
         )
     if mesh.size() != processes.count:
         raise ValueError(
             f"The target model is in shards over {mesh.size()} processes, but {processes.count} share the run. Pass an `accelerator` of "
-            "all processes that hold it."
+            "all processes that hold the model."
         )
     if param.to_local().device.type != mesh.device_type:
         raise ValueError(
-            f"{name!r} of the target model is in shards on {param.to_local().device.type}, but they are exchanged on {mesh.device_type}. "
-            "Shard the target without `CPUOffloadPolicy`; the tape can lie on the host (`tape`)."
+            f"{name!r} of the target model has its shards on {param.to_local().device.type}, but exchanges them on {mesh.device_type}. "
+            'Shard the target without `CPUOffloadPolicy`. To save memory, keep the tape on the host (`tape="host"`).'
         )
 
 
 @contextmanager
 def _resting_hooks(model: nn.Module) -> Iterator[None]:
-    """Has no hook of FSDP called."""
+    """Removes FSDP's hooks from a model inside a `with` block."""
     registers = [hooks for m in model.modules() for hooks in (m._forward_pre_hooks, m._forward_hooks)]
     originals = [dict(hooks) for hooks in registers]
     for hooks in registers:

@@ -1,4 +1,4 @@
-"""Where the tape lies: in the device's memory, in the host's or on disk."""
+"""Storage of the tape: in the device's memory, in the host's memory, or on disk."""
 
 import os
 import tempfile
@@ -13,17 +13,17 @@ from torch import Tensor
 from .host import host_memory, tape_directory
 
 
-AHEAD = 4  # tensors that are fetched while the caller computes
-Place = tuple[int, torch.Size, torch.dtype]  # of a tensor in a file: offset, shape, type
+AHEAD = 4  # number of tensors that are fetched while the caller computes
+Place = tuple[int, torch.Size, torch.dtype]  # place of a tensor in a file: offset, shape, type
 
 
 class Storage:
     """
-    Keeps flat tensors, of which most are of one size: here in the device's own memory, where nothing is copied.
+    Keeps flat tensors, most of them of the same size. This base class keeps them in the device's own memory, without a copy.
 
-    `put` takes tensors over: the caller may no longer write to them, or, if the storage `copies`, not before it calls `settle`.
-    `stream` yields those of keys in order, and fetches the next ones meanwhile; the caller may write to one only if
-    it drops the key. `expect` says what will be streamed next.
+    `put` takes tensors over: the caller must not write to them any more. If the storage `copies`, the caller may do so after it calls
+    `settle`. `stream` yields the tensors of keys in order, and fetches the next ones meanwhile. The caller may write to such a tensor
+    only if it drops the key. `expect` announces the keys of the next `stream`.
     """
 
     copies = False
@@ -57,7 +57,7 @@ def open_storage(location: str, directory: str | None, device: torch.device) -> 
 
 
 class HostStorage(Storage):
-    """Pinned host memory of a CUDA device; copies run on a stream of their own, beside the computation."""
+    """Keeps tensors of a CUDA device in pinned host memory. Copies run on a stream of their own, in parallel to the computation."""
 
     copies = True
 
@@ -66,14 +66,14 @@ class HostStorage(Storage):
         self.side = torch.cuda.Stream(device)
         self._kept: dict[int, Tensor] = {}
         self._next = 0
-        self._leaving: list[Tensor] = []  # of the last call of `put`, which may still be read
+        self._leaving: list[Tensor] = []  # tensors of the last call of `put`, which copies may still be reading
         self._left = torch.cuda.Event()
 
     def put(self, tensors: list[Tensor]) -> list[int]:
         keys = []
         current = torch.cuda.current_stream(self.device)
-        # One call's copies are under way, so that a device that lags behind the host does not fill its memory. What
-        # they read is freed only for work that comes after them.
+        # At most one call's copies are under way. Otherwise, if the device lags behind the host, their sources would fill its memory.
+        # A source is freed only for work that comes after its copy.
         current.wait_event(self._left)
         self.side.wait_stream(current)
         with torch.cuda.stream(self.side):
@@ -98,11 +98,11 @@ class HostStorage(Storage):
             for tensor, fetched in _ahead(self._fetch, keys):
                 current.wait_event(fetched)
                 yield tensor
-        finally:  # also where the caller breaks off: memory that copies still write to is not used before they end
+        finally:  # also if the caller stops early: memory must not be reused before the copies into it end
             current.wait_stream(self.side)
 
     def _fetch(self, key: int) -> tuple[Tensor, torch.cuda.Event]:
-        # Memory of the stream that computes, which may still be at work on what it held before; so the copy waits.
+        # This memory belongs to the computing stream, which may still be reading its old contents, so the copy waits.
         tensor = torch.empty_like(self._kept[key], device=self.device)
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
@@ -117,18 +117,18 @@ class HostStorage(Storage):
         self.side.synchronize()
         self._kept.clear()
         self._leaving = []
-        torch.accelerator.empty_host_cache()  # PyTorch keeps freed pinned memory, which nothing else could use
+        torch.accelerator.empty_host_cache()  # gives pinned memory back, which PyTorch would keep for itself
 
 
 class DiskStorage(Storage):
     """
-    A temporary file, written and read by a thread beside the computation.
+    Keeps tensors in a temporary file. A thread writes and reads it, in parallel to the computation.
 
-    The file has no name: the operating system removes it when it is closed, also when the process is killed.
+    The file has no name, so the operating system removes it when it is closed, even if the process is killed.
 
     Args:
-        directory (`str`, *optional*): Where the file lies. The system's directory for temporary files if `None`.
-        device (`torch.device`): Where tensors come from and go to.
+        directory (`str`, *optional*): Directory of the file. `None` means the system's directory for temporary files.
+        device (`torch.device`): Device of the tensors.
     """
 
     copies = True
@@ -137,13 +137,13 @@ class DiskStorage(Storage):
         self.file = tempfile.TemporaryFile(dir=directory, prefix="trl_dpg-tape-", buffering=0)
         self.device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trl_dpg-tape")
-        self._writes: list[Future] = []  # of the last call of `put`
+        self._writes: list[Future] = []  # writes of the last call of `put`
         self._hints: list[Future] = []
-        self._free: dict[int, list[int]] = defaultdict(list)  # offsets, by size
+        self._free: dict[int, list[int]] = defaultdict(list)  # offsets of dropped tensors, by size
         self._end = 0
 
     def put(self, tensors: list[Tensor]) -> list[Place]:
-        self._end_writes()  # at most one call's are under way
+        self._end_writes()  # the writes of at most one call are under way
         keys = []
         for tensor in tensors:
             data = tensor.detach().cpu()
@@ -155,19 +155,19 @@ class DiskStorage(Storage):
         return keys
 
     def settle(self) -> None:
-        if self.device.type == "cpu":  # otherwise what is written is a copy already
+        if self.device.type == "cpu":  # from other devices, the thread writes a copy anyway
             self._end_writes()
 
     def _end_writes(self) -> None:
         for write in self._writes:
-            write.result()  # also raises its error, such as a full disk
+            write.result()  # raises the error of the write, such as a full disk
         self._writes = []
 
     def expect(self, keys: list[Place]) -> None:
-        """Has the operating system read into memory that is free otherwise, while the model is called."""
+        """Asks the operating system to read ahead into free memory, while the model is running."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        room = host_memory()[1] // 2  # more would push out what is needed first
+        room = host_memory()[1] // 2  # reading more could evict the tensors that are needed first
         for offset, shape, dtype in keys:
             size = shape.numel() * dtype.itemsize
             room -= size
@@ -176,7 +176,7 @@ class DiskStorage(Storage):
             self._hints.append(self._thread.submit(self._will_need, offset, size))
 
     def _will_need(self, offset: int, size: int) -> None:
-        # Linux reads only the first few MB of what it is told at once
+        # Of a large range, Linux reads only the first few MB, so the hint is given in pieces.
         for start in range(offset, offset + size, 1 << 20):
             os.posix_fadvise(self.file.fileno(), start, min(1 << 20, offset + size - start), os.POSIX_FADV_WILLNEED)
 
@@ -187,14 +187,14 @@ class DiskStorage(Storage):
         for data, reading in _ahead(self._fetch, keys):
             wait([reading])
             while self._writes and self._writes[0].done():
-                self._writes[0].result()  # raises its error: what was read was perhaps never written
+                self._writes[0].result()  # raises the error of a failed write, whose tensor must not be used
                 self._writes.pop(0)
             reading.result()
             yield data.to(self.device)
 
     def _fetch(self, key: Place) -> tuple[Tensor, Future]:
         offset, shape, dtype = key
-        data = torch.empty(shape, dtype=dtype)  # not in the thread, whose heap would keep the memory
+        data = torch.empty(shape, dtype=dtype)  # allocated here, since the thread's heap would keep the memory
         return data, self._thread.submit(self._transfer, os.preadv, data, offset)
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], data: Tensor, offset: int) -> None:
@@ -202,7 +202,7 @@ class DiskStorage(Storage):
         while len(view) > 0:
             done = call(self.file.fileno(), [view], offset)
             if done == 0:
-                raise OSError("The tape's file ends early: it was not written whole. Is the disk of `tape_dir` full?")
+                raise OSError("The tape's file ends early: it was not fully written. Is the disk of `tape_dir` full?")
             view, offset = view[done:], offset + done
 
     def drop(self, keys: list[Place]) -> None:
@@ -215,7 +215,7 @@ class DiskStorage(Storage):
 
 
 def _ahead(fetch: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
-    """What `fetch` returns for every key, called for some of the next ones before."""
+    """Yields `fetch(key)` for every key, and calls `fetch` for the next few keys in advance."""
     fetched: deque[Any] = deque()
     for key in keys:
         fetched.append(fetch(key))

@@ -1,4 +1,4 @@
-r"""The trained parameters as one contiguous tensor, and all other memory of that size."""
+r"""The trained parameters as one contiguous tensor, and all other tensors of that size."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from ..method.updates import Update
 
 
-# Elements. Where parameters and shards start, so that kernels see aligned addresses, and whole vectors: what is left over of one
-# is rounded differently, and parts would not equal the whole to the last bit.
+# Parameters and shards start at multiples of this many elements. So kernels see aligned addresses and whole vectors. Kernels round
+# the rest of a vector differently, so parts would otherwise not equal the whole to the last bit.
 ALIGNMENT = 64
 
 
 class Group(NamedTuple):
-    """Parameters that one rule updates, with or without weight decay: a single one if the rule is not elementwise."""
+    """Parameters with the same update rule and weight decay. A rule that is not elementwise has a group for each parameter."""
 
     rule: "type[Update]"
     decayed: bool
@@ -36,7 +36,7 @@ def parameter_groups(
     decayed: list[nn.Parameter],
     rest: "type[Update]",
 ) -> list[Group]:
-    """Shares parameters out among `rule`, where it suits one, and the elementwise `rest`; `decayed` ones have weight decay."""
+    """Groups parameters by update rule and weight decay: `rule` where it suits a parameter, else the elementwise rule `rest`."""
     ids = {id(param) for param in decayed}
     suited = [param for param in params if rule.suits(param, model)]
     groups = [] if rule.elementwise else [Group(rule, id(param) in ids, [param]) for param in suited]
@@ -50,25 +50,25 @@ def parameter_groups(
 
 class Workspace:
     r"""
-    Trained parameters \\( \phi \\) as views of one tensor, `phi`; gradients and products lie in tensors of the same layout.
+    Trained parameters \\( \phi \\) as views of one tensor, `phi`. Gradients and Hessian-vector products have tensors of the same layout.
 
-    While the context is open, each `param.data` is a view of `phi`. The caller's own tensors are never written to: on leaving,
-    they are put back.
+    Inside the context, each `param.data` is a view of `phi`. The caller's own tensors are never written to, and are put back on
+    leaving.
 
-    With several processes, each keeps an equal part of what is recorded and walked back, its *shard*; `phi`, gradients and
-    products are whole on all of them. If they hold the model together, each has its own part of everything, and nothing else.
+    With several processes, each keeps only its *shard*, an equal part, of the tape and of cotangents. On every process, `phi`,
+    gradients and products are whole. If the model itself is in shards, each process has only its part of all these tensors.
 
     Args:
         groups (`Sequence[Group]`): Distinct parameters, on one device and of one dtype. Groups stay together, in order.
-        processes ([`Processes`]): Who shares the run.
-        shardable (`bool`): Whether a process can do with a shard.
+        processes ([`Processes`]): The processes that share the run.
+        shardable (`bool`): Whether the tape and cotangents may be split, since all update rules are elementwise.
     """
 
     def __init__(self, groups: Sequence[Group], processes: Processes, shardable: bool):
         self.processes = processes
         self.params = [param for group in groups for param in group.params]
         self.offsets: list[int] = []
-        self.parts: list[slice] = []  # of the groups
+        self.parts: list[slice] = []  # part of each group in `phi`
         end = 0
         for rule, _, params in groups:
             start = end
@@ -78,7 +78,7 @@ class Workspace:
             self.parts.append(slice(start, end if rule.elementwise else start + params[0].numel()))
         num_shards = processes.count if shardable and not processes.in_step else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
-        if groups[-1].rule.elementwise:  # what pads the shards is updated too, from zero to zero
+        if groups[-1].rule.elementwise:  # the padding of the shards is updated too, from zero to zero
             self.parts[-1] = slice(self.parts[-1].start, self.size)
         self.sharded = num_shards > 1
         self.shard_size = self.size // num_shards
@@ -103,7 +103,7 @@ class Workspace:
 
     @contextmanager
     def undoing_writes(self) -> Iterator[None]:
-        """Undoes what a block writes to the caller's own tensors, before the context is entered."""
+        """Undoes what a block writes to the caller's own tensors. It is used before the workspace's context is entered."""
         try:
             yield
         finally:
@@ -124,33 +124,33 @@ class Workspace:
         return [flat[o : o + p.numel()].view(p.shape) for o, p in zip(self.offsets, self.params, strict=True)]
 
     def accumulate_into(self, buffer: Tensor) -> None:
-        """Zeroes a buffer and has backward passes accumulate gradients into it. This needs no second copy of all gradients."""
+        """Zeroes a buffer, and makes backward passes accumulate gradients into it, without a second copy of all gradients."""
         buffer.zero_()
         for param, view in zip(self.params, self.views(buffer), strict=True):
             param.grad = view
 
     def release_gradients(self) -> None:
-        """Has backward passes no longer write to that buffer."""
+        """Stops backward passes from writing to the buffer of `accumulate_into`."""
         for param in self.params:
             param.grad = None
 
     @contextmanager
     def summing_over_processes(self, buffer: Tensor | None, sums: list[float]) -> Iterator[None]:
-        """[`Processes.summing`] for a block whose backward passes accumulate into `buffer`, if there is one."""
+        """[`Processes.summing_over_processes`] of a block whose backward passes accumulate into `buffer`, if there is one."""
         if buffer is not None:
             self.accumulate_into(buffer)
         with self.processes.summing_over_processes(buffer, sums):
             yield
 
     def start_adjoint(self, num_steps: int) -> None:
-        """Makes the memory of the adjoint sweep. A single step needs none."""
+        """Allocates the memory of the adjoint sweep. A run of one step needs hardly any."""
         if num_steps > 1:
             self.product = self.buffer()
             self.grad_cotangent = self.zeros(self.shard_size)
         self.own_phi = self.zeros(self.shard_size) if self.sharded else self.phi
 
     def load_originals(self, out: Tensor) -> None:
-        """Writes the parameters as they were before the context was entered: all of them, or this process's shard."""
+        """Writes the parameters from before the context was entered to `out`: all of them, or this process's shard."""
         first = 0 if len(out) == self.size else self.shard.start
         last = first + len(out)
         for offset, (_, data) in zip(self.offsets, self._originals, strict=True):
@@ -159,18 +159,18 @@ class Workspace:
                 out[start - first : stop - first] = data.reshape(-1)[start - offset : stop - offset]
 
     def sum_over_shards(self, number: float) -> float:
-        """Sum over all processes that hold a part of the parameters."""
+        """Sums a number over the processes, if each of them holds only a part of the parameters."""
         return self.processes.sum_float(number) if self.sharded or self.processes.in_step else number
 
     def norm(self, flat: Tensor) -> float:
         """Norm of a tensor in the layout of `phi`, over all processes."""
         if not self.processes.in_step:
-            # The second is slow, but cannot underflow.
+            # The norm in float64 is slow, but it cannot underflow to zero.
             return flat.norm().item() or double(flat).norm().item()
         return math.sqrt(self.processes.sum_float(double(flat).norm().item() ** 2))
 
     def gather_and_load_phi(self, shard: Tensor) -> Tensor:
-        r"""Gathers a sharded tensor. It gathers \\( \phi_t \\) too, and loads it into the model."""
+        r"""Gathers a tensor from its shards. Also gathers \\( \phi_t \\), and loads it into the model."""
         if not self.sharded:
             return shard
         self.phi.copy_(self.processes.gather(self.own_phi))

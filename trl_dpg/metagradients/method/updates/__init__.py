@@ -1,4 +1,4 @@
-"""Update rules, each beside its adjoint."""
+"""Update rules of optimizers, each with its adjoint."""
 
 from .adamw import AdamW
 from .clipping import Clipping

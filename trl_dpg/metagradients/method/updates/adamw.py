@@ -1,10 +1,10 @@
 r"""
-AdamW with `epsilon_root` \\( r \\); with \\( r = 0 \\) it is [`~torch.optim.AdamW`] with `fused=True`.
+AdamW with `epsilon_root` \\( r \\). With \\( r = 0 \\), this is [`~torch.optim.AdamW`] with `fused=True`.
 
 $$ m' = \beta_1 m + (1 - \beta_1) g, \quad v' = \beta_2 v + (1 - \beta_2) (g^2 + r), \quad
    \phi' = (1 - \eta w) \phi - \eta \frac{m' / (1 - \beta_1^t)}{\sqrt{v' / (1 - \beta_2^t)} + \epsilon} $$
 
-With \\( r \\) in the second moment from the start, \\( v' / (1 - \beta_2^t) \\) is that of [`~torch.optim.AdamW`] plus \\( r \\).
+Every step adds \\( r \\) to the second moment, so \\( v' / (1 - \beta_2^t) \\) equals that of [`~torch.optim.AdamW`] plus \\( r \\).
 """
 
 import math
@@ -17,25 +17,25 @@ from .update import Update
 
 
 class AdamW(Update):
-    """See the module."""
+    """The rule of this module's docstring."""
 
     num_states = 2
 
     def __init__(self, *args):
         super().__init__(*args)
         self.beta1 = self.recipe.adam_beta1
-        self.beta2 = max(self.recipe.adam_beta2, 1e-20)  # in place of 0, which would divide by zero
+        self.beta2 = max(self.recipe.adam_beta2, 1e-20)  # `update_` divides by it
         self.epsilon = self.recipe.adam_epsilon
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """As of [`Update`], without `epsilon_root`."""
+        """See [`Update.stock`]. PyTorch's optimizer has no `epsilon_root`."""
         betas = recipe.adam_beta1, recipe.adam_beta2
         return torch.optim.AdamW(params, recipe.learning_rate, betas, recipe.adam_epsilon, weight_decay)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """As of [`Update`]."""
-        if self.epsilon_root > 0:  # the kernel only knows \\( \beta_2 v + (1 - \beta_2) g^2 \\)
+        """See [`Update.update_`]."""
+        if self.epsilon_root > 0:  # the kernel has no r, so r is added to v before
             if self.recipe.adam_beta2 == 0:
                 state[1].zero_()
             state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)
@@ -45,7 +45,7 @@ class AdamW(Update):
             [state[0]],
             [state[1]],
             [],
-            [torch.full((), float(step), dtype=torch.float32, device=phi.device)],  # whatever the default dtype
+            [torch.full((), float(step), dtype=torch.float32, device=phi.device)],  # the kernel takes float32 only
             lr=rate,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -58,7 +58,8 @@ class AdamW(Update):
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""
-        As of [`Update`]. With \\( \rho = \sqrt{v' / (1 - \beta_2^t)} \\), \\( d = \rho + \epsilon \\), \\( s = \eta / (1 - \beta_1^t) \\):
+        See [`Update.adjoint_`]. With \\( \rho = \sqrt{v' / (1 - \beta_2^t)} \\), \\( d = \rho + \epsilon \\) and
+        \\( s = \eta / (1 - \beta_1^t) \\):
 
         $$ \mu = \lambda_{m'} - \frac{s}{d} \lambda_{\phi'}, \quad
            \nu = \lambda_{v'} + \frac{s\, m'}{2 d^2 \rho\, (1 - \beta_2^t)} \lambda_{\phi'} $$
@@ -73,7 +74,7 @@ class AdamW(Update):
         second.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         if self.epsilon_root > 0:
             second.add_((1 - self.beta2) * self.epsilon_root)
-        # The root of `correction` is taken out of root and denominator, into scalars.
+        # `root` and `denominator` lack the factor 1 / sqrt(correction) of the formula. Scalars make up for it.
         root = second.sqrt()
         denominator = root + self.epsilon * math.sqrt(correction)
         step_size *= math.sqrt(correction)
@@ -81,7 +82,7 @@ class AdamW(Update):
         mu.add_(ratio, alpha=-step_size)
         denominator.mul_(root)
         if self.epsilon_root == 0:
-            # Where the root is zero (no gradient so far) m' and g are zero too: nothing flows through it.
+            # Where the root is zero (no gradient so far), m' and g are zero too, so this term is zero.
             denominator.masked_fill_(root == 0, 1.0)
         nu.addcdiv_(ratio.mul_(first), denominator, value=step_size / 2)
 
@@ -100,12 +101,12 @@ class AdamW(Update):
         $$ \lambda_g = (1 - \beta_1) \lambda_{m'} + 2 (1 - \beta_2) g\, \lambda_{v'}
            - \eta\, \frac{r / \rho + \epsilon}{d^2} \lambda_{\phi'} $$
 
-        It takes less than half the operations. Where \\( g^2 \gg r \\), the general form is a difference of nearly equal terms.
+        This form takes less than half the operations. Where \\( g^2 \gg r \\), the general form subtracts nearly equal terms.
         """
         root = (grad * grad).add_(self.epsilon_root).sqrt_()
         of_grad = root + self.epsilon
         torch.div(of_phi, of_grad.mul_(of_grad), out=of_grad)
-        if self.epsilon_root == 0:  # also where the gradient is zero, and so is the root: nothing flows through it
+        if self.epsilon_root == 0:  # r / rho is 0, also where the gradient and thus rho are zero
             of_grad.mul_(-rate * self.epsilon)
         else:
             of_grad.mul_(root.reciprocal_().mul_(-rate * self.epsilon_root).sub_(rate * self.epsilon))

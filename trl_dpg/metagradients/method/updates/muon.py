@@ -1,12 +1,12 @@
 r"""
 Muon, [`~torch.optim.Muon`] with `adjust_lr_fn="match_rms_adamw"`, in the precision of the parameters instead of bfloat16.
 
-For a matrix of \\( p \times q \\), with momentum \\( \mu \\) and \\( N \\) the orthogonalization by five Newton-Schulz iterations:
+For a \\( p \times q \\) matrix, momentum \\( \mu \\), and the orthogonalization \\( N \\) by five Newton-Schulz iterations:
 
 $$ b' = \mu b + (1 - \mu) g, \quad u = (1 - \mu) g + \mu b' \text{ with Nesterov's momentum, else } b', \quad
    \phi' = (1 - \eta w) \phi - 0.2 \sqrt{\max(p, q)}\, \eta N(u) $$
 
-With this factor a step is as long as AdamW's, so that one learning rate does for both.
+The factor makes a step about as long as one of AdamW, so both can use the same learning rate.
 """
 
 import math
@@ -23,7 +23,7 @@ EPSILON = 1e-7
 
 
 class Muon(Update):
-    """See the module. For matrices in hidden layers, adapters among them: neither embeddings nor the LM head."""
+    """The rule of this module's docstring, for matrices in hidden layers and adapters. Embeddings and the LM head are left to AdamW."""
 
     num_states = 1
     elementwise = False
@@ -35,26 +35,27 @@ class Muon(Update):
 
     @classmethod
     def suits(cls, param: nn.Parameter, model: nn.Module) -> bool:
-        """Matrices, unless they belong to an embedding or to the LM head."""
+        """Whether a parameter is a matrix that belongs neither to an embedding nor to the LM head."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         outer = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
         return param.ndim == 2 and not any(param is other for module in outer for other in module.parameters())
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """As of [`Update`]."""
+        """See [`Update.stock`]."""
         momentum, nesterov = _momentum(recipe)
         rate, adjust = recipe.learning_rate, "match_rms_adamw"
         return torch.optim.Muon(params, rate, weight_decay, momentum, nesterov, adjust_lr_fn=adjust)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """As of [`Update`]."""
+        """See [`Update.update_`]."""
         direction = orthogonalized(self._momentum_step_(grad, *state).view(self.shape))
         phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.rate_factor)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""
-        As of [`Update`]. With \\( \lambda_u = -0.2 \sqrt{\max(p, q)}\, \eta\, (\partial N / \partial u)^\top \lambda_{\phi'} \\), by autograd:
+        See [`Update.adjoint_`]. With \\( \lambda_u = -0.2 \sqrt{\max(p, q)}\, \eta\, (\partial N / \partial u)^\top \lambda_{\phi'} \\)
+        from autograd:
 
         $$ \nu = \lambda_{b'} + \mu \lambda_u, \quad \lambda_g = (1 - \mu) (\lambda_u + \nu) \text{ with Nesterov's momentum, else }
            \nu = \lambda_{b'} + \lambda_u, \quad \lambda_g = (1 - \mu) \nu; \quad \lambda_b = \mu \nu $$
@@ -82,9 +83,9 @@ def _momentum(recipe) -> tuple[float, bool]:
 
 def orthogonalized(matrix: Tensor) -> Tensor:
     r"""
-    Roughly \\( U V^\top \\) of a matrix \\( U S V^\top \\): singular values between 0.7 and 1.2 in place of \\( S \\).
+    Roughly \\( U V^\top \\) of a matrix \\( M = U S V^\top \\). The result has singular values between 0.7 and 1.2 in place of \\( S \\).
 
-    From \\( X = M / \lVert M \rVert_F \\), five times \\( X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X \\).
+    Starts from \\( X = M / \lVert M \rVert_F \\) and iterates \\( X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X \\) five times.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / wide.norm().clamp(min=EPSILON)

@@ -1,4 +1,4 @@
-r"""The update \\( U \\) of a whole run: clipping, then each part of the flat parameters by its rule."""
+r"""The update \\( U \\) of a run: clips the gradient, then updates each part of the flat parameters by the rule of that part."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from ..tape import Cotangent, Tape
 
 
-# Elements of a block. Fresh tensors of the size of a model cost more than the arithmetic on them. On smaller blocks, threads of
-# a processor mostly wait for each other. A power of two, as pinned memory is rounded up to one.
+# Elements of a block. Larger blocks need large new tensors, which cost more than the arithmetic on them. On smaller blocks, threads
+# of a processor mostly wait for each other. The sizes are powers of two because pinned memory is rounded up to one.
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Block(NamedTuple):
-    """A part of the flat parameters that is updated at once."""
+    """A part of the flat parameters that one call of a rule updates."""
 
     part: slice
     rule: Update
@@ -28,10 +28,10 @@ class Block(NamedTuple):
 
 class Optimizer:
     r"""
-    The update of a run and its adjoint. Work goes through flat tensors in blocks.
+    The update of a run and its adjoint, on flat tensors, block by block.
 
     Args:
-        parts (`list[Block]`): Rules, and what of the flat parameters each updates: everything, in order.
+        parts (`list[Block]`): Rules and the parts of the flat parameters that they update. The parts cover all parameters, in order.
         rates (`list[float]`): Learning rate of every step.
         max_grad_norm (`float`): Global norm that gradients are clipped to; 0 means no clipping.
     """
@@ -43,7 +43,7 @@ class Optimizer:
         self.num_states = max(rule.num_states for _, rule in parts)
 
     def blocks(self, start: int, stop: int, device: torch.device) -> list[Block]:
-        """What to update at once of the elements from `start` to `stop`, counted from `start`."""
+        """The blocks of the elements from `start` to `stop`. Their slices count from `start`."""
         blocks = []
         for part, rule in self.parts:
             first, last = max(part.start, start), min(part.stop, stop)
@@ -54,20 +54,20 @@ class Optimizer:
 
     @torch.no_grad()
     def update_(self, step: int, rule: Update, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """Updates a block in place. `grad` is as before clipping; without a `state`, zeros are used and then discarded."""
+        """Updates a block in place. `grad` is the unclipped gradient. If `state` is empty, zeros are used and then discarded."""
         own = state[: rule.num_states] or tuple(torch.zeros_like(phi) for _ in range(rule.num_states))
         rule.update_(step, self.rates[step], phi, own, self.clipping.clipped(step, grad))
 
     @torch.no_grad()
     def adjoint_(self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor) -> float:
         r"""
-        Walks the last step on the tape back, up to clipping: \\( \lambda_\phi, \lambda_s \\) after its update become those before it,
-        and `phi` becomes \\( \phi_t \\), shape `(n,)`.
+        Adjoint of the last step on the tape, without that of clipping. \\( \lambda_\phi, \lambda_s \\) after the step's update become
+        those before it, and `phi`, shape `(n,)`, becomes \\( \phi_t \\).
 
         `out`, shape `(n,)`, becomes the cotangent of the clipped gradient. At the first step it may be `cotangent.phi`.
 
         Returns:
-            `float`: Its inner product with \\( g_t \\), over these elements.
+            `float`: Inner product of `out` with \\( g_t \\), over these elements.
         """
         step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=float64_device(phi.device))
         for (part, rule), before, of_state in zip(tape.blocks, tape.replay(phi), cotangent.states(), strict=True):
@@ -83,8 +83,8 @@ class Optimizer:
     @torch.no_grad()
     def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
         r"""
-        Walks the clipping of the same step back: `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `inner` is what that
-        returned, summed over all elements. Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
+        Adjoint of the same step's clipping: `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `inner` is the result of
+        that method, summed over all elements. Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
         """
         grads = zip(tape.blocks, tape.last_gradient(), strict=True)
         return sum(self.clipping.adjoint_(tape.last, out[part], grad, inner) for (part, _), grad in grads)

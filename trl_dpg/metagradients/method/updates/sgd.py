@@ -12,7 +12,7 @@ from .update import Update
 
 
 class SGD(Update):
-    """See the module."""
+    """The rule of this module's docstring."""
 
     needs_epsilon_root = False
 
@@ -23,12 +23,12 @@ class SGD(Update):
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """As of [`Update`]."""
+        """See [`Update.stock`]."""
         momentum, nesterov = recipe.momentum or 0.0, bool(recipe.nesterov)
         return torch.optim.SGD(params, recipe.learning_rate, momentum, weight_decay=weight_decay, nesterov=nesterov)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """As of [`Update`]."""
+        """See [`Update.update_`]."""
         if self.weight_decay > 0:
             grad = grad.add(phi, alpha=self.weight_decay)
         if self.momentum > 0:
@@ -39,7 +39,7 @@ class SGD(Update):
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""
-        As of [`Update`]. With \\( \lambda_u = -\eta \lambda_{\phi'} \\):
+        See [`Update.adjoint_`]. With \\( \lambda_u = -\eta \lambda_{\phi'} \\):
 
         $$ \lambda_{b} = \mu (\lambda_{b'} + \mu \lambda_u), \quad \lambda_g = \lambda_u + \lambda_{b'} + \mu \lambda_u
            \text{ with Nesterov's momentum, else } \lambda_b = \mu (\lambda_{b'} + \lambda_u),

@@ -1,4 +1,4 @@
-"""What an update rule is."""
+"""The base class of update rules."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -15,18 +15,19 @@ class Update(ABC):
     r"""
     Update rule \\( (\phi', s') = U(\phi, s, g) \\) of some parameters, and its adjoint.
 
-    All tensors are flat, shape `(n,)`. They hold one whole parameter, row by row, or a part of several for an elementwise rule.
+    All tensors are flat, shape `(n,)`. For an elementwise rule, they hold any part of the parameters. For any other rule, they hold one
+    whole parameter, row by row.
 
     Args:
         recipe ([`TargetTrainingArguments`]): Hyperparameters.
-        weight_decay (`float`): That of these parameters.
-        epsilon_root (`float`): What `adam_epsilon_root` came to.
+        weight_decay (`float`): Weight decay of these parameters.
+        epsilon_root (`float`): Value of `adam_epsilon_root`, as a number even if the recipe says `"auto"`.
         shape (`torch.Size`): Shape of the parameter, for a rule that is not elementwise.
 
     Attributes:
-        num_states (`int`): Tensors in \\( s \\). They are zeros before the first step.
-        elementwise (`bool`): Whether the rule treats every element alone.
-        needs_epsilon_root (`bool`): Whether `adam_epsilon_root` plays a part, here or in what is left to AdamW.
+        num_states (`int`): Number of tensors in \\( s \\). They are zeros before the first step.
+        elementwise (`bool`): Whether the update of an element depends on that element alone.
+        needs_epsilon_root (`bool`): Whether a run with this rule uses `adam_epsilon_root`, if only for parameters left to AdamW.
     """
 
     num_states = 0
@@ -41,16 +42,16 @@ class Update(ABC):
 
     @classmethod
     def suits(cls, param: nn.Parameter, model: nn.Module) -> bool:
-        """Whether the rule can update a parameter of a model. What it cannot is left to AdamW."""
+        """Whether the rule can update a parameter of a model. AdamW updates the others."""
         return True
 
     @classmethod
     def stock(
         cls, params: list[nn.Parameter], recipe: "TargetTrainingArguments", weight_decay: float
     ) -> torch.optim.Optimizer:
-        """The same rule as an ordinary optimizer, which validation trains with."""
+        """The same rule as an optimizer of PyTorch. Validation trains with it."""
         raise ValueError(
-            f"The update rule {cls.__name__} has no `stock` optimizer, which validation needs. Define it."
+            f"The update rule {cls.__name__} does not define `stock`, the PyTorch optimizer that validation trains with. Define it."
         )
 
     @abstractmethod
@@ -62,8 +63,8 @@ class Update(ABC):
             step (`int`): Step, from 0.
             rate (`float`): Learning rate of the step.
             phi (`Tensor`): Parameters.
-            state (`tuple[Tensor, ...]`): Their state.
-            grad (`Tensor`): Their gradient, which stays as it is.
+            state (`tuple[Tensor, ...]`): The optimizer's state of these parameters.
+            grad (`Tensor`): Gradient of these parameters. It must not be changed.
         """
 
     @abstractmethod
@@ -78,17 +79,18 @@ class Update(ABC):
         of_state: tuple[Tensor, ...],
     ) -> Tensor:
         r"""
-        Adjoint of [`~Update.update_`]: cotangents of what came out become those of what went in, in place. `of_x` is that of `x`.
+        Adjoint of [`~Update.update_`]: turns cotangents of the outputs into cotangents of the inputs, in place. `of_x` is the
+        cotangent of `x`.
 
         Args:
             step (`int`): Step, from 0.
             rate (`float`): Learning rate of the step.
             phi (`Tensor`): Parameters before the step.
             state (`tuple[Tensor, ...]`): State before the step; empty at step 0. May be overwritten.
-            grad (`Tensor`): Gradient that the update was given.
+            grad (`Tensor`): Gradient that the update took.
             of_phi (`Tensor`): \\( \lambda_{\phi'} \\); becomes \\( \lambda_\phi \\).
-            of_state (`tuple[Tensor, ...]`): \\( \lambda_{s'} \\); become \\( \lambda_s \\), which nothing needs at step 0.
-                Empty in a run of one step, where they are zeros.
+            of_state (`tuple[Tensor, ...]`): \\( \lambda_{s'} \\); becomes \\( \lambda_s \\), which need not be right at step 0.
+                Empty in a run of one step, which stands for zeros.
 
         Returns:
             `Tensor`: \\( \lambda_g \\), shape `(n,)`.
