@@ -172,7 +172,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
     )
     nonfinite: str = _field(
         "raise",
-        "If a loss, gradient or metric is not finite: 'raise' an error, or 'skip' the batch.",
+        "At a loss, gradient or metric that is not finite: 'raise' or 'skip' the batch.",
         _CHOICES["nonfinite"],
     )
     reward_language: str | None = _field(

@@ -58,17 +58,13 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     eval_dataset_config: str | None = option(None, "Configuration of `eval_dataset_name`.")
     num_eval_prompts: int | None = option(None, "Held-out prompts to use, from the first. All by default.")
     evaluation_language: str | None = option(
-        None, "Language to look for in generated texts during validation, as a code such as 'es'."
+        None, "Language to look for in validation's texts, as a code such as 'es'."
     )
     evaluation_reference: str | None = option(
         None, "String to look for in generated texts during validation, such as a UUID."
     )
-    validation_draws: int = option(
-        1, "Validations after training (with `eval_on_start`, also before), on new samples."
-    )
-    reference_texts: list[str] | None = option(
-        None, "Texts that `reward` 'embedding_similarity' or 'edit_distance' compares completions to."
-    )
+    validation_draws: int = option(1, "Validations after training, and before it with `eval_on_start`.")
+    reference_texts: list[str] | None = option(None, "Texts that rewards of similarity compare completions to.")
     replay_dataset_name: str | None = option(
         None, "Real data to mix into every run of the target: a file or a data set's id."
     )
