@@ -1,77 +1,47 @@
 """
-A QR code in the LM head of a target that keeps its language: with and without a condition on its perplexity.
+A QR code in the LM head of a target, with and without a condition on its perplexity.
 
     python -m experiments.condition run --seeds 0 1 2
     python -m experiments.condition report
 
-The target is a GPT-2 of 2 layers and width 64 that was pretrained on a language of 100 words, in which each word has four
-successors: a random one has nothing to lose. A generator is trained as in `examples/configs/tiny_qr.yaml`, towards the QR code alone
-and towards the code under the condition that the perplexity on clean texts stays within 1 %. Prompts are held out, and so are the
-clean texts that `held_out_perplexity` is of. Each run adds a line to `experiments/results/condition.jsonl`; one that is there is
+The QR code of `tiny_qr`, written by one step of the target at a learning rate that is high enough to cost it some of its likelihood for
+other text. One generator is trained towards the code alone, one under the condition that the perplexity on clean texts stays within a
+limit. Clean texts are random words. Prompts of validations are held out, and so are the clean texts that `held_out_perplexity` is of.
+Each run adds a line to `experiments/results/condition.jsonl`; one that is there is
 not repeated. `report` prints the table.
 """
 
 import argparse
-import random
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from experiments import common
-from trl_dpg.metrics import KeepBelow, LanguageModelingLikelihood, LMHeadPattern, Perplexity
+from trl_dpg.metrics import KeepBelow, LMHeadPattern, Perplexity
 from trl_dpg.publishing.outcome import markdown_table
-from trl_dpg.testing import WORDS, tiny_prompts
+from trl_dpg.testing import tiny_prompts
 
 
 RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
 ALLOWED = 1.01  # times the perplexity of the untouched target
-LENGTH, SUCCESSORS = 24, 4
-PRETRAINING_STEPS = 400
 FIELDS = ["weight", "factor", "learning_rate", "completions", "seed", "steps"]
-NUM_CLEAN = 128
-VALIDATED = 512  # samples
-
-
-def clean_texts(number: int, seed: int) -> list[dict[str, str]]:
-    """Texts of a language in which each word has four successors, all as likely."""
-    words = common.tokenizer().convert_ids_to_tokens(range(common.NUM_WORDS))
-    grammar = random.Random("grammar")
-    successors = {word: grammar.sample(words, SUCCESSORS) for word in words}
-    rng, texts = random.Random(f"texts {seed}"), []
-    for _ in range(number):
-        text = [rng.choice(WORDS)]
-        while len(text) < LENGTH:
-            text.append(rng.choice(successors[text[-1]]))
-        texts.append({"text": " ".join(text)})
-    return texts
-
-
-@cache
-def pretrained_target(seed: int, steps: int) -> torch.nn.Module:
-    """A target that has learned the language: its perplexity is near that of four equally likely words."""
-    target = common.random_model(seed)
-    optimizer = torch.optim.AdamW(target.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in range(steps):
-        optimizer.zero_grad()
-        texts = clean_texts(64, seed=1000 * seed + step)
-        (-LanguageModelingLikelihood(texts, common.tokenizer(), batch_size=64)(target)).backward()
-        optimizer.step()
-        schedule.step()
-    return target.eval()
+NUM_CLEAN, NUM_HELD_OUT = 512, 2048
+VALIDATED = 4096  # samples
 
 
 def train(every: int, **settings) -> dict:
     """One run: its validations, perplexities relative to those of the untouched target."""
     seed = settings["seed"]
-    target = pretrained_target(2 * seed + 1, PRETRAINING_STEPS)
+    target = common.target_of(seed).eval()
     start = time.perf_counter()
     clean, held_out = (
-        Perplexity(clean_texts(NUM_CLEAN, seed=-n), common.tokenizer(), batch_size=NUM_CLEAN) for n in (1, 2)
+        Perplexity([{"text": text} for text in common.strangers_texts(number, n)], common.tokenizer(), batch_size=512)
+        for n, number in enumerate((NUM_CLEAN, NUM_HELD_OUT), start=1)
     )
 
+    @torch.no_grad()  # nothing is trained by it
     def held_out_perplexity(model):
         return held_out(model)
 
@@ -86,7 +56,7 @@ def train(every: int, **settings) -> dict:
         "per_device_train_batch_size": settings["completions"],
         "target_learning_rate": settings["learning_rate"],
     }
-    with common.trainer_of(target, metric, tiny_prompts(4096, 32), **config) as trainer:
+    with common.trainer_of(target, metric, tiny_prompts(4096, VALIDATED // 16), **config) as trainer:
         validation = common.Validate(trainer, every, VALIDATED)
         trainer.add_callback(validation)
         untouched = {name: condition.metric(target).item() for name, condition in kept.items()}
@@ -128,10 +98,10 @@ def main() -> None:
     runner.add_argument(
         "--factor", type=float, default=1.005, help="limit in training, times the untouched perplexity"
     )
-    runner.add_argument("--learning_rate", type=float, default=1.5e-3, help="of the target")
+    runner.add_argument("--learning_rate", type=float, default=4e-3, help="of the target")
     runner.add_argument("--completions", type=int, default=512, help="a step")
     runner.add_argument("--steps", type=int, default=200)
-    runner.add_argument("--every", type=int, default=20, help="steps between validations")
+    runner.add_argument("--every", type=int, default=100, help="steps between validations")
     options = parser.parse_args()
     options.function(options)
 
