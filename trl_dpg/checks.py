@@ -110,7 +110,7 @@ def warn_of_settings(args: DatasetPolicyGradientConfig, reference_texts: list[st
     num_examples = args.num_target_examples()
     if args.reward in ("metagradient", "naive") and (args.target_batch_size or 0) > num_examples:
         logger.warning_once(
-            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has only {num_examples} examples, so each epoch "
+            f"`target_batch_size` is {args.target_batch_size}, but a run of the target has {num_examples} examples, so each epoch "
             "is a single step. If you want this, leave `target_batch_size` out. If not, raise `per_device_train_batch_size`."
         )
     ignored = {

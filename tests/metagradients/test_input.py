@@ -188,13 +188,13 @@ BAD_EXAMPLES = {
     ),
     "positions": (
         [GOOD, {**GOOD, "position_ids": [0, 1, 0]}],
-        r"`examples\[1\]` has `position_ids` \[0, 1, 0\].*nothing only where it is \[0, 1, 2\].*one example per text",
+        r"`examples\[1\]` has `position_ids` \[0, 1, 0\].*Only \[0, 1, 2\] .*one example per text",
     ),
     "segments": (
         [{**GOOD, "token_type_ids": [0, 0, 1]}],
-        r"has `token_type_ids` \[0, 0, 1\].*only where it is \[0, 0, 0\]",
+        r"has `token_type_ids` \[0, 0, 1\].*Only \[0, 0, 0\] ",
     ),
-    "image": ([{**GOOD, "pixel_values": [[0.0]]}], r"`examples\[0\]` has `pixel_values`, which.*Remove the column"),
+    "image": ([{**GOOD, "pixel_values": [[0.0]]}], r"`examples\[0\]` has `pixel_values`, but.*Remove the column"),
     "too-long": (
         [{"input_ids": [1] * 17}],
         "An example has 17 tokens, but `model` has 16 positions.*`max_length` to 16",

@@ -288,7 +288,7 @@ def check_prompts(rows: Dataset, name: str) -> str:
             )
         if is_chat != first_is_chat:
             raise ValueError(
-                f"`prompts` {name!r} has both texts and conversations (see row {index}). Make all of one kind."
+                f"`prompts` {name!r} has texts and conversations (see row {index}). Make all of one kind."
             )
         digest.update(json.dumps(prompt).encode() + b"\n")
     return digest.hexdigest()
@@ -347,8 +347,8 @@ def write(args: GenerateArguments) -> dict[str, Any]:
     settings = sampling(args, facts)
     if "generation" not in facts:
         print(
-            f"{args.model!r} has no readable {FACTS_FILE!r}, so the sampling settings of its training are unknown. Texts are now sampled "
-            f"with {', '.join(f'{name} {value}' for name, value in settings.items())}. If training had others, pass them as flags.",
+            f"{args.model!r} has no {FACTS_FILE!r} that can be read, so the sampling settings of its training are unknown. Texts are now "
+            f"sampled with {', '.join(f'{name} {value}' for name, value in settings.items())}. If training had others, pass them as flags.",
             file=sys.stderr,
         )
     rows = load_rows(args.prompts, args.prompts_split, "prompts", args.prompts_config)
@@ -382,7 +382,7 @@ def append(path: Path, rows: Dataset, examples: range, args: GenerateArguments, 
     sample = (VLLMSampler if args.use_vllm else TransformersSampler)(args, settings, tokenizer)
     keep_lines(path, examples.start)
     with (
-        running(lambda: f"All examples so far are in {str(path)!r}. The same command goes on from there."),
+        running(lambda: f"What is written stays in {str(path)!r}. The same command goes on from there."),
         open(path, "a", encoding="utf-8") as file,
         tqdm(total=examples.stop, initial=examples.start, unit="example") as bar,
     ):

@@ -72,7 +72,7 @@ class ValueArguments(MetricArguments):
             if self.metric != "likelihood" or self.metric_dataset is not None:
                 raise ValueError(
                     f"`metric_texts` {self.metric_texts!r} is the `metric_dataset` of `metric` 'likelihood', but `metric` is "
-                    f"{self.metric!r} and `metric_dataset` is {self.metric_dataset!r}. Leave out one of the two."
+                    f"{self.metric!r} and `metric_dataset` {self.metric_dataset!r}. Leave out one of the two."
                 )
             self.metric_dataset, self.metric_dataset_split = name_and_split(self.metric_texts)
         elif self.metric == "likelihood" and self.metric_dataset is None:

@@ -38,7 +38,7 @@ def check_whole(model: TargetModel) -> None:
         what = f"`{name}` of the target model" if name else "The target model"
         if is_compiled_module(module):
             raise ValueError(
-                f"{what} was returned by `torch.compile(...)`, which wraps the module that is trained. Pass the module "
+                f"{what} is what `torch.compile(...)` returned, a wrapper around the module that is trained. Pass the module "
                 "itself, and compile it in place (`model.compile()`)."
             )
         if isinstance(module, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
