@@ -22,7 +22,11 @@ from trl_dpg.publishing.outcome import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "replay.jsonl"
 POOL, POOL_SEED, UNSEEN_SEED = 2048, 1, 2
-MIXES = {"its texts alone": 0.0, "half of them": 0.5, "a quarter of them": 0.75}  # share of other texts in SFT
+MIXES = {
+    "its texts alone": 0.0,
+    "as many others": 0.5,
+    "three times as many others": 0.75,
+}  # share of other texts in SFT
 
 
 def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> dict:
@@ -42,7 +46,9 @@ def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> 
 
 
 def report() -> None:
-    rows = [["real texts in training", "seeds", *(f"SFT on {name}" for name in MIXES), "seconds"]]
+    rows = [
+        ["real texts in training", "seeds", "its texts alone", *(f"and {name}" for name in list(MIXES)[1:]), "seconds"]
+    ]
     lines = common.lines_of(RESULTS)
     for ratio in sorted({line["ratio"] for line in lines}):
         same = [line for line in lines if line["ratio"] == ratio]
