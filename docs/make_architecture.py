@@ -18,7 +18,7 @@ ROWS = [
     [("trainer", ["trainer.py", "config.py", "checks.py", "checkpoints.py", "callbacks.py", "console.py", "evaluation.py", "waiting.py"])],
     [("reporting", ["reporting"]), ("credit", ["credit"]), ("rewards", ["rewards"])],
     [("publishing", ["publishing"]), ("target and data", ["data.py", "sft_rows.py", "replay.py", "variants.py", "fine_tuning.py", "target.py", "validation.py", "language.py"]), ("metrics", ["metrics"])],
-    [("check", ["checking.py", "metagradients/check.py"])],
+    [("check", ["metagradients/check.py"])],
     [("compute and run", ["metagradients/compute.py", "metagradients/run.py", "metagradients/output.py"]), ("metric", ["metagradients/metric.py"])],
     [("method", ["metagradients/method"])],
     [("kernels", ["metagradients/kernels"]), ("runtime", ["metagradients/runtime"])],
@@ -47,7 +47,7 @@ def module_name(path: Path) -> str:
 
 
 def graph() -> dict[str, set[str]]:
-    """Module -> modules that it imports."""
+    """Module -> modules that it imports, among them the packages that others import on their way."""
     modules = {module_name(path): path for path in (ROOT / "trl_dpg").rglob("*.py")}
     edges: dict[str, set[str]] = {}
     for name, path in modules.items():
@@ -55,7 +55,9 @@ def graph() -> dict[str, set[str]]:
         for target in imports(path):
             owner = target if target in modules else target.rpartition(".")[0]
             if owner in modules and owner != name:
-                edges[name].add(owner)
+                packages = (owner.rsplit(".", n)[0] for n in range(1, owner.count(".") + 1))
+                edges[name] |= {owner, *(package for package in packages if not name.startswith(f"{package}."))}
+                edges[name].discard(name)
     return edges
 
 

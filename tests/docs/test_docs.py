@@ -91,6 +91,7 @@ NOT_OURS = {
     "git": "a shell's",
     "hf": "the Hub's own",
     "pip-audit": "its own",
+    "source": "a shell's",
     "vllm": "needs a server; its flags are held to TRL's in tests/examples/test_scaling_configs.py",
 }
 

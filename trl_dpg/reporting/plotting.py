@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..checking import SHIFTS, MetagradientCheck
+from ..metagradients.check import SHIFTS, MetagradientCheck
 
 
 if TYPE_CHECKING:
