@@ -364,8 +364,8 @@ def test_loss_on_completions_needs_prompts(kind):
     [
         ("plain", CHATML, "needs messages"),
         ("text", CHATML, "needs messages"),
-        ("chat", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "generation.*has another"),
-        ("chat", None, "generation.*has none"),
+        ("chat", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "generation.*without marks"),
+        ("chat", None, "generation.*no template"),
         ("chat", CHATML.replace("== 'assistant'", "== 'critic'"), "the assistant says nothing"),
     ],
 )

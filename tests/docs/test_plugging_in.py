@@ -123,7 +123,7 @@ def test_rewards_of_the_file_come_after_the_metagradient(directory, prompts, cha
     change_configs(shrink)
     directory.write_files()
     trainers = []
-    monkeypatch.setattr(DatasetPolicyGradientTrainer, "save_model", lambda self, *args: trainers.append(self))
+    monkeypatch.setattr(DatasetPolicyGradientTrainer, "save_model", lambda self, *_, **__: trainers.append(self))
     (directory.path / "brevity.py").write_text(
         "def brevity(completions, **kwargs): return [-len(c) for c in completions]"
     )
