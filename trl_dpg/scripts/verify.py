@@ -250,8 +250,11 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
         if args.num_examples is None:  # the number of completions per step in training
             known = args.facts.get("training", {}).get("completions_per_generation_batch")
             args.num_examples = known or len(load_rows(str(args.prompts), "train", "prompts", args.prompts_config))
-        how: dict[str, Any] = {"num_examples": args.num_examples, "seed": config.seed}
-        how["prompts_config"] = args.prompts_config
+        how: dict[str, Any] = {
+            "num_examples": args.num_examples,
+            "seed": config.seed,
+            "prompts_config": args.prompts_config,
+        }
         print(describe(write(GenerateArguments(args.generator, str(args.prompts), args.dataset, **how))))
     rows = load_data(args)
     number = len(rows["data"])
