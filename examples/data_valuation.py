@@ -31,7 +31,7 @@ def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning
     model = load_target_model(name, peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     examples = dataset_examples(leads["train"].select_columns("text"), tokenizer)
     metric, test = (LanguageModelingLikelihood(leads[s], tokenizer, 16, max_length=48) for s in ("metric", "test"))
-    recipe = TargetTrainingArguments(learning_rate=learning_rate, batch_size=16, max_length=48)
+    recipe = TargetTrainingArguments(learning_rate=learning_rate, batch_size=64, micro_batch_size=16, max_length=48)
 
     valuation = value_examples(model, examples, metric, recipe, num_draws)
     summary = summarize(valuation, model, metric, "Wikipedia leads, half of them damaged")

@@ -72,6 +72,7 @@ def test_scores_are_metagradients(here, capsys):
     for row in written:
         values = [draw.metagradients[row["index"]].item() for draw in draws]
         assert row["score"] == pytest.approx(statistics.fmean(values), abs=1e-12)
+        assert row["draw_scores"] == pytest.approx(values, abs=1e-12)
         assert row["standard_error"] == pytest.approx(statistics.stdev(values) / 3**0.5, abs=1e-12)
         tokens = [draw.token_metagradients[row["index"]].tolist() for draw in draws]
         assert row["token_scores"] == pytest.approx([statistics.fmean(t) for t in zip(*tokens, strict=True)], abs=1e-9)
@@ -111,6 +112,29 @@ def test_spearman():
     assert spearman([1, 2, 3], [1, 2, 3], [3, 2, 1]) == pytest.approx((1 - 1 - 1) / 3)
     draws = [[0.0, 0.0, 3.0, 1.0, 5.0], [2.0, 0.0, 0.0, 0.0, 9.0]]  # equal scores, as of rows without a token to learn
     assert spearman(*draws) == pytest.approx(pd.DataFrame(draws).T.corr("spearman")[0][1])
+
+
+def test_unstable_draws():
+    def unstable(draws, before, after):
+        draws = torch.tensor(draws).repeat(1, 11)  # 33 rows
+        return Valuation([], TargetTrainingArguments(), draws, [], before, after, 0.0).unstable_draws
+
+    draws = [[0.1, -0.2, 0.1], [0.1, -0.9, 2.0], [0.1, -2.5, 0.3]]
+    assert unstable(draws, -1.0, [-0.5, 1.5, -3.0]) == 1  # changes of 0.5, 2.5 and 2: the last draw's -2.5 is larger
+    assert unstable(draws, -1.0, [-1.1, -0.9, -1.0]) == 3
+    few = Valuation([], TargetTrainingArguments(), torch.tensor([[1.0, 2.0]]), [], 0.0, [0.1], 0.0)
+    assert few.unstable_draws == 0
+
+
+def test_an_unstable_run_is_reported(here, capsys):
+    Dataset.from_list(ROWS * 4).to_json("data.jsonl")
+    assert main(flags(learning_rate=0.03, batch_size=1, adam_epsilon_root=1e-12)) == 0
+    assert json.loads(Path("out/valuation.json").read_text())["unstable_draws"] == 1
+    assert "`learning_rate`" in capsys.readouterr().out
+    assert "larger than all that training changes" in Path("out/index.html").read_text()
+    assert main([*flags(batch_size=40), "--overwrite"]) == 0  # one step
+    assert json.loads(Path("out/valuation.json").read_text())["unstable_draws"] == 0
+    assert "larger than all" not in capsys.readouterr().out + Path("out/index.html").read_text()
 
 
 def test_flags(here, capsys):

@@ -19,6 +19,7 @@ from .page import PAPER, render
 
 
 SHOWN = 12  # number of best rows, and of worst rows
+FEW = 32  # of fewer rows than this, one may well have the effect of all
 WORDS_SHOWN = 300  # most words of a row
 MEANINGS = {  # for each flag, what it says about a row and what follows
     "cut": ("cut at max_length", "Tokens beyond it have no part in the score."),
@@ -73,6 +74,19 @@ class Valuation:
         correlations = torch.corrcoef(torch.stack([_ranks(draw) for draw in self.draws]))
         mean = correlations[~torch.eye(len(self.draws), dtype=torch.bool)].mean().item()
         return None if math.isnan(mean) else mean
+
+    @property
+    def unstable_draws(self) -> int:
+        """
+        Number of draws in which one row's score is larger than the metric's whole change. 0 for fewer than 32 rows, as one of few may be.
+
+        Such a draw's run multiplies small changes from step to step. Its scores are true derivatives, but nothing follows from them for any
+        change that can be made.
+        """
+        if len(self.draws[0]) < FEW:
+            return 0
+        changes = [abs(after - self.metric_before) for after in self.metric_after]
+        return sum(draw.abs().max().item() > change for draw, change in zip(self.draws, changes, strict=True))
 
     @property
     def flags(self) -> dict[str, dict[int, str]]:

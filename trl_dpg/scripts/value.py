@@ -252,6 +252,7 @@ def summarize(valuation: Valuation, model: Any, metric: Any, name: str) -> dict[
         "metric_before": valuation.metric_before,
         "metric_after": valuation.metric_after,
         "spearman": valuation.spearman,
+        "unstable_draws": valuation.unstable_draws,
         "negative": int((scores < 0).sum()),
         "beyond_two_errors": None if errors is None else int((scores.abs() > 2 * errors).sum()),
         "flags": {kind: len(rows) for kind, rows in valuation.flags.items()},
@@ -278,6 +279,7 @@ def score_table(rows: Dataset, valuation: Valuation, tokenizer: Any | None = Non
         "index": list(range(count)),
         "score": valuation.scores.tolist(),
         "standard_error": [None] * count if errors is None else errors.tolist(),
+        "draw_scores": valuation.draws.T.tolist(),
         "tokens": [len(example["input_ids"]) for example in valuation.examples],
         "flags": [[kind for kind, found in valuation.flags.items() if i in found] for i in range(count)],
     }
@@ -311,6 +313,12 @@ def describe(summary: dict[str, Any], output: str) -> str:
     ]
     if summary["spearman"] is not None:
         lines.append(f"Mean Spearman correlation between the rankings of two draws: {summary['spearman']:.2f}.")
+    if summary["unstable_draws"] > 0:
+        lines.append(
+            f"Warning: in {summary['unstable_draws']} of {summary['draws']} draws, one row's score is larger than all that training changes "
+            "in the metric. These scores mean little: the run multiplies small changes. Lower `learning_rate`, or take fewer steps by a larger "
+            "`batch_size`."
+        )
     lines += [f"Rows flagged {kind!r}: {count:,}." for kind, count in summary["flags"].items() if count > 0]
     return "\n".join([*lines, f"Written: {os.path.join(output, FILES[-1])}"])
 
