@@ -1,4 +1,4 @@
-"""Two goals: a QR code in the target's weights, and its English stays: perplexity on other texts may rise by 1 % at most."""
+"""Two goals: a QR code in the target's weights, while its perplexity on English texts rises by 1 % at most."""
 
 from datasets import load_dataset
 

@@ -76,7 +76,7 @@ class VerifyArguments(MetricArguments):
         "Examples to fine-tune on, from the first. Default: all of `dataset`, or for `generator` as many as in its training.",
     )
     control_dataset: str | None = option(
-        None, "Data to compare with. The target is fine-tuned on as many examples of it, too."
+        None, "Data to compare with. A copy of the target is fine-tuned on as many of its examples."
     )
     control_dataset_config: str | None = option(None, "Configuration of `control_dataset`.")
     replay_dataset: str | None = option(
