@@ -2,10 +2,7 @@
 
 from datasets import load_dataset
 
-from trl_dpg import (
-    DatasetPolicyGradientConfig,
-    DatasetPolicyGradientTrainer,
-)  # new, in place of GRPOConfig and GRPOTrainer
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer  # new, for TRL's GRPO classes
 from trl_dpg.metrics import LMHeadPattern  # new
 
 
