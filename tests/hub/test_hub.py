@@ -382,7 +382,7 @@ def test_push_dataset_of_a_local_generator(hub, folder, tmp_path, caplog):
     push_dataset(data, "me/data", generator=str(folder), prompts=str(tmp_path / "prompts.jsonl"))
     logger.removeHandler(caplog.handler)
     text = hub.repos["datasets", "me/data"].files["README.md"].decode()
-    assert str(tmp_path) not in text and "`generator` (a local generator)" in text and "prompts.jsonl" in text
+    assert str(tmp_path) not in text and "`generator` (a local model)" in text and "prompts.jsonl" in text
     assert "has no 'dpg.json'" in caplog.text
 
 
