@@ -179,7 +179,7 @@ def draw(name: str) -> list[str]:
         figures = f"{found['learning_rate']:g}", f"{found['examples']:,}", f"{found['pixel_accuracy']:.4f}"
         rows.append([run, seed, str(found["steps"]), *figures, found["text"]])
     if len(rows) > 1:
-        lines += ["", "From checkpoints alone, by TRL's `SFTTrainer`:", "", markdown_table(rows)]
+        lines += ["", "Verifications, from checkpoints alone by TRL's `SFTTrainer`:", "", markdown_table(rows)]
     return lines
 
 

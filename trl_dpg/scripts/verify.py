@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result))
     else:
         print(table(result))
-        verdict = "Verified" if passed else "Not verified, as this does not hold"
+        verdict = "Verified" if passed else "Not verified, because this does not hold"
         print(f"{verdict}: {result['criterion']}. Written: {output_dir}")
     return 0 if passed else 1
 
@@ -279,7 +279,7 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     other = "control" if "control" in result else "before"
     result["passed"], criterion = metric.judge(result["data"], result[other])
     beside = "after the control" if other == "control" else "before fine-tuning"
-    result["criterion"] = criterion.replace("of the comparison", beside)
+    result["criterion"] = criterion.replace("in the comparison", beside)
     return result, result["passed"]
 
 
