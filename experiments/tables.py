@@ -177,7 +177,7 @@ def draw(name: str) -> list[str]:
         found |= found.get("data", {})  # as `trl-dpg verify` writes it
         run, seed = path.parts[-4].replace("_", " "), path.parts[-3].removeprefix("seed_")
         figures = f"{found['learning_rate']:g}", f"{found['examples']:,}", f"{found['pixel_accuracy']:.4f}"
-        rows.append([run, seed, str(found["steps"]), *figures, found["text"]])
+        rows.append([run, seed, str(found["steps"]), *figures, found["text"] or "none"])
     if len(rows) > 1:
         lines += ["", "Verifications, from checkpoints alone by TRL's `SFTTrainer`:", "", markdown_table(rows)]
     return lines
