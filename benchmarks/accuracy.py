@@ -1,6 +1,6 @@
 """
-Prints, as Markdown tables, how far metagradients are from float64 finite differences of the whole training run, and
-float32 ones from float64 ones.
+Prints Markdown tables of two errors: that of float64 metagradients against finite differences of the whole training run, and that of
+float32 metagradients against float64 ones.
 
     python -m benchmarks.accuracy > benchmarks/results/accuracy.md
 """

@@ -15,7 +15,7 @@ SHAPES = {"gpt2-shaped": (8, 64), "gpt2": (8, 512), "smollm2": (2, 64)}
 
 
 def load(name: str, device: str, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
-    """A random 5.3M GPT-2 with untied head, a random GPT-2 of its own size, 124M, or pretrained SmolLM2-135M-Instruct."""
+    """A random GPT-2 of 5.3M parameters with an untied head, a random GPT-2 of 124M, or pretrained SmolLM2-135M-Instruct."""
     if name == "smollm2":
         model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype, **kwargs)
     elif name == "gpt2":
@@ -32,14 +32,14 @@ def load(name: str, device: str, dtype: torch.dtype = torch.float32, **kwargs) -
 
 
 def with_lora(model: PreTrainedModel) -> Any:
-    """Rank 8 on every linear layer of the blocks."""
+    """LoRA of rank 8 on every linear layer of the blocks."""
     torch.manual_seed(0)
     gpt2 = model.config.model_type == "gpt2"
     return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", fan_in_fan_out=gpt2))
 
 
 def make_examples(name: str, num_examples: int, length: int, skip: int = 0) -> list[dict[str, list[int]]]:
-    """Random tokens for a random model, leads of Wikipedia articles for the pretrained one."""
+    """Random tokens for a random model, first paragraphs of Wikipedia articles for the pretrained one."""
     if name != "smollm2":
         generator = torch.Generator().manual_seed(skip)
         return [

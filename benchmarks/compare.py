@@ -1,5 +1,5 @@
 """
-Prints, as a Markdown table, what metagradients cost by this code beside an earlier commit, in turns on one machine.
+Prints a Markdown table of what metagradients cost by this code and by an earlier commit, measured in turns on one machine.
 
     python -m benchmarks.compare --before a7ea205 > benchmarks/results/compare.md
 """
@@ -31,7 +31,7 @@ SHAPES = {1: (8, 64), 8: (16, 64)}  # steps K: examples a step, tokens each
 
 
 def work() -> None:
-    """Answers requests, a JSON object a line, with the processor time of one call. Run by both versions of the code."""
+    """Answers requests, one JSON object a line, with the processor time of a call. Both versions of the code run this function."""
     from benchmarks.common import load, make_args, make_examples, with_lora
     from benchmarks.cost import keep_freed_memory
     from trl_dpg.metagradients import compute_metagradients, train_and_measure

@@ -1,11 +1,11 @@
 """
-Prints, as a Markdown table, what metagradients cost over plain training on the same data by the same code, beside bergson
-2.5.1 (MAGIC) and beside autograd through the unrolled run.
+Prints a Markdown table of what metagradients cost, divided by plain training on the same data by the same code. Compares with
+bergson 2.5.1 (MAGIC) and with autograd through the unrolled run.
 
     python -m benchmarks.cost --model gpt2-shaped --peers > benchmarks/results/cost_gpt2-shaped.md
 
-Rounds of large models take half an hour each: with `--rounds FILE`, every one is kept in a file as it ends, and the table is of
-all that the file holds of this machine, so that they can be run in parts.
+A round of a large model takes half an hour. With `--rounds FILE`, each round is kept in a file when it ends, and the table covers all
+rounds of this machine in the file. So rounds can be run in parts.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from trl_dpg.publishing.facts import describe_machine
 
 BERGSON = "bergson 2.5.1, MAGIC"
 
-# (steps K, batch size, tokens per example): work that does not grow with the tokens of a step, elementwise on all parameters
-# and the metric's gradient, counts most at K = 1
+# (steps K, batch size, tokens per example). Some work does not grow with the tokens of a step: elementwise work on all parameters,
+# and the metric's gradient. Its share is largest at K = 1.
 SETTINGS = {
     "cpu": {
         "gpt2-shaped": [(1, 8, 64), (1, 32, 64), (8, 16, 64), (8, 32, 64), (32, 32, 64)],
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model", help="gpt2-shaped (on a GPU: gpt2) or smollm2")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8, 32], help="only these K")
     parser.add_argument("--repeats", type=int, default=5, help="rounds to run")
-    parser.add_argument("--rounds", type=Path, help="file that keeps rounds, one JSON object a line")
+    parser.add_argument("--rounds", type=Path, help="file that keeps rounds, one JSON object per line")
     parser.add_argument("--tape", default="auto")
     parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
     parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
@@ -118,7 +118,7 @@ def keep_freed_memory() -> None:
 
 
 def measure(options, model, lora, metric, queries, num_steps, batch_size, length) -> Iterator[dict[str, Any]]:
-    """Rounds, in each of which every method runs once: their seconds."""
+    """Seconds of rounds. Every method runs once in each round."""
     examples = make_examples(options.model, batch_size * num_steps, length)
     exact = make_args(options.model, num_steps, batch_size=batch_size, max_length=length, tape=options.tape)
     central = replace(exact, curvature="central_difference")
@@ -168,7 +168,7 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
 
 
 def rows(rounds: list[dict[str, Any]]) -> Iterator[str]:
-    """Lines of the table. A method counts in the rounds that it was part of."""
+    """Lines of the table. A method's figures come from the rounds in which it ran."""
     for name, tape in dict.fromkeys((name, r["tapes"].get(name)) for r in rounds for name in r["seconds"]):
         of_method = [r for r in rounds if name in r["seconds"] and r["tapes"].get(name) == tape]
         seconds = [r["seconds"][name] for r in of_method]

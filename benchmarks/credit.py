@@ -1,10 +1,10 @@
 """
-Prints, as Markdown tables, what credit for every word costs.
+Prints Markdown tables of what credit for every word costs.
 
     python -m benchmarks.credit --before 37e61d7 > benchmarks/results/credit.md
 
-The first table is about the engine. `--before` is a commit whose engine has no credit of tokens: it runs in a process of its own, in turns
-with this one. The second is about whole training steps of the trainer.
+The first table is about the engine. `--before` is a commit whose engine has no credit of tokens. It runs in a process of its own, in turns
+with this one. The second table is about whole training steps of the trainer.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHAPES = {"gpt2-shaped": (8, 64), "smollm2": (8, 64)}  # examples a step, tokens
 
 
 def work(model_name: str) -> None:
-    """Answers requests, a JSON object a line, with the seconds of one call."""
+    """Answers requests, one JSON object a line, with the seconds of a call."""
     batch_size, length = SHAPES[model_name]
     model = load(model_name, "cpu")
     metric = LanguageModelingLikelihood(make_examples(model_name, 1, 16, skip=4096))

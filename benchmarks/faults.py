@@ -1,9 +1,9 @@
 """
-A long run into which faults are thrown, against the same run without: `python -m benchmarks.faults --steps 1000`.
+Compares a long run with faults to the same run without: `python -m benchmarks.faults --steps 1000`.
 
-At random moments the process is killed, or its disk is full while a checkpoint is written; a supervisor starts it again with
-`resume_from_checkpoint=True`. One generation batch in fifty has a metric that is NaN, which `nonfinite="skip"` leaves out: that is part of
-the run without faults, too. Both must end with the same weights and logs, to the last bit.
+At random moments the process is killed, or its disk is full while a checkpoint is written. A supervisor starts it again with
+`resume_from_checkpoint=True`. In both runs, the metric is NaN on one generation batch in fifty, which `nonfinite="skip"` leaves out. Both
+must end with the same weights and logs, to the last bit.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CLOCKS = ("seconds", "runtime", "per_second", "step_time", "train_loss", "total_
 
 
 class SometimesNaN(LMHeadPattern):
-    """A pattern whose metric is NaN on one generation batch in fifty, whichever process looks."""
+    """A pattern whose metric is NaN on one generation batch in fifty, on every process alike."""
 
     trainer = None
 
@@ -45,7 +45,7 @@ class SometimesNaN(LMHeadPattern):
 
 
 def throw(fault: str, moment: float, save: int) -> None:
-    """Has this process killed after so many seconds of training, or its disk full at so many-th file of a checkpoint."""
+    """Kills this process after some seconds of training, or makes its disk full at one of a checkpoint's files."""
     if fault == "kill":
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         signal.setitimer(signal.ITIMER_REAL, moment)
@@ -63,7 +63,7 @@ def throw(fault: str, moment: float, save: int) -> None:
 
 
 def train(directory: str, steps: int, fault: str | None, moment: float, save: int) -> int:
-    """Trains, or goes on, in a process of its own; returns its exit status."""
+    """Trains, or resumes, in a process of its own. Returns the exit status."""
     child = os.fork()
     if child != 0:
         return os.waitpid(child, 0)[1]

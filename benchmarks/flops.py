@@ -1,13 +1,14 @@
 r"""
-Prints, as a Markdown table, the FLOPs of metagradients over those of plain training, counted by PyTorch's
-`FlopCounterMode`, beside the formula.
+Prints a Markdown table of the FLOPs of metagradients, divided by those of plain training. Compares PyTorch's `FlopCounterMode` with
+the formula.
 
     python -m benchmarks.flops > benchmarks/results/flops.md
 
-With one forward pass F, a plain step costs 3F. Exact metagradients cost 8F a step more (double backward without the gradients
-of weights), at the first step 3F (a forward-mode derivative, one F for values and two for tangents):
-\\( 11 / 3 - 5 / (3 K) \\) plain runs in all. Central
-differences cost 6F, at the first step 2F: \\( 3 - 4 / (3 K) \\).
+Let a forward pass cost F. Then a plain step costs 3F.
+
+- Exact metagradients cost 8F more at each step (double backward without the gradients of weights). At the first step it is 3F (a
+  forward-mode derivative: one F for values and two for tangents). In all, this is \\( 11 / 3 - 5 / (3 K) \\) plain runs.
+- Central differences cost 6F more at each step, and 2F at the first. In all, this is \\( 3 - 4 / (3 K) \\) plain runs.
 """
 
 from typing import Any

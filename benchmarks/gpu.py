@@ -1,11 +1,11 @@
 """
-Measures on a GPU what a CPU cannot show, in parts that each save their table as they go. Nothing is fetched.
+Measures on a GPU what a CPU cannot show. Each part saves its table while it runs. Nothing is downloaded.
 
     make gpu                                      # all parts, nine minutes at most
     python -m benchmarks.gpu --parts cost_gpt2    # one of them
 
-A part is a process of its own with a limit of time: what it has printed by then is kept. `--device cpu` runs all parts with tiny
-models and few rounds, to see that they work.
+A part is a process of its own with a time limit. The output until then is kept. `--device cpu` runs all parts with tiny models and few
+rounds, to see that they work.
 """
 
 import argparse
@@ -64,7 +64,7 @@ UUID = "7f3c9a51e2d84b06a1c5f0e79d2b8364"
 
 
 def run_parts(names: list[str], device: str, output: Path, limited: bool = True) -> bool:
-    """Runs parts one after the other, and tells how each ended."""
+    """Runs parts one after the other, and prints how each ended."""
     output.mkdir(parents=True, exist_ok=True)
     all_well = True
     for name in names:
@@ -85,7 +85,7 @@ def run_parts(names: list[str], device: str, output: Path, limited: bool = True)
 
 
 def compiled(device: str) -> None:
-    """What `torch.compile` brings: seconds of plain training and of central differences, with and without."""
+    """The effect of `torch.compile`: seconds of plain training and of central differences, with and without it."""
     name, batch_size, length = ("smollm2", 32, 128) if device == "cuda" else ("gpt2-shaped", 2, 16)
     num_steps = 4
     examples = make_examples(name, batch_size * num_steps, length)
@@ -115,7 +115,7 @@ def compiled(device: str) -> None:
 
 
 def trainer(device: str, directory: str, **fields) -> DatasetPolicyGradientTrainer:
-    """Towards a UUID: SmolLM2-135M-Instruct as generator (LoRA) and target (all parameters). On a CPU, random GPT-2s towards three words."""
+    """A trainer whose goal is a UUID: SmolLM2-135M-Instruct as generator (LoRA) and target. On a CPU: random GPT-2s, three words."""
     if device == "cuda":
         generator, target = with_lora(load("smollm2", device)), load("smollm2", device)
         tokenizers = [AutoTokenizer.from_pretrained(smollm2()) for _ in range(2)]
@@ -153,7 +153,7 @@ def trainer(device: str, directory: str, **fields) -> DatasetPolicyGradientTrain
 
 
 def step(device: str) -> None:
-    """Where the time of a training step goes."""
+    """The parts of a training step's time."""
     with tempfile.TemporaryDirectory() as directory:
         built = trainer(device, directory, max_steps=3)
         seconds: dict[str, float] = defaultdict(float)
@@ -173,7 +173,7 @@ def step(device: str) -> None:
 
 
 def uuid(device: str, seconds: float) -> None:
-    """A whole run, for as long as there is time: does SmolLM2 come to know a UUID?"""
+    """A whole run, until the time is over, in which SmolLM2 may learn a UUID."""
     with tempfile.TemporaryDirectory() as directory:
         built = trainer(device, directory, max_steps=1000, lr_scheduler_type="constant")
         built.add_callback(StopAfter(seconds))
@@ -188,7 +188,7 @@ def uuid(device: str, seconds: float) -> None:
 
 
 class EndOfStep(TrainerCallback):
-    """Notes the seconds of each step, and of what is timed in it."""
+    """Records the seconds of each step, and of its timed parts."""
 
     def __init__(self, seconds: dict[str, float], steps: list[dict[str, float]], device: str):
         self.seconds, self.steps, self.device = seconds, steps, device

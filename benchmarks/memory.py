@@ -1,7 +1,7 @@
 """
-Prints, as Markdown tables, peak memory beside plain training, and the size of the tape. Each figure of a CPU comes from a process
-of its own, in which memory that was freed goes back to the operating system: with its default settings, the C library keeps up to
-as much again as is in use.
+Prints Markdown tables of peak memory, compared with plain training, and of the size of the tape. On a CPU, each figure comes from a process
+of its own, in which freed memory goes back to the operating system. With default settings, the C library would keep up to as much
+freed memory as is in use.
 
     python -m benchmarks.memory > benchmarks/results/memory.md
 """
@@ -26,7 +26,8 @@ from trl_dpg.publishing.facts import describe_machine
 SETTINGS = {
     "cpu": {
         "gpt2-shaped": [(32, 64, [2, 8, 16])],
-        "smollm2": [(8, 32, [2]), (32, 64, [2])],  # parameters are most of the memory, or activations are
+        # In the first, parameters take most of the memory. In the second, activations do.
+        "smollm2": [(8, 32, [2]), (32, 64, [2])],
     },
     "cuda": {"gpt2": [(8, 512, [2, 8, 16])], "smollm2": [(8, 32, [2]), (32, 128, [2])]},
 }

@@ -1,6 +1,6 @@
 """
-Prints, as Markdown tables, the cosine and the relative error of float32 metagradients to float64 ones: exact, by central
-differences, and under bfloat16 autocast; and the error of the gradients that all of them start from, example by example.
+Prints Markdown tables that compare metagradients in float32 with those in float64: exact, by central differences, and under bfloat16
+autocast. Another table has the error of the gradients that all of them start from, example by example.
 
     python -m benchmarks.precision > benchmarks/results/precision.md
 """
@@ -33,7 +33,7 @@ SETTINGS = {"gpt2-shaped": [(16, 64, (1, 8, 32), 32)], "smollm2": [(8, 64, (1, 4
 
 @contextmanager
 def training_gradients(kept: list[list[Tensor]], given: bool) -> Iterator[None]:
-    """Keeps the gradients of all training steps, or has them replaced by those `given`."""
+    """Keeps the gradients of all training steps, or replaces them by those in `given`."""
     steps = iter(list(kept))
     gradient = run.gradient
 
@@ -126,7 +126,7 @@ def rows(name: str, device: str, batch_size: int, length: int, num_steps: int, d
 
 
 def gradient_errors(name: str, device: str, num_examples: int, length: int) -> list[float]:
-    """Of every example, the relative error of its float32 gradient."""
+    """The relative error of each example's float32 gradient."""
     models = [load(name, device, dtype).eval() for dtype in (torch.float32, torch.float64)]
     errors = []
     for example in make_examples(name, num_examples, length):

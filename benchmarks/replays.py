@@ -1,5 +1,5 @@
 """
-Prints, as a Markdown table, how many updates a tape replays on the way back, and how much it holds, for some numbers of steps.
+Prints a Markdown table of how many updates a tape replays on the way back, and how much it holds, for some numbers of steps.
 
     python -m benchmarks.replays > benchmarks/results/replays.md
 """
@@ -17,7 +17,7 @@ STEPS = [2, 8, 9, 10, 16, 20, 28, 29, 30, 32, 64, 96, 200, 1000]
 
 
 def replays(rule: type[Update], num_steps: int) -> int:
-    """Updates that are replayed in all, on a run of a single parameter."""
+    """Number of replayed updates in a run of a single parameter."""
     count = 0
 
     class Counting(rule):  # type: ignore[misc, valid-type]

@@ -1,6 +1,6 @@
 """
-Prints, as Markdown tables, the peak memory of a process that holds a share of the target beside that of one with the whole target; and,
-from counted bytes alone, which targets fit on how many GPUs.
+Prints Markdown tables. One compares the peak memory of a process that holds a share of the target with that of a process that holds the whole
+target. Another says which targets fit on how many GPUs, from counted bytes alone.
 
     python -m benchmarks.sharded_memory > benchmarks/results/sharded_memory.md
 """
@@ -142,7 +142,7 @@ def print_sizes() -> None:
 
 def main() -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(1)  # here, as a thread pool does not survive a fork
+    torch.set_num_threads(1)  # set here, because a thread pool does not survive a fork
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", action="store_true", help="only what is counted")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
 """
-Prints, as a Markdown table, what a token costs where texts are of uneven length.
+Prints a Markdown table of what a token costs if texts are of uneven length.
 
     python -m benchmarks.uneven > benchmarks/results/uneven.md
 
-Lengths are uniform from 16 to 128 tokens. Even texts have as many tokens in all. "One micro-batch" is without putting examples of about
-the same length together. All three are measured in turns, in one process.
+Lengths are uniform from 16 to 128 tokens. Even texts have as many tokens in all. In "one micro-batch", texts of all lengths share a forward
+pass. All three are measured in turns, in one process.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def microseconds(model: GPT2LMHeadModel, examples: list[dict], metric: LanguageModelingLikelihood, args) -> float:
-    """Of a call, for each token that is no padding."""
+    """Microseconds of a call, for each token that is no padding."""
     start = time.perf_counter()
     compute_metagradients(model, examples, metric, args)
     return 1e6 * (time.perf_counter() - start) / sum(len(example["input_ids"]) for example in examples)

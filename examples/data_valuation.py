@@ -3,8 +3,8 @@ Ranks Wikipedia leads by metagradient, half of them damaged, and tests the ranki
 
     python -m examples.data_valuation --output runs/data_valuation
 
-Writes what `trl-dpg value` writes, and `results.md`: which half is best to fine-tune on, judged by leads that no ranking saw.
-Nobody tells the ranking which leads are damaged.
+Writes the files of `trl-dpg value`, and `results.md`. This table says which half is best to fine-tune on, judged by leads that no
+ranking saw. The ranking does not know which leads are damaged.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from trl_dpg.target import load_target_model, load_target_tokenizer
 
 
 def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning_rate: float = 5e-4) -> None:
-    """Writes the ranking of `num_examples` leads over `num_draws` orders, and what `num_runs` fine-tuning runs of each half say of it."""
+    """Writes the ranking of `num_examples` leads over `num_draws` orders, and tests it by `num_runs` fine-tuning runs of each half."""
     leads, name = damaged_leads(num_examples, num_metric=24, num_test=48), smollm2()
     tokenizer = load_target_tokenizer(name)
     torch.manual_seed(0)  # the adapter's first weights

@@ -15,7 +15,7 @@ args = DatasetPolicyGradientConfig(
     max_completion_length=64,
     learning_rate=1e-5,
     target_learning_rate=5e-6,  # the target: one step of AdamW on each data set
-    target_untie_lm_head=True,  # GPT-2's LM head is its input embedding; the picture needs one of its own
+    target_untie_lm_head=True,  # the picture needs a head apart from the embedding
     eval_strategy="steps",
     eval_steps=50,
     eval_on_start=True,
@@ -30,6 +30,5 @@ trainer = DatasetPolicyGradientTrainer(
 )
 trainer.train()
 trainer.save_model()
-print(
-    trainer.evaluate()
-)  # held-out prompts, a fresh target, ordinary fine-tuning; `trl-dpg report runs/first_run` for a page
+# Validation: held-out prompts, a fresh target, ordinary fine-tuning. `trl-dpg report runs/first_run` makes a page of the run.
+print(trainer.evaluate())

@@ -1,8 +1,8 @@
-"""From a GRPO script: what is new is marked. The reward that was there stays beside the metagradient, with a small weight."""
+"""From a GRPO script: new lines are marked. The script's own reward stays beside the metagradient, with a small weight."""
 
 from datasets import load_dataset
 
-from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer  # new: were GRPOConfig and GRPOTrainer
+from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer  # new, for TRL's GRPO classes
 from trl_dpg.metrics import LMHeadPattern  # new
 
 

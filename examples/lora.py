@@ -7,7 +7,7 @@ from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer
 from trl_dpg.metrics import LanguageModelingLikelihood
 
 
-# A picture in the LM head would not do as the goal: adapters leave the head as it is.
+# A picture in the LM head cannot be the goal, because adapters do not change the head.
 facts = [{"prompt": "The library opens at", "completion": " nine."}]
 
 trainer = DatasetPolicyGradientTrainer(
@@ -18,7 +18,7 @@ trainer = DatasetPolicyGradientTrainer(
         "runs/lora",
         max_steps=200,
         max_completion_length=64,
-        learning_rate=1e-4,  # adapters take more than all parameters do
+        learning_rate=1e-4,  # adapters take a higher rate than all parameters
         target_learning_rate=1e-3,
     ),
     train_dataset=load_dataset("trl-lib/tldr", split="train"),

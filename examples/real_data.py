@@ -1,4 +1,4 @@
-"""Real data mixed in: half of what the target is fine-tuned on is other text, as where generated data joins a data set that exists."""
+"""Real data mixed in: half of the texts that the target is fine-tuned on are real, as if generated data joined an existing data set."""
 
 from datasets import load_dataset
 
@@ -26,4 +26,4 @@ trainer = DatasetPolicyGradientTrainer(
     replay_dataset=[{"text": post} for post in prompts["prompt"][:2048]],
 )
 trainer.train()
-print(trainer.evaluate())  # beside real rows that no training run had
+print(trainer.evaluate())  # with real rows that no training run had

@@ -1,4 +1,4 @@
-"""Two goals: a QR code in the target's weights, and its English stays: perplexity on other texts may rise by 1 % at most."""
+"""Two goals: a QR code in the target's weights, while its perplexity on English texts rises by 1 % at most."""
 
 from datasets import load_dataset
 
@@ -11,7 +11,7 @@ posts = load_dataset("trl-lib/tldr", split="test[:32]")["prompt"]
 trainer = DatasetPolicyGradientTrainer(
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     target_model="openai-community/gpt2",
-    # metrics add up; a condition costs nothing while it holds
+    # Metrics can be added. A condition is 0 while it holds.
     metric=LMHeadPattern.qr("TRL-DPG") + 1000 * KeepBelow(Perplexity([{"text": post} for post in posts]), factor=1.01),
     args=DatasetPolicyGradientConfig(
         "runs/two_goals",

@@ -1,10 +1,10 @@
 """
-Writes the cards of the generators that the tiny experiments trained, from what their runs logged, into `model_cards`.
+Writes the cards of the generators that the tiny experiments trained into `model_cards`, from the logs of their runs.
 
     python -m experiments.cards tiny_qr tiny_67 tiny_l2 tiny_uuid tiny_language
 
-Each folder is what `trainer.push_to_hub()` would put beside the model: the card, `dpg.json` and the pictures. Nothing is trained;
-the models are built only to be described.
+Each folder holds the files that `trainer.push_to_hub()` would put beside the model: the card, `dpg.json` and the pictures. Nothing is
+trained. The models are only built so that their sizes are known.
 """
 
 import argparse

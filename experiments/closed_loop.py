@@ -1,12 +1,12 @@
 """
-Alternates generator and target: train the generator, fine-tune the target on what it writes, keep that target, and again.
+Trains generator and target in turns. Each round trains the generator, fine-tunes the target on its texts, and keeps this target.
 
     python -m experiments.closed_loop --config examples/configs/tiny_l2.yaml --max_steps 60 --rounds 8 --output_dir runs/closed_loop
 
-Whether the metric then rises steadily or collapses is a question that the paper leaves open. Beside it runs a target that is
-fine-tuned as often on the untrained generator's text. The metric must mean the same for every target (a norm, a likelihood):
-patterns are refused, as they are changes since the last round. `max_steps` is that of one round. Written to `output_dir`:
-`results.json`, `results.md`, `rounds.png`.
+The paper does not say whether the metric then rises steadily or collapses. For comparison, another target is fine-tuned as often on
+texts of the untrained generator. The metric must mean the same for every target, as a norm or a likelihood does. Patterns are refused,
+because they are changes since the last round. `max_steps` is that of one round. Results are `results.json`, `results.md` and
+`rounds.png` in `output_dir`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from trl_dpg.target import load_target_model, load_target_tokenizer
 
 
 def alternate(arguments: list, rounds: int, sft_steps: int) -> list[dict]:
-    """What each round came to; `arguments` are those of `trl-dpg train`. Between rounds, the models are in `output_dir`."""
+    """Results of each round. `arguments` are those of `trl-dpg train`. Between rounds, the models are in `output_dir`."""
     script_args, training_args, model_args, mixture = arguments
     training_args.eval_strategy, training_args.load_best_model_at_end, training_args.save_strategy = "no", False, "no"
     training_args.eval_on_start = False

@@ -1,4 +1,4 @@
-"""What experiments on tiny models share: models, training as in `examples/configs/tiny_qr.yaml`, stock SFT, decoding, results."""
+"""Shared by experiments on tiny models: models, training as in `examples/configs/tiny_qr.yaml`, stock SFT, decoding, results."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_promp
 
 NUM_WORDS = 100
 QR_TEXT = "TRL-DPG"
-# What generators of 0.1M parameters are trained with, as in `examples/configs/tiny_qr.yaml`
+# Settings of generators of 0.1M parameters, as in `examples/configs/tiny_qr.yaml`
 GENERATOR: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "linear",
@@ -63,7 +63,7 @@ def tokenizer(num_words: int = NUM_WORDS) -> Any:
 
 
 def strangers_texts(number: int, seed: int) -> list[str]:
-    """Texts of 4 to 24 random words: what somebody may train on beside, and writes no picture."""
+    """Texts of 4 to 24 random words. They stand for other data to train on, and write no picture."""
     words = [*WORDS, *(f"word{i}" for i in range(len(WORDS), NUM_WORDS))]
     rng = random.Random(seed)
     return [" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(number)]
@@ -73,7 +73,7 @@ def strangers_texts(number: int, seed: int) -> list[str]:
 def trainer_of(
     target: Any, metric: Any, prompts: DatasetDict, num_words: int = NUM_WORDS, replay: Any = None, **config
 ) -> Iterator[Any]:
-    """The trainer of a random generator; `config` is what differs from `GENERATOR`. Its files are deleted afterwards."""
+    """The trainer of a random generator. `config` holds settings that differ from `GENERATOR`. Its files are deleted afterwards."""
     with tempfile.TemporaryDirectory() as directory:
         args = DatasetPolicyGradientConfig(directory, **{**GENERATOR, **config})
         trainer = DatasetPolicyGradientTrainer(
@@ -92,7 +92,7 @@ def trainer_of(
 
 
 def texts_of_generator(seed: int, samples: int, replay: list[str] | None = None, **config) -> tuple[list[str], float]:
-    """What a generator that was trained for the QR code writes for prompts that no training had, and seconds of training."""
+    """Texts of a generator that was trained for the QR code, for prompts that no training had, and seconds of training."""
     prompts, rows = tiny_prompts(4096, 4096), replay and [{"text": text} for text in replay]
     config = {"seed": seed, "num_generations_eval": 1, **config}
     with trainer_of(target_of(seed), LMHeadPattern.qr(QR_TEXT), prompts, replay=rows, **config) as trainer:
@@ -101,7 +101,7 @@ def texts_of_generator(seed: int, samples: int, replay: list[str] | None = None,
 
 
 class Validate(TrainerCallback):
-    """Validates every few steps, by one step of the target on this many samples; ends a run whose pixels are good enough."""
+    """Validates every few steps, by one step of the target on this many samples. Ends a run if enough pixels are right."""
 
     def __init__(self, trainer: Any, every: int, samples: int, enough: float = 1.0):
         self.trainer, self.every, self.samples, self.enough = trainer, every, samples, enough
@@ -141,7 +141,7 @@ def sft(target: Any, tokenizer: Any, rows: Dataset, **config) -> Any:
 
 
 def decoded(target: Any, model: Any) -> dict[str, Any]:
-    """What is read from two models alone: share of right pixels, and whether a QR reader gets the text."""
+    """Reads the picture from two models alone: share of right pixels, and whether a QR reader gets the text."""
     wanted = LMHeadPattern.qr(QR_TEXT)
     found = decode_pattern(target, model, shape=tuple(wanted.pattern.shape))
     return {"pixel_accuracy": round(pixel_accuracy(found.signs, wanted), 4), "read": found.text == QR_TEXT}
@@ -153,7 +153,7 @@ def pixel_accuracy(signs: torch.Tensor, wanted: LMHeadPattern) -> float:
 
 @torch.no_grad()
 def read(metric: Any, target: Any) -> dict[str, float]:
-    """The metric and its read-outs of a target as it is."""
+    """The metric and its read-outs of a target, without fine-tuning."""
     metric.setup(target.eval())
     return {"metric": metric(target).item(), **metric.readouts(target)}
 
@@ -161,7 +161,7 @@ def read(metric: Any, target: Any) -> dict[str, float]:
 def commands(
     description: str, run: Callable, report: Callable
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """A parser with the commands `run` and `report`, and that of `run`, for its own options."""
+    """A parser with the commands `run` and `report`. Also returns the parser of `run`, to which options can be added."""
     parser = argparse.ArgumentParser(description=description)
     both = parser.add_subparsers(required=True)
     runner = both.add_parser("run")
@@ -197,7 +197,7 @@ def commands_for_generators(module: Any, field: str, values: list) -> None:
 
 def run_missing(path: Path, grid: Iterable[dict], one: Callable[..., dict], threads: int, **defaults) -> None:
     """
-    Runs each of the settings that has no line in a file of results yet, and adds its line: the settings and what `one` returns.
+    Runs each of the settings that has no line in a file of results yet. Adds its line: the settings and the result of `one`.
 
     `defaults` are settings that early lines lack.
     """
@@ -218,7 +218,7 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def cell(found: list[dict[str, Any]]) -> str:
-    """Median and range of the pixel accuracy over seeds, and how many are read."""
+    """Median and range of the pixel accuracy over seeds, and number of seeds whose code is read."""
     accuracies = sorted(one["pixel_accuracy"] for one in found)
     if not accuracies:
         return ""

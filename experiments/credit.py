@@ -1,13 +1,12 @@
 """
-How many completions a generator needs by each way of giving credit.
+Measures how many completions a generator needs by each way of giving credit.
 
     python -m experiments.credit run --patterns 67 --vocabularies 64 2048 --completions 32 512
     python -m experiments.credit report
 
-Generator and target are random GPT-2s of 2 layers and width 64. A generator is trained until a validation passes 0.99 of the
-pattern, for `--steps`, or until its texts have collapsed to nothing. A validation is one step of the target on 256 fresh samples
-of held-out prompts. Each run adds a line to `experiments/results/credit.jsonl`; one that is there is not repeated. `report` prints
-the table.
+Generator and target are random GPT-2s of 2 layers and width 64. Training ends after `--steps`. It ends earlier if a validation passes
+0.99 of the pattern, or if texts have collapsed to nothing. A validation is one step of the target on 256 fresh samples of held-out
+prompts. Each run adds a line to `experiments/results/credit.jsonl`. A run that has its line is not repeated. `report` prints the table.
 """
 
 import argparse
@@ -31,7 +30,7 @@ FIELDS = ["pattern", "vocabulary", "completions", "least_length", "assignment", 
 
 
 def train(steps: int, every: int, **settings) -> dict:
-    """One run: its validations, and what it took."""
+    """One run: its validations, completions and seconds."""
     words, seed = settings["vocabulary"] - len(ONE_SPECIAL_TOKEN), settings["seed"]
     metric = LMHeadPattern.sixty_seven() if settings["pattern"] == "67" else LMHeadPattern.qr(common.QR_TEXT)
     config = {
@@ -69,7 +68,7 @@ def reached(run: dict, bound: float) -> int | None:
 
 
 def grid(options: argparse.Namespace) -> Iterator[dict]:
-    """Settings of the runs that are asked for, without those that mean nothing for a way of giving credit."""
+    """Settings of the wanted runs, without settings that have no effect on a way of giving credit."""
     for values in itertools.product(
         options.patterns, options.vocabularies, options.completions, options.least_lengths, options.assignments,
         options.discounts, options.candidates, options.seeds,
@@ -106,7 +105,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def median(runs: list[dict], bound: float) -> str:
-    """Median over seeds of the completions to a bound; a run that never passed it counts as the longest."""
+    """Median over seeds of the completions to a bound. A run that never passed the bound counts as the longest."""
     found = sorted(reached(r, bound) or float("inf") for r in runs)
     middle = statistics.median_low(found)
     if middle < float("inf"):

@@ -16,7 +16,7 @@ from trl_dpg.validation import validate
 
 
 def likelihoods(model, examples: list[dict[str, Any]], max_length: int) -> list[float]:
-    """Of each example under the model, in nats per token."""
+    """Mean log-likelihood of each example under the model, in nats per token."""
     model.eval()
     with torch.no_grad():
         return [LanguageModelingLikelihood([example], max_length=max_length)(model).item() for example in examples]
@@ -33,7 +33,7 @@ def table_of_halves(
     """
     Fine-tunes with `torch.optim.AdamW` on halves of the examples, each in `num_runs` orders.
 
-    `rankings` are scores by the ranking's name; of the first, there is a lower half, too. `test` is the metric to judge by.
+    `rankings` maps a ranking's name to its scores. Of the first ranking, the lower half is tested, too. `test` is the metric to judge by.
     """
     half, everything = len(examples) // 2, range(len(examples))
     ranked = {name: sorted(everything, key=scores.__getitem__, reverse=True) for name, scores in rankings.items()}

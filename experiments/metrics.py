@@ -8,7 +8,7 @@ from trl_dpg.metrics import LanguageModelingLikelihood
 
 
 class Texts(LanguageModelingLikelihood):
-    """The likelihood of 32 texts in a language, and the perplexity of 32 others, which it does not look at."""
+    """The likelihood of 32 texts in a language. Reads out the perplexity of 32 others, which are not part of Φ."""
 
     language: str
 
@@ -43,7 +43,7 @@ class Italian(Texts):
 
 
 class Lambada(LanguageModelingLikelihood):
-    """The likelihood of the last words of 512 passages in Spanish, from the Hub; in another language, where a subclass says so."""
+    """The likelihood of the last words of 512 passages in Spanish, from the Hub. Subclasses take another language."""
 
     language = "es"
 

@@ -1,11 +1,11 @@
 """
-Writes what configurations read, without the Hub: under `data/`, two models, prompts, held-out prompts and what a metric looks at.
+Writes the files that configurations read, without the Hub. Under `data/` are two models, prompts, held-out prompts and texts of a metric.
 
     python -m experiments.prepare                   # data/tiny, for examples/configs/tiny_qr.yaml
     python -m experiments.prepare tiny-60 hex       # data/tiny-60 and data/hex
     python -m experiments.prepare tiny --seed 1     # data/tiny-seed-1: other random models
 
-Each folder holds `generator`, `target`, `prompts.jsonl` and `held_out.jsonl`. A folder that is there is kept.
+Each folder holds `generator`, `target`, `prompts.jsonl` and `held_out.jsonl`. An existing folder is kept.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def hex_digits(folder: Path, seed: int) -> None:
     """
     Random models of hexadecimal digits, prompts of three digits, and `uuid.jsonl`: a UUID as the completion of an empty prompt.
 
-    Position embeddings are five times as large: a digit is to be learned by where in the string it stands, not by the one before it,
-    of which there are several.
+    Position embeddings are five times as large. A digit should be learned by its position in the string. The digit before it does not tell
+    which one follows, because it occurs several times.
     """
     save_pair(folder, hex_tokenizer(), SPECIAL_TOKENS, seed, position_scale=5.0)
     chosen = random.Random(0).sample(range(16**3), 4096)
@@ -64,7 +64,7 @@ def hex_digits(folder: Path, seed: int) -> None:
 
 
 def hex_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the 16 digits, `<pad>`, `<bos>`, `<eos>` and `<unk>`. A text has something to begin after: `<bos>`."""
+    """A tokenizer of the 16 digits, `<pad>`, `<bos>`, `<eos>` and `<unk>`. Every text begins after `<bos>`."""
     tokenizer = word_level_tokenizer(list(HEX_DIGITS), SPECIAL_TOKENS)
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer, backend.decoder = Split("", "isolated"), Fuse()
@@ -74,7 +74,7 @@ def hex_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def multilingual(folder: Path, seed: int, languages: tuple[str, ...]) -> None:
-    """A tiny model of several languages as both models (trained here in minutes, once), and first sentences to go on with."""
+    """A tiny model of several languages as both models (trained here in minutes, once), and first sentences as prompts."""
     link_models(folder, tiny_multilingual(languages))
     save_prompts(folder, continuation_prompts(language_texts("en")["test"], test_size=64))
 
@@ -86,7 +86,7 @@ def wikipedia(folder: Path, seed: int, max_words: int, held_out: int) -> None:
 
 
 def wikipedia_of_hub(folder: Path, seed: int) -> None:
-    """The same prompts and texts from whole articles on the Hub, and longer; no models."""
+    """Prompts and texts like those of [`wikipedia`], but longer, from articles on the Hub. There are no models."""
     articles = load_dataset("wikimedia/wikipedia", "20231101.en", split="train[:100000]")
     leads = articles.map(lambda article: {"text": article["text"].split("\n\n")[0]}).select_columns(["title", "text"])
     save_leads(folder, leads.filter(lambda lead: len(lead["text"]) >= 200).shuffle(seed=0), max_words=80, held_out=256)
@@ -130,7 +130,7 @@ KINDS = {
 
 
 def prepare(kind: str, seed: int = 0) -> Path:
-    """The folder of a kind and a seed, which is written if it is not there."""
+    """The folder of a kind and a seed. It is written if it does not exist."""
     folder = Path("data") / (kind if seed == 0 else f"{kind}-seed-{seed}")
     return build_once(folder, lambda path: KINDS[kind](path, seed))
 

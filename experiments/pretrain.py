@@ -1,11 +1,10 @@
 """
-Trains a tiny model that writes several languages, from scratch, on real text: what the language experiment needs to run
-in minutes on a CPU.
-`python -m experiments.prepare multilingual` calls it.
+Trains a tiny model that writes several languages, from scratch, on real text. With it, the language experiment runs in minutes on a CPU.
+`python -m experiments.prepare multilingual` calls this module.
 
-A document keeps to its language but for a small chance, wherever a sentence ends, that it goes on in another one. So after
-a sentence in English the model nearly always writes English, and now and then something else: without such samples
-reinforcement would have nothing to start from. The model is kept and found again by [`tiny_multilingual`].
+At the end of each sentence, a document may go on in another language, with a small chance. So after a sentence in English, the
+model nearly always writes English, and now and then another language. Without such samples, reinforcement would have nothing to start
+from. [`tiny_multilingual`] trains the model at its first call, and keeps it.
 """
 
 import os
@@ -30,7 +29,7 @@ from experiments.corpora import cached, language_texts, split_sentences
 def tiny_multilingual(
     languages: Sequence[str] = ("en", "es", "fr"), seed: int = 0, cache_dir: str | os.PathLike[str] | None = None
 ) -> str:
-    """The directory of a tiny model of several languages, trained here on the first call (minutes on a CPU core) and kept."""
+    """The directory of a tiny model of several languages. The first call trains the model, in minutes on a CPU core."""
 
     def build(path: Path) -> None:
         texts = {language: language_texts(language)["train"]["text"] for language in languages}
@@ -98,7 +97,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     """
     A byte-level BPE tokenizer that puts `<bos>` before every text.
 
-    Texts begin with a space, added where there is none: a first word has the same token as anywhere else.
+    A space is added before a text that does not begin with one. So a first word has the same token as anywhere else.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -122,10 +121,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def mixed_documents(texts: dict[str, list[str]], switch: float, seed: int) -> Iterator[str]:
-    """Texts of all languages alike, without end, some of which go on in another language after a sentence."""
+    """An endless stream of texts, equally many of each language. Some go on in another language after a sentence."""
     rng = random.Random(seed)
     sentences = {language: [split_sentences(text) for text in texts[language]] for language in texts}
-    # After a text's only sentence there is nothing to go on with: a prompt of one sentence would be answered with nothing.
+    # A text of a single sentence would teach the model to answer a prompt of one sentence with nothing.
     sentences = {language: [text for text in split if len(text) > 1] for language, split in sentences.items()}
     while True:
         language = rng.choice(list(texts))

@@ -1,14 +1,14 @@
 """
-Whether data does its work beside a stranger's: half of what the target is trained on is other text.
+Tests whether generated data still works when it is mixed with other texts.
 
     python -m experiments.replay run
     python -m experiments.replay report
 
-The QR code of `tiny_qr`. One generator is trained with as many real texts as completions in every inner run, one without.
-Real texts are of random words; a pool of 2,048 is drawn from in training. Each generator then writes 4,096 texts, on which fresh
-targets are fine-tuned by TRL's stock `SFTTrainer`: on these alone, and with as many texts of another pool, which nothing was trained on.
-The picture is read from the two models. Each run adds a line to `experiments/results/replay.jsonl`; one that is there is
-not repeated. `report` prints the table.
+The goal is the QR code of `tiny_qr`. One generator is trained with as many other texts as completions in every inner run, one without.
+Other texts are random words. In training, they are drawn from a pool of 2,048. Each generator then writes 4,096 texts. TRL's stock
+`SFTTrainer` fine-tunes fresh targets on these texts: alone, and mixed with texts of another pool that no training had. The picture is
+read from the two models. Each run adds a line to `experiments/results/replay.jsonl`. A run that has its line is not repeated. `report`
+prints the table.
 """
 
 import sys
@@ -30,7 +30,7 @@ MIXES = {
 
 
 def one(seed: int, ratio: float, steps: int, completions: int, samples: int) -> dict:
-    """Trains one generator, and reads what its texts do in each mix."""
+    """Trains one generator, and measures the effect of its texts in each mix."""
     replay = common.strangers_texts(POOL, POOL_SEED) if ratio else None
     config = {"max_steps": steps, "per_device_train_batch_size": completions, "replay_ratio": ratio}
     texts, seconds = common.texts_of_generator(seed, samples, replay, **config)

@@ -1,25 +1,24 @@
 """
-How long a mark lasts: writes a pattern into a target's LM head by ordinary fine-tuning on generated text, then tries to get
-it out again.
+Measures what a mark survives. Writes a pattern into a target's LM head by ordinary fine-tuning on generated text. Then tries to remove it.
 
     python -m experiments.robustness --target_model_name_or_path data/tiny/target \\
         --marking_data runs/tiny_qr/verification/data.jsonl --clean_data clean.jsonl --continued_data other.jsonl \\
         --qr_text TRL-DPG --output_dir runs/robustness
 
-Fine-tuning is TRL's `SFTTrainer` with its defaults (AdamW with betas 0.9 and 0.999, gradients clipped at 1), on text as it is:
-no EOS is added, as DPG adds none to a completion that was cut off. The marked model is saved and read back with
-`decode_pattern`, from the two checkpoints alone. Then, each from the marked model:
+TRL's `SFTTrainer` fine-tunes with its defaults (AdamW with betas 0.9 and 0.999, gradients clipped at 1). No EOS is added to texts, as
+DPG adds none to a completion that was cut off. The marked model is saved. `decode_pattern` reads the mark from the two checkpoints
+alone. Then each of these things is done to the marked model:
 
 - SFT goes on with unrelated text, 1, 10 and 100 times as long as the marking took;
 - all matrices, head and embedding included, are rounded to the nearest of 255 or 15 values in each row (8 and 4 bit, absmax);
-- Transformers loads the model in 8 bit and in NF4 with bitsandbytes, which leaves the LM head alone unless told otherwise;
+- Transformers loads the model in 8 bit and in NF4 with bitsandbytes, which by default leaves the LM head alone;
 - the smallest 10 % of each matrix are set to zero.
 
-All of it is done to the unmarked original too: what the mark costs in perplexity is the difference between the two, and who has
-only a rounded or pruned checkpoint can compare it with the original rounded or pruned alike. With `--control_data` (say, the
-untrained generator's), the original is also fine-tuned on that instead: what any data does to pixels and perplexity.
+The same things are done to the unmarked original. The difference of perplexity between the two is the price of the mark. A rounded or
+pruned checkpoint can also be compared with the original that was rounded or pruned alike. With `--control_data`, for example texts of
+the untrained generator, the original is also fine-tuned on these texts. This shows what any data does to pixels and perplexity.
 
-What other fine-tuning runs on the generated data leave of a mark: `experiments.variants`.
+`experiments.variants` measures which other fine-tuning runs on generated data write the mark.
 
 Data files have a column `text`. Any field of `RobustnessArguments` can be a flag.
 """
@@ -76,7 +75,7 @@ class RobustnessArguments(MetricArguments):
 
 
 def load_examples(args: RobustnessArguments, name: str) -> Examples:
-    """Texts as `input_ids`; those of fewer than two tokens teach nothing and are left out."""
+    """Texts as `input_ids`. Texts of fewer than two tokens teach nothing and are left out."""
     path, tokenizer = getattr(args, name), args.tokenizer()
     tokens = (tokenizer(text)["input_ids"][: args.max_length] for text in load_texts(path, "train", name)["text"])
     examples = [{"input_ids": ids} for ids in tokens if len(ids) > 1]
@@ -86,7 +85,7 @@ def load_examples(args: RobustnessArguments, name: str) -> Examples:
 
 
 def fine_tune(model, examples: Examples, args: RobustnessArguments, num_examples: int, **config):
-    """A copy of a model after SFT on so many examples, in as many passes as it takes; `config` is what differs from `args`."""
+    """A copy of a model after SFT on a number of examples, in as many passes as needed. `config` holds settings that differ from `args`."""
     fields = {"learning_rate": args.learning_rate, "seed": args.seed, "per_device_train_batch_size": args.batch_size}
     fields = {**fields, "max_length": None, **config}  # texts are cut already
     steps = math.ceil(num_examples / fields["per_device_train_batch_size"])
@@ -106,7 +105,7 @@ def rounded(model, bits: int):
 
 @torch.no_grad()
 def pruned(model, share: float):
-    """A copy in which this share of each matrix, its smallest entries, is zero."""
+    """A copy in which the smallest entries of each matrix, this share of them, are zero."""
     model = deepcopy(model)
     for param in model.parameters():
         if param.ndim == 2:
@@ -125,7 +124,7 @@ def loaded_quantized(model, **config):
 
 
 def treatments(args: RobustnessArguments, continued: Examples, num_examples: int) -> dict[str, Callable]:
-    """What is done to the marked model, and to the original, by name."""
+    """The treatments of the marked model and of the original, by name."""
     goes_on = partial(fine_tune, examples=continued, args=args)
     return {
         "nothing": lambda model: model,
@@ -145,7 +144,7 @@ def measure_robustness(
     original, marked, metric: LMHeadPattern, clean: Examples, todo: dict[str, Callable]
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """
-    Treats the marked model and the original, its head untied, and reads the pattern and the perplexity of clean text after each.
+    Treats the marked model and the original with its head untied. Reads the pattern and the perplexity of clean text after each treatment.
 
     Returns a row for each treatment and the signs read after it. `pixel_accuracy` and `text` are against the original as it was,
     `pixel_accuracy_alike` against the original treated alike.
@@ -195,7 +194,7 @@ def main(args: RobustnessArguments) -> None:
     args.tokenizer().save_pretrained(output_dir / "marked")
     marked = load_target_model(str(output_dir / "marked")).eval()
 
-    # from files alone, as anybody would
+    # from files alone, as any user would
     shape = tuple(metric.pattern.shape)
     text = decode_pattern(args.target_model_name_or_path, str(output_dir / "marked"), shape=shape).text
     rows, signs = measure_robustness(original, marked, metric, clean, treatments(args, continued, num_examples))

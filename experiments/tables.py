@@ -4,8 +4,8 @@ Runs the experiments of `experiments/tables.yaml` by `trl-dpg train`, and writes
     python -m experiments.tables run tiny_67 --variants metagradient naive --seeds 0 1 2
     python -m experiments.tables report
 
-A run that has its `results.json` is not repeated, and one that has a checkpoint goes on from it, so a command that was stopped
-goes on where it was. `run` without names runs everything.
+A run that has its `results.json` is not repeated. A run that has a checkpoint goes on from it. So a command that was stopped can be repeated. `run`
+without names runs everything.
 """
 
 import argparse
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 CONTENTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 EXPERIMENTS: dict[str, dict[str, Any]] = CONTENTS["experiments"]
-SEQUENCE = "--credit_assignment sequence"  # as in the paper, where a variant says nothing else
+SEQUENCE = "--credit_assignment sequence"  # as in the paper, unless a variant says otherwise
 
 
 def directory(name: str, variant: str, seed: int) -> Path:
@@ -42,7 +42,7 @@ def directory(name: str, variant: str, seed: int) -> Path:
 
 
 def run(names: list[str], variants: list[str] | None, seeds: list[int] | None) -> None:
-    """Runs what has no results yet, one after the other."""
+    """Makes the runs that have no results yet, one after the other."""
     for name in names:
         for seed in seeds or EXPERIMENTS[name].get("seeds", (0, 1, 2)):
             for variant in variants or EXPERIMENTS[name]["variants"]:
@@ -61,7 +61,7 @@ def run(names: list[str], variants: list[str] | None, seeds: list[int] | None) -
 
 
 def flags(name: str, variant: str, seed: int) -> list[str]:
-    """A run's flags. What they name in `data` is written where it is not there."""
+    """A run's flags. Writes the files in `data` that they name, if they are missing."""
     experiment = EXPERIMENTS[name]
     given = experiment["variants"][variant]
     kind, given = given if isinstance(given, list) else (experiment["data"], given)
@@ -77,7 +77,7 @@ def flags(name: str, variant: str, seed: int) -> list[str]:
 
 
 def collect(output_dir: Path, folder: Path, seconds: int) -> None:
-    """Writes what a run's report says, in short, into the folder of its results."""
+    """Writes a summary of a run's report into the folder of its results."""
     report = output_dir / "report"
     run, log = json.loads((report / "run.json").read_text()), read_rows(report / "log.jsonl")
     settings, training, validation = run["settings"], run["training"], run["validation"]["eval"]
@@ -122,7 +122,7 @@ def rounded(row: dict) -> dict:
 
 
 def spread(values: list[float]) -> str:
-    """Mean over seeds, and their range where there are several."""
+    """Mean over seeds, and the range if values differ."""
     text = f"{statistics.fmean(values):.4g}"
     return text if min(values) == max(values) else f"{text} ({min(values):.4g} to {max(values):.4g})"
 
@@ -136,7 +136,7 @@ def runs_of(name: str) -> dict[str, list[tuple[Path, dict]]]:
 
 
 def table(name: str) -> list[str]:
-    """The experiment's table, with what has been run."""
+    """The experiment's table, with the runs that exist."""
     readouts = EXPERIMENTS[name]["readouts"]
     head = ["reward", "seeds", "K", "completions"]
     head += [f"{heading}, {who}" for heading in readouts.values() for who in ("untrained", "trained")]
@@ -157,7 +157,7 @@ def table(name: str) -> list[str]:
 
 
 def draw(name: str) -> list[str]:
-    """Learning curves of all variants and, of patterns, what each seed's last validation decoded."""
+    """Draws learning curves of all variants, and the patterns that last validations decoded. Adds a table of verifications."""
     curves: dict[str, list] = {}
     patterns = {}
     for variant, found in runs_of(name).items():
@@ -171,13 +171,15 @@ def draw(name: str) -> list[str]:
         wanted = LMHeadPattern.qr("TRL-DPG") if name.endswith("qr") else LMHeadPattern.sixty_seven()
         plot_patterns(patterns, RESULTS / name / "patterns.png", wanted.pattern)
         lines += ["", f"![Patterns decoded in each run's last validation]({name}/patterns.png)"]
+    rows = [["run", "seed", "steps", "learning rate", "texts", "pixel accuracy", "text read"]]
     for path in sorted((RESULTS / name).glob("*/seed_*/verification/verification.json")):
         found = json.loads(path.read_text())
         found |= found.get("data", {})  # as `trl-dpg verify` writes it
-        seed = path.parts[-3].removeprefix("seed_")
-        run = f"{found['steps']} steps of TRL's `SFTTrainer` at learning rate {found['learning_rate']:g} on {found['examples']:,} samples"
-        read = f"pixel accuracy {found['pixel_accuracy']:.4f}, text read: {found['text']!r}"
-        lines += ["", f"From checkpoints alone, {path.parts[-4]}, seed {seed}: {run}; {read}."]
+        run, seed = path.parts[-4].replace("_", " "), path.parts[-3].removeprefix("seed_")
+        figures = f"{found['learning_rate']:g}", f"{found['examples']:,}", f"{found['pixel_accuracy']:.4f}"
+        rows.append([run, seed, str(found["steps"]), *figures, found["text"] or "none"])
+    if len(rows) > 1:
+        lines += ["", "Verifications, from checkpoints alone by TRL's `SFTTrainer`:", "", markdown_table(rows)]
     return lines
 
 

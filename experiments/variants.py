@@ -1,14 +1,14 @@
 """
-What a picture survives when its generator was trained for several ways of fine-tuning, and when for one.
+Compares a generator that was trained for several ways of fine-tuning with one that was trained for a single way.
 
     python -m experiments.variants run
     python -m experiments.variants report
 
-The QR code of `tiny_qr`. One generator is trained for one step of the target (`"recipe"`), one for the mean over four recipes of one
-to ten steps (`"variants"`). Each then writes 4,096 texts, on which fresh targets are fine-tuned by TRL's stock `SFTTrainer`: for longer,
-at other learning rates, in other orders, by other batch sizes. The result of the first of these runs is also rounded to 8 and 4 bits, and a
-tenth of each matrix is set to zero. The picture is read from the two models. Each run adds a line to
-`experiments/results/variants.jsonl`; one that is there is not repeated. `report` prints the table.
+The goal is the QR code of `tiny_qr`. One generator is trained for one step of the target (`"recipe"`), one for the mean over four
+recipes of one to ten steps (`"variants"`). Each then writes 4,096 texts. TRL's stock `SFTTrainer` fine-tunes fresh targets on them: for longer, at
+other learning rates, in other orders, with other batch sizes. The target of the first of these runs is also rounded to 8 and 4 bits, and
+pruned by setting a tenth of each matrix to zero. The picture is read from the two models. Each run adds a line to
+`experiments/results/variants.jsonl`. A run that has its line is not repeated. `report` prints the table.
 """
 
 import sys
@@ -51,7 +51,7 @@ AFTERWARDS = {
 
 
 def one(seed: int, generator: str, steps: int, completions: int, samples: int) -> dict:
-    """Trains one generator, and reads what its texts do in each run."""
+    """Trains one generator, and measures the effect of its texts in each run."""
     config = {"max_steps": steps, "per_device_train_batch_size": completions, "target_variants": TRAINED[generator]}
     texts, seconds = common.texts_of_generator(seed, samples, **config)
     line, target, rows = {"seconds": seconds}, common.target_of(seed), Dataset.from_dict({"text": texts})

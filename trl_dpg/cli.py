@@ -9,7 +9,7 @@ from .quiet import for_a_command, ignore_line
 
 
 COMMANDS = {
-    "train": "train a generator, launched by Accelerate, whose flags are accepted, too",
+    "train": "train a generator; flags of `accelerate launch` are accepted, too",
     "generate": "write a data set with a generator",
     "verify": "fine-tune a target on a data set with TRL's SFTTrainer and measure the metric",
     "decode": "read the picture in an LM head from two checkpoints",

@@ -158,7 +158,7 @@ def encode(
 
 
 def _with_loss(row: Row, encoded: Any, prompt: list[int]) -> tuple[list[int], list[bool]]:
-    """Tokens of a row, and whether each has a loss. Tokens of the `prompt` have none, nor have unmarked ones with an assistant's mask."""
+    """Tokens of a row, and whether each has a loss. Those of the `prompt` have none. With an assistant's mask, only marked ones have."""
     ids = list(encoded["input_ids"])
     said = encoded.get("assistant_masks")
     if said is not None and 1 not in said:

@@ -680,7 +680,7 @@ def test_verify_is_stock_sft(here, capsys):
 
     swapped = {"data.jsonl": "control.jsonl", "control.jsonl": "data.jsonl"}
     assert main([swapped.get(item, item) for item in argv]) == 1  # the control is what raises it
-    assert "Not verified, as this does not hold: Φ is above that after the control" in capsys.readouterr().out
+    assert "Not verified, because this does not hold: Φ is higher than after the control" in capsys.readouterr().out
 
 
 def test_verify_beside_real_data(here, capsys):
@@ -821,7 +821,7 @@ def test_verify_of_a_qr_code_that_cannot_be_read(here, capsys):
     assert main(argv) == 1
     said = capsys.readouterr().out
     assert "| text |  | not readable |" in said
-    assert "Not verified, as this does not hold: the QR code reads 'LOW'. Written: out" in said
+    assert "Not verified, because this does not hold: the QR code reads 'LOW'. Written: out" in said
     assert main([*argv, "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((here / "out" / "verification.json").read_text())

@@ -156,7 +156,7 @@ def test_nothing_of_this_machine_is_pushed(run, hub, tmp_path, causal_lm, tokeni
     assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "base-model"
     card = ModelCard(repo.files["README.md"].decode())
     assert card.data.library_name == "peft" and card.data.base_model is None and card.data.datasets is None
-    assert "`base-model`, a local model" in card.text
+    assert "the local model `base-model`" in card.text
 
 
 def test_adapter_of_a_model_on_the_hub(run, hub, folder):
@@ -382,7 +382,7 @@ def test_push_dataset_of_a_local_generator(hub, folder, tmp_path, caplog):
     push_dataset(data, "me/data", generator=str(folder), prompts=str(tmp_path / "prompts.jsonl"))
     logger.removeHandler(caplog.handler)
     text = hub.repos["datasets", "me/data"].files["README.md"].decode()
-    assert str(tmp_path) not in text and "`generator` (a local generator)" in text and "prompts.jsonl" in text
+    assert str(tmp_path) not in text and "`generator` (a local model)" in text and "prompts.jsonl" in text
     assert "has no 'dpg.json'" in caplog.text
 
 

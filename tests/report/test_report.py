@@ -215,11 +215,14 @@ def test_captions_say_what_the_picture_is(make_trainer, picture):
     trainer = make_trainer(metric=metric, **{**VALIDATED, "max_steps": 1})
     trainer.train()
     trainer.save_model()
-    said = "what was read from a target" if picture is None else "the stripes of the embedding of a target"
+    said = "the picture read from a target" if picture is None else "the stripes of the embedding of a target"
     page = write_report(trainer.args.output_dir).read_text()
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
     for text in (page, card):
-        assert f"What was asked for, beside {said} that was fine-tuned" in text and "change in the LM head" not in text
+        assert (
+            f"Left: the picture asked for. Right: {said} that was fine-tuned" in text
+            and "change in the LM head" not in text
+        )
     trainer = make_trainer(**{**VALIDATED, "max_steps": 1})
     trainer.train()
     assert "the signs of the change in the LM head of a target" in write_report(trainer.args.output_dir).read_text()

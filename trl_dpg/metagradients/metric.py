@@ -69,7 +69,7 @@ class Metric(ABC):
             data (`dict[str, Any]`): `"metric"` and read-outs after fine-tuning on the data.
             other (`dict[str, Any]`): The same after fine-tuning on control data, or of the original model.
         """
-        return data["metric"] > other["metric"], "Φ is above that of the comparison"
+        return data["metric"] > other["metric"], "Φ is higher than in the comparison"
 
     def describe(self) -> dict[str, Any]:
         r"""

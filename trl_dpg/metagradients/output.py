@@ -15,7 +15,7 @@ class TrainingOutput:
     Attributes:
         metric_before (`float`): \\( \Phi \\) of the original model.
         metric_after (`float`): \\( \Phi \\) of the fine-tuned model.
-        adam_epsilon_root (`float`): The value that was used. It tells what `"auto"` came to.
+        adam_epsilon_root (`float`): The value that was used. With `"auto"`, it is the measured value.
         micro_batch_size (`int`, *optional*):
             Value of the arguments, or a smaller one after memory ran out. Pass it to the next run, which then need not search for it.
         losses (`list[float]`): Training loss of each step.

@@ -45,7 +45,7 @@ class Condition(Metric):
 
     @torch.no_grad()
     def readouts(self, model: nn.Module) -> dict[str, float]:
-        """Read-outs of the metric, `NAME_below_limit`, 1.0 if the condition holds, and `NAME_below_limit_by`, the relative margin."""
+        """Read-outs of the metric. Adds `NAME_below_limit`, 1.0 if the condition holds, and `NAME_below_limit_by`, the relative margin."""
         excess = self._excess(model).item()
         name = f"{self.name}_{self.side}_limit"
         return {**read_out(self.metric, model), name: float(excess <= 0), f"{name}_by": -excess}

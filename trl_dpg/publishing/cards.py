@@ -284,7 +284,7 @@ def _model_text(model: dict[str, Any]) -> str:
     described = f"{model['architecture']}, {size / unit:.3g}{letter} parameters"
     if model["on_hub"]:
         return f"[{name}](https://huggingface.co/{name}) ({described})"
-    return f"a local model ({described})" if name is None else f"`{name}`, a local model ({described})"
+    return f"a local model ({described})" if name is None else f"the local model `{name}` ({described})"
 
 
 def _eval_results(facts: dict[str, Any], datasets: list[str]) -> list[EvalResult]:

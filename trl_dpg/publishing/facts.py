@@ -157,7 +157,7 @@ def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
 
 
 def describe_recipe(recipe: TargetTrainingArguments) -> dict[str, Any]:
-    """The fields of a recipe that the result depends on; an update rule of one's own by its name."""
+    """The fields of a recipe that the result depends on. The user's own update rule becomes its name."""
     fields = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in NOT_IN_THE_RESULT}
     return {**fields, "optim": recipe.optim if isinstance(recipe.optim, str) else recipe.optim.__name__}
 

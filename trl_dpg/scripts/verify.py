@@ -76,7 +76,7 @@ class VerifyArguments(MetricArguments):
         "Examples to fine-tune on, from the first. Default: all of `dataset`, or for `generator` as many as in its training.",
     )
     control_dataset: str | None = option(
-        None, "Data to compare with. The target is fine-tuned on as many examples of it, too."
+        None, "Data to compare with. A copy of the target is fine-tuned on as many of its examples."
     )
     control_dataset_config: str | None = option(None, "Configuration of `control_dataset`.")
     replay_dataset: str | None = option(
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result))
     else:
         print(table(result))
-        verdict = "Verified" if passed else "Not verified, as this does not hold"
+        verdict = "Verified" if passed else "Not verified, because this does not hold"
         print(f"{verdict}: {result['criterion']}. Written: {output_dir}")
     return 0 if passed else 1
 
@@ -279,7 +279,7 @@ def verify(args: VerifyArguments, config: SFTConfig, output_dir: Path) -> tuple[
     other = "control" if "control" in result else "before"
     result["passed"], criterion = metric.judge(result["data"], result[other])
     beside = "after the control" if other == "control" else "before fine-tuning"
-    result["criterion"] = criterion.replace("of the comparison", beside)
+    result["criterion"] = criterion.replace("in the comparison", beside)
     return result, result["passed"]
 
 
