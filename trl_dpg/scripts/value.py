@@ -47,9 +47,7 @@ class ValueArguments(MetricArguments):
     """Arguments of `trl-dpg value`, added to those of [`MetricArguments`], the recipe and [`~trl.ModelConfig`]."""
 
     metric: str = field(default="likelihood", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
-    metric_texts: str | None = option(
-        None, "Held-out rows, `NAME[:split]`, whose likelihood is the metric: `metric_dataset` and its split in one."
-    )
+    metric_texts: str | None = option(None, "Held-out rows, as `NAME[:split]`. Their likelihood is the metric.")
     num_metric_examples: int | None = option(  # type: ignore[assignment]
         None, "Rows of `metric_texts` to use, from the first. All by default."
     )
@@ -60,11 +58,11 @@ class ValueArguments(MetricArguments):
     model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
     output: str = option("", "Folder to write.")
     num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
-    num_draws: int = option(1, "Number of orders of the rows to average over, with seeds from `seed` on.")
+    num_draws: int = option(1, "Number of orders of the rows to average over. Their seeds count up from `seed`.")
     completion_only_loss: bool | None = option(None, "As in `SFTConfig`: whether prompts have no loss. Default: yes.")
     assistant_only_loss: bool = option(False, "As in `SFTConfig`: only the assistant's messages have a loss.")
     tokens: bool = option(False, "Write the score of each token, too.")
-    overwrite: bool = option(False, "Replace a valuation that exists in `output`.")
+    overwrite: bool = option(False, "Replace an earlier valuation in `output`.")
     json: bool = option(False, "Print JSON.")
 
     def __post_init__(self):
