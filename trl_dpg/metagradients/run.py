@@ -162,7 +162,8 @@ class TargetRun:
             self._check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
                 self._start(grad, keep_tape)
-            self.optimizer.clipping.measure(grad, space.norm)
+            if self.recipe.max_grad_norm > 0:
+                self.optimizer.norms.append(space.norm(grad))
             with processes.raising_later():
                 if keep_tape:
                     kept = grad[space.shard].clone() if space.sharded else grad
@@ -250,7 +251,7 @@ class TargetRun:
         with self.processes.raising_later():
             inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
         inner = space.sum_over_shards(inner)
-        if self.optimizer.clipping.clips(step):
+        if self.optimizer.clip_factor(step) < 1:
             with self.processes.raising_later():
                 inner = self.optimizer.clipping_adjoint_(self.tape, of_grad, inner)
             inner = space.sum_over_shards(inner)

@@ -47,7 +47,7 @@ class SGD(Update):
         """
         of_grad = of_phi * -rate
         if self.momentum > 0:
-            (of_buffer,) = of_state or (torch.zeros_like(of_grad),)
+            (of_buffer,) = of_state or self.init(grad)
             of_buffer.add_(of_grad, alpha=self.momentum if self.recipe.nesterov else 1.0)
             of_grad = of_grad.add_(of_buffer) if self.recipe.nesterov else of_buffer.clone()
             of_buffer.mul_(self.momentum)

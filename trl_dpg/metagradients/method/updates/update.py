@@ -40,6 +40,10 @@ class Update(ABC):
         self.epsilon_root = epsilon_root
         self.shape = shape
 
+    def init(self, phi: Tensor) -> tuple[Tensor, ...]:
+        """The state before the first step."""
+        return tuple(torch.zeros_like(phi) for _ in range(self.num_states))
+
     @classmethod
     def suits(cls, param: nn.Parameter, model: nn.Module) -> bool:
         """Whether the rule can update a parameter of a model. AdamW updates the others."""
