@@ -58,7 +58,7 @@ class Tape:
     load_originals: Callable[[Tensor], None]
     storage: Storage
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Storage keys: one per block of a gradient, and one per block and tensor of a state
         self.gradients: list[list[Any]] = []
         self.states: list[tuple[int, list[list[Any]]]] = []  # (step that it precedes, keys of its blocks), in order

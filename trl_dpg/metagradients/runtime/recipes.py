@@ -3,7 +3,8 @@
 import math
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from transformers import SchedulerType
 
@@ -14,13 +15,6 @@ if TYPE_CHECKING:
     from ..method.recipe import TargetTrainingArguments
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
-    "loss_normalization": ("batch_tokens", "example", "max_length"),
-    "curvature": ("exact", "central_difference"),
-    "tape": ("auto", "device", "host", "disk"),
-}
-BOOLEANS = ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing")
 NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number in [0, 1)", lambda x: 0 <= x < 1
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -45,9 +39,7 @@ WHOLE_NUMBERS: dict[str, tuple[str, int]] = {
 }
 
 # Fields that say where and how a run is computed. They change its result by no more than rounding.
-NOT_IN_THE_RESULT = (
-    *("tape", "tape_dir", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "disable_tqdm"),
-)
+NOT_IN_THE_RESULT = "tape tape_dir micro_batch_size micro_batch_tokens gradient_checkpointing disable_tqdm".split()
 
 
 def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
@@ -57,23 +49,19 @@ def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
     Raises:
         [`ValueError`]: If a field is out of its range, or if two fields contradict each other.
     """
-    for name, choices in CHOICES.items():
-        if getattr(recipe, name) not in choices:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(recipe, name)!r}."
-            )
-    for name in BOOLEANS:
-        if not isinstance(getattr(recipe, name), bool):
-            raise ValueError(f"`{name}` must be True or False, got {getattr(recipe, name)!r}.")
+    for field in fields(recipe):
+        value, choices = getattr(recipe, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise ValueError(f"`{field.name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        if field.type is bool and not isinstance(value, bool):
+            raise ValueError(f"`{field.name}` must be True or False, got {value!r}.")
     if not (recipe.nesterov is None or isinstance(recipe.nesterov, bool)):
         raise ValueError(f"`nesterov` must be None, True or False, got {recipe.nesterov!r}.")
     for name, (requirement, holds) in NUMBERS.items():
         if (name, getattr(recipe, name)) not in (("adam_epsilon_root", "auto"), ("momentum", None)):
             _require(name, getattr(recipe, name), requirement, holds)
     whole = {name: getattr(recipe, name) for name in WHOLE_NUMBERS}
-    for name in ("micro_batch_size", "micro_batch_tokens"):
-        if whole[name] is None:
-            del whole[name]
+    whole = {name: value for name, value in whole.items() if value is not None or not name.startswith("micro_batch")}
     for name, value in whole.items():
         requirement, least = WHOLE_NUMBERS[name]
         _require(name, value, requirement, _is_whole_from(least))
@@ -164,7 +152,7 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
                 "`TargetTrainingArguments` has this field."
             )
     scheduler = overrides.get("lr_scheduler_type", SchedulerType(config.lr_scheduler_type).value)
-    fields = {
+    values = {
         "optim": "sgd" if config.optim == "sgd" else "adamw",
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
@@ -184,4 +172,4 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
         "seed": config.seed,
         "loss_normalization": "batch_tokens",
     }
-    return {**fields, **overrides}
+    return {**values, **overrides}

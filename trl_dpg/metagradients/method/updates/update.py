@@ -83,15 +83,11 @@ class Update(ABC):
         of_state: tuple[Tensor, ...],
     ) -> Tensor:
         r"""
-        Adjoint of [`~Update.update_`]: turns cotangents of the outputs into cotangents of the inputs, in place. `of_x` is the
-        cotangent of `x`.
+        Adjoint of [`~Update.update_`] with the same `step`, `rate`, `phi` and `grad`: turns cotangents of the outputs into those of the
+        inputs, in place. `of_x` is the cotangent of `x`.
 
         Args:
-            step (`int`): Step, from 0.
-            rate (`float`): Learning rate of the step.
-            phi (`Tensor`): Parameters before the step.
             state (`tuple[Tensor, ...]`): State before the step; empty at step 0. May be overwritten.
-            grad (`Tensor`): Gradient that the update took.
             of_phi (`Tensor`): \\( \lambda_{\phi'} \\); becomes \\( \lambda_\phi \\).
             of_state (`tuple[Tensor, ...]`): \\( \lambda_{s'} \\); becomes \\( \lambda_s \\), which need not be right at step 0.
                 Empty in a run of one step, which stands for zeros.
