@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -209,12 +209,14 @@ class TargetRun:
     def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
         total = [0.0]
 
-        def before_backward() -> None:
-            self.storage.settle()  # the tape may still be copying the last step's gradient out of the buffer
+        @cache  # once: until the first backward pass, the tape may still be copying the last step's gradient out of the buffer
+        def claim_buffer() -> None:
+            self.storage.settle()
             self.space.accumulate_into(buffer)
 
         with self.processes.summing_over_processes(buffer, total):
-            total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
+            total[0] = gradient(self.token_losses, self.space, batches, losses, claim_buffer)
+            claim_buffer()
         return total[0]
 
     def measure(self) -> None:

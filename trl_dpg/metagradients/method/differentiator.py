@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,9 @@ def gradient(
     \\( \ell_i(\phi_t) / Z_t \\) to `example_losses`, shape `(n,)`. Takes about as long as 3 forward passes.
     """
     total = 0.0
-    if not batches:
-        before_backward()
-    for i, batch in enumerate(batches):
+    for batch in batches:
         values = losses(batch)
-        if i == 0:
-            before_backward()
+        before_backward()
         values.backward(batch.token_weights(), inputs=space.params)
         examples = batch.example_sums(values.detach()[:, 0])
         example_losses[batch.indices] = examples
@@ -46,21 +44,23 @@ class Direction(NamedTuple):
     example_losses: Tensor  # losses of all examples, shape (n,)
 
 
+@dataclass
 class LossDifferentiator(ABC):
     """
     Differentiates a batch's loss a second time.
 
     Attributes:
+        token_losses ([`TokenLosses`]): The losses.
+        space ([`Workspace`]): Parameters, and what is accumulated into them.
         errors (`list[float]`): Estimated relative error of each step, the last step first. 0 for a step that was repeated with exact
             derivatives. Empty if all derivatives are exact.
         num_fallbacks (`int`): Number of steps that were repeated with exact derivatives.
     """
 
-    def __init__(self, losses: TokenLosses, space: Workspace):
-        self.token_losses = losses
-        self.space = space
-        self.errors: list[float] = []
-        self.num_fallbacks = 0
+    token_losses: TokenLosses
+    space: Workspace
+    errors: list[float] = field(default_factory=list)
+    num_fallbacks: int = 0
 
     @abstractmethod
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:

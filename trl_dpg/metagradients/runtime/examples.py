@@ -82,6 +82,10 @@ class MicroBatch(NamedTuple):
         rows, _ = self.supervised()
         return F.pad(self.weights[rows, None], (0, self.candidates.shape[2] if candidates else 0))
 
+    def nats(self) -> Tensor:
+        """Factors that turn losses of examples into nats per supervised token, in float64, shape `(b,)`."""
+        return 1 / double(self.scale * self.num_supervised)
+
     def example_sums(self, values: Tensor) -> Tensor:
         """Sums over the tokens of each example, in float64: `(t,)` in, `(b,)` out."""
         rows, _ = self.supervised()
