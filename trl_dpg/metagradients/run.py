@@ -1,13 +1,14 @@
 """One fine-tuning run of the target: the steps of the method, with memory, processes and checks around them."""
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
+from math import nan
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import release_memory
 from torch import Tensor
@@ -22,7 +23,7 @@ from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
 from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
-from .output import TrainingOutput
+from .output import MetagradientOutput, TrainingOutput
 from .runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .runtime.host import float64_device
 from .runtime.memory import (
@@ -119,16 +120,12 @@ class TargetRun:
                 sharded = all(group.rule.elementwise for group in groups)
                 stack.enter_context(self.shards)
                 self.space = Workspace(self.groups, self.processes, sharded)
-                with self.space.undoing_writes(), self._reading_metric():
+                with self.space.undoing_writes(), explaining_metric_memory(), self.shards.replicated():
                     self.metric.setup(self.model)
                     with torch.no_grad():
                         before = evaluate(self.metric, self.model).item()
-                self.measured = TrainingOutput(
-                    metric_before=before,
-                    metric_after=math.nan,
-                    adam_epsilon_root=math.nan,
-                    micro_batch_size=self.recipe.micro_batch_size,
-                )
+                self.measured = TrainingOutput(metric_before=before, metric_after=nan, adam_epsilon_root=nan)
+                self.measured.micro_batch_size = self.recipe.micro_batch_size
                 self.token_losses = TokenLosses(self.model, self.recipe.bf16)
                 stack.enter_context(self.space)
             needed = self.num_steps > 1 and self.processes.index == 0
@@ -138,11 +135,6 @@ class TargetRun:
             self.progress = stack.enter_context(bar)
             self._stack = stack.pop_all()
         return self
-
-    @contextmanager
-    def _reading_metric(self) -> Iterator[None]:
-        with explaining_metric_memory(), self.shards.replicated():
-            yield
 
     def __exit__(self, *exception) -> None:
         self._stack.__exit__(*exception)
@@ -221,7 +213,7 @@ class TargetRun:
 
     def measure(self) -> None:
         r"""Measures \\( \Phi \\) and the read-outs of the fine-tuned model."""
-        with self.processes.failing_together(), self._reading_metric(), torch.no_grad():
+        with self.processes.failing_together(), explaining_metric_memory(), self.shards.replicated(), torch.no_grad():
             self.measured.metric_after = evaluate(self.metric, self.model).item()
             self.measured.readouts = read_out(self.metric, self.model)
 
@@ -229,7 +221,7 @@ class TargetRun:
         r"""Measures as `measure` does, and returns the first cotangents: \\( \lambda_\phi = \nabla \Phi \\), \\( \lambda_s = 0 \\)."""
         space = self.space
         with self.processes.failing_together():
-            with self._reading_metric():
+            with explaining_metric_memory(), self.shards.replicated():
                 self.measured.metric_after, grad = _metric_gradient(self.metric, self.model, space)
                 self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
@@ -284,6 +276,24 @@ class TargetRun:
         self.space.release_gradients()
         return product[self.space.shard]
 
+    def result(self, given: Sequence[Mapping[str, Any]], differentiator: LossDifferentiator) -> MetagradientOutput:
+        """All results, with a row for each token of the `given` examples: zeros for padding, and beyond `max_length`."""
+        rows = self.processes.sum_(self.token_metagradients).cpu().split([len(e.input_ids) for e in self.examples])
+        padded = [
+            F.pad(part, (0, 0, example.start, len(whole["input_ids"]) - example.start - len(part)))
+            for part, example, whole in zip(rows, self.examples, given, strict=True)
+        ]
+        candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(padded, self.examples, strict=True)]
+        return MetagradientOutput(
+            metagradients=torch.stack([part[:, 0].double().sum() for part in rows]).float(),
+            token_metagradients=[part[:, 0].float() for part in padded],
+            candidate_metagradients=candidates if self.losses_per_token > 1 else None,
+            plan=self.plan,
+            curvature_errors=differentiator.errors[::-1],
+            num_exact_fallbacks=differentiator.num_fallbacks,
+            **vars(self.measured),
+        )
+
     def _check_finite(self, what: str, flat: Tensor) -> None:
         with self.processes.raising_later():  # one process's shard may be finite, and another's not
             check_finite(what, flat)
@@ -317,14 +327,8 @@ class TargetRun:
     def _local_batches(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step."""
         if step not in self._collated:
-            self._collated[step] = micro_batches(
-                self.examples,
-                self.batches[step],
-                self.recipe,
-                self.measured.micro_batch_size,
-                self.space.phi,
-                self.processes,
-            )
+            how = self.recipe, self.measured.micro_batch_size, self.space.phi, self.processes
+            self._collated[step] = micro_batches(self.examples, self.batches[step], *how)
         return [batch.to(self.space.device) for batch in self._collated[step]]
 
 

@@ -37,7 +37,7 @@ class TokenLosses(nn.Module):
         rows, columns = batch.supervised()
         if not self.bf16 and self.head.suits(targets[..., 0].numel()):
             targets = targets[rows, columns]
-            losses = self.head.losses(inputs, (rows, columns), targets, batch.scale)
+            losses = self.head.losses(inputs, (rows, columns), targets, batch.inverse_z)
         else:
             with torch.autocast(targets.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(**inputs).logits[:, :-1]
@@ -48,5 +48,5 @@ class TokenLosses(nn.Module):
             if len(rows) < len(losses):  # padding, or tokens that are not supervised
                 supervised = rows * logits.shape[1] + columns
                 losses, targets = losses.index_select(0, supervised), targets.index_select(0, supervised)
-        losses = losses * batch.scale[rows, None]
+        losses = losses * batch.inverse_z[rows, None]
         return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)
