@@ -64,9 +64,6 @@ def compute_metagradients(
             When given, every process must make the same call with the same arguments; each batch is split over the
             processes, and all of them get the whole result.
 
-    Returns:
-        [`MetagradientOutput`]
-
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.

@@ -302,30 +302,10 @@ def description(metric: Metric) -> dict[str, Any]:
 
 
 # Names of other values that are logged under the same prefix as read-outs
-RESERVED = {
-    "metric",
-    "metric_before",
-    "metric_after",
-    "metric_gain",
-    "target_loss",
-    "target_steps",
-    "adam_epsilon_root",
-}
-RESERVED |= {
-    "mean",
-    "std",
-    "min",
-    "max",
-    "nonfinite",
-    "empty",
-    "truncated",
-    "cut",
-    "seconds",
-    "skipped",
-    "replayed",
-    "distinct",
-    "completion_length",
-}
+RESERVED = set(
+    "metric metric_before metric_after metric_gain target_loss target_steps adam_epsilon_root mean std min max nonfinite empty "
+    "truncated cut seconds skipped replayed distinct completion_length".split()
+)
 
 
 def read_out(metric: Metric, model: Any) -> dict[str, float]:

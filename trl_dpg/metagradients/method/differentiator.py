@@ -65,14 +65,9 @@ class LossDifferentiator(ABC):
     @abstractmethod
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
         r"""
-        Derivatives of a batch's losses along \\( \lambda_g \\), at the current values of the parameters.
+        Derivatives of the losses of this process's micro-batches along \\( \lambda_g \\), at the current values of the parameters.
 
-        Args:
-            batches (`list[MicroBatch]`): This process's part of the batch.
-            direction ([`Direction`]): \\( \lambda_g \\).
-            product (`Tensor`, *optional*): Receives \\( H_t \lambda_g \\) over all processes, shape `(size,)`. `None` if not needed.
-
-        Returns:
-            `list[Tensor]`: For each micro-batch, \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\), shape
-                `(t, 1 + k)`. Column 0 belongs to the `t` supervised tokens, the other columns to their `k` candidates.
+        Returns \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\) for each micro-batch, shape `(t, 1 + k)`. Column 0
+        belongs to the `t` supervised tokens, the other columns to their `k` candidates. Writes \\( H_t \lambda_g \\) over all processes
+        to `product`, shape `(size,)`, if it is not `None`.
         """

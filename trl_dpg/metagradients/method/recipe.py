@@ -153,7 +153,7 @@ class TargetTrainingArguments:
     @classmethod
     def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":
         r"""
-        Makes the recipe of a plain [`~trl.SFTTrainer`] run from its configuration.
+        Makes the recipe of a plain [`~trl.SFTTrainer`] run from its configuration. `overrides` replace fields that are read from it.
 
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
@@ -170,10 +170,6 @@ class TargetTrainingArguments:
         - `SFTTrainer` drops examples without any label before it forms batches. Rewards and validation do so too; the engine does not.
         - If a model's class is not named `...ForCausalLM` (GPT-2), Transformers counts an example's first label in the loss's
           denominator, although nothing predicts the first token. Set this label to -100 to have the two agree.
-
-        Args:
-            config ([`~trl.SFTConfig`]): Configuration of the SFT run.
-            **overrides: Fields that replace the ones read from `config`.
 
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.

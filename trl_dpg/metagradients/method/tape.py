@@ -30,7 +30,7 @@ class StepInputs(NamedTuple):
 
 @dataclass
 class Tape:
-    r"""
+    """
     Record of a training run from which every step's inputs can be restored, from the last step to the first.
 
     The tape keeps the gradient of every step. It also keeps a few states (parameters and optimizer state). All kept tensors together
@@ -43,19 +43,12 @@ class Tape:
     (`benchmarks/results/replays.md`).
 
     All work goes block by block. Of a tape outside of the device, only a few blocks are in the device's memory at a time.
-
-    Args:
-        optimizer ([`~updates.optimizer.Optimizer`]): Does the updates to repeat.
-        blocks (`list[Block]`): Parts that the tensors are kept in.
-        num_steps (`int`): Number K of steps of the run.
-        load_originals (`Callable`): Writes the parameters before the first step into a tensor of shape `(n,)`.
-        storage ([`~trl_dpg.metagradients.runtime.storage.Storage`]): Keeps the tensors.
     """
 
     optimizer: Optimizer
-    blocks: list[Block]
+    blocks: list[Block]  # parts that the tensors are kept in
     num_steps: int
-    load_originals: Callable[[Tensor], None]
+    load_originals: Callable[[Tensor], None]  # writes the parameters before the first step into a tensor of shape (n,)
     storage: Storage
 
     def __post_init__(self) -> None:

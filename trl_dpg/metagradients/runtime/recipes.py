@@ -41,6 +41,9 @@ WHOLE_NUMBERS: dict[str, tuple[str, int]] = {
 # Fields that say where and how a run is computed. They change its result by no more than rounding.
 NOT_IN_THE_RESULT = "tape tape_dir micro_batch_size micro_batch_tokens gradient_checkpointing disable_tqdm".split()
 
+# Fields that an `SFTConfig` has by the same name
+SAME_FIELDS = "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_length seed".split()
+
 
 def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
     """
@@ -154,12 +157,8 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
     scheduler = overrides.get("lr_scheduler_type", SchedulerType(config.lr_scheduler_type).value)
     values = {
         "optim": "sgd" if config.optim == "sgd" else "adamw",
-        "learning_rate": config.learning_rate,
-        "weight_decay": config.weight_decay,
+        **{name: getattr(config, name) for name in SAME_FIELDS},
         "weight_decay_on_norm_and_bias": False,
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
         "adam_epsilon_root": 0.0,
         "lr_scheduler_type": scheduler,
         "warmup_steps": 0 if scheduler == "constant" else config.warmup_steps,  # which ignores them
@@ -167,9 +166,7 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
         "num_train_epochs": int(config.num_train_epochs),
         "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "micro_batch_size": config.train_batch_size,
-        "max_length": config.max_length,
         "shuffle": config.shuffle_dataset or config.train_sampling_strategy == "random",
-        "seed": config.seed,
         "loss_normalization": "batch_tokens",
     }
     return {**values, **overrides}

@@ -28,8 +28,7 @@ class Muon(Update):
     num_states = 1
     elementwise = False
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __post_init__(self) -> None:
         self.momentum, self.nesterov = _momentum(self.recipe)
         self.rate_factor = 0.2 * math.sqrt(max(self.shape))
 
