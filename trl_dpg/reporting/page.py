@@ -19,10 +19,8 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     opened anywhere. It loads nothing and runs no script.
 
     Args:
-        run_dir (`str` or `PathLike`):
-            The run's `output_dir`, during or after training.
-        path (`str` or `PathLike`, *optional*):
-            HTML file to write. `None` means `report.html` in `run_dir`.
+        run_dir (`str` or `PathLike`): The run's `output_dir`, during or after training.
+        path (`str` or `PathLike`, *optional*): HTML file to write. `None` means `report.html` in `run_dir`.
 
     Returns:
         `Path`: The file.

