@@ -137,7 +137,12 @@ class FunctionMetric(Metric):
 
 
 def as_metric(metric: Any) -> Metric:
-    """Makes a [`Metric`] of any metric that a user may pass."""
+    """Makes a [`Metric`] of any metric that a user may pass. Raises a [`ValueError`] if it cannot be called."""
+    if not callable(metric) or isinstance(metric, type):
+        raise ValueError(
+            f"`metric` must be a function of the fine-tuned model that returns a scalar tensor, got {metric!r:.80}. Pass a function, "
+            "or an instance of a class, such as those in `trl_dpg.metrics`."
+        )
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
 
 

@@ -82,11 +82,6 @@ class TargetRun:
         recipe: TargetTrainingArguments,
         accelerator: Accelerator | PartialState | None,
     ):
-        if not callable(metric) or isinstance(metric, type):
-            raise ValueError(
-                f"`metric` must be a function of the model, or an object that can be called like one, got {metric!r:.80}. Pass "
-                "`lambda model: ...`, or an instance of the class."
-            )
         self.model, self.metric, self.recipe = model, as_metric(metric), recipe
         self.processes = Processes(accelerator)
         with self.processes.failing_together():

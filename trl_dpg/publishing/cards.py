@@ -35,17 +35,7 @@ PICTURES = ["pattern.png", "pattern.gif", "curve.png"]
 
 _LONGEST_PROMPT = 2_000  # most characters of each text in the example prompt
 # Keys of `dpg.json` that a card needs
-_NEEDED = (
-    "adapter",
-    "base_model",
-    "datasets",
-    "example_prompt",
-    "generation",
-    "metric",
-    "recipe",
-    "target",
-    "validation",
-)
+_NEEDED = "adapter base_model datasets example_prompt generation metric recipe target validation".split()
 
 
 def generator_card(
@@ -71,9 +61,6 @@ def generator_card(
         pictures (`Iterable[str]`, *optional*):
             Names of the pictures in the repository, from `pattern.png`, `pattern.gif` and `curve.png`.
         how_to_get (`str`, *optional*): A sentence that says how to get a generator that is not on the Hub.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card; `str(card)` is its text.
     """
     values = _template_values(facts, repo_id, license)
     base = facts["base_model"]
@@ -121,9 +108,6 @@ def dataset_card(
         generation (`dict[str, Any]`, *optional*): Generation settings, such as `temperature`.
         license (`str`, *optional*): License, as the Hub abbreviates it.
         tags (`Iterable[str]`, *optional*): Tags, in addition to `synthetic`, `trl` and `dpg`.
-
-    Returns:
-        [`~huggingface_hub.DatasetCard`]: The card; `str(card)` is its text.
     """
     values = _template_values(facts, repo_id, license)
     values["generator"], values["generator_on_hub"] = public_name(generator)

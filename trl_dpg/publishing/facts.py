@@ -163,13 +163,10 @@ def describe_recipe(recipe: TargetTrainingArguments) -> dict[str, Any]:
 
 def training_facts(trainer: Any) -> dict[str, Any]:
     """
-    Collects the facts for a run's cards: no path, no token, and nothing of the machine's environment.
+    Collects the content of `dpg.json`, which a run's cards are made of: no path, no token, and nothing of the machine's environment.
 
     Args:
         trainer ([`DatasetPolicyGradientTrainer`]): The trainer, before, during or after training.
-
-    Returns:
-        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.publishing.generator_card`].
     """
     from .. import __version__  # imported here since it does not exist yet while the package is being imported
 

@@ -55,9 +55,6 @@ def push_generator(
         revision (`str`, *optional*): Branch. `"main"` if `None`.
         commit_message (`str`, *optional*, defaults to `"Upload generator"`): Message of the commit.
 
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: The commit.
-
     Raises:
         [`ValueError`]: If the folder holds no generator.
         [`RuntimeError`]: If the Hub cannot be reached, or if it refuses. The message says what to do.
@@ -101,9 +98,6 @@ def push_dataset(
         **card:
             Further arguments of [`~trl_dpg.publishing.dataset_card`]: `prompts` (their source), `generation` (settings), `license`
             and `tags`.
-
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: The commit.
 
     Raises:
         [`ValueError`]: If the data set is empty, or if there is no such generator.

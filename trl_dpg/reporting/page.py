@@ -22,9 +22,6 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
         run_dir (`str` or `PathLike`): The run's `output_dir`, during or after training.
         path (`str` or `PathLike`, *optional*): HTML file to write. `None` means `report.html` in `run_dir`.
 
-    Returns:
-        `Path`: The file.
-
     Raises:
         [`ValueError`]: If `run_dir` holds no report of a run.
 

@@ -19,13 +19,9 @@ NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number in [0, 1)", lambda x: 0 <= x < 1
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "learning_rate": ("a finite number above 0", lambda x: 0 < x < math.inf),
-    "weight_decay": NOT_NEGATIVE,
-    "adam_epsilon": NOT_NEGATIVE,
-    "warmup_steps": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
-    "curvature_tolerance": NOT_NEGATIVE,
-    "adam_beta1": FRACTION,
-    "adam_beta2": FRACTION,
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("max_grad_norm", "curvature_tolerance"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), FRACTION),
     "adam_epsilon_root": (f'"auto" or {NOT_NEGATIVE[0]}', NOT_NEGATIVE[1]),
     "momentum": (f"None or {FRACTION[0]}", FRACTION[1]),
 }

@@ -8,7 +8,7 @@ Every step adds \\( r \\) to the second moment, so \\( v' / (1 - \beta_2^t) \\) 
 """
 
 import math
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class AdamW(Update):
         self.beta1 = self.recipe.adam_beta1
         self.beta2 = max(self.recipe.adam_beta2, 1e-20)  # `update_` divides by it
         self.epsilon = self.recipe.adam_epsilon
-        constants = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.epsilon, "weight_decay": self.weight_decay}
-        self.kernel = partial(adamw, **constants, amsgrad=False, maximize=False, fused=True)
+        self.constants: dict[str, Any] = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.epsilon}
+        self.constants |= {"weight_decay": self.weight_decay, "amsgrad": False, "maximize": False, "fused": True}
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
@@ -42,7 +42,7 @@ class AdamW(Update):
                 state[1].zero_()
             state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)
         count = torch.full((), float(step), dtype=torch.float32, device=phi.device)  # the kernel takes float32 only
-        self.kernel([phi], [grad], [state[0]], [state[1]], [], [count], lr=rate)
+        adamw([phi], [grad], [state[0]], [state[1]], [], [count], lr=rate, **self.constants)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""
