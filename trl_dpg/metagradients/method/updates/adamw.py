@@ -22,7 +22,8 @@ class AdamW(Update):
 
     num_states = 2
 
-    def __post_init__(self) -> None:
+    def __init__(self, *args):
+        super().__init__(*args)
         self.beta1 = self.recipe.adam_beta1
         self.beta2 = max(self.recipe.adam_beta2, 1e-20)  # `update_` divides by it
         self.epsilon = self.recipe.adam_epsilon

@@ -28,7 +28,8 @@ class Muon(Update):
     num_states = 1
     elementwise = False
 
-    def __post_init__(self) -> None:
+    def __init__(self, *args):
+        super().__init__(*args)
         self.momentum, self.nesterov = _momentum(self.recipe)
         self.rate_factor = 0.2 * math.sqrt(max(self.shape))
 

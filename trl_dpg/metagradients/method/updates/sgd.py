@@ -16,7 +16,8 @@ class SGD(Update):
 
     needs_epsilon_root = False
 
-    def __post_init__(self) -> None:
+    def __init__(self, *args):
+        super().__init__(*args)
         self.momentum = self.recipe.momentum or 0.0
         self.num_states = 1 if self.momentum > 0 else 0
 
