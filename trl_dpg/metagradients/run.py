@@ -15,9 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .method.central_difference import CentralDifference
-from .method.differentiator import Direction, LossDifferentiator, gradient
-from .method.exact import Exact
-from .method.loss import TokenLosses
+from .method.exact import Direction, Exact
+from .method.loss import TokenLosses, gradient
 from .method.recipe import TargetTrainingArguments
 from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
@@ -224,8 +223,8 @@ class TargetRun:
             self.token_metagradients = space.zeros(num_tokens, self.losses_per_token)
             return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
-    def differentiator(self) -> LossDifferentiator:
-        """The [`LossDifferentiator`] that the recipe asks for."""
+    def differentiator(self) -> Exact | CentralDifference:
+        """What differentiates losses along a direction, as the recipe's `curvature` says."""
         exact = Exact(self.token_losses, self.space)
         is_exact = self.recipe.curvature == "exact"
         return exact if is_exact else CentralDifference(exact, self.recipe.curvature_tolerance)
@@ -251,7 +250,7 @@ class TargetRun:
         return Direction(vector, inner, self.example_losses_of(step))
 
     def add_token_metagradients(
-        self, step: int, differentiator: LossDifferentiator, direction: Direction
+        self, step: int, differentiator: Exact | CentralDifference, direction: Direction
     ) -> Tensor | None:
         r"""
         Adds a step's part of \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None`
@@ -271,7 +270,9 @@ class TargetRun:
         self.space.release_gradients()
         return product[self.space.shard]
 
-    def result(self, given: Sequence[Mapping[str, Any]], differentiator: LossDifferentiator) -> MetagradientOutput:
+    def result(
+        self, given: Sequence[Mapping[str, Any]], differentiator: Exact | CentralDifference
+    ) -> MetagradientOutput:
         """All results, with a row for each token of the `given` examples: zeros for padding, and beyond `max_length`."""
         rows = self.processes.sum_(self.token_metagradients).cpu().split([len(e.input_ids) for e in self.examples])
         padded = [

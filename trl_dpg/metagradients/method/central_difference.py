@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..runtime.examples import MicroBatch
 from ..runtime.host import double
-from .differentiator import Direction, LossDifferentiator
-from .exact import Exact
+from .exact import Direction, Exact
 
 
 # The search for a first step length
@@ -19,7 +18,7 @@ MOST_PROBED = 8  # most examples per process to search with
 SHARE_PROBED = 1 / 8  # share of the process's batch to search with
 
 
-class CentralDifference(LossDifferentiator):
+class CentralDifference:
     r"""
     Derivatives from two gradients, at \\( \phi_t \pm \epsilon \lambda_g \\). No second derivative is computed, so any kernel will do
     (fused attention, compiled models, quantized base layers). The memory is that of a training step.
@@ -44,20 +43,21 @@ class CentralDifference(LossDifferentiator):
     best \\( \epsilon \\) of these examples is smaller. If a step's error is above the tolerance, the step is repeated once with a better
     \\( \epsilon \\), if there is one, and then by [`Exact`].
 
-    Args:
-        exact ([`Exact`]): Takes over the steps whose error is too large.
-        tolerance (`float`): Largest accepted error.
+    `exact` takes over the steps whose error is above `tolerance`.
     """
 
     def __init__(self, exact: Exact, tolerance: float):
-        super().__init__(exact.token_losses, exact.space)
-        self.exact = exact
-        self.tolerance = tolerance
+        self.exact, self.tolerance = exact, tolerance
+        self.token_losses, self.space = exact.token_losses, exact.space
+        self.errors: list[
+            float
+        ] = []  # estimated error of each step, the last step first; 0 for a step that was repeated exactly
+        self.num_fallbacks = 0  # number of steps that were repeated exactly
         self._length = 0.0  # step length: epsilon times the norm of lambda_g; 0 while it is unknown
         self._epsilon_now = 0.0  # the epsilon by which the parameters are shifted now
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """See [`LossDifferentiator`]."""
+        """See [`Exact`]."""
         norm = self.space.norm(direction.vector)
         if norm == 0:
             self.errors.append(0.0)
