@@ -199,9 +199,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        if (
-            args.use_vllm and args.vllm_mode == "colocate"
-        ):  # a vLLM engine resets the seed of its process, without regard to `args.seed`
+        if args.use_vllm and args.vllm_mode == "colocate":
+            # A vLLM engine resets the seed of its process, without regard to `args.seed`.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
         # TRL counts a completion as ended if its last token is one of these.

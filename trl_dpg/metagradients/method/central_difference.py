@@ -84,9 +84,7 @@ class CentralDifference:
         if not accepted:
             self._length = 0.0  # this step says nothing about a good length
             self._move_to(0.0, direction.vector)
-            if (
-                product is None
-            ):  # at the first step, the original parameters can be loaded, which leaves no rounding error
+            if product is None:  # this is the first step: the original parameters leave no rounding error
                 self.space.load_originals(self.space.phi)
             results = self.exact(batches, direction, product)
         self.errors.append(error if accepted else 0.0)

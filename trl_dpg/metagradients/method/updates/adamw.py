@@ -37,7 +37,6 @@ class AdamW(Update):
         return torch.optim.AdamW(params, recipe.learning_rate, betas, recipe.adam_epsilon, weight_decay)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """See [`Update.update_`]."""
         if self.epsilon_root > 0:  # the kernel has no r, so r is added to v before
             if self.recipe.adam_beta2 == 0:
                 state[1].zero_()

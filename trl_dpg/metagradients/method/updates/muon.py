@@ -42,13 +42,11 @@ class Muon(Update):
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """See [`Update.stock`]."""
         momentum, nesterov = _momentum(recipe)
         rate, adjust = recipe.learning_rate, "match_rms_adamw"
         return torch.optim.Muon(params, rate, weight_decay, momentum, nesterov, adjust_lr_fn=adjust)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """See [`Update.update_`]."""
         direction = orthogonalized(self._momentum_step_(grad, *state).view(self.shape))
         phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.rate_factor)
 

@@ -23,12 +23,10 @@ class SGD(Update):
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """See [`Update.stock`]."""
         momentum, nesterov = recipe.momentum or 0.0, bool(recipe.nesterov)
         return torch.optim.SGD(params, recipe.learning_rate, momentum, weight_decay=weight_decay, nesterov=nesterov)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """See [`Update.update_`]."""
         if self.weight_decay > 0:
             grad = grad.add(phi, alpha=self.weight_decay)
         if self.momentum > 0:
