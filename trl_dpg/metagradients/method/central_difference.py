@@ -51,7 +51,7 @@ class CentralDifference:
         self.token_losses, self.space = exact.token_losses, exact.space
         self.errors: list[
             float
-        ] = []  # estimated error of each step, the last step first; 0 for a step that was repeated exactly
+        ] = []  # estimated error of each step, the last step first; 0 if it was repeated exactly
         self.num_fallbacks = 0  # number of steps that were repeated exactly
         self._length = 0.0  # step length: epsilon times the norm of lambda_g; 0 while it is unknown
         self._epsilon_now = 0.0  # the epsilon by which the parameters are shifted now
@@ -113,11 +113,10 @@ class CentralDifference:
             sums = [0.0, 0.0, float(num)]
             with self.space.summing_over_processes(None, sums), torch.no_grad():
                 for batch in few:
-                    moved = (
-                        batch.example_sums(self.token_losses(batch)[:, 0]) - direction.example_losses[batch.indices]
-                    )
+                    losses = batch.example_sums(self.token_losses(batch)[:, 0])
+                    moved = (losses - direction.example_losses[batch.indices]) * batch.nats()
                     sums[0] += len(batch.indices)
-                    sums[1] += (moved * batch.nats()).abs().sum().item()
+                    sums[1] += moved.abs().sum().item()
             count, change, total = sums
             if count == 0:
                 return
