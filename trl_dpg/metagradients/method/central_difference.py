@@ -114,7 +114,7 @@ class CentralDifference:
             with self.space.summing_over_processes(None, sums), torch.no_grad():
                 for batch in few:
                     losses = batch.example_sums(self.token_losses(batch)[:, 0])
-                    moved = (losses - direction.example_losses[batch.indices]) * batch.nats()
+                    moved = (losses - direction.example_losses[batch.indices]) * batch.nats_per_loss()
                     sums[0] += len(batch.indices)
                     sums[1] += moved.abs().sum().item()
             count, change, total = sums
@@ -154,7 +154,7 @@ class CentralDifference:
                     change.append(batch.example_sums(values[:, 0]) - direction.example_losses[batch.indices])
                     results[i] = results[i] + sign * values
             for batch, ahead, behind in zip(batches, *changes, strict=True):
-                odd, even, nats = ahead - behind, ahead + behind, batch.nats()
+                odd, even, nats = ahead - behind, ahead + behind, batch.nats_per_loss()
                 weighted = odd * double(batch.weights) / (2 * epsilon)
                 losses = direction.example_losses[batch.indices] * nats
                 columns = losses, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()

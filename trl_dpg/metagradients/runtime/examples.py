@@ -82,7 +82,7 @@ class MicroBatch(NamedTuple):
         rows, _ = self.supervised()
         return F.pad(self.weights[rows, None], (0, self.candidates.shape[2] if candidates else 0))
 
-    def nats(self) -> Tensor:
+    def nats_per_loss(self) -> Tensor:
         """Factors that turn losses of examples into nats per supervised token, in float64, shape `(b,)`."""
         return 1 / double(self.inverse_z * self.num_supervised)
 
