@@ -99,7 +99,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             - `"skip"`: this generation batch leaves generator and optimizer unchanged. It is counted as `metagradient/skipped`, or
               as `nonfinite_steps` if the generator's own step was not finite. A validation that is not finite gets an `eval_metric`
               of minus infinity. Not with DeepSpeed or fp16, which decide about steps themselves.
-        reward_language (`str`, *optional*): Language for `reward="language_identification"`, as a code such as `"es"`.
+        reward_language (`str`, *optional*):
+            Language for `reward="language_identification"`, as a code such as `"es"`.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
             As in [`~trl.GRPOConfig`]. The default is `"none"`, since the reward is already standardized over the whole batch, see
             [`MetagradientReward`]. Credit of tokens has a unit of its own. With it, this setting only concerns further rewards.

@@ -153,8 +153,10 @@ def to_target_examples(
     Args:
         prompts, completions (`Sequence[str]` or `Sequence[list[dict]]`):
             The generator's prompts and completions. The target sees no prompt unless `formatting_func` uses it.
-        ended (`Sequence[bool]`): Whether each completion ended by itself, rather than by reaching the maximum length.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the target.
+        ended (`Sequence[bool]`):
+            Whether each completion ended by itself, rather than by reaching the maximum length.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
         formatting_func (`Callable`), completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
             As in [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
@@ -197,7 +199,8 @@ def dataset_examples(
     Args:
         rows (`Iterable[dict]`):
             Rows with `text`, `messages`, or `prompt` and `completion` (texts or lists of messages). All must be of the same kind.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the target.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
         completion_only_loss (`bool`), assistant_only_loss (`bool`) (*optional*):
             As in [`~trl_dpg.fine_tuning.TargetFineTuning`].
 

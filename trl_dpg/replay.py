@@ -66,13 +66,18 @@ class Replay:
     Real examples, tokenized once. Validation uses every fifth row only, training the other rows only.
 
     Args:
-        rows (`Dataset` or `list[dict]`): Rows with `text`, with `prompt` and `completion`, or with `messages`.
-        ratio (`float`): Share of real examples among all examples of a run.
-        seed (`int`): Seed of the draw in training. The step is added to it.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the target.
+        rows (`Dataset` or `list[dict]`):
+            Rows with `text`, with `prompt` and `completion`, or with `messages`.
+        ratio (`float`):
+            Share of real examples among all examples of a run.
+        seed (`int`):
+            Seed of the draw in training. The step is added to it.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
         max_length (`int`):
             Most tokens of an example. Later ones are cut off. A row without a token with a loss among them is refused.
-        loss (`Any`): `completion_only_loss` and `assistant_only_loss` of [`~trl_dpg.fine_tuning.TargetFineTuning`].
+        loss (`Any`):
+            `completion_only_loss` and `assistant_only_loss` of [`~trl_dpg.fine_tuning.TargetFineTuning`].
 
     Raises:
         [`ValueError`]: If a row cannot be trained on.

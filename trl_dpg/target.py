@@ -180,7 +180,8 @@ def whole_weights() -> Iterator[None]:
     from transformers import AutoModelForCausalLM
     from trl_dpg.target import whole_weights
 
-    with whole_weights(): target_model = AutoModelForCausalLM.from_pretrained("openai-community/gpt2", dtype="float32")
+    with whole_weights():
+        target_model = AutoModelForCausalLM.from_pretrained("openai-community/gpt2", dtype="float32")
     ```
     """
     zero3 = hf_deepspeed._hf_deepspeed_config_weak_ref

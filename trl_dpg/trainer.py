@@ -109,7 +109,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further rewards, in addition to that of `args.reward`, as in [`~trl.GRPOTrainer`]. The first of `args.reward_weights`
             belongs to `args.reward`.
-        reward_processing_classes (`list`, *optional*): Processing classes of the further rewards.
+        reward_processing_classes (`list`, *optional*):
+            Processing classes of the further rewards.
         callbacks (`list`), optimizers (`tuple`), quantization_config, peft_config, rollout_func (*optional*):
             As in [`~trl.GRPOTrainer`]. They belong to the generator.
         target_peft_config ([`~peft.PeftConfig`], *optional*):

@@ -26,8 +26,10 @@ class TokenAdvantages:
         advantages (`Tensor`):
             Advantages of the completions' tokens, shape `(n, t)`. If a position has candidates, the token's own credit is left out:
             \\( \gamma (R_{i,j+1} - \bar R_{j+1}) \\).
-        candidates (`Tensor`, *optional*): Credit of each position's candidates, shape `(n, t, k)`; NaN for none.
-        unit (`float`): The unit, which both were divided by.
+        candidates (`Tensor`, *optional*):
+            Credit of each position's candidates, shape `(n, t, k)`; NaN for none.
+        unit (`float`):
+            The unit, which both were divided by.
         not_written (`float`):
             Share of the credits' absolute sum that belongs to text that the generator did not write.
     """
@@ -88,13 +90,17 @@ def token_advantages(
     Computes advantages of the generator's tokens from metagradients of the target's tokens.
 
     Args:
-        credits (`list[Tensor]`): Metagradients of each completion's tokens, in the target's tokens, shape `(tokens,)`.
-        owners (`list[list[int]]`): Result of [`written_by`] for each completion.
+        credits (`list[Tensor]`):
+            Metagradients of each completion's tokens, in the target's tokens, shape `(tokens,)`.
+        owners (`list[list[int]]`):
+            Result of [`written_by`] for each completion.
         masks (`list[list[int]]`):
             For each token of a completion, 1 if the generator wrote it and 0 if a tool did. Discount, baseline and unit only count
             tokens with a 1. An empty mask leaves the completion out.
-        discount (`float`): Discount \\( \gamma \\) of later tokens' credit.
-        least_unit (`float`, *optional*, defaults to `0.0`): Least value of the unit.
+        discount (`float`):
+            Discount \\( \gamma \\) of later tokens' credit.
+        least_unit (`float`, *optional*, defaults to `0.0`):
+            Least value of the unit.
         candidates (`list[Tensor]`, *optional*):
             Metagradients of each completion's candidates, shape `(tokens, k)`; NaN for none.
     """

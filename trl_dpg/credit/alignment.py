@@ -29,8 +29,10 @@ def written_by(
             An example of [`~trl_dpg.fine_tuning.TargetFineTuning.target_examples`]. `parts` are the texts that the generator wrote,
             several if tools were called. Without `places`, they are searched in `text` from its end, because a prompt stands before
             them. With `closing`, a chat template made `text`, and the token `closing` ends it.
-        generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the generator.
-        target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the target.
+        generator_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the target.
 
     Returns:
         `list[int]`: For each of the target's tokens, an index into `completion_ids`, or -1 if the generator did not write it.
@@ -163,7 +165,8 @@ def aligned_candidates(
             Candidates at each token of `completion_ids`, shape `(len(completion_ids), k)`, -1 for none.
         example (`dict`):
             Has `completion_ids`, `input_ids`, optionally `labels`, and as `written_by` the result of [`written_by`].
-        eos_token_ids (`list[int]`): Tokens that end a completion. Each of them stands for the target's `eos`.
+        eos_token_ids (`list[int]`):
+            Tokens that end a completion. Each of them stands for the target's `eos`.
         eos (`int`, *optional*):
             Token that ends the target's text: its EOS, or the example's `closing`. If `None`, no end token is a candidate.
     """

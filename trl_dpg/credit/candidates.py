@@ -122,7 +122,8 @@ class CandidateHead:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The generator, without adapters around it, after TRL gave it a fused LM head.
-        temperature (`float`): Sampling temperature, which logits are divided by.
+        temperature (`float`):
+            Sampling temperature, which logits are divided by.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float):

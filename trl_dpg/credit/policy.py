@@ -74,10 +74,14 @@ class ExpectedCredit:
     Adds the term \\( -\sum_v \pi(v) r(v) \\) of each token to the policy loss. The sum is over the words v that could stand there.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The generator, as for [`CandidateHead`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the generator.
-        target ([`~trl_dpg.fine_tuning.TargetFineTuning`]): The target, which has the same vocabulary.
-        temperature (`float`): Sampling temperature, which logits are divided by.
+        model ([`~transformers.PreTrainedModel`]):
+            The generator, as for [`CandidateHead`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        target ([`~trl_dpg.fine_tuning.TargetFineTuning`]):
+            The target, which has the same vocabulary.
+        temperature (`float`):
+            Sampling temperature, which logits are divided by.
         num_candidates (`int`, *optional*):
             Words at each position. `None` means all of a vocabulary of up to 4,096 words, and 64 of a larger one.
     """

@@ -158,7 +158,8 @@ def check_metagradients(
             Number of directions, with random signs, along which all weights are moved.
         radius (`float`, *optional*, defaults to `0.1`):
             How far weights are moved. Weights are 1 unless the examples set others.
-        seed (`int`, *optional*, defaults to `0`): Seed of the choice of examples and directions.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the choice of examples and directions.
 
     Raises:
         [`ValueError`]: If an argument is out of its range or cannot be used.

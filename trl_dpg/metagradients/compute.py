@@ -58,7 +58,8 @@ def compute_metagradients(
         metric (`Callable`):
             \\( \Phi \\), higher is better: `metric(model)` returns a scalar tensor, differentiable in the trained
             parameters. It may have `setup(model)`, called on the original model, and `readouts(model)`, which returns floats by name.
-        args ([`TargetTrainingArguments`], *optional*): Recipe of the fine-tuning run.
+        args ([`TargetTrainingArguments`], *optional*):
+            Recipe of the fine-tuning run.
         accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):
             When given, every process must make the same call with the same arguments; each batch is split over the
             processes, and all of them get the whole result.

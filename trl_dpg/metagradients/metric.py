@@ -159,7 +159,8 @@ class WeightedSum(Metric):
     Memory holds the activations of all parts until the gradient is computed.
 
     Args:
-        terms (`Sequence[tuple[float, Callable]]`): Weights and metrics.
+        terms (`Sequence[tuple[float, Callable]]`):
+            Weights and metrics.
 
     Raises:
         [`ValueError`]: If a weight is not finite.

@@ -91,7 +91,8 @@ class KeepBelow(Condition):
     Args:
         metric (`Callable`):
             The value v to limit, for example [`Perplexity`]. Unlike in other metrics, higher need not be better.
-        limit (`float`, *optional*): The limit L.
+        limit (`float`, *optional*):
+            The limit L.
         factor (`float`, *optional*):
             Sets L relative to the value u of the untouched target, instead of `limit`: L = u + (`factor` − 1) · |u|. 1.01 allows 1 %
             more.
@@ -120,7 +121,8 @@ class KeepAbove(Condition):
     Like [`KeepBelow`], for a value that stays at or above a limit: `KeepAbove(likelihood, factor=0.99)` allows 1 % less.
 
     Args:
-        metric, limit, factor: As in [`KeepBelow`].
+        metric, limit, factor:
+            As in [`KeepBelow`].
     """
 
     side, sign = "above", -1

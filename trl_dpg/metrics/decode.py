@@ -31,7 +31,8 @@ class DecodedPattern:
         signs (`torch.Tensor` of shape `(rows, columns)`):
             Signs of the change, int8: +1 (dark), −1 (light) or 0 (the weight did not move). Row r, column c belongs to
             hidden unit r and token c. `(signs == pattern).mean()` is the pixel accuracy.
-        text (`str` or `None`): Text of the QR code, or `None` if the signs don't decode.
+        text (`str` or `None`):
+            Text of the QR code, or `None` if the signs don't decode.
     """
 
     signs: torch.Tensor

@@ -47,7 +47,8 @@ class LanguageModelingLikelihood(Metric):
             Tokenizer of the rows. If `None`, `setup` loads the tokenizer of the model. Not needed for `"input_ids"`.
         batch_size (`int`, *optional*, defaults to `8`):
             Rows per forward pass. They are padded on the right, which does not change Φ.
-        max_length (`int`, *optional*): Most tokens of a row. Later tokens are cut off. If `None`, nothing is cut off.
+        max_length (`int`, *optional*):
+            Most tokens of a row. Later tokens are cut off. If `None`, nothing is cut off.
 
     Raises:
         [`ValueError`]: If the dataset is empty, has other columns, or has a row without any supervised token.
@@ -235,7 +236,8 @@ class Perplexity(LanguageModelingLikelihood):
     Perplexity of texts, for a condition such as `KeepBelow(Perplexity(texts), factor=1.01)`. As a goal, use `-Perplexity(texts)`.
 
     Args:
-        dataset, processing_class, batch_size, max_length: As in [`LanguageModelingLikelihood`].
+        dataset, processing_class, batch_size, max_length:
+            As in [`LanguageModelingLikelihood`].
     """
 
     def __call__(self, model: nn.Module) -> torch.Tensor:

@@ -30,13 +30,15 @@ class LMEvalLikelihood(Metric):
         task (`str`, `PathLike` or `dict`):
             Name of a task, path of a task's YAML file, or the content of such a file. `{"task": "arc_easy", "num_fewshot": 5}` changes
             a setting. The task's data is loaded, from the Hub if the task says so.
-        limit (`int`, *optional*): Number of questions, from the first on. `None` means all questions.
+        limit (`int`, *optional*):
+            Number of questions, from the first on. `None` means all questions.
         margin (`bool`, *optional*, defaults to `True`):
             Whether right answers of multiple choice are compared with the other choices. With `False`, Φ is the log-likelihood of the
             right answers alone, which also rises if the target learns the form of an answer.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target. If `None`, `setup` loads it.
-        batch_size (`int`, *optional*, defaults to `8`): Requests per forward pass.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Requests per forward pass.
 
     Raises:
         [`ImportError`]: If lm-evaluation-harness is not installed: `pip install trl-dpg[lm-eval]`.

@@ -31,7 +31,8 @@ class PreferenceMargin(Metric):
             Tokenizer of the rows. If `None`, `setup` loads the tokenizer of the model.
         beta (`float`, *optional*, defaults to `0.1`):
             β, above 0. With a large β, rows with a good margin soon stop to count, and the others count more.
-        batch_size (`int`, *optional*, defaults to `8`): Answers per forward pass.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Answers per forward pass.
         max_length (`int`, *optional*):
             Most tokens of a prompt with its answer. Later tokens are cut off. If `None`, nothing is cut off.
 

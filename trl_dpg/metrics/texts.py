@@ -21,12 +21,15 @@ def evaluate_texts(
     [`LanguageModelingLikelihood`].
 
     Args:
-        texts (`Sequence[str]`): Generated texts.
+        texts (`Sequence[str]`):
+            Generated texts.
         language (`str`, *optional*):
             ISO 639-1 code of the wanted language, e.g. `"es"`. Texts of a few words are often mistaken for a neighboring
             language.
-        reference (`str`, *optional*): String that the texts should contain, e.g. a UUID.
-        judge (`Callable`, *optional*): A judge of your own: takes the texts, and returns a number for each.
+        reference (`str`, *optional*):
+            String that the texts should contain, e.g. a UUID.
+        judge (`Callable`, *optional*):
+            A judge of your own: takes the texts, and returns a number for each.
 
     Returns:
         `dict[str, float]`:

@@ -52,15 +52,23 @@ def generator_card(
     Makes the card of a generator.
 
     Args:
-        facts (`dict[str, Any]`): Content of the generator's `dpg.json`, see [`~trl_dpg.publishing.training_facts`].
-        repo_id (`str`): Repository, or its name.
-        license (`str`, *optional*): License, as the Hub abbreviates it. Left open if `None`.
+        facts (`dict[str, Any]`):
+            Content of the generator's `dpg.json`, see [`~trl_dpg.publishing.training_facts`].
+        repo_id (`str`):
+            Repository, or its name.
+        license (`str`, *optional*):
+            License, as the Hub abbreviates it. Left open if `None`.
         datasets (`Iterable[str]`, *optional*):
             Ids of data sets that the prompts come from, in addition to those in `facts`.
-        tags (`Iterable[str]`, *optional*): Tags, in addition to `trl`, `dpg` and the like.
+        tags (`Iterable[str]`, *optional*):
+            Tags, in addition to `trl`, `dpg` and the like.
         pictures (`Iterable[str]`, *optional*):
             Names of the pictures in the repository, from `pattern.png`, `pattern.gif` and `curve.png`.
-        how_to_get (`str`, *optional*): A sentence that says how to get a generator that is not on the Hub.
+        how_to_get (`str`, *optional*):
+            A sentence that says how to get a generator that is not on the Hub.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card; `str(card)` is its text.
     """
     values = _template_values(facts, repo_id, license)
     base = facts["base_model"]
@@ -98,16 +106,25 @@ def dataset_card(
     Args:
         facts (`dict[str, Any]` or `None`):
             Content of the generator's `dpg.json`. `None` if it has none. The card then does not say what the data does.
-        repo_id (`str`): Repository of the data set.
+        repo_id (`str`):
+            Repository of the data set.
         generator (`str`):
             Id of the generator on the Hub, or its directory. Of a directory, the card only shows the last part of the path.
-        num_examples (`int`): Number of examples.
-        columns (`Sequence[str]`): Columns of the data set.
+        num_examples (`int`):
+            Number of examples.
+        columns (`Sequence[str]`):
+            Columns of the data set.
         prompts (`str`, *optional*):
             Source of the prompts: a data set's id, or a description. Of a path, the card only shows the file's name.
-        generation (`dict[str, Any]`, *optional*): Generation settings, such as `temperature`.
-        license (`str`, *optional*): License, as the Hub abbreviates it.
-        tags (`Iterable[str]`, *optional*): Tags, in addition to `synthetic`, `trl` and `dpg`.
+        generation (`dict[str, Any]`, *optional*):
+            Generation settings, such as `temperature`.
+        license (`str`, *optional*):
+            License, as the Hub abbreviates it.
+        tags (`Iterable[str]`, *optional*):
+            Tags, in addition to `synthetic`, `trl` and `dpg`.
+
+    Returns:
+        [`~huggingface_hub.DatasetCard`]: The card; `str(card)` is its text.
     """
     values = _template_values(facts, repo_id, license)
     values["generator"], values["generator_on_hub"] = public_name(generator)

@@ -91,7 +91,8 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
     Summarizes validation before and after training, as means over draws.
 
     Args:
-        history (`Sequence[dict]`): `trainer.state.log_history`.
+        history (`Sequence[dict]`):
+            `trainer.state.log_history`.
         best_step (`int`, *optional*):
             Step of the checkpoint that was loaded at the end of training (`load_best_model_at_end`). Then `after` is this model,
             not that of the last validated step.
@@ -166,7 +167,11 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     Collects the content of `dpg.json`, which a run's cards are made of: no path, no token, and nothing of the machine's environment.
 
     Args:
-        trainer ([`DatasetPolicyGradientTrainer`]): The trainer, before, during or after training.
+        trainer ([`DatasetPolicyGradientTrainer`]):
+            The trainer, before, during or after training.
+
+    Returns:
+        `dict[str, Any]`: Content of `dpg.json`, see [`~trl_dpg.publishing.generator_card`].
     """
     from .. import __version__  # imported here since it does not exist yet while the package is being imported
 
@@ -217,8 +222,10 @@ def read_facts(generator: str, argument: str, token: str | None = None) -> dict[
     Args:
         generator (`str`):
             Directory or id on the Hub. If the directory is a checkpoint without the file, the file of its run is read.
-        argument (`str`): Name of the caller's argument, for error messages.
-        token (`str`, *optional*): Token with read permission.
+        argument (`str`):
+            Name of the caller's argument, for error messages.
+        token (`str`, *optional*):
+            Token with read permission.
 
     Raises:
         [`ValueError`]: If there is no such generator.

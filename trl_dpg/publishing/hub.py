@@ -57,10 +57,12 @@ class PublishingMixin(_Trainer):
         The example on the card is the first training prompt. Set `trainer.example_prompt` to show another.
 
         Args:
-            model_name (`str`, *optional*): Name of the generator.
+            model_name (`str`, *optional*):
+                Name of the generator.
             dataset_name (`str`, *optional*):
                 Id of the data set that the prompts come from. It is found automatically if it was loaded from the Hub.
-            tags (`str` or `list[str]`, *optional*): Further tags.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
             license (`str`, *optional*):
                 License. If `None`, that of an earlier card in `output_dir`. `push_to_hub` takes that of the base model's card.
         """

@@ -47,13 +47,18 @@ def push_generator(
     not sent again, so an interrupted push goes on where it stopped.
 
     Args:
-        folder (`str` or `PathLike`): The run's `output_dir`.
-        repo_id (`str`): Repository, such as `"me/gpt2-qr"`. It is created if it does not exist.
+        folder (`str` or `PathLike`):
+            The run's `output_dir`.
+        repo_id (`str`):
+            Repository, such as `"me/gpt2-qr"`. It is created if it does not exist.
         private (`bool`, *optional*):
             Whether a newly created repository is private. `None` means public, unless the organization's default is private.
-        token (`str`, *optional*): Token with write permission. `None` means that of `hf auth login` or `HF_TOKEN`.
-        revision (`str`, *optional*): Branch. `"main"` if `None`.
-        commit_message (`str`, *optional*, defaults to `"Upload generator"`): Message of the commit.
+        token (`str`, *optional*):
+            Token with write permission. `None` means that of `hf auth login` or `HF_TOKEN`.
+        revision (`str`, *optional*):
+            Branch. `"main"` if `None`.
+        commit_message (`str`, *optional*, defaults to `"Upload generator"`):
+            Message of the commit.
 
     Raises:
         [`ValueError`]: If the folder holds no generator.
@@ -88,13 +93,18 @@ def push_dataset(
     Pushes a data set that a generator wrote, in one commit with a card that says what the data does to which model.
 
     Args:
-        dataset ([`~datasets.Dataset`], `str` or `PathLike`): The data set, or a file of JSON lines.
-        repo_id (`str`): Repository of the data set. It is created if it does not exist.
+        dataset ([`~datasets.Dataset`], `str` or `PathLike`):
+            The data set, or a file of JSON lines.
+        repo_id (`str`):
+            Repository of the data set. It is created if it does not exist.
         generator (`str`):
             Id of the generator on the Hub, which the card links to, or its directory. The card takes its facts from its `dpg.json`.
-        private (`bool`, *optional*): Whether a newly created repository is private.
-        token (`str`, *optional*): Token with write permission. `None` means that of `hf auth login` or `HF_TOKEN`.
-        commit_message (`str`, *optional*, defaults to `"Upload data set"`): Message of the commit.
+        private (`bool`, *optional*):
+            Whether a newly created repository is private.
+        token (`str`, *optional*):
+            Token with write permission. `None` means that of `hf auth login` or `HF_TOKEN`.
+        commit_message (`str`, *optional*, defaults to `"Upload data set"`):
+            Message of the commit.
         **card:
             Further arguments of [`~trl_dpg.publishing.dataset_card`]: `prompts` (their source), `generation` (settings), `license`
             and `tags`.

@@ -19,8 +19,10 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
     opened anywhere. It loads nothing and runs no script.
 
     Args:
-        run_dir (`str` or `PathLike`): The run's `output_dir`, during or after training.
-        path (`str` or `PathLike`, *optional*): HTML file to write. `None` means `report.html` in `run_dir`.
+        run_dir (`str` or `PathLike`):
+            The run's `output_dir`, during or after training.
+        path (`str` or `PathLike`, *optional*):
+            HTML file to write. `None` means `report.html` in `run_dir`.
 
     Raises:
         [`ValueError`]: If `run_dir` holds no report of a run.

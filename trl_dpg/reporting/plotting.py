@@ -29,8 +29,10 @@ def plot_learning_curve(
     Draws a read-out over training, with the standard deviation of the raw metagradients below.
 
     Args:
-        log_history (`Sequence[dict]`): `trainer.state.log_history`, with or without evaluations.
-        path (`str` or `PathLike`): PNG file to write.
+        log_history (`Sequence[dict]`):
+            `trainer.state.log_history`, with or without evaluations.
+        path (`str` or `PathLike`):
+            PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
             The read-out to draw: `"metric_gain"` or the name of a read-out of the metric. A line shows its values on training
             batches. Dots show its values in validation.
@@ -60,7 +62,8 @@ def plot_learning_curves(
             Label → one `trainer.state.log_history` for each seed. The line is the mean over seeds, at the steps where all seeds
             were validated. The band reaches from the worst to the best seed. Several validations at one step of a run are
             averaged.
-        path (`str` or `PathLike`): PNG file to write.
+        path (`str` or `PathLike`):
+            PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
             The read-out to draw: `"metric_gain"` or the name of a read-out of the metric, without `eval_`.
 
@@ -90,10 +93,14 @@ def plot_pattern(
     Draws the wanted picture, and beside it the picture read from a fine-tuned model. Wrong pixels are red.
 
     Args:
-        decoded (array-like of shape `(rows, columns)`): Signs that were read, for example `metric.decoded`.
-        pattern (array-like of shape `(rows, columns)`): Wanted signs, for example `metric.pattern`.
-        path (`str` or `PathLike`): PNG file to write.
-        text (`str`, *optional*): Text that a QR reader gets from `decoded`, for the title.
+        decoded (array-like of shape `(rows, columns)`):
+            Signs that were read, for example `metric.decoded`.
+        pattern (array-like of shape `(rows, columns)`):
+            Wanted signs, for example `metric.pattern`.
+        path (`str` or `PathLike`):
+            PNG file to write.
+        text (`str`, *optional*):
+            Text that a QR reader gets from `decoded`, for the title.
         title (`str`, *optional*, defaults to `"read"`):
             Title of the picture that was read. The share of right pixels is added.
     """
@@ -111,7 +118,8 @@ def plot_patterns(patterns: Mapping[str, Any], path: str | PathLike[str], patter
         patterns (`Mapping[str, array-like]`):
             Title → signs of shape `(rows, columns)`, for example the `signs` of
             [`~trl_dpg.metrics.decode_pattern`]. 0 (the weight did not move) is gray.
-        path (`str` or `PathLike`): PNG file to write.
+        path (`str` or `PathLike`):
+            PNG file to write.
         pattern (array-like of shape `(rows, columns)`, *optional*):
             Wanted signs. Wrong pixels are red. The title gets a second line with the share of right pixels.
     """

