@@ -30,7 +30,6 @@ def replays(rule: type[Update], num_steps: int) -> int:
     tape = Tape(optimizer, [block], num_steps, torch.Tensor.zero_, Storage())
     state = tuple(torch.zeros(1) for _ in range(rule.num_states))
     for _ in range(num_steps):
-        optimizer.clipping.measure(torch.ones(1))
         tape.push(StepInputs(torch.zeros(1), state, torch.ones(1)))
     cotangent = Cotangent(torch.zeros(1), tape)
     for _ in range(num_steps):

@@ -102,7 +102,7 @@ def test_drawn_tokens(ids, ended):
         assert found[-1] == len(ids)
     credits = torch.randn(len(input_ids), generator=torch.Generator().manual_seed(len(ids)))
     result = token_advantages([credits, torch.zeros(1)], [found, [0]], [[1] * (len(ids) + ended)] * 2, 1.0)
-    total = result.sampled[0, 0] - result.sampled[1, 0]  # the baseline falls out
+    total = result.advantages[0, 0] - result.advantages[1, 0]  # the baseline falls out
     assert total.item() * result.unit == pytest.approx(credits.double().sum().item(), abs=1e-5)
 
 

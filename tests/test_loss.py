@@ -293,7 +293,7 @@ def test_credit_behind_a_prompt(targets, ids, ended, kind, prompt):
     credits[torch.tensor(labels) == -100] = 0.0
     masks = [[1] * (len(ids) + ended)] * 2
     result = token_advantages([credits, torch.zeros(1)], [owners, [0]], masks, 1.0)
-    total = (result.sampled[0, 0] - result.sampled[1, 0]).item() * result.unit  # the baseline falls out
+    total = (result.advantages[0, 0] - result.advantages[1, 0]).item() * result.unit  # the baseline falls out
     of_template = credits[-1].item() if nobodys else 0.0
     assert total == pytest.approx(credits.double().sum().item() - of_template, abs=1e-5)
 

@@ -8,8 +8,8 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from .config import DatasetPolicyGradientConfig
-from .fine_tuning import check_metric
 from .metagradients import TargetTrainingArguments
+from .metagradients.metric import as_metric
 from .replay import check_replay
 
 
@@ -32,7 +32,7 @@ def check_arguments(model, target_model, metric, args, train_dataset, eval_datas
             "`target_model` and `model` are the same object, so training the generator would change the target. Load the "
             "target separately, or pass both by name."
         )
-    check_metric(metric)
+    as_metric(metric)
     check_replay(replay_dataset, args.replay_ratio)
     _check_train_dataset(args, train_dataset)
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}

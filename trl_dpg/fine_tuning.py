@@ -84,14 +84,14 @@ class TargetFineTuning:
         replay_ratio: float = 0.0,
         variants: list[dict[str, Any]] | None = None,
     ):
-        check_metric(metric)
+        metric = as_metric(metric)
         check_replay(replay_dataset, replay_ratio)
         self.args = args or TargetTrainingArguments()
         variant_recipes(self.args, variants)
         check_loss(formatting_func, completion_only_loss, assistant_only_loss, processing_class)
         self.skipped = False  # only rewards that fine-tune the target skip batches
         self.target_model = load_target_model(target_model)
-        self.metric = as_metric(metric)
+        self.metric = metric
         self.processing_class = processing_class or load_target_tokenizer(self.target_model.config._name_or_path)
         self.formatting_func = formatting_func
         self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
@@ -248,12 +248,3 @@ def measuring_nothing(metric: Metric) -> Iterator[None]:
         yield
     finally:
         metric.load_state(state)
-
-
-def check_metric(metric: Any) -> None:
-    """Raises a [`ValueError`] if a metric cannot be called. This check comes before anything is loaded."""
-    if not callable(metric) or isinstance(metric, type):
-        raise ValueError(
-            f"`metric` must be a function of the fine-tuned target that returns a scalar tensor, got {metric!r}. Pass a "
-            "function, or an instance of one of the classes in `trl_dpg.metrics`."
-        )

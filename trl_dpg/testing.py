@@ -101,28 +101,18 @@ def tiny_causal_lm(
         return GPT2LMHeadModel(config)
 
 
-def save_tiny_models(
-    directory: str | os.PathLike[str],
-    seed: int = 0,
-    num_words: int = 60,
-    special_tokens: list[str] = SPECIAL_TOKENS,
-) -> tuple[str, str]:
+def save_tiny_models(directory: str | os.PathLike[str], seed: int = 0, num_words: int = 60) -> tuple[str, str]:
     """
     Writes a generator and a target with different weights and the same tokenizer into `directory/words-{num_words}-seed-{seed}`.
     Returns the two directories. Existing models are kept.
     """
-    tokenizer = tiny_tokenizer(num_words, special_tokens)
-    build = partial(save_pair, tokenizer=tokenizer, special_tokens=special_tokens, seed=seed)
+    build = partial(save_pair, tokenizer=tiny_tokenizer(num_words), special_tokens=SPECIAL_TOKENS, seed=seed)
     path = build_once(Path(directory) / f"words-{num_words}-seed-{seed}", build)
     return str(path / "generator"), str(path / "target")
 
 
 def save_pair(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    special_tokens: list[str],
-    seed: int,
-    position_scale: float = 1.0,
+    folder: Path, tokenizer: PreTrainedTokenizerFast, special_tokens: list[str], seed: int, position_scale: float = 1.0
 ) -> None:
     """Writes the models `generator` and `target` for a tokenizer. `position_scale` multiplies their position embeddings."""
     for index, name in enumerate(["generator", "target"]):

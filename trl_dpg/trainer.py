@@ -200,9 +200,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        if (
-            args.use_vllm and args.vllm_mode == "colocate"
-        ):  # a vLLM engine resets the seed of its process, without regard to `args.seed`
+        if args.use_vllm and args.vllm_mode == "colocate":
+            # A vLLM engine resets the seed of its process, without regard to `args.seed`.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
         # TRL counts a completion as ended if its last token is one of these.
@@ -374,8 +373,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
                 count = len(completion_ids) * self.accelerator.num_processes
                 self._logs["extra"]["metagradient_credit"].extend([""] * count)  # type: ignore[index]
             return
-        sampled, candidates = result.of_rows(mine, length, self.reward_weights[0].item())
-        output["advantages"] = output["advantages"].unsqueeze(1) + sampled.to(place)
+        advantages, candidates = result.of_rows(mine, length, self.reward_weights[0].item())
+        output["advantages"] = output["advantages"].unsqueeze(1) + advantages.to(place)
         if candidates is not None:
             output["candidate_credits"] = candidates.to(place)
             if not self._expected_credit.all_words:  # type: ignore[union-attr]
@@ -385,7 +384,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
                 ]
                 output["candidate_ids"] = torch.stack(ids).to(place)
         if self.log_completions and self.accelerator.is_main_process:  # this process prints and sends the table
-            texts = [credit_text(training.credit_by_word(i)) for i in range(len(result.sampled))]
+            texts = [credit_text(training.credit_by_word(i)) for i in range(len(result.advantages))]
             self._logs["extra"]["metagradient_credit"].extend(texts)  # type: ignore[index]
         metrics = self._metrics["train"]
         metrics["metagradient/credit_unit"].append(result.unit)

@@ -74,5 +74,5 @@ def test_failure_on_one_process_ends_both(tmp_path):
 
 def test_failure_between_model_calls_ends_both(tmp_path):
     """The process that did not fail says why it ends, here twice, instead of waiting for the other."""
-    for reason, method in zip(launch("failing_tape", 2, tmp_path), ("push", "replay"), strict=True):
+    for reason, method in zip(launch("failing_tape", 2, tmp_path), ("push", "restore"), strict=True):
         assert "another process failed. OSError on process 1: planted failure of " + method in reason

@@ -156,7 +156,7 @@ def failure(state, directory):
 def failing_tape(state, directory):
     """A tape that fails on the last process only: when something is put on it, and when something is taken off it."""
     reasons = []
-    for method in ("push", "replay"):
+    for method in ("push", "restore"):
         original = getattr(Tape, method)
 
         def failing(self, *args, method=method):

@@ -8,8 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tests.metagradients.cases import CASES, make_examples, metric, relative_error
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.central_difference import CentralDifference
-from trl_dpg.metagradients.method.differentiator import Direction
-from trl_dpg.metagradients.method.exact import Exact
+from trl_dpg.metagradients.method.exact import Direction, Exact
 from trl_dpg.metagradients.method.updates import SGD
 from trl_dpg.metagradients.runtime.examples import MicroBatch
 from trl_dpg.metagradients.runtime.processes import Processes

@@ -285,8 +285,8 @@ class UncalledMetric:
 
 
 BAD_METRICS = {
-    "missing": (None, ValueError, "`metric` must be a function of the model.*got None.*Pass"),
-    "class": (UncalledMetric, ValueError, "`metric` must be a function of the model.*UncalledMetric.*an instance"),
+    "missing": (None, ValueError, "`metric` must be a function.*got None.*Pass"),
+    "class": (UncalledMetric, ValueError, "`metric` must be a function.*UncalledMetric.*an instance"),
     "vector": (lambda m: m.lm_head.weight.sum(0), ValueError, r"`metric` must return a scalar.*shape \(8,\).*Reduce"),
     "float": (lambda m: 1.0, ValueError, "`metric` must return a scalar tensor, got one of type float"),
     "none": (lambda m: None, ValueError, "`metric` must return a scalar tensor, got one of type NoneType"),

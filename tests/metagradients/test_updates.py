@@ -7,7 +7,7 @@ import torch
 
 from trl_dpg.metagradients import TargetTrainingArguments
 from trl_dpg.metagradients.method.tape import Cotangent, StepInputs, Tape
-from trl_dpg.metagradients.method.updates import SGD, AdamW, Clipping, Muon
+from trl_dpg.metagradients.method.updates import SGD, AdamW, Muon
 from trl_dpg.metagradients.method.updates.optimizer import Block, Optimizer
 from trl_dpg.metagradients.runtime.storage import Storage
 from trl_dpg.metagradients.runtime.workspace import ALIGNMENT
@@ -89,19 +89,19 @@ def test_update_is_that_of_torch(name, max_grad_norm, monkeypatch):
     ours = [tensor(0), tensor(1)]
     theirs = [torch.nn.Parameter(t.view(SHAPE).clone()) for t in ours]
     stock = [rule.stock([p], rule.recipe, rule.weight_decay) for rule, p in zip(rules, theirs, strict=True)]
-    states, clipping = [zeros(rule) for rule in rules], Clipping(max_grad_norm)
+    states, optimizer = [zeros(rule) for rule in rules], Optimizer([], rates, max_grad_norm)
     for step, rate in enumerate(rates):
         grads = [tensor(10 * step + i, scale=10.0 ** (step - 3)) for i in (2, 3)]
         for param, grad in zip(theirs, grads, strict=True):
             param.grad = grad.view(SHAPE).clone()
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
-        for optimizer in stock:
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-        clipping.measure(torch.cat(grads))
+        for other in stock:
+            other.param_groups[0]["lr"] = rate
+            other.step()
+        optimizer.norms.append(torch.cat(grads).norm().item())
         for rule, phi, state, grad in zip(rules, ours, states, grads, strict=True):
-            rule.update_(step, rate, phi, state, clipping.clipped(step, grad))
+            optimizer.update_(step, rule, phi, state, grad)
         assert relative_error(ours, [p.detach().flatten() for p in theirs]) < 1e-12
 
 
@@ -219,26 +219,39 @@ def test_adamw_first_adjoint_does_not_cancel(scale):
     torch.testing.assert_close(found[0].double(), found[1], rtol=1e-6, atol=0)
 
 
+def one_step(max_norm, grad):
+    """An optimizer that subtracts the clipped gradient, and its tape after a step."""
+    block = Block(slice(0, SIZE), make_rule("sgd", weight_decay=0.0))
+    optimizer = Optimizer([block], [1.0], max_norm, [grad.norm().item()])
+    tape = Tape(optimizer, [block], 1, torch.Tensor.zero_, Storage())
+    tape.push(StepInputs(torch.zeros_like(grad), (), grad))
+    return optimizer, tape
+
+
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])
 def test_clip_adjoint(max_norm):
     """Against autograd through the global norm."""
-    grad, cotangent, clipping = tensor(0).requires_grad_(), tensor(1), Clipping(max_norm)
+    grad, cotangent = tensor(0).requires_grad_(), tensor(1)
     clipped = grad * torch.clamp(max_norm / (grad.norm() + 1e-6), max=1.0) if max_norm else grad * 1.0
     (expected,) = torch.autograd.grad(clipped, grad, cotangent)
     grad, actual = grad.detach(), cotangent.clone()
-    clipping.measure(grad)
-    torch.testing.assert_close(clipping.clipped(0, grad), clipped.detach())
-    inner = clipping.adjoint_(0, actual, grad, torch.dot(cotangent, grad).item())
-    assert relative_error([actual], [expected]) < 1e-10 and inner == pytest.approx(torch.dot(expected, grad).item())
+    optimizer, tape = one_step(max_norm, grad)
+    phi, (rule,) = torch.zeros_like(grad), [rule for _, rule in optimizer.parts]
+    optimizer.update_(0, rule, phi, (), grad)
+    torch.testing.assert_close(-phi, clipped.detach())
+    if optimizer.clip_factor(0) < 1:
+        inner = optimizer.clipping_adjoint_(tape, actual, torch.dot(cotangent, grad).item())
+        assert inner == pytest.approx(torch.dot(expected, grad).item())
+    assert relative_error([actual], [expected]) < 1e-10
     assert (relative_error([actual], [cotangent]) > 0.1) == (max_norm == 0.5)
 
 
 @pytest.mark.parametrize("max_norm", [1e-8, 1.0])
 def test_clip_adjoint_of_a_zero_gradient(max_norm):
     """Around a gradient of zero clipping multiplies by min(1, M / 1e-6)."""
-    actual, clipping = tensor(1), Clipping(max_norm)
-    clipping.measure(torch.zeros(SIZE))
-    clipping.adjoint_(0, actual, torch.zeros(SIZE, dtype=torch.float64), 0.0)
+    actual = tensor(1)
+    optimizer, tape = one_step(max_norm, torch.zeros_like(actual))
+    optimizer.clipping_adjoint_(tape, actual, 0.0)
     assert relative_error([actual], [tensor(1) * min(1.0, max_norm / 1e-6)]) < 1e-12
 
 
@@ -260,7 +273,7 @@ def walk_back(optimizer, part, num_steps, total=float):
     for _ in range(num_steps):
         along = torch.empty_like(phi)
         inner = total(optimizer.adjoint_(tape, phi, cotangent, along))
-        if optimizer.clipping.clips(tape.last):
+        if optimizer.clip_factor(tape.last) < 1:
             inner = total(optimizer.clipping_adjoint_(tape, along, inner))
         tape.pop()
         found.append((along.clone(), cotangent.phi.clone(), phi.clone(), inner))
@@ -271,10 +284,7 @@ def make_optimizer(name, max_grad_norm, num_steps=3):
     rules = [make_rule(name, weight_decay, epsilon_root=1e-3) for weight_decay in (0.3, 0.0)]
     rates = [0.1 / (step + 1) for step in range(num_steps)]
     parts = [Block(slice(0, 6), rules[0]), Block(slice(6, SIZE), rules[1])]
-    optimizer = Optimizer(parts, rates, max_grad_norm)
-    for step in range(num_steps):
-        optimizer.clipping.measure(tensor(10 + step))
-    return optimizer
+    return Optimizer(parts, rates, max_grad_norm, [tensor(10 + step).norm().item() for step in range(num_steps)])
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5, 100.0], ids=["off", "active", "inactive"])

@@ -146,7 +146,7 @@ def test_every_example_is_in_one_micro_batch(rows, recipe, processes):
                 assert micro_batch.input_ids[row, :length].tolist() == examples[i].input_ids
                 assert micro_batch.labels[row, :length].tolist() == examples[i].labels
                 assert (micro_batch.labels[row, length:] == -100).all()
-            total += (micro_batch.scale * micro_batch.num_supervised).sum().item()
+            total += (micro_batch.inverse_z * micro_batch.num_supervised).sum().item()
         if args.loss_normalization != "max_length":
             assert total == pytest.approx(1.0 if supervised else 0.0)
 

@@ -75,8 +75,8 @@ class TestBeforeAnyModelIsLoaded:
                 {"target_model": None},
                 "`target_model` is missing. Pass the model that the generated data is to fine-tune",
             ),
-            ({"metric": "lm_head_norm"}, "`metric` must be a function of the fine-tuned target.*got 'lm_head_norm'"),
-            ({"metric": None}, "`metric` must be a function of the fine-tuned target.*got None"),
+            ({"metric": "lm_head_norm"}, "`metric` must be a function.*got 'lm_head_norm'"),
+            ({"metric": None}, "`metric` must be a function.*got None"),
         ],
     )
     def test_refused(self, make_trainer, names, no_loading, kwargs, message):

@@ -45,7 +45,7 @@ def gradients(policy, assignment, discount, ids=None):
         candidates = list(credits[rows].gather(2, ids)) if assignment == "expected" else None
         every = [list(range(LENGTH))] * len(words)
         result = token_advantages(list(own), every, [[1] * LENGTH] * len(words), discount, candidates=candidates)
-        objective = (chosen * result.sampled).sum(dim=1)
+        objective = (chosen * result.advantages).sum(dim=1)
         if candidates is not None:
             objective = objective + expected_credit(log_probs.gather(2, ids), result.candidates).sum(dim=1)
         objective = objective * result.unit
@@ -115,14 +115,14 @@ def test_reward_to_go():
     expected = torch.cat([to_go - to_go.mean(dim=0), torch.tensor([[0.0], [0.0]])], dim=1)
     unit = (expected.square().sum() / 5).sqrt().item()
     assert result.unit == pytest.approx(unit)
-    assert torch.allclose(result.sampled, (expected / unit).double(), atol=1e-7)
+    assert torch.allclose(result.advantages, (expected / unit).double(), atol=1e-7)
 
 
 def test_credit_of_text_that_was_not_written():
     """A prompt's part is left out, and its share is said."""
     credits = [torch.tensor([3.0, 1.0]), torch.tensor([3.0, -1.0])]
     result = token_advantages(credits, [[-1, 0], [-1, 0]], [[1], [1]], 1.0)
-    assert result.sampled.flatten().tolist() == [1.0, -1.0]
+    assert result.advantages.flatten().tolist() == [1.0, -1.0]
     assert result.not_written == pytest.approx(6 / 8)
 
 
@@ -130,12 +130,12 @@ def test_equal_completions_have_no_advantage():
     """Whatever rounding says."""
     credits = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-7])]
     result = token_advantages(credits, [[0, 1]] * 2, [[1, 1]] * 2, 1.0)
-    assert (result.sampled == 0).all()
+    assert (result.advantages == 0).all()
 
 
 def test_floor():
     credits = [torch.tensor([1.0]), torch.tensor([-1.0])]
-    assert token_advantages(credits, [[0]] * 2, [[1], [1]], 1.0, least_unit=4.0).sampled.flatten().tolist() == [
+    assert token_advantages(credits, [[0]] * 2, [[1], [1]], 1.0, least_unit=4.0).advantages.flatten().tolist() == [
         0.25,
         -0.25,
     ]
@@ -279,7 +279,7 @@ def test_other_rewards_are_added(batch, scale_rewards):
     others = groups - groups.mean(dim=1, keepdim=True)
     if scale_rewards == "group":
         others = others / (groups.std(dim=1, keepdim=True) + 1e-4)
-    ours = 3.0 * trainer.target_training.token_advantages(0.5).sampled.float()
+    ours = 3.0 * trainer.target_training.token_advantages(0.5).advantages.float()
     padded = F.pad(ours, (0, inputs["advantages"].shape[1] - ours.shape[1])) + others.view(8, 1)
     found = sorted(inputs["advantages"].tolist())
     assert torch.allclose(torch.tensor(found), torch.tensor(sorted(padded.tolist())), atol=1e-5)

@@ -23,8 +23,8 @@ class TokenAdvantages:
     that reach position j. The unit is the root mean square of these advantages over the batch, but not less than a given least unit.
 
     Attributes:
-        sampled (`Tensor`):
-            Advantages of the sampled tokens, shape `(n, t)`. If a position has candidates, the token's own credit is left out:
+        advantages (`Tensor`):
+            Advantages of the completions' tokens, shape `(n, t)`. If a position has candidates, the token's own credit is left out:
             \\( \gamma (R_{i,j+1} - \bar R_{j+1}) \\).
         candidates (`Tensor`, *optional*):
             Credit of each position's candidates, shape `(n, t, k)`; NaN for none.
@@ -34,13 +34,13 @@ class TokenAdvantages:
             Share of the credits' absolute sum that belongs to text that the generator did not write.
     """
 
-    sampled: Tensor
+    advantages: Tensor
     candidates: Tensor | None
     unit: float
     not_written: float
 
     def of_rows(self, rows: slice, length: int, weight: float) -> tuple[Tensor, Tensor | None]:
-        """`sampled` and `candidates` of some completions, multiplied by `weight` and padded to `length` tokens on the right."""
+        """`advantages` and `candidates` of some completions, multiplied by `weight` and padded to `length` tokens on the right."""
 
         def padded(values: Tensor, missing: float) -> Tensor:
             values = weight * values[rows, :length].float()
@@ -48,7 +48,7 @@ class TokenAdvantages:
                 [values, values.new_full((len(values), length - values.shape[1], *values.shape[2:]), missing)], 1
             )
 
-        return padded(self.sampled, 0.0), None if self.candidates is None else padded(self.candidates, torch.nan)
+        return padded(self.advantages, 0.0), None if self.candidates is None else padded(self.candidates, torch.nan)
 
 
 def reward_advantages(

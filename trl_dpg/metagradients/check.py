@@ -161,9 +161,6 @@ def check_metagradients(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice of examples and directions.
 
-    Returns:
-        [`MetagradientCheck`]
-
     Raises:
         [`ValueError`]: If an argument is out of its range or cannot be used.
         [`FloatingPointError`]: If a run is not finite.

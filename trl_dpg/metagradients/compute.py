@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
@@ -66,9 +64,6 @@ def compute_metagradients(
             When given, every process must make the same call with the same arguments; each batch is split over the
             processes, and all of them get the whole result.
 
-    Returns:
-        [`MetagradientOutput`]
-
     Raises:
         [`ValueError`]: If the model, an example or the metric cannot be used; the message says why and what to do.
         [`FloatingPointError`]: If a loss, a gradient, the metric or a cotangent is not finite.
@@ -106,23 +101,7 @@ def compute_metagradients(
             product = run.add_token_metagradients(step, differentiator, direction)
             if product is not None:
                 cotangent.phi += product
-        token_metagradients = run.processes.sum_(run.token_metagradients)
-
-    of_examples = token_metagradients.cpu().split([len(example.input_ids) for example in run.examples])
-    whole = [  # one row per token of the given examples: zeros for padding, and for tokens beyond `max_length`
-        F.pad(values, (0, 0, example.start, len(given["input_ids"]) - example.start - len(values)))
-        for values, example, given in zip(of_examples, run.examples, examples, strict=True)
-    ]
-    candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(whole, run.examples, strict=True)]
-    return MetagradientOutput(
-        metagradients=torch.stack([part[:, 0].double().sum() for part in of_examples]).float(),
-        token_metagradients=[part[:, 0].float() for part in whole],
-        candidate_metagradients=candidates if run.losses_per_token > 1 else None,
-        plan=run.plan,
-        curvature_errors=differentiator.errors[::-1],
-        num_exact_fallbacks=differentiator.num_fallbacks,
-        **vars(run.measured),
-    )
+        return run.result(examples, differentiator)
 
 
 def train_and_measure(

@@ -137,7 +137,12 @@ class FunctionMetric(Metric):
 
 
 def as_metric(metric: Any) -> Metric:
-    """Makes a [`Metric`] of any metric that a user may pass."""
+    """Makes a [`Metric`] of any metric that a user may pass. Raises a [`ValueError`] if it cannot be called."""
+    if not callable(metric) or isinstance(metric, type):
+        raise ValueError(
+            f"`metric` must be a function of the fine-tuned model that returns a scalar tensor, got {metric!r:.80}. Pass a function, "
+            "or an instance of a class, such as those in `trl_dpg.metrics`."
+        )
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
 
 
@@ -302,30 +307,10 @@ def description(metric: Metric) -> dict[str, Any]:
 
 
 # Names of other values that are logged under the same prefix as read-outs
-RESERVED = {
-    "metric",
-    "metric_before",
-    "metric_after",
-    "metric_gain",
-    "target_loss",
-    "target_steps",
-    "adam_epsilon_root",
-}
-RESERVED |= {
-    "mean",
-    "std",
-    "min",
-    "max",
-    "nonfinite",
-    "empty",
-    "truncated",
-    "cut",
-    "seconds",
-    "skipped",
-    "replayed",
-    "distinct",
-    "completion_length",
-}
+RESERVED = set(
+    "metric metric_before metric_after metric_gain target_loss target_steps adam_epsilon_root mean std min max nonfinite empty "
+    "truncated cut seconds skipped replayed distinct completion_length".split()
+)
 
 
 def read_out(metric: Metric, model: Any) -> dict[str, float]:

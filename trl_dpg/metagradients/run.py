@@ -1,28 +1,28 @@
 """One fine-tuning run of the target: the steps of the method, with memory, processes and checks around them."""
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from math import nan
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import release_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .method.central_difference import CentralDifference
-from .method.differentiator import Direction, LossDifferentiator, gradient
-from .method.exact import Exact
-from .method.loss import TokenLosses
+from .method.exact import Direction, Exact
+from .method.loss import TokenLosses, gradient
 from .method.recipe import TargetTrainingArguments
 from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
 from .method.updates.optimizer import Block, Optimizer
 from .metric import Metric, as_metric, evaluate, read_out
-from .output import TrainingOutput
+from .output import MetagradientOutput, TrainingOutput
 from .runtime.examples import MicroBatch, micro_batches, prepare_examples
 from .runtime.host import float64_device
 from .runtime.memory import (
@@ -81,11 +81,6 @@ class TargetRun:
         recipe: TargetTrainingArguments,
         accelerator: Accelerator | PartialState | None,
     ):
-        if not callable(metric) or isinstance(metric, type):
-            raise ValueError(
-                f"`metric` must be a function of the model, or an object that can be called like one, got {metric!r:.80}. Pass "
-                "`lambda model: ...`, or an instance of the class."
-            )
         self.model, self.metric, self.recipe = model, as_metric(metric), recipe
         self.processes = Processes(accelerator)
         with self.processes.failing_together():
@@ -119,16 +114,12 @@ class TargetRun:
                 sharded = all(group.rule.elementwise for group in groups)
                 stack.enter_context(self.shards)
                 self.space = Workspace(self.groups, self.processes, sharded)
-                with self.space.undoing_writes(), self._reading_metric():
+                with self.space.undoing_writes(), explaining_metric_memory(), self.shards.replicated():
                     self.metric.setup(self.model)
                     with torch.no_grad():
                         before = evaluate(self.metric, self.model).item()
-                self.measured = TrainingOutput(
-                    metric_before=before,
-                    metric_after=math.nan,
-                    adam_epsilon_root=math.nan,
-                    micro_batch_size=self.recipe.micro_batch_size,
-                )
+                self.measured = TrainingOutput(metric_before=before, metric_after=nan, adam_epsilon_root=nan)
+                self.measured.micro_batch_size = self.recipe.micro_batch_size
                 self.token_losses = TokenLosses(self.model, self.recipe.bf16)
                 stack.enter_context(self.space)
             needed = self.num_steps > 1 and self.processes.index == 0
@@ -138,11 +129,6 @@ class TargetRun:
             self.progress = stack.enter_context(bar)
             self._stack = stack.pop_all()
         return self
-
-    @contextmanager
-    def _reading_metric(self) -> Iterator[None]:
-        with explaining_metric_memory(), self.shards.replicated():
-            yield
 
     def __exit__(self, *exception) -> None:
         self._stack.__exit__(*exception)
@@ -162,7 +148,8 @@ class TargetRun:
             self._check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
                 self._start(grad, keep_tape)
-            self.optimizer.clipping.measure(grad, space.norm)
+            if self.recipe.max_grad_norm > 0:
+                self.optimizer.norms.append(space.norm(grad))
             with processes.raising_later():
                 if keep_tape:
                     kept = grad[space.shard].clone() if space.sharded else grad
@@ -208,17 +195,19 @@ class TargetRun:
     def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
         total = [0.0]
 
-        def before_backward() -> None:
-            self.storage.settle()  # the tape may still be copying the last step's gradient out of the buffer
+        @cache  # once: until the first backward pass, the tape may still be copying the last step's gradient out of the buffer
+        def claim_buffer() -> None:
+            self.storage.settle()
             self.space.accumulate_into(buffer)
 
         with self.processes.summing_over_processes(buffer, total):
-            total[0] = gradient(self.token_losses, self.space, batches, losses, before_backward)
+            total[0] = gradient(self.token_losses, self.space, batches, losses, claim_buffer)
+            claim_buffer()
         return total[0]
 
     def measure(self) -> None:
         r"""Measures \\( \Phi \\) and the read-outs of the fine-tuned model."""
-        with self.processes.failing_together(), self._reading_metric(), torch.no_grad():
+        with self.processes.failing_together(), explaining_metric_memory(), self.shards.replicated(), torch.no_grad():
             self.measured.metric_after = evaluate(self.metric, self.model).item()
             self.measured.readouts = read_out(self.metric, self.model)
 
@@ -226,7 +215,7 @@ class TargetRun:
         r"""Measures as `measure` does, and returns the first cotangents: \\( \lambda_\phi = \nabla \Phi \\), \\( \lambda_s = 0 \\)."""
         space = self.space
         with self.processes.failing_together():
-            with self._reading_metric():
+            with explaining_metric_memory(), self.shards.replicated():
                 self.measured.metric_after, grad = _metric_gradient(self.metric, self.model, space)
                 self.measured.readouts = read_out(self.metric, self.model)
             space.start_adjoint(self.num_steps)
@@ -234,8 +223,8 @@ class TargetRun:
             self.token_metagradients = space.zeros(num_tokens, self.losses_per_token)
             return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
 
-    def differentiator(self) -> LossDifferentiator:
-        """The [`LossDifferentiator`] that the recipe asks for."""
+    def differentiator(self) -> Exact | CentralDifference:
+        """What differentiates losses along a direction, as the recipe's `curvature` says."""
         exact = Exact(self.token_losses, self.space)
         is_exact = self.recipe.curvature == "exact"
         return exact if is_exact else CentralDifference(exact, self.recipe.curvature_tolerance)
@@ -250,7 +239,7 @@ class TargetRun:
         with self.processes.raising_later():
             inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
         inner = space.sum_over_shards(inner)
-        if self.optimizer.clipping.clips(step):
+        if self.optimizer.clip_factor(step) < 1:
             with self.processes.raising_later():
                 inner = self.optimizer.clipping_adjoint_(self.tape, of_grad, inner)
             inner = space.sum_over_shards(inner)
@@ -261,7 +250,7 @@ class TargetRun:
         return Direction(vector, inner, self.example_losses_of(step))
 
     def add_token_metagradients(
-        self, step: int, differentiator: LossDifferentiator, direction: Direction
+        self, step: int, differentiator: Exact | CentralDifference, direction: Direction
     ) -> Tensor | None:
         r"""
         Adds a step's part of \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None`
@@ -280,6 +269,26 @@ class TargetRun:
         self._check_finite(f"the Hessian-vector product of step {step + 1}", product)
         self.space.release_gradients()
         return product[self.space.shard]
+
+    def result(
+        self, given: Sequence[Mapping[str, Any]], differentiator: Exact | CentralDifference
+    ) -> MetagradientOutput:
+        """All results, with a row for each token of the `given` examples: zeros for padding, and beyond `max_length`."""
+        rows = self.processes.sum_(self.token_metagradients).cpu().split([len(e.input_ids) for e in self.examples])
+        padded = [
+            F.pad(part, (0, 0, example.start, len(whole["input_ids"]) - example.start - len(part)))
+            for part, example, whole in zip(rows, self.examples, given, strict=True)
+        ]
+        candidates = [part[:, 1 : 1 + e.num_candidates].float() for part, e in zip(padded, self.examples, strict=True)]
+        return MetagradientOutput(
+            metagradients=torch.stack([part[:, 0].double().sum() for part in rows]).float(),
+            token_metagradients=[part[:, 0].float() for part in padded],
+            candidate_metagradients=candidates if self.losses_per_token > 1 else None,
+            plan=self.plan,
+            curvature_errors=differentiator.errors[::-1],
+            num_exact_fallbacks=differentiator.num_fallbacks,
+            **vars(self.measured),
+        )
 
     def _check_finite(self, what: str, flat: Tensor) -> None:
         with self.processes.raising_later():  # one process's shard may be finite, and another's not
@@ -314,14 +323,8 @@ class TargetRun:
     def _local_batches(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step."""
         if step not in self._collated:
-            self._collated[step] = micro_batches(
-                self.examples,
-                self.batches[step],
-                self.recipe,
-                self.measured.micro_batch_size,
-                self.space.phi,
-                self.processes,
-            )
+            how = self.recipe, self.measured.micro_batch_size, self.space.phi, self.processes
+            self._collated[step] = micro_batches(self.examples, self.batches[step], *how)
         return [batch.to(self.space.device) for batch in self._collated[step]]
 
 

@@ -17,10 +17,7 @@ class Condition(Metric):
     sign: ClassVar[int]  # 1 if values above the limit break the condition, -1 if values below it do
 
     def __init__(self, metric: Any, limit: float | None = None, *, factor: float | None = None):
-        if not callable(metric) or isinstance(metric, type):
-            raise ValueError(
-                f"`metric` must be a function of the target, or an instance of a metric, got {metric!r}. Make an instance."
-            )
+        self.metric = as_metric(metric)
         if (limit is None) == (factor is None):
             raise ValueError(
                 f"One of `limit` and `factor` must be given, got {limit!r} and {factor!r}. `factor` is relative to the untouched target."
@@ -28,7 +25,7 @@ class Condition(Metric):
         for name, value in (("limit", limit), ("factor", factor)):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"`{name}` must be finite, got {value}.")
-        self.metric, self.limit, self.factor = as_metric(metric), limit, factor
+        self.limit, self.factor = limit, factor
         self.name = snake_case(description(self.metric)["name"])
 
     def setup(self, model: nn.Module) -> None:

@@ -129,7 +129,6 @@ class LMEvalLikelihood(Metric):
         return len(choices), indices
 
     def describe(self) -> dict[str, Any]:
-        """See [`~trl_dpg.metrics.Metric.describe`]."""
         name, among = self.task.task_name, " among its choices" if self.margin else ""
         return {
             **super().describe(),

@@ -41,7 +41,6 @@ class LMHeadNorm(Metric):
         return {"lm_head_norm": -self(model).item()}
 
     def describe(self) -> dict[str, Any]:
-        """See [`~trl_dpg.metrics.Metric.describe`]."""
         return {
             **super().describe(),
             "effect": "the norm of its LM head becomes smaller",

@@ -35,17 +35,7 @@ PICTURES = ["pattern.png", "pattern.gif", "curve.png"]
 
 _LONGEST_PROMPT = 2_000  # most characters of each text in the example prompt
 # Keys of `dpg.json` that a card needs
-_NEEDED = (
-    "adapter",
-    "base_model",
-    "datasets",
-    "example_prompt",
-    "generation",
-    "metric",
-    "recipe",
-    "target",
-    "validation",
-)
+_NEEDED = "adapter base_model datasets example_prompt generation metric recipe target validation".split()
 
 
 def generator_card(

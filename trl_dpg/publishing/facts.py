@@ -164,7 +164,7 @@ def describe_recipe(recipe: TargetTrainingArguments) -> dict[str, Any]:
 
 def training_facts(trainer: Any) -> dict[str, Any]:
     """
-    Collects the facts for a run's cards: no path, no token, and nothing of the machine's environment.
+    Collects the content of `dpg.json`, which a run's cards are made of: no path, no token, and nothing of the machine's environment.
 
     Args:
         trainer ([`DatasetPolicyGradientTrainer`]):

@@ -60,9 +60,6 @@ def push_generator(
         commit_message (`str`, *optional*, defaults to `"Upload generator"`):
             Message of the commit.
 
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: The commit.
-
     Raises:
         [`ValueError`]: If the folder holds no generator.
         [`RuntimeError`]: If the Hub cannot be reached, or if it refuses. The message says what to do.
@@ -111,9 +108,6 @@ def push_dataset(
         **card:
             Further arguments of [`~trl_dpg.publishing.dataset_card`]: `prompts` (their source), `generation` (settings), `license`
             and `tags`.
-
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: The commit.
 
     Raises:
         [`ValueError`]: If the data set is empty, or if there is no such generator.

@@ -24,9 +24,6 @@ def write_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] |
         path (`str` or `PathLike`, *optional*):
             HTML file to write. `None` means `report.html` in `run_dir`.
 
-    Returns:
-        `Path`: The file.
-
     Raises:
         [`ValueError`]: If `run_dir` holds no report of a run.
 

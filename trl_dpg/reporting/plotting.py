@@ -52,9 +52,7 @@ def plot_learning_curve(
 
 
 def plot_learning_curves(
-    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]],
-    path: str | PathLike[str],
-    readout: str = "metric_gain",
+    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: str | PathLike[str], readout: str = "metric_gain"
 ) -> "Figure":
     """
     Draws the validation of several kinds of runs in one plot, to compare rewards or settings.

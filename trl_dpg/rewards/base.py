@@ -88,7 +88,7 @@ class TargetReward(TargetFineTuning, ABC):
         **kwargs,
     ) -> list[float | None]:
         """
-        Returns the rewards of this process's completions. TRL makes this call on every process.
+        Returns the rewards of this process's completions, standardized. TRL makes this call on every process.
 
         Args:
             prompts, completions (`list[str]` or `list[list[dict]]`): One prompt per completion, and the completions.
@@ -96,9 +96,6 @@ class TargetReward(TargetFineTuning, ABC):
             trainer_state ([`~transformers.TrainerState`], *optional*): Its global step is added to the seed of the shuffle.
             log_extra (`Callable`, *optional*): TRL's hook for columns of the completions table.
             log_metric (`Callable`, *optional*): TRL's hook for scalars.
-
-        Returns:
-            `list[float | None]`: One standardized value per completion.
         """
         start_time = time.perf_counter()
         with self._learning_nothing_in_evaluation(log_metric):

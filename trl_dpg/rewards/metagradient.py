@@ -198,13 +198,7 @@ class MetagradientReward(TargetReward):
             self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
         return super()._values(examples, trainer_state)
 
-    def measure(
-        self,
-        examples: list[dict[str, Any]],
-        datasets: list[list[int]],
-        args: TargetTrainingArguments,
-        processes: PartialState,
-    ) -> tuple[Tensor, dict[str, float]]:
+    def measure(self, examples, datasets, args, processes) -> tuple[Tensor, dict[str, float]]:
         outs = self.run_each(compute_metagradients, examples, datasets, args, processes)
         self._say_where_the_tape_lies(outs.values(), args, processes)
         raw = torch.zeros(len(examples), dtype=torch.float64)

@@ -1,12 +1,9 @@
 """The reward of whole datasets: all completions of a dataset get the gain of the metric from training on it."""
 
-from typing import Any
-
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
-from ..metagradients import TargetTrainingArguments, train_and_measure
+from ..metagradients import train_and_measure
 from .base import TargetReward, mean_figures
 
 
@@ -38,13 +35,7 @@ class NaiveReward(TargetReward):
     def __init__(self, *args, num_generations: int, **kwargs):
         super().__init__(*args, num_datasets=num_generations, **kwargs)
 
-    def measure(
-        self,
-        examples: list[dict[str, Any]],
-        datasets: list[list[int]],
-        args: TargetTrainingArguments,
-        processes: PartialState,
-    ) -> tuple[Tensor, dict[str, float]]:
+    def measure(self, examples, datasets, args, processes) -> tuple[Tensor, dict[str, float]]:
         outs = self.run_each(train_and_measure, examples, datasets, args, processes)
         figures = mean_figures(outs.values())
         # Gains instead of levels of the metric: differences that are tiny beside a large level would count as rounding.

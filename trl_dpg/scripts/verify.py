@@ -80,8 +80,7 @@ class VerifyArguments(MetricArguments):
     )
     control_dataset_config: str | None = option(None, "Configuration of `control_dataset`.")
     replay_dataset: str | None = option(
-        None,
-        "Real data to mix into data and control, with the same columns. Use texts that were in no training.",
+        None, "Real data to mix into data and control, with the same columns. Use texts that were in no training."
     )
     replay_dataset_config: str | None = option(None, "Configuration of `replay_dataset`.")
     replay_ratio: float = option(

@@ -1,6 +1,4 @@
-"""
-Cross-entropy of an LM head in chunks. The loss, its gradient and its second derivative never hold the logits of a whole batch.
-"""
+"""Cross-entropy of an LM head in chunks. The loss and its two derivatives never hold the logits of a whole batch."""
 
 from functools import cached_property
 from typing import Any
@@ -38,12 +36,9 @@ class ChunkedHead:
     def suits(self, num_tokens: int) -> bool:
         """Whether to compute in chunks: the tokens have many logits, and the model allows it."""
         head = self.model.get_output_embeddings().weight
-        always = head.dtype in (torch.float16, torch.bfloat16) or isinstance(
-            head, ShardedParameter
-        )  # processes with shards must make the same calls, whatever their number of tokens
-        if not always and num_tokens * len(head) <= SWITCHES.logits_at_once:
-            return False
-        return self.is_plain
+        # Processes with shards must make the same calls, whatever their number of tokens.
+        always = isinstance(head, ShardedParameter) or head.dtype in (torch.float16, torch.bfloat16)
+        return (always or num_tokens * len(head) > SWITCHES.logits_at_once) and self.is_plain
 
     @cached_property
     def is_plain(self) -> bool:
@@ -51,9 +46,7 @@ class ChunkedHead:
         return has_plain_head(self.model)
 
     def losses(self, inputs: dict[str, Any], places: tuple[Tensor, Tensor], targets: Tensor, like: Tensor) -> Tensor:
-        """
-        Cross-entropies of `targets`, shape `(t, m)`, as predicted at `places` (rows and columns), in the dtype of `like`.
-        """
+        """Cross-entropies of `targets`, shape `(t, m)`, as predicted at `places` (rows and columns), in the dtype of `like`."""
         decoder, head = decoder_and_head(self.model)
         hidden = decoder(**inputs).last_hidden_state[places]
         return token_losses(hidden.to(like), head.weight.to(like), targets.clamp(min=0))
@@ -92,13 +85,9 @@ def has_plain_head(model: TargetModel) -> bool:
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     r"""
-    Cross-entropies \\( \ell_{jm} = \log \sum_k e^{z_{jk}} - z_{j y_{jm}} \\), \\( z_j = W h_j \\), shape `(n, m)`, twice
-    differentiable.
+    Cross-entropies \\( \ell_{jm} = \log \sum_k e^{z_{jk}} - z_{j y_{jm}} \\) with \\( z_j = W h_j \\), twice differentiable.
 
-    Args:
-        hidden (`Tensor`): \\( h \\), shape `(n, d)`.
-        weight (`Tensor`): \\( W \\), shape `(v, d)`.
-        targets (`Tensor`): \\( y \\), shape `(n, m)`: `m` tokens whose loss is wanted at each position.
+    \\( h \\) has the shape `(n, d)`, \\( W \\) `(v, d)`, and \\( y \\) `(n, m)`: `m` tokens whose loss is wanted at each position.
     """
     if torch.is_grad_enabled():
         return _TokenLosses.apply(hidden, weight, targets)

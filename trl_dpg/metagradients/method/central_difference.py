@@ -1,14 +1,14 @@
 r"""Derivatives along \\( \lambda_g \\) by central differences."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.examples import MicroBatch
 from ..runtime.host import double
-from .differentiator import Direction, LossDifferentiator
-from .exact import Exact
+from .exact import Direction, Exact
 
 
 # The search for a first step length
@@ -18,7 +18,7 @@ MOST_PROBED = 8  # most examples per process to search with
 SHARE_PROBED = 1 / 8  # share of the process's batch to search with
 
 
-class CentralDifference(LossDifferentiator):
+class CentralDifference:
     r"""
     Derivatives from two gradients, at \\( \phi_t \pm \epsilon \lambda_g \\). No second derivative is computed, so any kernel will do
     (fused attention, compiled models, quantized base layers). The memory is that of a training step.
@@ -43,33 +43,32 @@ class CentralDifference(LossDifferentiator):
     best \\( \epsilon \\) of these examples is smaller. If a step's error is above the tolerance, the step is repeated once with a better
     \\( \epsilon \\), if there is one, and then by [`Exact`].
 
-    Args:
-        exact ([`Exact`]): Takes over the steps whose error is too large.
-        tolerance (`float`): Largest accepted error.
+    `exact` takes over the steps whose error is above `tolerance`.
     """
 
     def __init__(self, exact: Exact, tolerance: float):
-        super().__init__(exact.token_losses, exact.space)
-        self.exact = exact
-        self.tolerance = tolerance
+        self.exact, self.tolerance = exact, tolerance
+        self.token_losses, self.space = exact.token_losses, exact.space
+        self.errors: list[
+            float
+        ] = []  # estimated error of each step, the last step first; 0 if it was repeated exactly
+        self.num_fallbacks = 0  # number of steps that were repeated exactly
         self._length = 0.0  # step length: epsilon times the norm of lambda_g; 0 while it is unknown
         self._epsilon_now = 0.0  # the epsilon by which the parameters are shifted now
 
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """See [`LossDifferentiator`]."""
+        """See [`Exact`]."""
         norm = self.space.norm(direction.vector)
         if norm == 0:
             self.errors.append(0.0)
             if product is not None:
                 product.zero_()
             return [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
-        self._epsilon_now = 0.0
-        before = self._length, len(self.errors), self.num_fallbacks
+        self._epsilon_now, before = 0.0, self._length
         try:
             return self._differentiate(batches, direction, norm, product)
-        except BaseException:  # restores the state, since the caller may try again with smaller micro-batches
-            self._length, count, self.num_fallbacks = before
-            del self.errors[count:]
+        except BaseException:  # the caller may try again with smaller micro-batches
+            self._length = before
             self._move_to(0.0, direction.vector)
             raise
 
@@ -82,17 +81,15 @@ class CentralDifference(LossDifferentiator):
             if error <= self.tolerance or length / 1.5 < self._length < 1.5 * length:
                 break  # otherwise the length was wrong, and a second difference costs less than the exact derivatives
         accepted = error <= self.tolerance  # false for NaN
-        self.errors.append(error if accepted else 0.0)
-        if accepted:
-            return results
-        self.num_fallbacks += 1
-        self._length = 0.0  # this step says nothing about a good length
-        if product is None:  # at the first step, the original parameters can be loaded, which leaves no rounding error
-            self.space.load_originals(self.space.phi)
-            self._epsilon_now = 0.0
-        else:
+        if not accepted:
+            self._length = 0.0  # this step says nothing about a good length
             self._move_to(0.0, direction.vector)
-        return self.exact(batches, direction, product)
+            if product is None:  # this is the first step: the original parameters leave no rounding error
+                self.space.load_originals(self.space.phi)
+            results = self.exact(batches, direction, product)
+        self.errors.append(error if accepted else 0.0)
+        self.num_fallbacks += not accepted
+        return results
 
     def _find_first_length(self, batches, direction, norm, refine: bool) -> None:
         """
@@ -112,7 +109,15 @@ class CentralDifference(LossDifferentiator):
             few += [batch.first(rows)] if rows > 0 else []
             rows -= len(batch.input_ids)
         for _ in range(4):
-            count, change, total = self._change(few, direction, norm, num)
+            self._move_to(self._length / norm, direction.vector)
+            sums = [0.0, 0.0, float(num)]
+            with self.space.summing_over_processes(None, sums), torch.no_grad():
+                for batch in few:
+                    losses = batch.example_sums(self.token_losses(batch)[:, 0])
+                    moved = (losses - direction.example_losses[batch.indices]) * batch.nats_per_loss()
+                    sums[0] += len(batch.indices)
+                    sums[1] += moved.abs().sum().item()
+            count, change, total = sums
             if count == 0:
                 return
             # A change near rounding, or far from linear, says little: the factor is limited.
@@ -126,20 +131,6 @@ class CentralDifference(LossDifferentiator):
             self._difference(few, direction._replace(dot_with_grad=math.nan), norm, None)
             self._length = min(self._length, length)  # a few examples do not show that all allow a longer step
 
-    def _change(self, few, direction, norm, num: int) -> list[float]:
-        """Over all processes: the number of `few` examples, their summed change of loss in nats per token, and the sum of `num`."""
-        self._move_to(self._length / norm, direction.vector)
-        sums = [0.0, 0.0, float(num)]
-        with self.space.summing_over_processes(None, sums), torch.no_grad():
-            for batch in few:
-                values = batch.example_sums(self.token_losses(batch)[:, 0])
-                change = (values - direction.example_losses[batch.indices]) / double(
-                    batch.scale * batch.num_supervised
-                )
-                sums[0] += len(batch.indices)
-                sums[1] += change.abs().sum().item()
-        return sums
-
     def _move_to(self, epsilon: float, vector: Tensor) -> None:
         self.space.phi.add_(vector, alpha=epsilon - self._epsilon_now)
         self._epsilon_now = epsilon
@@ -147,7 +138,7 @@ class CentralDifference(LossDifferentiator):
     def _difference(self, batches, direction, norm, product) -> tuple[list[Tensor], float]:
         """Computes two gradients, or without `product` two losses. Returns derivatives and their error, and sets the next length."""
         epsilon = self._length / norm
-        results: list[Tensor] = []
+        results: list[Any] = [0.0 for _ in batches]
         changes: tuple[list[Tensor], list[Tensor]] = [], []
         sums = [0.0] * 6
         with self.space.summing_over_processes(product, sums):
@@ -161,19 +152,15 @@ class CentralDifference(LossDifferentiator):
                         values.backward(weights, inputs=self.space.params)
                     values = values.detach()
                     change.append(batch.example_sums(values[:, 0]) - direction.example_losses[batch.indices])
-                    if sign > 0:
-                        results.append(values)
-                    else:
-                        results[i] = (results[i] - values) / (2 * epsilon)
+                    results[i] = results[i] + sign * values
             for batch, ahead, behind in zip(batches, *changes, strict=True):
-                odd, even = ahead - behind, ahead + behind
-                nats = 1 / double(batch.scale * batch.num_supervised)
+                odd, even, nats = ahead - behind, ahead + behind, batch.nats_per_loss()
                 weighted = odd * double(batch.weights) / (2 * epsilon)
                 losses = direction.example_losses[batch.indices] * nats
                 columns = losses, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()
                 parts = len(batch.indices), *(column.sum().item() for column in columns)
                 sums[:] = [total + part for total, part in zip(sums, parts, strict=True)]
-        return results, self._estimate_and_adapt(sums, direction.dot_with_grad)
+        return [result / (2 * epsilon) for result in results], self._estimate_and_adapt(sums, direction.dot_with_grad)
 
     def _estimate_and_adapt(self, sums: list[float], inner: float) -> float:
         """Returns the estimated error of a difference, and sets the next length. `inner` is NaN if `sums` cover only some examples."""

@@ -1,6 +1,7 @@
 r"""Derivatives along \\( \lambda_g \\) by double backward."""
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,19 @@ from ..runtime.host import double
 from ..runtime.model import twice_differentiable
 from ..runtime.second_derivative import check_second_derivatives
 from ..runtime.sharding import split, standing_in
-from .differentiator import Direction, LossDifferentiator
+from ..runtime.workspace import Workspace
+from .loss import TokenLosses
 
 
-class Exact(LossDifferentiator):
+class Direction(NamedTuple):
+    r"""The cotangent \\( \lambda_g \\) of a step's gradient, with two results of the forward sweep at that step."""
+
+    vector: Tensor  # lambda_g, shape (size,)
+    dot_with_grad: float  # <lambda_g, g_t>
+    example_losses: Tensor  # losses of all examples, shape (n,)
+
+
+class Exact:
     r"""
     Derivatives by double backward through the model. They are exact up to rounding, for any twice differentiable model.
 
@@ -28,8 +38,19 @@ class Exact(LossDifferentiator):
     step. The first step needs no product: forward-mode differentiation takes 3 forward passes there, and no graph.
     """
 
+    def __init__(self, token_losses: TokenLosses, space: Workspace):
+        self.token_losses, self.space = token_losses, space
+        self.errors: list[float] = []  # stays empty, see [`~central_difference.CentralDifference`]
+        self.num_fallbacks = 0
+
     def __call__(self, batches: list[MicroBatch], direction: Direction, product: Tensor | None) -> list[Tensor]:
-        """See [`LossDifferentiator`]."""
+        r"""
+        Derivatives of the losses of this process's micro-batches along \\( \lambda_g \\), at the current values of the parameters.
+
+        Returns \\( \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t \\) for each micro-batch, shape `(t, 1 + k)`. Column 0
+        belongs to the `t` supervised tokens, the other columns to their `k` candidates. Writes \\( H_t \lambda_g \\) over all processes
+        to `product`, shape `(size,)`, if it is not `None`.
+        """
         results, sums = [], [0.0, 0.0]
         with self.space.summing_over_processes(product, sums), twice_differentiable(self.token_losses.model):
             vectors = self.space.views(direction.vector)

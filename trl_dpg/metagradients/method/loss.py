@@ -1,4 +1,6 @@
-"""The training loss: from the examples of a micro-batch to the losses of their tokens."""
+"""The training loss and its gradient: from the examples of a micro-batch to the losses of their tokens."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,9 @@ from torch import Tensor, nn
 
 from ..kernels import ChunkedHead
 from ..runtime.examples import MicroBatch
+from ..runtime.host import double
 from ..runtime.model import TargetModel
+from ..runtime.workspace import Workspace
 
 
 class TokenLosses(nn.Module):
@@ -37,7 +41,7 @@ class TokenLosses(nn.Module):
         rows, columns = batch.supervised()
         if not self.bf16 and self.head.suits(targets[..., 0].numel()):
             targets = targets[rows, columns]
-            losses = self.head.losses(inputs, (rows, columns), targets, batch.scale)
+            losses = self.head.losses(inputs, (rows, columns), targets, batch.inverse_z)
         else:
             with torch.autocast(targets.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(**inputs).logits[:, :-1]
@@ -48,5 +52,28 @@ class TokenLosses(nn.Module):
             if len(rows) < len(losses):  # padding, or tokens that are not supervised
                 supervised = rows * logits.shape[1] + columns
                 losses, targets = losses.index_select(0, supervised), targets.index_select(0, supervised)
-        losses = losses * batch.scale[rows, None]
+        losses = losses * batch.inverse_z[rows, None]
         return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)
+
+
+def gradient(
+    losses: TokenLosses,
+    space: Workspace,
+    batches: list[MicroBatch],
+    example_losses: Tensor,
+    before_backward: Callable[[], None],
+) -> float:
+    r"""
+    Accumulates the gradient \\( g_t = \nabla_\phi L_t(\phi_t; w) \\) of micro-batches, and returns their loss. Writes
+    \\( \ell_i(\phi_t) / Z_t \\) to `example_losses`, shape `(n,)`. Calls `before_backward` before each backward pass. Takes about as long
+    as 3 forward passes.
+    """
+    total = 0.0
+    for batch in batches:
+        values = losses(batch)
+        before_backward()
+        values.backward(batch.token_weights(), inputs=space.params)
+        examples = batch.example_sums(values.detach()[:, 0])
+        example_losses[batch.indices] = examples
+        total += torch.dot(examples, double(batch.weights)).item()
+    return total

@@ -29,39 +29,31 @@ class TargetTrainingArguments:
         optim (`str` or `type`, *optional*, defaults to `"adamw"`):
             Update rule: `"adamw"`, `"sgd"`, `"muon"` (Muon for matrices in hidden layers, AdamW for all other parameters), or a
             subclass of [`~trl_dpg.metagradients.method.updates.Update`].
-        learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Peak learning rate.
+        learning_rate (`float`, *optional*, defaults to `1e-5`): Peak learning rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
             As in PyTorch: decoupled with AdamW and Muon, and added to the gradient with SGD. A parameter without a gradient is
             treated as if its gradient were zero: the parameter and its moments decay. [`torch.optim.AdamW`] skips it instead.
         weight_decay_on_norm_and_bias (`bool`, *optional*, defaults to `True`):
-            Whether weight decay also applies to normalization weights and biases, as in a bare
-            [`~torch.optim.AdamW`]. `False` leaves them out, as [`~transformers.Trainer`] does.
-        momentum (`float`, *optional*):
-            Momentum of SGD and Muon. `None` means PyTorch's default: 0 for SGD, 0.95 for Muon.
+            Whether weight decay also applies to normalization weights and biases, as in a bare [`~torch.optim.AdamW`]. `False` leaves
+            them out, as [`~transformers.Trainer`] does.
+        momentum (`float`, *optional*): Momentum of SGD and Muon. `None` means PyTorch's default: 0 for SGD, 0.95 for Muon.
         nesterov (`bool`, *optional*):
             Whether SGD and Muon use Nesterov's momentum. `None` means PyTorch's default: `False` for SGD, `True` for Muon.
-        adam_beta1 (`float`, *optional*, defaults to `0.9`):
-            Decay of AdamW's first moment.
-        adam_beta2 (`float`, *optional*, defaults to `0.95`):
-            Decay of AdamW's second moment.
-        adam_epsilon (`float`, *optional*, defaults to `1e-8`):
-            Added to the denominator of AdamW's update, outside the square root.
+        adam_beta1 (`float`, *optional*, defaults to `0.9`): Decay of AdamW's first moment.
+        adam_beta2 (`float`, *optional*, defaults to `0.95`): Decay of AdamW's second moment.
+        adam_epsilon (`float`, *optional*, defaults to `1e-8`): Added to the denominator of AdamW's update, outside the square root.
         adam_epsilon_root (`float` or `str`, *optional*, defaults to `"auto"`):
-            Added inside the square root of AdamW's denominator, which makes the update differentiable where the
-            gradient is zero. `"auto"` means four times the mean square of the run's first gradient. `0.0` gives
-            [`~torch.optim.AdamW`], whose metagradients are ill-conditioned. The paper uses `1e-9`. With a value far below the squares
-            of the gradients, \\( \Phi \\) is hardly a smooth function of the example weights, see [`check_metagradients`].
+            Added inside the square root of AdamW's denominator, which makes the update differentiable where the gradient is zero.
+            `"auto"` means four times the mean square of the run's first gradient. `0.0` gives [`~torch.optim.AdamW`], whose
+            metagradients are ill-conditioned. The paper uses `1e-9`. With a value far below the squares of the gradients,
+            \\( \Phi \\) is hardly a smooth function of the example weights, see [`check_metagradients`].
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as [`~transformers.get_scheduler`]
-            defines them.
+            `"constant"`, `"constant_with_warmup"`, `"linear"` or `"cosine"`, as in [`~transformers.get_scheduler`].
         warmup_steps (`float`, *optional*, defaults to `0`):
             Number of linear warm-up steps. A value below 1 is a share of all steps. The first warm-up step has a learning rate of 0.
             Must be 0 with `"constant"`.
-        max_grad_norm (`float`, *optional*, defaults to `0.0`):
-            Global norm that gradients are clipped to. `0.0` means no clipping.
-        num_train_epochs (`int`, *optional*, defaults to `1`):
-            Passes over the examples.
+        max_grad_norm (`float`, *optional*, defaults to `0.0`): Global norm that gradients are clipped to. `0.0` means no clipping.
+        num_train_epochs (`int`, *optional*, defaults to `1`): Passes over the examples.
         batch_size (`int`, *optional*, defaults to `16`):
             Examples per optimizer step, over all processes. The last batch of an epoch may be smaller.
         micro_batch_size (`int`, *optional*):
@@ -70,18 +62,13 @@ class TargetTrainingArguments:
         micro_batch_tokens (`int`, *optional*):
             Most tokens per forward pass and process, padding included. Like `micro_batch_size`, this limit changes results by no
             more than rounding. With or without it, examples of similar length share a micro-batch, which saves padding.
-        max_length (`int`, *optional*, defaults to `128`):
-            Most tokens of an example. Later tokens are cut off.
-        shuffle (`bool`, *optional*, defaults to `True`):
-            Whether examples are shuffled. Each epoch has an order of its own.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the shuffle. The global random state is neither read nor changed.
+        max_length (`int`, *optional*, defaults to `128`): Most tokens of an example. Later tokens are cut off.
+        shuffle (`bool`, *optional*, defaults to `True`): Whether examples are shuffled. Each epoch has an order of its own.
+        seed (`int`, *optional*, defaults to `0`): Seed of the shuffle. The global random state is neither read nor changed.
         loss_normalization (`str`, *optional*, defaults to `"batch_tokens"`):
-            - `"batch_tokens"`: summed cross-entropy over the supervised tokens of a batch, divided by their number, as
-              in TRL's `SFTTrainer`.
+            - `"batch_tokens"`: summed cross-entropy over a batch's supervised tokens, divided by their number, as in `SFTTrainer`.
             - `"example"`: mean over each example's supervised tokens, then mean over examples.
-            - `"max_length"`: each example's sum divided by `max_length`, then mean over examples, as in the paper's
-              code.
+            - `"max_length"`: each example's sum divided by `max_length`, then mean over examples, as in the paper's code.
 
             None of them counts examples without a supervised token.
         bf16 (`bool`, *optional*, defaults to `False`):
@@ -90,8 +77,7 @@ class TargetTrainingArguments:
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Whether activations are recomputed in the backward pass instead of kept. This saves memory with
             `curvature="central_difference"`, and hardly any with `"exact"`.
-        curvature (`str`, *optional*, defaults to `"exact"`):
-            How Hessian-vector products are computed.
+        curvature (`str`, *optional*, defaults to `"exact"`): How Hessian-vector products are computed.
 
             - `"exact"`: by double backward, see [`~trl_dpg.metagradients.method.exact.Exact`].
             - `"central_difference"`: from two gradients, one on each side, see
@@ -107,8 +93,7 @@ class TargetTrainingArguments:
         tape_dir (`str`, *optional*):
             Directory of a tape on disk. `None` means the system's directory for temporary files, or `/var/tmp` if the first one is in
             memory (tmpfs). If both are in memory, there is no tape on disk.
-        disable_tqdm (`bool`, *optional*):
-            Whether to hide the progress bar. `None` shows the bar on a terminal only.
+        disable_tqdm (`bool`, *optional*): Whether to hide the progress bar. `None` shows the bar on a terminal only.
 
     Raises:
         [`ValueError`]: If a field is out of its range. The message names the field, its value and the remedy.
@@ -168,7 +153,7 @@ class TargetTrainingArguments:
     @classmethod
     def from_sft_config(cls, config: "SFTConfig", **overrides) -> "TargetTrainingArguments":
         r"""
-        Makes the recipe of a plain [`~trl.SFTTrainer`] run from its configuration.
+        Makes the recipe of a plain [`~trl.SFTTrainer`] run from its configuration. `overrides` replace fields that are read from it.
 
         The batch size is the config's per-device batch size times its accumulation steps times its processes.
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
@@ -185,10 +170,6 @@ class TargetTrainingArguments:
         - `SFTTrainer` drops examples without any label before it forms batches. Rewards and validation do so too; the engine does not.
         - If a model's class is not named `...ForCausalLM` (GPT-2), Transformers counts an example's first label in the loss's
           denominator, although nothing predicts the first token. Set this label to -100 to have the two agree.
-
-        Args:
-            config ([`~trl.SFTConfig`]): Configuration of the SFT run.
-            **overrides: Fields that replace the ones read from `config`.
 
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.
@@ -214,14 +195,10 @@ class TargetTrainingArguments:
                 stacklevel=2,
             )
         warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_steps * self.warmup_steps)
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
-        scheduler = get_scheduler(self.lr_scheduler_type, optimizer, warmup, num_steps)
-        rates = []
-        for _ in range(num_steps):
-            rates.append(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-        return rates
+        (factor,) = get_scheduler(
+            self.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), warmup, num_steps
+        ).lr_lambdas
+        return [self.learning_rate * factor(step) for step in range(num_steps)]
 
     def batches(self, num_examples: int) -> Iterator[list[int]]:
         """Indices of the examples of each of the K batches, in order."""

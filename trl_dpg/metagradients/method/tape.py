@@ -1,6 +1,7 @@
 """The tape, which the forward sweep records for the adjoint sweep, and the cotangents of the adjoint sweep."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,47 +28,35 @@ class StepInputs(NamedTuple):
     grad: Tensor
 
 
+@dataclass
 class Tape:
-    r"""
+    """
     Record of a training run from which every step's inputs can be restored, from the last step to the first.
 
     The tape keeps the gradient of every step. It also keeps a few states (parameters and optimizer state). All kept tensors together
-    take at most 1.1 times the size of the gradients. The tape rebuilds any other state by replaying updates from the nearest kept
-    state, or from the original parameters. A replay calls no model, and its result is the same to the last bit.
+    take at most 1.1 times the size of the gradients. The tape restores any other state by repeating updates from the nearest kept
+    state, or from the original parameters. This calls no model, and the result is the same to the last bit.
 
     Gradients of steps that the adjoint sweep is done with make room for more states. The forward sweep therefore keeps its first state
-    at three quarters of the steps. A replay keeps a state at a third of its way, at a third of the remaining way, and so on. Each step
-    takes one to four replayed updates. AdamW takes up to seven at K from 10 to 29, where no state fits at first
+    at three quarters of the steps. On its way from a kept state, `restore` keeps one at a third of the way, at a third of the rest, and
+    so on. Each step takes one to four repeated updates. AdamW takes up to seven at K from 10 to 29, where no state fits at first
     (`benchmarks/results/replays.md`).
 
     All work goes block by block. Of a tape outside of the device, only a few blocks are in the device's memory at a time.
-
-    Args:
-        optimizer ([`~updates.optimizer.Optimizer`]): Does the updates to replay.
-        blocks (`list[Block]`): Parts that the tensors are kept in.
-        num_steps (`int`): Number K of steps of the run.
-        load_originals (`Callable`): Writes the parameters before the first step into a tensor of shape `(n,)`.
-        storage ([`~trl_dpg.metagradients.runtime.storage.Storage`]): Keeps the tensors.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        blocks: list[Block],
-        num_steps: int,
-        load_originals: Callable[[Tensor], None],
-        storage: Storage,
-    ):
-        self.optimizer = optimizer
-        self.blocks = blocks
-        self.num_steps = num_steps
-        self.load_originals = load_originals
-        self.storage = storage
+    optimizer: Optimizer
+    blocks: list[Block]  # parts that the tensors are kept in
+    num_steps: int
+    load_originals: Callable[[Tensor], None]  # writes the parameters before the first step into a tensor of shape (n,)
+    storage: Storage
+
+    def __post_init__(self) -> None:
         # Storage keys: one per block of a gradient, and one per block and tensor of a state
         self.gradients: list[list[Any]] = []
         self.states: list[tuple[int, list[list[Any]]]] = []  # (step that it precedes, keys of its blocks), in order
-        self._limit = tape_tensors(num_steps, optimizer.num_states)
-        self._next_kept = -(-3 * num_steps // 4)
+        self._limit = tape_tensors(self.num_steps, self.optimizer.num_states)
+        self._next_kept = -(-3 * self.num_steps // 4)
 
     @property
     def last(self) -> int:
@@ -84,7 +73,7 @@ class Tape:
         self.gradients.append(self.storage.put([inputs.grad[part] for part, _ in self.blocks]))
 
     @torch.no_grad()
-    def replay(self, phi: Tensor) -> Iterator[StepInputs]:
+    def restore(self, phi: Tensor) -> Iterator[StepInputs]:
         """
         Restores the inputs of the last step's update, block by block. `phi`, shape `(n,)`, becomes the parameters before that step.
         States on the way are kept if there is room.
@@ -100,17 +89,13 @@ class Tape:
             if start > 0:
                 block.copy_(next(tensors))
                 state = tuple(next(tensors).clone() for _ in range(rule.num_states))
-            else:  # zeros; the first step's adjoint does not read them
-                state = tuple(torch.zeros_like(block) for _ in range(rule.num_states if self.last > 0 else 0))
+            else:  # the first step's adjoint does not read zeros
+                state = rule.init(block) if self.last > 0 else ()
             for position in range(start, self.last):
                 self.optimizer.update_(position, rule, block, state, next(tensors))
                 if position + 1 in kept:
                     kept[position + 1].append(self._keep([block, *state], rule))
             yield StepInputs(block, state, next(tensors))
-
-    def last_gradient(self) -> Iterator[Tensor]:
-        """The last step's gradient, block by block."""
-        return self.storage.stream(self.gradients[-1])
 
     def pop(self) -> None:
         """Removes the last step."""
@@ -119,12 +104,12 @@ class Tape:
             self.storage.expect(self._to_read()[1])
 
     def _to_read(self) -> tuple[int, list[Any]]:
-        """The step where the last step's replay starts, and keys of all tensors it reads. Drops states that lie after that step."""
+        """The step where `restore` starts, and keys of all tensors it reads. Drops states that lie after that step."""
         while self.states and self.states[-1][0] > self.last:
             for keys in self.states.pop()[1]:
                 self.storage.drop(keys)
         start, state = self.states[-1] if self.states else (0, [])
-        # The order in which `replay` reads: for each block, first its state, then its gradients
+        # The order in which `restore` reads: for each block, first its state, then its gradients
         columns = [state, *([[key] for key in gradient] for gradient in self.gradients[start:])]
         return start, [key for row in zip(*filter(None, columns), strict=True) for group in row for key in group]
 
@@ -162,9 +147,8 @@ class Cotangent:
             if kept:
                 state = tuple(next(tensors) for _ in range(rule.num_states))
                 self.tape.storage.drop(kept[i])
-            else:  # zeros; in a run of one step, no adjoint reads them
-                num_states = rule.num_states if self.tape.last > 0 else 0
-                state = tuple(torch.zeros_like(self.phi[part]) for _ in range(num_states))
+            else:  # in a run of one step, no adjoint reads zeros
+                state = rule.init(self.phi[part]) if self.tape.last > 0 else ()
             yield state
 
     def keep(self, state: tuple[Tensor, ...]) -> None:

@@ -53,7 +53,7 @@ class MicroBatch(NamedTuple):
     attention_mask: Tensor  # (b, l)
     labels: Tensor  # (b, l)
     candidates: Tensor  # (b, l, k) -1 for none
-    scale: Tensor  # (b,) factor of an example's summed cross-entropy, 1 / Z_t included
+    inverse_z: Tensor  # (b,) 1 / Z_t, the factor of an example's summed cross-entropy
     num_supervised: Tensor  # (b,)
     weights: Tensor  # (b,) w_i
     offsets: Tensor  # (b,) number of tokens in all examples before this one
@@ -81,6 +81,10 @@ class MicroBatch(NamedTuple):
         """A weight for each loss that [`TokenLosses`] returns: the weight of its example, or 0 for a candidate."""
         rows, _ = self.supervised()
         return F.pad(self.weights[rows, None], (0, self.candidates.shape[2] if candidates else 0))
+
+    def nats_per_loss(self) -> Tensor:
+        """Factors that turn losses of examples into nats per supervised token, in float64, shape `(b,)`."""
+        return 1 / double(self.inverse_z * self.num_supervised)
 
     def example_sums(self, values: Tensor) -> Tensor:
         """Sums over the tokens of each example, in float64: `(t,)` in, `(b,)` out."""
@@ -250,12 +254,12 @@ def micro_batches(
         "example": tokens * len(tokens),
         "max_length": torch.full_like(tokens, recipe.max_length * len(tokens)),
     }
-    scales = dict(zip(supervised, (1 / norms[recipe.loss_normalization]).tolist(), strict=True))
+    inverses = dict(zip(supervised, (1 / norms[recipe.loss_normalization]).tolist(), strict=True))
     lengths = [len(examples[i].input_ids) for i in supervised[:: processes.count]]  # no process has longer ones
     share = supervised[processes.index :: processes.count]
     parts = _parts(lengths, size, recipe.micro_batch_tokens, BUSY_TOKENS.get(like.device.type, BUSY_TOKENS["cuda"]))
     rows = [(share[part], max(part.stop - part.start, 1) if processes.in_step else len(share[part])) for part in parts]
-    return [_collate(examples, indices, num_rows, scales, like.dtype) for indices, num_rows in rows if num_rows > 0]
+    return [_collate(examples, indices, num_rows, inverses, like.dtype) for indices, num_rows in rows if num_rows > 0]
 
 
 def _parts(lengths: list[int], size: int | None, tokens: int | None, busy: int) -> Iterator[slice]:
@@ -272,7 +276,7 @@ def _parts(lengths: list[int], size: int | None, tokens: int | None, busy: int) 
 
 
 def _collate(
-    examples: list[Example], indices: list[int], num_rows: int, scales: dict[int, float], dtype: torch.dtype
+    examples: list[Example], indices: list[int], num_rows: int, inverses: dict[int, float], dtype: torch.dtype
 ) -> MicroBatch:
     no_candidates = torch.full((2, examples[0].candidates.shape[1]), -1)
     none = examples[0]._replace(input_ids=[0, 0], labels=[-100, -100], candidates=no_candidates)
@@ -284,7 +288,7 @@ def _collate(
         pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         pad_sequence(labels, batch_first=True, padding_value=-100),
         pad_sequence([row.candidates for row in rows], batch_first=True, padding_value=-1),
-        torch.tensor([scales[i] for i in indices], dtype=dtype),
+        torch.tensor([inverses[i] for i in indices], dtype=dtype),
         torch.tensor([examples[i].num_supervised for i in indices]),
         torch.tensor([examples[i].weight for i in indices], dtype=dtype),
         torch.tensor([examples[i].offset for i in indices], dtype=torch.long),

@@ -68,17 +68,14 @@ class Processes:
         Errors are handled as in [`~Processes.failing_together`]. If the only error was that memory ran out on some process, every
         process raises [`~memory.OutOfMemory`].
         """
-        error = None
-        try:
-            yield
-        except Exception as e:
-            if _is_agreed(e):
-                raise
-            if is_out_of_memory(e):
+        with self.failing_together():
+            try:
+                yield
+            except Exception as e:
+                if _is_agreed(e) or not is_out_of_memory(e):
+                    raise
                 clear_frames(e)
-                e = OutOfMemory(str(e))
-            error = e
-        self.agree(error)
+                raise OutOfMemory(str(e)) from None
         self._sum_scalars(scalars)
         if buffer is not None and not self.in_step:
             self.sum_(buffer)

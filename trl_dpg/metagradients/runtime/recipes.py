@@ -3,7 +3,8 @@
 import math
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from transformers import SchedulerType
 
@@ -14,24 +15,13 @@ if TYPE_CHECKING:
     from ..method.recipe import TargetTrainingArguments
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
-    "loss_normalization": ("batch_tokens", "example", "max_length"),
-    "curvature": ("exact", "central_difference"),
-    "tape": ("auto", "device", "host", "disk"),
-}
-BOOLEANS = ("weight_decay_on_norm_and_bias", "shuffle", "bf16", "gradient_checkpointing")
 NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number in [0, 1)", lambda x: 0 <= x < 1
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "learning_rate": ("a finite number above 0", lambda x: 0 < x < math.inf),
-    "weight_decay": NOT_NEGATIVE,
-    "adam_epsilon": NOT_NEGATIVE,
-    "warmup_steps": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
-    "curvature_tolerance": NOT_NEGATIVE,
-    "adam_beta1": FRACTION,
-    "adam_beta2": FRACTION,
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("max_grad_norm", "curvature_tolerance"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), FRACTION),
     "adam_epsilon_root": (f'"auto" or {NOT_NEGATIVE[0]}', NOT_NEGATIVE[1]),
     "momentum": (f"None or {FRACTION[0]}", FRACTION[1]),
 }
@@ -45,9 +35,10 @@ WHOLE_NUMBERS: dict[str, tuple[str, int]] = {
 }
 
 # Fields that say where and how a run is computed. They change its result by no more than rounding.
-NOT_IN_THE_RESULT = (
-    *("tape", "tape_dir", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "disable_tqdm"),
-)
+NOT_IN_THE_RESULT = "tape tape_dir micro_batch_size micro_batch_tokens gradient_checkpointing disable_tqdm".split()
+
+# Fields that an `SFTConfig` has by the same name
+SAME_FIELDS = "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_length seed".split()
 
 
 def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
@@ -57,23 +48,19 @@ def checked(recipe: "TargetTrainingArguments") -> dict[str, int]:
     Raises:
         [`ValueError`]: If a field is out of its range, or if two fields contradict each other.
     """
-    for name, choices in CHOICES.items():
-        if getattr(recipe, name) not in choices:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(recipe, name)!r}."
-            )
-    for name in BOOLEANS:
-        if not isinstance(getattr(recipe, name), bool):
-            raise ValueError(f"`{name}` must be True or False, got {getattr(recipe, name)!r}.")
+    for field in fields(recipe):
+        value, choices = getattr(recipe, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise ValueError(f"`{field.name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        if field.type is bool and not isinstance(value, bool):
+            raise ValueError(f"`{field.name}` must be True or False, got {value!r}.")
     if not (recipe.nesterov is None or isinstance(recipe.nesterov, bool)):
         raise ValueError(f"`nesterov` must be None, True or False, got {recipe.nesterov!r}.")
     for name, (requirement, holds) in NUMBERS.items():
         if (name, getattr(recipe, name)) not in (("adam_epsilon_root", "auto"), ("momentum", None)):
             _require(name, getattr(recipe, name), requirement, holds)
     whole = {name: getattr(recipe, name) for name in WHOLE_NUMBERS}
-    for name in ("micro_batch_size", "micro_batch_tokens"):
-        if whole[name] is None:
-            del whole[name]
+    whole = {name: value for name, value in whole.items() if value is not None or not name.startswith("micro_batch")}
     for name, value in whole.items():
         requirement, least = WHOLE_NUMBERS[name]
         _require(name, value, requirement, _is_whole_from(least))
@@ -164,14 +151,10 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
                 "`TargetTrainingArguments` has this field."
             )
     scheduler = overrides.get("lr_scheduler_type", SchedulerType(config.lr_scheduler_type).value)
-    fields = {
+    values = {
         "optim": "sgd" if config.optim == "sgd" else "adamw",
-        "learning_rate": config.learning_rate,
-        "weight_decay": config.weight_decay,
+        **{name: getattr(config, name) for name in SAME_FIELDS},
         "weight_decay_on_norm_and_bias": False,
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
         "adam_epsilon_root": 0.0,
         "lr_scheduler_type": scheduler,
         "warmup_steps": 0 if scheduler == "constant" else config.warmup_steps,  # which ignores them
@@ -179,9 +162,7 @@ def recipe_of_sft(config: "SFTConfig", overrides: dict[str, Any]) -> dict[str, A
         "num_train_epochs": int(config.num_train_epochs),
         "batch_size": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "micro_batch_size": config.train_batch_size,
-        "max_length": config.max_length,
         "shuffle": config.shuffle_dataset or config.train_sampling_strategy == "random",
-        "seed": config.seed,
         "loss_normalization": "batch_tokens",
     }
-    return {**fields, **overrides}
+    return {**values, **overrides}

@@ -97,9 +97,8 @@ def is_twice_differentiable(exact: "Exact", batch: MicroBatch, with_product: boo
         differentiate = exact._double_backward if with_product else exact._forward_mode
         result = differentiate(batch, space.views(vector))
         found, expected = (result * batch.token_weights(candidates=True)).sum(), vector.square().sum()
-        if (
-            not (found - expected).abs() <= EXACTLY * expected
-        ):  # this also finds functions that are marked as once differentiable
+        # This also finds functions that are marked as once differentiable.
+        if not (found - expected).abs() <= EXACTLY * expected:
             return False
         return not with_product or _agrees(exact, batch, vector, product, phi)
     finally:

@@ -21,17 +21,7 @@ from .workspace import Group
 
 # Getters that read a tensor's values, and methods that only describe the tensor. All other getters describe it, too.
 VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-DESCRIPTIONS = {
-    "size",
-    "stride",
-    "dim",
-    "numel",
-    "element_size",
-    "is_floating_point",
-    "is_complex",
-    "__len__",
-    "__hash__",
-}
+DESCRIPTIONS = set("size stride dim numel element_size is_floating_point is_complex __len__ __hash__".split())
 
 
 class Layout:

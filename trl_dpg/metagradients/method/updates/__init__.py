@@ -1,7 +1,6 @@
 """Update rules of optimizers, each with its adjoint."""
 
 from .adamw import AdamW
-from .clipping import Clipping
 from .muon import Muon
 from .sgd import SGD
 from .update import Update
@@ -9,4 +8,4 @@ from .update import Update
 
 UPDATES: dict[str, type[Update]] = {"adamw": AdamW, "sgd": SGD, "muon": Muon}
 
-__all__ = ["UPDATES", "AdamW", "Clipping", "Muon", "SGD", "Update"]
+__all__ = ["UPDATES", "AdamW", "Muon", "SGD", "Update"]

@@ -8,6 +8,7 @@ Every step adds \\( r \\) to the second moment, so \\( v' / (1 - \beta_2^t) \\) 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class AdamW(Update):
         self.beta1 = self.recipe.adam_beta1
         self.beta2 = max(self.recipe.adam_beta2, 1e-20)  # `update_` divides by it
         self.epsilon = self.recipe.adam_epsilon
+        self.constants: dict[str, Any] = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.epsilon}
+        self.constants |= {"weight_decay": self.weight_decay, "amsgrad": False, "maximize": False, "fused": True}
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
@@ -34,27 +37,12 @@ class AdamW(Update):
         return torch.optim.AdamW(params, recipe.learning_rate, betas, recipe.adam_epsilon, weight_decay)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """See [`Update.update_`]."""
         if self.epsilon_root > 0:  # the kernel has no r, so r is added to v before
             if self.recipe.adam_beta2 == 0:
                 state[1].zero_()
             state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)
-        adamw(
-            [phi],
-            [grad],
-            [state[0]],
-            [state[1]],
-            [],
-            [torch.full((), float(step), dtype=torch.float32, device=phi.device)],  # the kernel takes float32 only
-            lr=rate,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-            amsgrad=False,
-            maximize=False,
-            fused=True,
-        )
+        count = torch.full((), float(step), dtype=torch.float32, device=phi.device)  # the kernel takes float32 only
+        adamw([phi], [grad], [state[0]], [state[1]], [], [count], lr=rate, **self.constants)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""

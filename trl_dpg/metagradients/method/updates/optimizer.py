@@ -1,12 +1,17 @@
-r"""The update \\( U \\) of a run: clips the gradient, then updates each part of the flat parameters by the rule of that part."""
+r"""
+The update \\( U \\) of a run: clips the gradient, then updates each part of the flat parameters by the rule of that part.
 
+Clipping is that of [`~torch.nn.utils.clip_grad_norm_`]. Rules take \\( g' = c\, g \\) with
+\\( c = \min(1, M / (\lVert g \rVert + 10^{-6})) \\).
+"""
+
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...runtime.host import double, float64_device
-from .clipping import Clipping
 from .update import Update
 
 
@@ -26,21 +31,27 @@ class Block(NamedTuple):
     rule: Update
 
 
+@dataclass
 class Optimizer:
     r"""
     The update of a run and its adjoint, on flat tensors, block by block.
 
-    Args:
+    Attributes:
         parts (`list[Block]`): Rules and the parts of the flat parameters that they update. The parts cover all parameters, in order.
         rates (`list[float]`): Learning rate of every step.
-        max_grad_norm (`float`): Global norm that gradients are clipped to; 0 means no clipping.
+        max_grad_norm (`float`): \\( M \\), the norm that gradients are clipped to; 0 means no clipping.
+        norms (`list[float]`): Norm of each step's gradient. Needed for clipping alone.
     """
 
-    def __init__(self, parts: list[Block], rates: list[float], max_grad_norm: float):
-        self.parts = parts
-        self.rates = rates
-        self.clipping = Clipping(max_grad_norm)
-        self.num_states = max(rule.num_states for _, rule in parts)
+    parts: list[Block]
+    rates: list[float]
+    max_grad_norm: float
+    norms: list[float] = field(default_factory=list)
+
+    @property
+    def num_states(self) -> int:
+        """Largest number of state tensors that a rule has."""
+        return max(rule.num_states for _, rule in self.parts)
 
     def blocks(self, start: int, stop: int, device: torch.device) -> list[Block]:
         """The blocks of the elements from `start` to `stop`. Their slices count from `start`."""
@@ -52,11 +63,19 @@ class Optimizer:
             blocks += [Block(slice(i - start, min(i + size, last) - start), rule) for i in range(first, last, size)]
         return blocks
 
+    def clip_factor(self, step: int) -> float:
+        r"""The factor \\( c \\) of a step."""
+        return min(1.0, self.max_grad_norm / (self.norms[step] + 1e-6)) if self.max_grad_norm > 0 else 1.0
+
+    def _clipped(self, step: int, grad: Tensor) -> Tensor:
+        factor = self.clip_factor(step)
+        return grad * factor if factor < 1 else grad
+
     @torch.no_grad()
     def update_(self, step: int, rule: Update, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
         """Updates a block in place. `grad` is the unclipped gradient. If `state` is empty, zeros are used and then discarded."""
-        own = state[: rule.num_states] or tuple(torch.zeros_like(phi) for _ in range(rule.num_states))
-        rule.update_(step, self.rates[step], phi, own, self.clipping.clipped(step, grad))
+        own = state[: rule.num_states] or rule.init(phi)
+        rule.update_(step, self.rates[step], phi, own, self._clipped(step, grad))
 
     @torch.no_grad()
     def adjoint_(self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor) -> float:
@@ -64,15 +83,12 @@ class Optimizer:
         Adjoint of the last step on the tape, without that of clipping. \\( \lambda_\phi, \lambda_s \\) after the step's update become
         those before it, and `phi`, shape `(n,)`, becomes \\( \phi_t \\).
 
-        `out`, shape `(n,)`, becomes the cotangent of the clipped gradient. At the first step it may be `cotangent.phi`.
-
-        Returns:
-            `float`: Inner product of `out` with \\( g_t \\), over these elements.
+        `out`, shape `(n,)`, becomes \\( \lambda_{g'} \\). At the first step it may be `cotangent.phi`. Returns
+        \\( \langle \lambda_{g'}, g_t \rangle \\) over these elements.
         """
         step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=float64_device(phi.device))
-        for (part, rule), before, of_state in zip(tape.blocks, tape.replay(phi), cotangent.states(), strict=True):
-            clipped = self.clipping.clipped(step, before.grad)
-            of_phi = cotangent.phi[part]
+        for (part, rule), before, of_state in zip(tape.blocks, tape.restore(phi), cotangent.states(), strict=True):
+            clipped, of_phi = self._clipped(step, before.grad), cotangent.phi[part]
             of_grad = rule.adjoint_(step, self.rates[step], before.phi, before.state, clipped, of_phi, of_state)
             inner += double(torch.dot(of_grad, before.grad))
             out[part].copy_(of_grad)
@@ -83,8 +99,16 @@ class Optimizer:
     @torch.no_grad()
     def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
         r"""
-        Adjoint of the same step's clipping: `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `inner` is the result of
-        that method, summed over all elements. Returns \\( \langle \lambda_g, g_t \rangle \\), over these elements.
+        Adjoint of the same step's clipping, if it clipped:
+
+        $$ \lambda_g = c\, \lambda_{g'} - \frac{c\, \langle \lambda_{g'}, g \rangle}{(\lVert g \rVert + 10^{-6}) \lVert g \rVert} g $$
+
+        `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `inner` is the result of that method, summed over all elements.
+        Returns \\( \langle \lambda_g, g_t \rangle \\) over these elements.
         """
-        grads = zip(tape.blocks, tape.last_gradient(), strict=True)
-        return sum(self.clipping.adjoint_(tape.last, out[part], grad, inner) for (part, _), grad in grads)
+        norm, factor = self.norms[tape.last], self.clip_factor(tape.last)
+        radial, result = factor * inner / ((norm + 1e-6) * norm) if norm > 0 else 0.0, 0.0
+        for (part, _), grad in zip(tape.blocks, tape.storage.stream(tape.gradients[-1]), strict=True):
+            of_grad = out[part].mul_(factor).sub_(grad, alpha=radial)
+            result += torch.dot(of_grad, grad).item()
+        return result

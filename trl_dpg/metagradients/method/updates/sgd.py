@@ -23,12 +23,10 @@ class SGD(Update):
 
     @classmethod
     def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """See [`Update.stock`]."""
         momentum, nesterov = recipe.momentum or 0.0, bool(recipe.nesterov)
         return torch.optim.SGD(params, recipe.learning_rate, momentum, weight_decay=weight_decay, nesterov=nesterov)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """See [`Update.update_`]."""
         if self.weight_decay > 0:
             grad = grad.add(phi, alpha=self.weight_decay)
         if self.momentum > 0:
@@ -47,7 +45,7 @@ class SGD(Update):
         """
         of_grad = of_phi * -rate
         if self.momentum > 0:
-            (of_buffer,) = of_state or (torch.zeros_like(of_grad),)
+            (of_buffer,) = of_state or self.init(grad)
             of_buffer.add_(of_grad, alpha=self.momentum if self.recipe.nesterov else 1.0)
             of_grad = of_grad.add_(of_buffer) if self.recipe.nesterov else of_buffer.clone()
             of_buffer.mul_(self.momentum)

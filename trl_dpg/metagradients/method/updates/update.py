@@ -1,6 +1,7 @@
 """The base class of update rules."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from ..recipe import TargetTrainingArguments
 
 
+@dataclass(eq=False)
 class Update(ABC):
     r"""
     Update rule \\( (\phi', s') = U(\phi, s, g) \\) of some parameters, and its adjoint.
@@ -18,13 +20,11 @@ class Update(ABC):
     All tensors are flat, shape `(n,)`. For an elementwise rule, they hold any part of the parameters. For any other rule, they hold one
     whole parameter, row by row.
 
-    Args:
+    Attributes:
         recipe ([`TargetTrainingArguments`]): Hyperparameters.
         weight_decay (`float`): Weight decay of these parameters.
         epsilon_root (`float`): Value of `adam_epsilon_root`, as a number even if the recipe says `"auto"`.
         shape (`torch.Size`): Shape of the parameter, for a rule that is not elementwise.
-
-    Attributes:
         num_states (`int`): Number of tensors in \\( s \\). They are zeros before the first step.
         elementwise (`bool`): Whether the update of an element depends on that element alone.
         needs_epsilon_root (`bool`): Whether a run with this rule uses `adam_epsilon_root`, if only for parameters left to AdamW.
@@ -34,11 +34,14 @@ class Update(ABC):
     elementwise = True
     needs_epsilon_root = True
 
-    def __init__(self, recipe: "TargetTrainingArguments", weight_decay: float, epsilon_root: float, shape: torch.Size):
-        self.recipe = recipe
-        self.weight_decay = weight_decay
-        self.epsilon_root = epsilon_root
-        self.shape = shape
+    recipe: "TargetTrainingArguments"
+    weight_decay: float
+    epsilon_root: float
+    shape: torch.Size
+
+    def init(self, phi: Tensor) -> tuple[Tensor, ...]:
+        """The state before the first step."""
+        return tuple(torch.zeros_like(phi) for _ in range(self.num_states))
 
     @classmethod
     def suits(cls, param: nn.Parameter, model: nn.Module) -> bool:
@@ -56,16 +59,7 @@ class Update(ABC):
 
     @abstractmethod
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        """
-        Updates parameters and state in place.
-
-        Args:
-            step (`int`): Step, from 0.
-            rate (`float`): Learning rate of the step.
-            phi (`Tensor`): Parameters.
-            state (`tuple[Tensor, ...]`): The optimizer's state of these parameters.
-            grad (`Tensor`): Gradient of these parameters. It must not be changed.
-        """
+        """Updates `phi` and `state` in place. Steps count from 0, and `rate` is the learning rate. `grad` must not be changed."""
 
     @abstractmethod
     def adjoint_(
@@ -79,19 +73,9 @@ class Update(ABC):
         of_state: tuple[Tensor, ...],
     ) -> Tensor:
         r"""
-        Adjoint of [`~Update.update_`]: turns cotangents of the outputs into cotangents of the inputs, in place. `of_x` is the
-        cotangent of `x`.
+        Adjoint of [`~Update.update_`], with the parameters and the state from before the step. Returns \\( \lambda_g \\).
 
-        Args:
-            step (`int`): Step, from 0.
-            rate (`float`): Learning rate of the step.
-            phi (`Tensor`): Parameters before the step.
-            state (`tuple[Tensor, ...]`): State before the step; empty at step 0. May be overwritten.
-            grad (`Tensor`): Gradient that the update took.
-            of_phi (`Tensor`): \\( \lambda_{\phi'} \\); becomes \\( \lambda_\phi \\).
-            of_state (`tuple[Tensor, ...]`): \\( \lambda_{s'} \\); becomes \\( \lambda_s \\), which need not be right at step 0.
-                Empty in a run of one step, which stands for zeros.
-
-        Returns:
-            `Tensor`: \\( \lambda_g \\), shape `(n,)`.
+        `of_phi` is \\( \lambda_{\phi'} \\) and becomes \\( \lambda_\phi \\). `of_state` is \\( \lambda_{s'} \\) and becomes
+        \\( \lambda_s \\), which need not be right at step 0. It is empty in a run of one step, which stands for zeros. `state` is empty
+        at step 0, and may be overwritten.
         """
