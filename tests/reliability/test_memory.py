@@ -203,7 +203,7 @@ def test_memory_that_runs_out_beside_the_model(owner, name, monkeypatch):
         raise ERRORS["device"]()
 
     monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(MemoryError, match="`micro_batch_size` has no part.*`tape=.*train adapters.*20.00 GiB"):
+    with pytest.raises(MemoryError, match="`micro_batch_size` does not help.*`tape=.*train adapters.*20.00 GiB"):
         compute_metagradients(gpt2(), EXAMPLES, Metric(), arguments("adamw"))
 
 

@@ -26,8 +26,8 @@ class ChunkedHead:
     """
     Computes the losses of tokens from logits that it computes chunk by chunk.
 
-    A head in half precision is always used this way, if the model allows it. Its logits are computed in the precision of the trained
-    parameters. Otherwise the size of micro-batches would change the rounding.
+    If the head is in half precision and the model allows it, logits are always computed in chunks, in the precision of the trained
+    parameters. Otherwise rounding would depend on the size of micro-batches.
     """
 
     def __init__(self, model: TargetModel):

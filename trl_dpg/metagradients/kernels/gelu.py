@@ -1,8 +1,8 @@
 r"""
 The tanh approximation of GELU, with a second derivative in closed form.
 
-GPT-2, Gemma and Phi use this activation. PyTorch composes its second derivative of elementwise operations: up to forty, for the formula
-in GPT-2. Their intermediate results would take most of a small GPT-2's memory.
+GPT-2, Gemma and Phi use this activation. PyTorch composes its second derivative of elementwise operations. For GPT-2's
+formula they are up to forty. Their intermediate results would take most of a small GPT-2's memory.
 """
 
 import math
@@ -71,7 +71,7 @@ class _Replacement(TorchFunctionMode):
 
 @contextmanager
 def closed_form_gelus(model: nn.Module) -> Iterator[None]:
-    """Makes a model compute the tanh approximation of GELU by [`TanhGELU`], be it PyTorch's function or GPT-2's formula."""
+    """Makes a model compute the tanh approximation of GELU by [`TanhGELU`], whether it uses PyTorch's function or GPT-2's formula."""
     modules = [m for m in model.modules() if isinstance(m, NewGELUActivation)]
     with replaced_forwards(modules, lambda forward: TanhGELU.apply), _Replacement():
         yield

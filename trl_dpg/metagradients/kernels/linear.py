@@ -19,8 +19,8 @@ class WithoutWeightGradients(TorchFunctionMode):
     """
     Makes linear layers build graphs in which the gradients of their weights are zeros with the right derivatives.
 
-    The values of these gradients are never read. If a weight is not a parameter but was computed, its gradient is needed for further
-    gradients, and stays as it is.
+    The values of these gradients are never read. If a weight was computed from other tensors, its gradient is needed for theirs. It
+    is then not replaced.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

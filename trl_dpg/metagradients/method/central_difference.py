@@ -27,7 +27,7 @@ class CentralDifference:
        \quad \langle \nabla \ell_{ij}, \lambda_g \rangle \approx
        \frac{\ell_{ij}(\phi_t + \epsilon \lambda_g) - \ell_{ij}(\phi_t - \epsilon \lambda_g)}{2 \epsilon} $$
 
-    A step takes about as long as 6 forward passes (plain training: 3); the first step takes 2.
+    A step takes about as long as 6 forward passes, the first step as 2. A step of plain training takes 3.
 
     The error is estimated from losses. With \\( \Delta = \tfrac{1}{2} \mathrm{mean}_i |\ell_i^+ - \ell_i^-| \\) in nats per token
     and \\( \ell_i \\) from the forward sweep, the estimate is the largest of
@@ -171,7 +171,7 @@ class CentralDifference:
         if not math.isfinite(first + second + loss + found):
             self._length /= 10
             return math.inf
-        if first == 0:  # nothing moved beyond rounding
+        if first == 0:  # no loss moved by more than rounding
             self._length = min(100 * self._length, self._farthest)
             return math.inf
         rounding = torch.finfo(self.space.dtype).eps * 2 * loss / first

@@ -34,8 +34,8 @@ class Exact:
     pass through this graph gives its derivatives in \\( \phi \\), which are \\( H_t \lambda_g \\), and in \\( w_{ij} \\), which are
     \\( \langle \nabla_\phi \ell_{ij}, \lambda_g \rangle / Z_t \\).
 
-    A step takes about as long as 8 to 9 forward passes (plain training: 3). Activations take about three times the memory of a training
-    step. The first step needs no product: forward-mode differentiation takes 3 forward passes there, and no graph.
+    A step takes about as long as 8 to 9 forward passes. A step of plain training takes 3. Activations take about three times the
+    memory of a training step. The first step needs no product: forward-mode differentiation takes 3 forward passes there, and no graph.
     """
 
     def __init__(self, token_losses: TokenLosses, space: Workspace):
@@ -65,9 +65,9 @@ class Exact:
         found, size = sums
         if abs(found - direction.dot_with_grad) > 0.1 * size and not self.token_losses.bf16:
             warnings.warn(
-                f"The examples' derivatives sum to {found:.3g}, but the training gradient says {direction.dot_with_grad:.3g}. One cause is "
-                "that the derivatives are mere rounding error: raise `learning_rate` or `adam_epsilon_root`. The other is that the model's "
-                "gradient is not the derivative of its loss: metagradients are then wrong. `check_metagradients` tells which it is.",
+                f"The examples' derivatives sum to {found:.3g}, but the training gradient says {direction.dot_with_grad:.3g}. Either "
+                "the derivatives are mere rounding errors: raise `learning_rate` or `adam_epsilon_root`. Or the model's gradient is not the "
+                "derivative of its loss, and metagradients are wrong. `check_metagradients` tells which is the case.",
                 stacklevel=3,
             )
         return results

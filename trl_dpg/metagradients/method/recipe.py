@@ -159,7 +159,7 @@ class TargetTrainingArguments:
         `adam_epsilon_root` is `0.0`, as in [`~torch.optim.AdamW`]; override it to make metagradients well-conditioned.
 
         The recipe does not say which tokens have a loss: the examples do. A config with `completion_only_loss=False` or
-        `assistant_only_loss=True` is therefore refused, unless you name the field among the overrides. With that you state that
+        `assistant_only_loss=True` is therefore refused, unless you name the field among the overrides. By naming it you state that
         the examples were tokenized accordingly (by `target_` fields of the trainer, or by arguments of [`MetagradientReward`] or
         [`~trl_dpg.data.dataset_examples`]).
 
@@ -169,7 +169,7 @@ class TargetTrainingArguments:
         - Shuffled examples have another order. With `train_sampling_strategy="sequential"`, batches are the same.
         - `SFTTrainer` drops examples without any label before it forms batches. Rewards and validation do so too; the engine does not.
         - If a model's class is not named `...ForCausalLM` (GPT-2), Transformers counts an example's first label in the loss's
-          denominator, although nothing predicts the first token. Set this label to -100 to have the two agree.
+          denominator, although nothing predicts the first token. With this label at -100, the two agree.
 
         Raises:
             [`ValueError`]: If the config asks for something that this recipe cannot express.

@@ -37,10 +37,10 @@ class Tape:
     take at most 1.1 times the size of the gradients. The tape restores any other state by repeating updates from the nearest kept
     state, or from the original parameters. This calls no model, and the result is the same to the last bit.
 
-    Gradients of steps that the adjoint sweep is done with make room for more states. The forward sweep therefore keeps its first state
-    at three quarters of the steps. On its way from a kept state, `restore` keeps one at a third of the way, at a third of the rest, and
-    so on. Each step takes one to four repeated updates. AdamW takes up to seven at K from 10 to 29, where no state fits at first
-    (`benchmarks/results/replays.md`).
+    When the adjoint sweep is done with a step, the room of its gradient is used for more states. The forward sweep therefore keeps
+    its first state at three quarters of the steps. On its way from a kept state, `restore` keeps one at a third of the way, at a
+    third of the rest, and so on. Each step takes one to four repeated updates. AdamW takes up to seven at K from 10 to 29, where no
+    state fits at first (`benchmarks/results/replays.md`).
 
     All work goes block by block. Of a tape outside of the device, only a few blocks are in the device's memory at a time.
     """

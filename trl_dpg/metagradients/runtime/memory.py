@@ -139,7 +139,7 @@ def halved(recipe: "TargetTrainingArguments", micro_batch_size: int | None, num_
 
 @contextmanager
 def explaining_memory(
-    what: str = "Memory ran out for gradients, optimizer state or cotangents, in which `micro_batch_size` has no part. "
+    what: str = "Memory ran out for gradients, optimizer state or cotangents. A smaller `micro_batch_size` does not help. "
     'Keep the tape elsewhere (`tape="host"` or `"disk"`), or train adapters instead of all parameters.',
 ) -> Iterator[None]:
     """Turns an error that only says that memory ran out into one that says what to change."""
@@ -155,6 +155,6 @@ def explaining_memory(
 def explaining_metric_memory():
     """[`explaining_memory`] for the call of a metric, where smaller micro-batches would not help."""
     return explaining_memory(
-        "`metric` ran out of memory, in which `micro_batch_size` has no part. Let it read fewer or shorter texts, or fewer of the "
+        "`metric` ran out of memory. A smaller `micro_batch_size` does not help. Let it read fewer or shorter texts, or fewer of the "
         "model's outputs."
     )

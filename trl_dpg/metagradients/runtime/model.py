@@ -38,13 +38,13 @@ def check_whole(model: TargetModel) -> None:
         what = f"`{name}` of the target model" if name else "The target model"
         if is_compiled_module(module):
             raise ValueError(
-                f"{what} is what `torch.compile(...)` returned, a wrapper around the module that is trained. Pass the module "
+                f"{what} is a wrapper that `torch.compile(...)` returned. Pass the module "
                 "itself, and compile it in place (`model.compile()`)."
             )
         if isinstance(module, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
             raise ValueError(
-                f"{what} is wrapped in {type(module).__name__}, which spreads it over devices. Pass the model that is in it, "
-                "whole, and an `accelerator`, which splits each batch over the processes."
+                f"{what} is wrapped in {type(module).__name__}, which spreads it over devices. Unwrap the model, "
+                "and pass an `accelerator`, which splits each batch over the processes."
             )
     for name, param in model.named_parameters():
         # DeepSpeed marks partitioned parameters by `ds_id`.

@@ -118,7 +118,8 @@ def _agrees(exact: "Exact", batch: MicroBatch, vector: Tensor, product: Tensor, 
     """
     Whether central differences agree with a product. The answer is no if two differences agree with each other but not with it.
 
-    If rounding or kinks (ReLU) spoil the differences, they do not agree with each other, and the answer is yes for want of proof.
+    If rounding or kinks (ReLU) spoil the differences, they do not agree with each other, and the answer is yes, because nothing is
+    proved.
     """
     before = None
     for distance in DISTANCES:

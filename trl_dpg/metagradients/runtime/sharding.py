@@ -108,7 +108,8 @@ class _Scatter(torch.autograd.Function):
 
 class ShardedParameter(Tensor):
     """
-    Takes the place of a parameter in a model, with the same shape. Any function called with it gets the newly gathered parameter.
+    Takes the place of a parameter in a model, with the same shape. A function that it is passed to gets the newly gathered
+    parameter.
 
     Args:
         part (`Tensor`): This process's part of the parameter.

@@ -21,8 +21,8 @@ class Storage:
     """
     Keeps flat tensors, most of them of the same size. This base class keeps them in the device's own memory, without a copy.
 
-    `put` takes tensors over: the caller must not write to them any more. If the storage `copies`, the caller may do so after it calls
-    `settle`. `stream` yields the tensors of keys in order, and fetches the next ones meanwhile. The caller may write to such a tensor
+    After `put`, the caller must not write to the tensors. If the storage `copies`, the caller may write to them again after `settle`.
+    `stream` yields the tensors of keys in order, and fetches the next ones meanwhile. The caller may write to such a tensor
     only if it drops the key. `expect` announces the keys of the next `stream`.
     """
 

@@ -76,6 +76,6 @@ class Update(ABC):
         Adjoint of [`~Update.update_`], with the parameters and the state from before the step. Returns \\( \lambda_g \\).
 
         `of_phi` is \\( \lambda_{\phi'} \\) and becomes \\( \lambda_\phi \\). `of_state` is \\( \lambda_{s'} \\) and becomes
-        \\( \lambda_s \\), which need not be right at step 0. It is empty in a run of one step, which stands for zeros. `state` is empty
+        \\( \lambda_s \\), whose value at step 0 is not used. An empty tuple, in a run of one step, stands for zeros. `state` is empty
         at step 0, and may be overwritten.
         """
