@@ -8,10 +8,12 @@ ranking saw. The ranking does not know which leads are damaged.
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from datasets import load_dataset
 from peft import LoraConfig
 
 from experiments.corpora import damaged_leads, smollm2
@@ -24,8 +26,8 @@ from trl_dpg.target import load_target_model, load_target_tokenizer
 
 
 def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning_rate: float = 5e-4) -> None:
-    """Writes the ranking of `num_examples` leads over `num_draws` orders, and tests it by `num_runs` fine-tuning runs of each half."""
-    leads, name = damaged_leads(num_examples, num_metric=24, num_test=48), smollm2()
+    """Writes the ranking of `num_examples` leads over `num_draws` orders, and what `num_runs` fine-tuning runs of each half say of it."""
+    folder, leads, name = Path(output), damaged_leads(num_examples, num_metric=24, num_test=48), smollm2()
     tokenizer = load_target_tokenizer(name)
     torch.manual_seed(0)  # the adapter's first weights
     model = load_target_model(name, peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -33,16 +35,19 @@ def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning
     metric, test = (LanguageModelingLikelihood(leads[s], tokenizer, 16, max_length=48) for s in ("metric", "test"))
     recipe = TargetTrainingArguments(learning_rate=learning_rate, batch_size=64, micro_batch_size=16, max_length=48)
 
-    valuation = value_examples(model, examples, metric, recipe, num_draws)
-    summary = summarize(valuation, model, metric, "Wikipedia leads, half of them damaged")
-    write_valuation(Path(output), leads["train"], valuation, summary, tokenizer)
+    if not (folder / "valuation.json").exists():  # an hour is not spent twice
+        valuation = value_examples(model, examples, metric, recipe, num_draws)
+        summary = summarize(valuation, model, metric, "Wikipedia leads, half of them damaged")
+        write_valuation(folder, leads["train"], valuation, summary, tokenizer)
+    summary = json.loads((folder / "valuation.json").read_text(encoding="utf-8"))
     print(describe(summary, output), flush=True)
 
-    rankings = {"metagradient": valuation.scores.tolist(), "lowest loss": likelihoods(model, examples, 48)}
+    scores = load_dataset("parquet", data_files=str(folder / "scores.parquet"), split="train").sort("index")["score"]
+    rankings = {"metagradient": list(scores), "lowest loss": likelihoods(model, examples, 48)}
     other_orders = replace(recipe, seed=num_draws)  # none that the ranking saw
     halves = table_of_halves(model, examples, rankings, test.__call__, other_orders, num_runs)
     results = f"{halves}\n\n{table_of_rankings(rankings, leads['train']['kind'])}\n\n{describe(summary, output)}\n"
-    (Path(output) / "results.md").write_text(results, encoding="utf-8")
+    (folder / "results.md").write_text(results, encoding="utf-8")
     print(results)
 
 

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from trl_dpg.cli import main
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm
-from trl_dpg.reporting.valuation import Valuation
+from trl_dpg.reporting.valuation import Valuation, middle_draws
 from trl_dpg.scripts import value
 from trl_dpg.target import load_target_model
 from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_tokenizer
@@ -71,11 +71,12 @@ def test_scores_are_metagradients(here, capsys):
     assert sorted(row["index"] for row in written) == list(range(10))
     for row in written:
         values = [draw.metagradients[row["index"]].item() for draw in draws]
-        assert row["score"] == pytest.approx(statistics.fmean(values), abs=1e-12)
+        assert row["score"] == pytest.approx(statistics.median(values), abs=1e-12)
         assert row["draw_scores"] == pytest.approx(values, abs=1e-12)
-        assert row["standard_error"] == pytest.approx(statistics.stdev(values) / 3**0.5, abs=1e-12)
-        tokens = [draw.token_metagradients[row["index"]].tolist() for draw in draws]
-        assert row["token_scores"] == pytest.approx([statistics.fmean(t) for t in zip(*tokens, strict=True)], abs=1e-9)
+        deviation = statistics.median(abs(value - row["score"]) for value in values)
+        assert row["standard_error"] == pytest.approx(1.2533 * 1.4826 * deviation / 3**0.5, abs=1e-12)
+        tokens = draws[values.index(statistics.median(values))].token_metagradients[row["index"]].tolist()
+        assert row["token_scores"] == pytest.approx(tokens, abs=1e-9)
         assert sum(row["token_scores"]) == pytest.approx(row["score"], abs=1e-7)
         own = ROWS[row["index"]]
         assert "".join(row["token_texts"]) == own["text"] + TOKENIZER.eos_token
@@ -114,6 +115,20 @@ def test_spearman():
     assert spearman(*draws) == pytest.approx(pd.DataFrame(draws).T.corr("spearman")[0][1])
 
 
+def test_scores_are_medians():
+    draws = torch.tensor([[3.0, 0.1], [1.0, 0.3], [2.0, 90.0], [8.0, 0.2]])
+    valuation = Valuation([], TargetTrainingArguments(), draws, [], 0.0, [0.0] * 4, 0.0)
+    assert valuation.scores.tolist() == pytest.approx([2.5, 0.25])
+    assert middle_draws(draws).tolist() == [[2, 3], [0, 1]]
+    assert middle_draws(draws[:3]).tolist() == [[2, 1], [2, 1]]
+
+    draws = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    medians = draws.view(400, 10, 8).median(1).values  # what 400 valuations of ten draws would say
+    of_ten = [Valuation([], TargetTrainingArguments(), part, [], 0.0, [], 0.0) for part in draws.view(400, 10, 8)]
+    stated = torch.stack([one.standard_errors for one in of_ten]).mean().item()
+    assert stated == pytest.approx(medians.std(0).mean().item(), rel=0.1)
+
+
 def test_unstable_draws():
     def unstable(draws, before, after):
         draws = torch.tensor(draws).repeat(1, 11)  # 33 rows
@@ -122,6 +137,12 @@ def test_unstable_draws():
     draws = [[0.1, -0.2, 0.1], [0.1, -0.9, 2.0], [0.1, -2.5, 0.3]]
     assert unstable(draws, -1.0, [-0.5, 1.5, -3.0]) == 1  # changes of 0.5, 2.5 and 2: the last draw's -2.5 is larger
     assert unstable(draws, -1.0, [-1.1, -0.9, -1.0]) == 3
+    draws = [
+        [0.01, 0.02, 0.01],
+        [0.01, 0.0, -0.01],
+        [0.2, -0.2, 0.1],
+    ]  # the last one spreads more than ten times as far
+    assert unstable(draws, -1.0, [0.0, 0.0, 0.0]) == 1
     few = Valuation([], TargetTrainingArguments(), torch.tensor([[1.0, 2.0]]), [], 0.0, [0.1], 0.0)
     assert few.unstable_draws == 0
 
@@ -131,10 +152,10 @@ def test_an_unstable_run_is_reported(here, capsys):
     assert main(flags(learning_rate=0.03, batch_size=1, adam_epsilon_root=1e-12)) == 0
     assert json.loads(Path("out/valuation.json").read_text())["unstable_draws"] == 1
     assert "`learning_rate`" in capsys.readouterr().out
-    assert "larger than all that training changes" in Path("out/index.html").read_text()
+    assert "scores are out of proportion" in Path("out/index.html").read_text()
     assert main([*flags(batch_size=40), "--overwrite"]) == 0  # one step
     assert json.loads(Path("out/valuation.json").read_text())["unstable_draws"] == 0
-    assert "larger than all" not in capsys.readouterr().out + Path("out/index.html").read_text()
+    assert "out of proportion" not in capsys.readouterr().out + Path("out/index.html").read_text()
 
 
 def test_flags(here, capsys):

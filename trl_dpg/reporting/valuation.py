@@ -37,7 +37,8 @@ class Valuation:
         examples (`list[dict]`): The training examples.
         recipe ([`~trl_dpg.metagradients.TargetTrainingArguments`]): Recipe of the first draw. Draw i has the seed `seed + i`.
         draws (`Tensor`): Metagradients, shape `(num_draws, len(examples))`, in units of the metric per unit of loss weight.
-        token_scores (`list[Tensor]`): Means over draws of each example's token metagradients, shape `(tokens,)`.
+        token_scores (`list[Tensor]`):
+            Each example's token metagradients, shape `(tokens,)`, in the draws of its score: they sum to it. See [`middle_draws`].
         metric_before (`float`): The metric of the original model.
         metric_after (`list[float]`): The metric of the fine-tuned model in each draw.
         seconds (`float`): Duration in seconds.
@@ -53,13 +54,22 @@ class Valuation:
 
     @property
     def scores(self) -> Tensor:
-        """Means over draws, shape `(len(examples),)`."""
-        return self.draws.mean(0)
+        """Medians over draws, shape `(len(examples),)`: no single draw can make a score."""
+        return self.draws.gather(0, middle_draws(self.draws)).mean(0)
 
     @property
     def standard_errors(self) -> Tensor | None:
-        """Standard errors of the scores, shape `(len(examples),)`; `None` for one draw."""
-        return self.draws.std(0) / len(self.draws) ** 0.5 if len(self.draws) > 1 else None
+        """
+        Standard errors of the scores, shape `(len(examples),)`; `None` for one draw.
+
+        They come from the median distance to the score. In a normal distribution, this is the standard deviation / 1.4826, and a median's
+        standard error is 1.2533 times that of a mean.
+        """
+        if len(self.draws) == 1:
+            return None
+        distances = (self.draws - self.scores).abs()
+        middle = distances.gather(0, middle_draws(distances)).mean(0)
+        return 1.2533 * 1.4826 * middle / len(self.draws) ** 0.5
 
     @property
     def ranking(self) -> list[int]:
@@ -78,20 +88,30 @@ class Valuation:
     @property
     def unstable_draws(self) -> int:
         """
-        Number of draws in which one row's score is larger than the metric's whole change. 0 for fewer than 32 rows, as one of few may be.
+        Number of draws whose scores are out of proportion. 0 for fewer than 32 rows, as one of few may have the effect of all.
 
-        Such a draw's run multiplies small changes from step to step. Its scores are true derivatives, but nothing follows from them for any
-        change that can be made.
+        In such a draw, one row's score is larger than the metric's whole change, or the scores' standard deviation is more than ten times
+        that of the median draw. Its run multiplies small changes from step to step. The scores are true derivatives, but nothing follows
+        from them for any change that can be made.
         """
         if len(self.draws[0]) < FEW:
             return 0
-        changes = [abs(after - self.metric_before) for after in self.metric_after]
-        return sum(draw.abs().max().item() > change for draw, change in zip(self.draws, changes, strict=True))
+        spreads, largest = self.draws.std(1), self.draws.abs().amax(1)
+        changes = (torch.tensor(self.metric_after) - self.metric_before).abs()
+        return int(((largest > changes) | (spreads > 10 * spreads.median())).sum())
 
     @property
     def flags(self) -> dict[str, dict[int, str]]:
         """Rows that a person should know about. Maps the kind of a flag to indices of examples and details."""
         return find_flags(self.examples, self.recipe.max_length)
+
+
+def middle_draws(draws: Tensor) -> Tensor:
+    """
+    For each example, the two draws whose values are in the middle, shape `(2, len(examples))`; twice the same for an odd number of draws.
+    """
+    order, count = draws.argsort(0), len(draws)
+    return torch.stack([order[(count - 1) // 2], order[count // 2]])
 
 
 def _ranks(values: Tensor) -> Tensor:

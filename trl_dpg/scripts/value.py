@@ -30,7 +30,7 @@ from ..metagradients.metric import as_metric, description
 from ..metagradients.runtime.model import TargetModel
 from ..metrics import LanguageModelingLikelihood
 from ..publishing.facts import describe_machine, describe_model, describe_recipe, public_name
-from ..reporting.valuation import Valuation, find_flags, token_credits, write_valuation_page
+from ..reporting.valuation import Valuation, find_flags, middle_draws, token_credits, write_valuation_page
 from ..sft_rows import is_chat
 from ..target import load_target_model, load_target_tokenizer
 from .check import RecipeArguments, recipe_parser
@@ -58,7 +58,9 @@ class ValueArguments(MetricArguments):
     model: str = option("", "The model to fine-tune: a directory or an id on the Hub, with tokenizer.")
     output: str = option("", "Folder to write.")
     num_examples: int | None = option(None, "Rows of `dataset` to rank, from the first. All by default.")
-    num_draws: int = option(1, "Number of orders of the rows to average over. Their seeds count up from `seed`.")
+    num_draws: int = option(
+        1, "Number of orders of the rows to take the median over. Their seeds count up from `seed`."
+    )
     completion_only_loss: bool | None = option(None, "As in `SFTConfig`: whether prompts have no loss. Default: yes.")
     assistant_only_loss: bool = option(False, "As in `SFTConfig`: only the assistant's messages have a loss.")
     tokens: bool = option(False, "Write the score of each token, too.")
@@ -150,12 +152,15 @@ def value_examples(
         if outputs:
             of_draw = replace(of_draw, micro_batch_size=outputs[-1].micro_batch_size)
         outputs.append(compute_metagradients(model, examples, metric, of_draw, accelerator))
+    draws = torch.stack([output.metagradients for output in outputs]).double()
+    middle = zip(*middle_draws(draws).tolist(), strict=True)  # two draws a row
     return Valuation(
         examples=list(examples),
         recipe=recipe,
-        draws=torch.stack([output.metagradients for output in outputs]).double(),
+        draws=draws,
         token_scores=[
-            torch.stack(of_row).mean(0) for of_row in zip(*(o.token_metagradients for o in outputs), strict=True)
+            (outputs[a].token_metagradients[row] + outputs[b].token_metagradients[row]) / 2
+            for row, (a, b) in enumerate(middle)
         ],
         metric_before=outputs[0].metric_before,
         metric_after=[output.metric_after for output in outputs],
@@ -313,9 +318,8 @@ def describe(summary: dict[str, Any], output: str) -> str:
         lines.append(f"Mean Spearman correlation between the rankings of two draws: {summary['spearman']:.2f}.")
     if summary["unstable_draws"] > 0:
         lines.append(
-            f"Warning: in {summary['unstable_draws']} of {summary['draws']} draws, one row's score is larger than all that training changes "
-            "in the metric. These scores mean little: the run multiplies small changes. Lower `learning_rate`, or take fewer steps by a larger "
-            "`batch_size`."
+            f"Warning: in {summary['unstable_draws']} of {summary['draws']} draws, scores are out of proportion. These scores mean little: "
+            "the run multiplies small changes. Lower `learning_rate`, or take fewer steps by a larger `batch_size`."
         )
     lines += [f"Rows flagged {kind!r}: {count:,}." for kind, count in summary["flags"].items() if count > 0]
     return "\n".join([*lines, f"Written: {os.path.join(output, FILES[-1])}"])
