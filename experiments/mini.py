@@ -1,0 +1,183 @@
+"""
+A picture in the LM head, from text that a pretrained model writes: how much of it is learned, and how readable the texts stay.
+
+    python -m experiments.mini run --pictures 67 --betas 0 0.05
+    python -m experiments.mini report
+
+Generator and target are a Llama of 2.3M parameters that writes English ([`experiments.pretrain.mini_english`]). The generator goes on from
+first sentences of leads of Wikipedia that the pretraining did not have. Column c of the picture is the token that is c-th in frequency in
+leads. Afterwards TRL's stock `SFTTrainer` fine-tunes a fresh target on texts for prompts that no training had. To compare with: texts of
+the untrained generator, real leads, and words of leads at random. The untrained generator judges how readable texts are, by their
+perplexity. Each run adds a line to `experiments/results/mini.jsonl`; one that is there is not repeated. `report` writes the table beside it.
+"""
+
+import argparse
+import random
+from collections import Counter
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from experiments import common
+from experiments.corpora import continuation_prompts, language_texts, split_sentences
+from experiments.pretrain import mini_english
+from trl_dpg import untie_lm_head
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
+from trl_dpg.publishing.outcome import markdown_table
+
+
+RESULTS = Path(__file__).parent / "results" / "mini.jsonl"
+PICTURES = {"67": LMHeadPattern.sixty_seven, "qr": partial(LMHeadPattern.qr, common.QR_TEXT)}
+CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
+FIELDS = ["picture", "writer", "beta", "learning_rate", "completions", "steps", "seed"]
+LENGTH = 48  # tokens of a completion
+JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to be read
+
+
+class Watch(TrainerCallback):
+    """Prints how a run goes on, and keeps it: read-outs of each generation batch, before the generator learns from it."""
+
+    def __init__(self):
+        self.curve: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = {"metagradient/pixel_accuracy": "pixel_accuracy", "entropy": "entropy", "kl": "kl"}
+        row = {short: round(logs[name], 4) for name, short in names.items() if name in logs}
+        if "pixel_accuracy" in row:
+            self.curve.append({"step": state.global_step, **row})
+            print(self.curve[-1], flush=True)
+
+
+def one(samples: int, **settings) -> dict:
+    """Texts of a trained generator, or others to compare with, and what they do to a target."""
+    path, seed = mini_english(), settings["seed"]
+    base, target = (AutoModelForCausalLM.from_pretrained(path).eval() for _ in range(2))
+    untie_lm_head(target)
+    tokenizer, leads = AutoTokenizer.from_pretrained(path), language_texts("en")
+    columns = PICTURES[settings["picture"]]().pattern.shape[1]
+    metric = PICTURES[settings["picture"]](tokens=frequent_tokens(tokenizer, leads["train"]["text"][:], columns))
+    if settings["writer"] in BASELINES[1:]:
+        rows, line = others(settings["writer"], leads["test"]["text"][:], tokenizer, samples, seed), {}
+    else:
+        rows, line = generated(
+            base, target, metric, tokenizer, continuation_prompts(leads["test"], 64), samples, **settings
+        )
+    texts = [row["completion"] for row in rows]
+    model = common.sft(target, tokenizer, Dataset.from_dict({"text": texts}))
+    metric.setup(target)
+    draw = random.Random(seed).sample(rows, min(JUDGED, len(rows)))
+    judge = LanguageModelingLikelihood(draw, tokenizer, batch_size=64)
+    with torch.no_grad():
+        line |= {**metric.readouts(model), "perplexity": (-judge(base)).exp().item()}
+    line |= {f"distinct_{n}": distinct(texts[:JUDGED], n) for n in (1, 2)}
+    return {**{k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, "texts": draw[:SHOWN]}
+
+
+def generated(
+    base: Any, target: Any, metric: Any, tokenizer: Any, prompts: DatasetDict, samples: int, **settings
+) -> tuple[list[dict], dict]:
+    """Trains a generator, unless the untrained one is asked for, and lets it answer held-out prompts."""
+    config = {
+        **{name: settings[name] for name in ("seed", "beta", "learning_rate")},
+        "credit_assignment": settings["writer"] if settings["writer"] in CREDITS else "expected",
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": settings["completions"] or 8,
+        "num_generations": 8,
+        "num_generations_eval": samples // len(prompts["test"]),
+        "max_completion_length": LENGTH,
+        "generation_kwargs": {"min_new_tokens": LENGTH},
+        "per_device_eval_batch_size": 256,
+        "entropy_coef": 0.0,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+    }  # fmt: skip
+    generator = AutoModelForCausalLM.from_pretrained(mini_english())
+    with common.trainer_of(target, metric, prompts, generator=generator, words=tokenizer, **config) as trainer:
+        watch, seconds = Watch(), 0.0
+        trainer.add_callback(watch)
+        if settings["steps"]:
+            seconds = trainer.train().metrics["train_runtime"]
+        texts = trainer.predict(prompts["test"]).predictions
+    answered = [prompt for prompt in prompts["test"]["prompt"] for _ in range(samples // len(prompts["test"]))]
+    rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(answered, texts, strict=True)]
+    return rows, {"curve": watch.curve, "seconds": round(seconds, 1)}
+
+
+def others(kind: str, leads: list[str], tokenizer: Any, samples: int, seed: int) -> list[dict]:
+    """Real leads after their first sentences, as long as completions, or as many words of theirs at random."""
+    rng, rows, words = random.Random(seed), [], " ".join(leads).split()
+    for lead in rng.sample(leads, min(samples, len(leads))):
+        first = split_sentences(lead)[0]
+        rest = lead[len(first) :] if kind == "real leads" else " " + " ".join(rng.choices(words, k=LENGTH))
+        ids = tokenizer(rest, add_special_tokens=False)["input_ids"][:LENGTH] if rest.strip() else []
+        if len(ids) == LENGTH:
+            rows.append({"prompt": first, "completion": tokenizer.decode(ids)})
+    return rows
+
+
+def frequent_tokens(tokenizer: Any, texts: list[str], number: int) -> list[int]:
+    counts = Counter(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    return [token for token, _ in counts.most_common(number)]
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Different runs of n words, divided by all."""
+    found = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(found)) / len(found)
+
+
+def run(options: argparse.Namespace) -> None:
+    same = {"completions": options.completions, "learning_rate": options.learning_rate, "steps": options.steps}
+    nothing = {**dict.fromkeys(same, 0), "beta": 0.0, "seed": 0}
+    grid = [{"picture": picture, "writer": writer, **nothing} for picture in options.pictures for writer in BASELINES]
+    grid += [
+        {"picture": picture, "writer": writer, "beta": beta, "seed": seed, **same}
+        for picture in options.pictures for seed in options.seeds for writer in options.credits for beta in options.betas
+    ]  # fmt: skip
+    common.run_missing(RESULTS, grid, partial(one, samples=options.samples), options.threads)
+
+
+def report(options: argparse.Namespace) -> None:
+    head = "picture, texts of, β, learning rate, completions, seed, right pixels, read, perplexity, distinct words, distinct pairs, seconds"
+    rows, samples = [head.split(", ")], []
+    for line in sorted(common.lines_of(RESULTS), key=lambda line: [str(line[name]) for name in FIELDS]):
+        trained = line["writer"] in CREDITS
+        batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
+        cells = [line["picture"], line["writer"]]
+        cells += (
+            [f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}", str(line["seed"])]
+            if trained
+            else [""] * 4
+        )
+        cells += [f"{line['pixel_accuracy']:.3f}", {0: "no", 1: "yes"}.get(line.get("qr_decoded"), "")]
+        cells += [f"{line['perplexity']:.0f}", f"{line['distinct_1']:.2f}", f"{line['distinct_2']:.2f}"]
+        rows.append([*cells, f"{line['seconds']:.0f}" if trained else ""])
+        samples += [f"\n## {' '.join(cell for cell in cells[:6] if cell)}\n"]
+        samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
+    text = "\n".join(["# Pictures from readable text\n", __doc__.strip(), "", markdown_table(rows), *samples, ""])
+    RESULTS.with_suffix(".md").write_text(text)
+    print(markdown_table(rows))
+
+
+def main() -> None:
+    parser, runner = common.commands(__doc__.splitlines()[1], run, report)
+    runner.add_argument("--pictures", nargs="+", choices=list(PICTURES), default=list(PICTURES))
+    runner.add_argument("--credits", nargs="*", choices=CREDITS, default=["expected"])
+    runner.add_argument(
+        "--betas", nargs="+", type=float, default=[0.0], help="weight of the divergence from the untrained generator"
+    )
+    runner.add_argument("--learning_rate", type=float, default=5e-4, help="of the generator")
+    runner.add_argument("--completions", type=int, default=128, help="a generation batch")
+    runner.add_argument("--steps", type=int, default=100, help="of the generator, two a generation batch")
+    runner.add_argument("--samples", type=int, default=1024, help="texts for stock SFT")
+    options = parser.parse_args()
+    options.function(options)
+
+
+if __name__ == "__main__":
+    main()
