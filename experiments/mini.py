@@ -15,7 +15,7 @@ import argparse
 import random
 from collections import Counter
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ from trl_dpg.publishing.outcome import markdown_table
 
 
 RESULTS = Path(__file__).parent / "results" / "mini.jsonl"
-PICTURES = {"67": LMHeadPattern.sixty_seven, "qr": partial(LMHeadPattern.qr, common.QR_TEXT)}
+PICTURES = {
+    "67": lambda *leads: LMHeadPattern.sixty_seven(tokens=frequent_tokens(*leads, 7)),
+    "qr": lambda *leads: LMHeadPattern.qr(common.QR_TEXT, tokens=frequent_tokens(*leads, 21)),
+}
 CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
 FIELDS = ["picture", "writer", "beta", "learning_rate", "completions", "steps", "seed"]
 LENGTH = 48  # tokens of a completion
@@ -59,23 +62,23 @@ def one(samples: int, **settings) -> dict:
     base, target = (AutoModelForCausalLM.from_pretrained(path).eval() for _ in range(2))
     untie_lm_head(target)
     tokenizer, leads = AutoTokenizer.from_pretrained(path), language_texts("en")
-    columns = PICTURES[settings["picture"]]().pattern.shape[1]
-    metric = PICTURES[settings["picture"]](tokens=frequent_tokens(tokenizer, leads["train"]["text"][:], columns))
+    metrics = {name: picture(tokenizer, leads["train"]["text"][:]) for name, picture in PICTURES.items()}
     if settings["writer"] in BASELINES[1:]:
         rows, line = others(settings["writer"], leads["test"]["text"][:], tokenizer, samples, seed), {}
     else:
-        rows, line = generated(
-            base, target, metric, tokenizer, continuation_prompts(leads["test"], 64), samples, **settings
-        )
+        metric, prompts = metrics[settings["picture"] or "67"], continuation_prompts(leads["test"], 64)
+        rows, line = generated(base, target, metric, tokenizer, prompts, samples, **settings)
     texts = [row["completion"] for row in rows]
     model = common.sft(target, tokenizer, Dataset.from_dict({"text": texts}))
-    metric.setup(target)
+    line["read"] = {}
+    for name, metric in metrics.items():
+        metric.setup(target)
+        line["read"][name] = metric.readouts(model)
     draw = random.Random(seed).sample(rows, min(JUDGED, len(rows)))
-    judge = LanguageModelingLikelihood(draw, tokenizer, batch_size=64)
     with torch.no_grad():
-        line |= {**metric.readouts(model), "perplexity": (-judge(base)).exp().item()}
-    line |= {f"distinct_{n}": distinct(texts[:JUDGED], n) for n in (1, 2)}
-    return {**{k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, "texts": draw[:SHOWN]}
+        line["perplexity"] = (-LanguageModelingLikelihood(draw, tokenizer, batch_size=64)(base)).exp().item()
+    line |= {f"distinct_{n}": distinct([row["completion"] for row in draw], n) for n in (1, 2)}
+    return {**line, "texts": draw[:SHOWN]}
 
 
 def generated(
@@ -133,34 +136,28 @@ def distinct(texts: list[str], n: int) -> float:
 
 def run(options: argparse.Namespace) -> None:
     same = {"completions": options.completions, "learning_rate": options.learning_rate, "steps": options.steps}
-    nothing = {**dict.fromkeys(same, 0), "beta": 0.0, "seed": 0}
-    grid = [{"picture": picture, "writer": writer, **nothing} for picture in options.pictures for writer in BASELINES]
-    grid += [
-        {"picture": picture, "writer": writer, "beta": beta, "seed": seed, **same}
-        for picture in options.pictures for seed in options.seeds for writer in options.credits for beta in options.betas
-    ]  # fmt: skip
+    nothing = {"picture": "", "beta": 0.0, "seed": 0, **dict.fromkeys(same, 0)}
+    grid = [{"writer": writer, **nothing} for writer in BASELINES]
+    for picture, seed, writer, beta in product(options.pictures, options.seeds, options.credits, options.betas):
+        grid.append({"picture": picture, "writer": writer, "beta": beta, "seed": seed, **same})
     common.run_missing(RESULTS, grid, partial(one, samples=options.samples), options.threads)
 
 
 def report(options: argparse.Namespace) -> None:
-    head = "picture, texts of, β, learning rate, completions, seed, right pixels, read, perplexity, distinct words, distinct pairs, seconds"
-    rows, samples = [head.split(", ")], []
+    head = "trained for, texts of, β, learning rate, completions, seed, 67: right pixels, QR: right pixels, QR read, perplexity"
+    rows, samples = [f"{head}, distinct words, distinct pairs, seconds".split(", ")], []
     for line in sorted(common.lines_of(RESULTS), key=lambda line: [str(line[name]) for name in FIELDS]):
-        trained = line["writer"] in CREDITS
         batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
-        cells = [line["picture"], line["writer"]]
-        cells += (
-            [f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}", str(line["seed"])]
-            if trained
-            else [""] * 4
-        )
-        cells += [f"{line['pixel_accuracy']:.3f}", {0: "no", 1: "yes"}.get(line.get("qr_decoded"), "")]
-        cells += [f"{line['perplexity']:.0f}", f"{line['distinct_1']:.2f}", f"{line['distinct_2']:.2f}"]
-        rows.append([*cells, f"{line['seconds']:.0f}" if trained else ""])
-        samples += [f"\n## {' '.join(cell for cell in cells[:6] if cell)}\n"]
+        settings = [f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}", str(line["seed"])]
+        cells = [line["picture"], line["writer"], *(settings if batches else [""] * 4)]
+        samples += [f"\n## {', '.join(cell for cell in cells if cell)}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
-    text = "\n".join(["# Pictures from readable text\n", __doc__.strip(), "", markdown_table(rows), *samples, ""])
-    RESULTS.with_suffix(".md").write_text(text)
+        cells += [f"{read['pixel_accuracy']:.3f}" for read in line["read"].values()]
+        cells += ["yes" if line["read"]["qr"]["qr_decoded"] else "no", f"{line['perplexity']:.0f}"]
+        cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
+        rows.append([*cells, f"{line['seconds']:.0f}" if batches else ""])
+    text = ["# Pictures from readable text\n", __doc__.strip(), "", markdown_table(rows), *samples, ""]
+    RESULTS.with_suffix(".md").write_text("\n".join(text))
     print(markdown_table(rows))
 
 
