@@ -14,7 +14,6 @@ perplexity. Each run adds a line to `experiments/results/mini.jsonl`; one that i
 import argparse
 import random
 from collections import Counter
-from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ PICTURES = {
 }
 CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
 FIELDS = ["picture", "writer", "beta", "learning_rate", "completions", "steps", "seed"]
-LENGTH = 48  # tokens of a completion
+LENGTH, TEMPERATURE = 48, 0.7  # tokens of a completion, and how they are sampled: at 1, many words are made up
 JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to be read
 
 
@@ -56,7 +55,7 @@ class Watch(TrainerCallback):
             print(self.curve[-1], flush=True)
 
 
-def one(samples: int, **settings) -> dict:
+def one(samples: int, **settings: Any) -> dict:
     """Texts of a trained generator, or others to compare with, and what they do to a target."""
     path, seed = mini_english(), settings["seed"]
     base, target = (AutoModelForCausalLM.from_pretrained(path).eval() for _ in range(2))
@@ -93,6 +92,7 @@ def generated(
         "num_generations": 8,
         "num_generations_eval": samples // len(prompts["test"]),
         "max_completion_length": LENGTH,
+        "temperature": TEMPERATURE,
         "generation_kwargs": {"min_new_tokens": LENGTH},
         "per_device_eval_batch_size": 256,
         "entropy_coef": 0.0,
@@ -105,9 +105,11 @@ def generated(
         trainer.add_callback(watch)
         if settings["steps"]:
             seconds = trainer.train().metrics["train_runtime"]
-        texts = trainer.predict(prompts["test"]).predictions
+        trainer.model.eval()
+        examples = trainer._generate_examples(trainer.get_test_dataloader(prompts["test"]))  # without a validation
     answered = [prompt for prompt in prompts["test"]["prompt"] for _ in range(samples // len(prompts["test"]))]
-    rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(answered, texts, strict=True)]
+    pairs = zip(answered, examples, strict=True)
+    rows = [{"prompt": prompt, "completion": example["completion"]} for prompt, example in pairs]
     return rows, {"curve": watch.curve, "seconds": round(seconds, 1)}
 
 
@@ -137,10 +139,12 @@ def distinct(texts: list[str], n: int) -> float:
 def run(options: argparse.Namespace) -> None:
     same = {"completions": options.completions, "learning_rate": options.learning_rate, "steps": options.steps}
     nothing = {"picture": "", "beta": 0.0, "seed": 0, **dict.fromkeys(same, 0)}
-    grid = [{"writer": writer, **nothing} for writer in BASELINES]
+    nothing["samples"] = same["samples"] = options.samples
+    grid = []
     for picture, seed, writer, beta in product(options.pictures, options.seeds, options.credits, options.betas):
         grid.append({"picture": picture, "writer": writer, "beta": beta, "seed": seed, **same})
-    common.run_missing(RESULTS, grid, partial(one, samples=options.samples), options.threads)
+    grid += [{"writer": writer, **nothing} for writer in BASELINES]
+    common.run_missing(RESULTS, grid, one, options.threads)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -171,7 +175,7 @@ def main() -> None:
     runner.add_argument("--learning_rate", type=float, default=5e-4, help="of the generator")
     runner.add_argument("--completions", type=int, default=128, help="a generation batch")
     runner.add_argument("--steps", type=int, default=100, help="of the generator, two a generation batch")
-    runner.add_argument("--samples", type=int, default=1024, help="texts for stock SFT")
+    runner.add_argument("--samples", type=int, default=512, help="texts for stock SFT")
     options = parser.parse_args()
     options.function(options)
 
