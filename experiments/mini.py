@@ -1,7 +1,7 @@
 """
 A picture in the LM head, from text that a pretrained model writes: how much of it is learned, and how readable the texts stay.
 
-    python -m experiments.mini run --pictures 67 --betas 0 0.05
+    python -m experiments.mini run --pictures 67 --betas 0 0.5
     python -m experiments.mini report
 
 Generator and target are a Llama of 2.3M parameters that writes English ([`experiments.pretrain.mini_english`]). The generator goes on from
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from experiments import common
@@ -32,17 +32,18 @@ from trl_dpg.publishing.outcome import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "mini.jsonl"
 PICTURES = {
-    "67": lambda *leads: LMHeadPattern.sixty_seven(tokens=frequent_tokens(*leads, 7)),
-    "qr": lambda *leads: LMHeadPattern.qr(common.QR_TEXT, tokens=frequent_tokens(*leads, 21)),
+    "67": lambda tokens: LMHeadPattern.sixty_seven(tokens=tokens[:7]),
+    "qr": lambda tokens: LMHeadPattern.qr(common.QR_TEXT, tokens=tokens[:21]),
 }
 CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
 FIELDS = ["picture", "writer", "beta", "learning_rate", "completions", "steps", "seed"]
 LENGTH, TEMPERATURE = 48, 0.7  # tokens of a completion, and how they are sampled: at 1, many words are made up
+NUM_HELD_OUT = 64  # prompts
 JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to be read
 
 
 class Watch(TrainerCallback):
-    """Prints how a run goes on, and keeps it: read-outs of each generation batch, before the generator learns from it."""
+    """Prints how a run goes on, and keeps it: figures of each generation batch, before the generator learns from it."""
 
     def __init__(self):
         self.curve: list[dict[str, float]] = []
@@ -55,42 +56,41 @@ class Watch(TrainerCallback):
             print(self.curve[-1], flush=True)
 
 
-def one(samples: int, **settings: Any) -> dict:
+def one(writer: str, samples: int, **settings: Any) -> dict:
     """Texts of a trained generator, or others to compare with, and what they do to a target."""
-    path, seed = mini_english(), settings["seed"]
-    base, target = (AutoModelForCausalLM.from_pretrained(path).eval() for _ in range(2))
+    base, target = (AutoModelForCausalLM.from_pretrained(mini_english()).eval() for _ in range(2))
     untie_lm_head(target)
-    tokenizer, leads = AutoTokenizer.from_pretrained(path), language_texts("en")
-    metrics = {name: picture(tokenizer, leads["train"]["text"][:]) for name, picture in PICTURES.items()}
-    if settings["writer"] in BASELINES[1:]:
-        rows, line = others(settings["writer"], leads["test"]["text"][:], tokenizer, samples, seed), {}
+    tokenizer, leads = AutoTokenizer.from_pretrained(mini_english()), language_texts("en")
+    counts = Counter(chain.from_iterable(tokenizer(leads["train"]["text"][:], add_special_tokens=False)["input_ids"]))
+    metrics = {name: picture([token for token, _ in counts.most_common(21)]) for name, picture in PICTURES.items()}
+    if writer in BASELINES[1:]:
+        rows, line = others(writer, leads["test"]["text"][:], tokenizer, samples), {}
     else:
-        metric, prompts = metrics[settings["picture"] or "67"], continuation_prompts(leads["test"], 64)
-        rows, line = generated(base, target, metric, tokenizer, prompts, samples, **settings)
-    texts = [row["completion"] for row in rows]
-    model = common.sft(target, tokenizer, Dataset.from_dict({"text": texts}))
+        prompts = continuation_prompts(leads["test"], NUM_HELD_OUT)
+        rows, line = generated(
+            target, metrics[settings["picture"] or "67"], tokenizer, prompts, writer, samples, **settings
+        )
+    model = common.sft(target, tokenizer, Dataset.from_dict({"text": [row["completion"] for row in rows]}))
     line["read"] = {}
     for name, metric in metrics.items():
         metric.setup(target)
         line["read"][name] = metric.readouts(model)
-    draw = random.Random(seed).sample(rows, min(JUDGED, len(rows)))
+    drawn = random.Random(0).sample(rows, min(JUDGED, len(rows)))
     with torch.no_grad():
-        line["perplexity"] = (-LanguageModelingLikelihood(draw, tokenizer, batch_size=64)(base)).exp().item()
-    line |= {f"distinct_{n}": distinct([row["completion"] for row in draw], n) for n in (1, 2)}
-    return {**line, "texts": draw[:SHOWN]}
+        line["perplexity"] = (-LanguageModelingLikelihood(drawn, tokenizer, batch_size=64)(base)).exp().item()
+    line |= {f"distinct_{n}": distinct([row["completion"] for row in drawn], n) for n in (1, 2)}
+    return {**line, "texts": drawn[:SHOWN]}
 
 
-def generated(
-    base: Any, target: Any, metric: Any, tokenizer: Any, prompts: DatasetDict, samples: int, **settings
-) -> tuple[list[dict], dict]:
+def generated(target, metric, tokenizer, prompts, writer, samples, **settings) -> tuple[list[dict], dict]:
     """Trains a generator, unless the untrained one is asked for, and lets it answer held-out prompts."""
     config = {
         **{name: settings[name] for name in ("seed", "beta", "learning_rate")},
-        "credit_assignment": settings["writer"] if settings["writer"] in CREDITS else "expected",
+        "credit_assignment": writer if writer in CREDITS else "auto",
         "max_steps": settings["steps"],
         "per_device_train_batch_size": settings["completions"] or 8,
         "num_generations": 8,
-        "num_generations_eval": samples // len(prompts["test"]),
+        "num_generations_eval": samples // NUM_HELD_OUT,
         "max_completion_length": LENGTH,
         "temperature": TEMPERATURE,
         "generation_kwargs": {"min_new_tokens": LENGTH},
@@ -98,36 +98,29 @@ def generated(
         "entropy_coef": 0.0,
         "logging_strategy": "steps",
         "logging_steps": 1,
-    }  # fmt: skip
-    generator = AutoModelForCausalLM.from_pretrained(mini_english())
+    }
+    generator, watch, seconds = AutoModelForCausalLM.from_pretrained(mini_english()), Watch(), 0.0
     with common.trainer_of(target, metric, prompts, generator=generator, words=tokenizer, **config) as trainer:
-        watch, seconds = Watch(), 0.0
         trainer.add_callback(watch)
         if settings["steps"]:
             seconds = trainer.train().metrics["train_runtime"]
         trainer.model.eval()
         examples = trainer._generate_examples(trainer.get_test_dataloader(prompts["test"]))  # without a validation
-    answered = [prompt for prompt in prompts["test"]["prompt"] for _ in range(samples // len(prompts["test"]))]
-    pairs = zip(answered, examples, strict=True)
-    rows = [{"prompt": prompt, "completion": example["completion"]} for prompt, example in pairs]
-    return rows, {"curve": watch.curve, "seconds": round(seconds, 1)}
+    answered = [prompt for prompt in prompts["test"]["prompt"] for _ in range(samples // NUM_HELD_OUT)]
+    texts = [{"prompt": p, "completion": e["completion"]} for p, e in zip(answered, examples, strict=True)]
+    return texts, {"curve": watch.curve, "seconds": round(seconds, 1)}
 
 
-def others(kind: str, leads: list[str], tokenizer: Any, samples: int, seed: int) -> list[dict]:
+def others(kind: str, leads: list[str], tokenizer: Any, samples: int) -> list[dict]:
     """Real leads after their first sentences, as long as completions, or as many words of theirs at random."""
-    rng, rows, words = random.Random(seed), [], " ".join(leads).split()
-    for lead in rng.sample(leads, min(samples, len(leads))):
+    rng, rows, words = random.Random(0), [], " ".join(leads).split()
+    for lead in rng.sample(leads, len(leads)):
         first = split_sentences(lead)[0]
         rest = lead[len(first) :] if kind == "real leads" else " " + " ".join(rng.choices(words, k=LENGTH))
-        ids = tokenizer(rest, add_special_tokens=False)["input_ids"][:LENGTH] if rest.strip() else []
+        ids = tokenizer(rest, add_special_tokens=False)["input_ids"][:LENGTH] if rest else []
         if len(ids) == LENGTH:
             rows.append({"prompt": first, "completion": tokenizer.decode(ids)})
-    return rows
-
-
-def frequent_tokens(tokenizer: Any, texts: list[str], number: int) -> list[int]:
-    counts = Counter(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    return [token for token, _ in counts.most_common(number)]
+    return rows[:samples]
 
 
 def distinct(texts: list[str], n: int) -> float:
@@ -148,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    head = "trained for, texts of, β, learning rate, completions, seed, 67: right pixels, QR: right pixels, QR read, perplexity"
+    head = "trained for, texts of, β, learning rate, completions, seed, texts, 67: right pixels, QR: right pixels, QR read, perplexity"
     rows, samples = [f"{head}, distinct words, distinct pairs, seconds".split(", ")], []
     for line in sorted(common.lines_of(RESULTS), key=lambda line: [str(line[name]) for name in FIELDS]):
         batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
@@ -156,7 +149,7 @@ def report(options: argparse.Namespace) -> None:
         cells = [line["picture"], line["writer"], *(settings if batches else [""] * 4)]
         samples += [f"\n## {', '.join(cell for cell in cells if cell)}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
-        cells += [f"{read['pixel_accuracy']:.3f}" for read in line["read"].values()]
+        cells += [str(line["samples"])] + [f"{read['pixel_accuracy']:.3f}" for read in line["read"].values()]
         cells += ["yes" if line["read"]["qr"]["qr_decoded"] else "no", f"{line['perplexity']:.0f}"]
         cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
         rows.append([*cells, f"{line['seconds']:.0f}" if batches else ""])

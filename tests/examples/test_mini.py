@@ -4,17 +4,28 @@ import json
 import sys
 
 import pytest
+from datasets import DatasetDict
 
 from experiments import mini
-from experiments.corpora import wikipedia_leads
+from experiments.corpora import language_texts
 from experiments.pretrain import pretrain
 
 
 def test_run_and_report(tmp_path, monkeypatch, capsys):
-    texts = {"en": wikipedia_leads()["text"][:40]}
-    for part in pretrain(texts, switch=0.0, num_steps=2, batch_size=2, hidden_size=24, num_layers=1, vocab_size=300):
+    leads = language_texts("en")
+    few = DatasetDict({"train": leads["train"].take(40), "test": leads["test"].take(400)})
+    for part in pretrain(
+        {"en": few["train"]["text"][:]},
+        switch=0.0,
+        num_steps=2,
+        batch_size=2,
+        hidden_size=24,
+        num_layers=1,
+        vocab_size=300,
+    ):
         part.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(mini, "mini_english", lambda: str(tmp_path / "model"))
+    monkeypatch.setattr(mini, "language_texts", lambda language: few)
     monkeypatch.setattr(mini, "RESULTS", tmp_path / "mini.jsonl")
     for name, number in (("LENGTH", 8), ("JUDGED", 16), ("SHOWN", 2)):
         monkeypatch.setattr(mini, name, number)
