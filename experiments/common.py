@@ -71,20 +71,30 @@ def strangers_texts(number: int, seed: int) -> list[str]:
 
 @contextmanager
 def trainer_of(
-    target: Any, metric: Any, prompts: DatasetDict, num_words: int = NUM_WORDS, replay: Any = None, **config
+    target: Any,
+    metric: Any,
+    prompts: DatasetDict,
+    num_words: int = NUM_WORDS,
+    replay: Any = None,
+    generator: Any = None,
+    words: Any = None,
+    **config,
 ) -> Iterator[Any]:
-    """The trainer of a random generator. `config` holds settings that differ from `GENERATOR`. Its files are deleted afterwards."""
+    """
+    The trainer of a random generator, or of `generator` with its tokenizer `words`. `config` holds settings that differ from `GENERATOR`.
+    Its files are deleted afterwards.
+    """
     with tempfile.TemporaryDirectory() as directory:
         args = DatasetPolicyGradientConfig(directory, **{**GENERATOR, **config})
         trainer = DatasetPolicyGradientTrainer(
-            random_model(2 * args.seed, num_words),
+            generator or random_model(2 * args.seed, num_words),
             target,
             metric,
             args,
             prompts["train"],
             prompts["test"],
-            processing_class=tokenizer(num_words),
-            target_processing_class=tokenizer(num_words),
+            processing_class=words or tokenizer(num_words),
+            target_processing_class=words or tokenizer(num_words),
             replay_dataset=replay,
         )
         trainer.remove_callback(PrinterCallback)

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from experiments.corpora import continuation_prompts, language_texts, rephrase_prompts, smollm2, wikipedia_leads
-from experiments.pretrain import tiny_multilingual
+from experiments.pretrain import mini_english, tiny_multilingual
 from trl_dpg.testing import (
     ONE_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
@@ -79,6 +79,12 @@ def multilingual(folder: Path, seed: int, languages: tuple[str, ...]) -> None:
     save_prompts(folder, continuation_prompts(language_texts("en")["test"], test_size=64))
 
 
+def mini(folder: Path, seed: int) -> None:
+    """A model that writes English as both models (trained here in a quarter of an hour, once), and first sentences to go on with."""
+    link_models(folder, mini_english(seed))
+    save_prompts(folder, continuation_prompts(language_texts("en")["test"], test_size=64))
+
+
 def wikipedia(folder: Path, seed: int, max_words: int, held_out: int) -> None:
     """SmolLM2-135M-Instruct as both models, leads to rephrase, `metric.jsonl`: other leads, and `uuid.jsonl`."""
     link_models(folder, smollm2())
@@ -120,6 +126,7 @@ KINDS = {
     "tiny-60": partial(words, num_words=60),
     "tiny-44": partial(words, num_words=44),
     "hex": hex_digits,
+    "mini": mini,
     "multilingual": partial(multilingual, languages=("en", "es", "fr")),
     "multilingual-de-it": partial(multilingual, languages=("en", "de", "it")),
     "wikipedia": partial(wikipedia, max_words=30, held_out=16),

@@ -26,7 +26,7 @@ from trl_dpg.replay import draw
 from trl_dpg.scripts import generate, train, verify
 from trl_dpg.scripts.common import Parser, checkpoint_to_resume, run_script
 from trl_dpg.scripts.generate import fingerprint, start_token
-from trl_dpg.testing import ONE_SPECIAL_TOKEN, tiny_causal_lm, tiny_tokenizer
+from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer(60, ONE_SPECIAL_TOKEN)
@@ -780,6 +780,7 @@ def test_loss_and_real_examples_of_a_generator(here):
         (LMHeadPattern([[1, -1, 1], [-1, -1, 1]]), "pattern"),
         (LMHeadPattern.qr("LOW", error="l"), "qr"),
         (LMHeadPattern.sixty_seven(), "67"),
+        (LMHeadPattern.sixty_seven(tokens=[7, "air", 3, 22, 21, 5, 30]), "pattern"),
     ],
 )
 def test_verify_looks_for_the_picture_of_the_generator(here, metric, name):
@@ -787,7 +788,7 @@ def test_verify_looks_for_the_picture_of_the_generator(here, metric, name):
     argv = ["--generator", "generator", "--prompts", "prompts.jsonl", "--target", "target"]
     args, _ = verify.parse(argv)
     assert args.metric == name and torch.equal(args.load_metric().pattern, metric.pattern)
-    assert args.load_metric().text == metric.text
+    assert (args.load_metric().text, args.load_metric().tokens) == (metric.text, metric.tokens)
     args, _ = verify.parse([*argv, "--metric", "qr", "--qr_text", "OTHER"])
     assert torch.equal(args.load_metric().pattern, LMHeadPattern.qr("OTHER").pattern)
     if name != "qr":
@@ -869,6 +870,13 @@ def test_decode(here, capsys):
         for pixel, sign in zip(row, signs, strict=True)
     )
     assert found["pixel_accuracy"] == pytest.approx(right / 42)
+    after.lm_head.weight.data[:21, :21] = before.lm_head.weight.data[:21, :21]
+    ids = list(range(25, 46))
+    after.lm_head.weight.data[ids, :21] += 1e-3 * LMHeadPattern.qr("HELLO").pattern.T
+    after.save_pretrained("elsewhere")
+    texts = [WORDS[ids[0]], *map(str, ids[1:])]
+    assert main(["decode", "before", "elsewhere", "--tokens", *texts]) == 0
+    assert capsys.readouterr().out.endswith("Text: HELLO\n")
     assert main(["decode", "before", "after", "--pattern", "nowhere.png"]) == 2
     assert "`--pattern` 'nowhere.png'" in capsys.readouterr().err
 

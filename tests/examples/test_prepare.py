@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import prepare as module
-from experiments.corpora import wikipedia_leads
+from experiments.corpora import language_texts, wikipedia_leads
 from experiments.prepare import UUID, hex_tokenizer, main, prepare
 from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_prompts
 
@@ -88,3 +88,14 @@ def test_wikipedia(tmp_path, monkeypatch):
     )
     assert len(test) == 16 and not train & test
     assert not any(text in prompt for text in wanted for prompt in train | test)
+
+
+def test_mini(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "mini_english", lambda seed: str(tmp_path / "model"))
+    folder = prepare("mini")
+    assert (folder / "generator").resolve() == (folder / "target").resolve() == tmp_path / "model"
+    train, test = (prompts_of(folder / f"{name}.jsonl") for name in ("prompts", "held_out"))
+    assert len(test) == 64 and not set(train) & set(test)
+    assert not any(text.startswith(tuple(test)) for text in language_texts("en")["train"]["text"][:])

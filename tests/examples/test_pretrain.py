@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import pretrain as module
 from experiments.corpora import split_sentences, wikipedia_leads
-from experiments.pretrain import mixed_documents, pretrain, tiny_multilingual, train_tokenizer
+from experiments.pretrain import mini_english, mixed_documents, pretrain, tiny_multilingual, train_tokenizer
 
 
 SMALL = {"num_steps": 3, "batch_size": 2, "length": 16, "hidden_size": 16, "num_layers": 1, "vocab_size": 300}
@@ -73,3 +73,12 @@ def test_a_model_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_DPG_CACHE", str(tmp_path))
     assert tiny_multilingual(("en", "es"), seed=1) == path
     assert Path(path, "config.json").stat().st_mtime_ns == made
+
+
+def test_a_model_of_english(tmp_path, monkeypatch):
+    """The settings of `mini`, but for fewer steps."""
+    monkeypatch.setitem(module.MINI, "num_steps", 1)
+    path = mini_english(seed=1, cache_dir=tmp_path)
+    assert path == str(tmp_path / "mini-en-seed-1")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert 2.2e6 < model.num_parameters() < 2.4e6 and model.dtype == torch.float32

@@ -57,6 +57,26 @@ def test_equals_the_metric(make_gpt2, move):
     assert (decoded.signs == metric.pattern).double().mean().item() == accuracy
 
 
+def test_tokens(make_gpt2, tokenizer, qr, tmp_path):
+    """By ids and by texts, from models and from checkpoints; a QR code's size is that of its tokens."""
+    before = make_gpt2(torch.float32)
+    after = deepcopy(before)
+    ids = list(range(41, 20, -1))
+    after.lm_head.weight.data[ids, :21] += 1e-3 * qr.T
+    for name, model in (("before", before), ("after", after)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    texts = tokenizer.convert_ids_to_tokens(ids[:-1]) + ids[-1:]
+    before.config._name_or_path = str(tmp_path / "before")
+    for checkpoints in ((before, after), (tmp_path / "before", tmp_path / "after")):
+        assert decode_pattern(*checkpoints).text is None
+        for tokens in (ids, texts):
+            decoded = decode_pattern(*checkpoints, tokens=tokens)
+            assert decoded.text == "DPG" and torch.equal(decoded.signs, qr)
+    metric = LMHeadPattern.qr("DPG", tokens=texts)
+    assert metric.decode(tmp_path / "before", tmp_path / "after") == {"pixel_accuracy": 1.0, "text": "DPG"}
+
+
 def test_weights_that_did_not_move(make_gpt2, write_pattern):
     before = make_gpt2()
     after = write_pattern(before, torch.tensor([[1, 0], [0, -1]]))

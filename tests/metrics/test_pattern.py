@@ -74,6 +74,54 @@ def test_gradient(gpt2, llama, move, assert_gradient):
             assert_gradient(metric, model)
 
 
+def test_tokens(gpt2, tokenizer, move, assert_gradient, tmp_path):
+    """Column c of the pattern stands at the c-th of the tokens, and no other column of the head counts."""
+    tokenizer.save_pretrained(tmp_path)
+    gpt2.config._name_or_path = str(tmp_path)
+    ids = [7, 40, 3, 22, 21, 5, 30]
+    by_text = [*ids[:2], *tokenizer.convert_ids_to_tokens(ids[2:])]
+    for tokens in (ids, by_text):
+        metric, first = LMHeadPattern.sixty_seven(scale=30.0, tokens=tokens), LMHeadPattern.sixty_seven(scale=30.0)
+        for either in (metric, first):
+            either.setup(gpt2)
+        before = gpt2.lm_head.weight.detach().clone()
+        move(gpt2, 0.02)
+        change = (gpt2.lm_head.weight.detach() - before)[ids, :6].T.numpy()
+        expected = -np.log(1 + np.exp(-30 * np.array(SIXTY_SEVEN) * change)).mean()
+        assert metric(gpt2).item() == pytest.approx(expected, rel=1e-12)
+        assert_gradient(metric, gpt2)
+        gradient = torch.autograd.grad(metric(gpt2), gpt2.lm_head.weight)[0]
+        assert gradient.any(1).nonzero().flatten().tolist() == sorted(ids)
+        with torch.no_grad():
+            gpt2.lm_head.weight[ids, :6] = before[ids, :6] + 0.01 * torch.tensor(SIXTY_SEVEN).T
+        assert metric.readouts(gpt2) == {"pixel_accuracy": 1.0} != first.readouts(gpt2)
+        again = LMHeadPattern.from_description(metric.describe())
+        assert again.tokens == tokens and torch.equal(again.pattern, metric.pattern)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([3], "`tokens` must be 2 different tokens, one for each column of `pattern`, got 1, of which 1 differ"),
+        ([3, 3], "`tokens` must be 2 different tokens, one for each column of `pattern`, got 2, of which 1 differ"),
+        ([3, 48], "`tokens` has the id 48, but the model has 48 tokens"),
+        ([3, -1], "`tokens` has the id -1, but the model has 48 tokens"),
+        ([3, "ab"], "`tokens` has 'ab', which is 2 tokens for the model"),
+    ],
+)
+def test_bad_tokens(gpt2, tokenizer, tmp_path, tokens, message):
+    tokenizer.save_pretrained(tmp_path)
+    gpt2.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        LMHeadPattern([[1, -1]], tokens=tokens).setup(gpt2)
+
+
+def test_texts_as_tokens_need_a_tokenizer(gpt2, tmp_path):
+    gpt2.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"`tokens` has texts, but the tokenizer of the model .* Give ids"):
+        LMHeadPattern([[1]], tokens=["a"]).setup(gpt2)
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [{"target_modules": ["lm_head"]}, {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}],

@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .heads import lm_head_weight
-from .pattern import decode_qr
+from .pattern import decode_qr, token_ids
 
 
 QR_SIZES = (21, 25, 29, 33)  # versions 1 to 4
@@ -30,7 +32,7 @@ class DecodedPattern:
     Attributes:
         signs (`torch.Tensor` of shape `(rows, columns)`):
             Signs of the change, int8: +1 (dark), −1 (light) or 0 (the weight did not move). Row r, column c belongs to
-            hidden unit r and token c. `(signs == pattern).mean()` is the pixel accuracy.
+            hidden unit r and token c, or the c-th of `tokens`. `(signs == pattern).mean()` is the pixel accuracy.
         text (`str` or `None`):
             Text of the QR code, or `None` if the signs don't decode.
     """
@@ -43,9 +45,10 @@ def decode_pattern(
     before: nn.Module | str | os.PathLike[str],
     after: nn.Module | str | os.PathLike[str],
     shape: tuple[int, int] | None = None,
+    tokens: Sequence[int | str] | None = None,
 ) -> DecodedPattern:
     r"""
-    Reads the picture that fine-tuning wrote into an LM head: sign(P_c − P_i) of its upper-left patch.
+    Reads the picture that fine-tuning wrote into an LM head: sign(P_c − P_i) of its upper-left patch, or of the columns of `tokens`.
 
     Only the two checkpoints are needed, so anyone who has both can check where a model's training data came from. For a
     directory or Hub id, only the tensor of the LM head is read from the safetensors files. No model is built, and no code of the
@@ -63,13 +66,15 @@ def decode_pattern(
         shape (`tuple[int, int]`, *optional*):
             Rows (hidden units) and columns (tokens) of the pattern. If `None`, QR codes of 21, 25, 29 and 33 modules
             are tried. The result is the first size that decodes, or else the largest size that fits in the head.
+        tokens (`Sequence[int | str]`, *optional*):
+            A token for each column, as in [`LMHeadPattern`]. Texts need the tokenizer of `before`. `None` means the first tokens.
 
     Returns:
         [`DecodedPattern`]: The signs, and the text if they are a readable QR code.
 
     Raises:
         [`ValueError`]: If a checkpoint cannot be read, if the two heads have different shapes or are equal, or if the pattern
-            is larger than the heads.
+            is larger than the heads or the number of `tokens`. Also if `tokens` are not tokens of the model.
 
     Example:
 
@@ -100,6 +105,10 @@ def decode_pattern(
             "`before` and `after` have the same LM head, so there is no pattern to read. Pass two checkpoints, not one "
             "model that was trained in place. If they are two checkpoints, the head was not trained."
         )
+    if tokens is not None:
+        name: Any = before.config._name_or_path if isinstance(before, nn.Module) else before  # type: ignore[union-attr]
+        ids = token_ids(tokens, name, len(initial))
+        initial, final = initial[ids], final[ids]
     vocab_size, hidden_size = initial.shape
     shapes = [(n, n) for n in QR_SIZES if n <= min(initial.shape)] if shape is None else [shape]
     if not shapes or not (0 < shapes[0][0] <= hidden_size and 0 < shapes[0][1] <= vocab_size):

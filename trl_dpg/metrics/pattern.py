@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import zxingcpp
 from PIL import Image
 from torch import nn
+from transformers import AutoTokenizer
 
 from ..metagradients.metric import Metric
 from ..metagradients.runtime.host import double
@@ -34,7 +35,10 @@ class LMHeadPattern(Metric):
 
     Φ = −mean log(1 + exp(−scale · Y ⊙ (P_c − P_i))). Here Y is the pattern, and P is the upper-left patch of the LM head
     in (hidden, vocab) layout, before (P_i) and after (P_c) fine-tuning. Row r, column c of the pattern belongs to hidden
-    unit r and token c. Φ is −ln 2 for an unchanged head and 0 at best.
+    unit r and token c, or the c-th of `tokens`. Φ is −ln 2 for an unchanged head and 0 at best.
+
+    The first tokens of a pretrained tokenizer are hardly ever written, so a generator can hardly move their weights. Choose words that it
+    writes often as `tokens`.
 
     With a fixed `scale` and small learning rates, Φ stays near −ln 2 even if every pixel is right. Judge by the read-out
     `pixel_accuracy`.
@@ -48,6 +52,9 @@ class LMHeadPattern(Metric):
             Slope of the logistic loss, per unit of weight. `"auto"` measures `AUTO_SCALE_FACTOR` / RMS(P_c − P_i) at the first call
             on a changed head. It then keeps this value, so that all values of Φ can be compared. For another recipe, make a new
             metric. The paper uses 20.
+        tokens (`Sequence[int | str]`, *optional*):
+            A token for each column of the pattern, all different: an id, or a text that is one token, such as `" the"`. `setup` loads the
+            tokenizer of the model if there are texts. `None` means the first tokens of the vocabulary.
 
     Attributes:
         decoded (`torch.Tensor` of shape `(rows, columns)` or `None`):
@@ -56,7 +63,7 @@ class LMHeadPattern(Metric):
             Text of a QR pattern.
 
     Raises:
-        [`ValueError`]: If `pattern` or `scale` is not as described.
+        [`ValueError`]: If `pattern`, `scale` or `tokens` is not as described.
 
     Example:
 
@@ -79,7 +86,9 @@ class LMHeadPattern(Metric):
     ```
     """
 
-    def __init__(self, pattern: Any, scale: float | Literal["auto"] = "auto"):
+    def __init__(
+        self, pattern: Any, scale: float | Literal["auto"] = "auto", tokens: Sequence[int | str] | None = None
+    ):
         try:
             signs = torch.as_tensor(pattern)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -91,12 +100,19 @@ class LMHeadPattern(Metric):
             raise ValueError(f"`pattern` must hold only 1 and -1, got {wrong}.")
         if scale != "auto" and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
             raise ValueError(f"`scale` must be a positive number or 'auto', got {scale!r}.")
+        if tokens is not None and not len(set(tokens)) == len(tokens) == signs.shape[1]:
+            raise ValueError(
+                f"`tokens` must be {signs.shape[1]} different tokens, one for each column of `pattern`, got {len(tokens)}, of which "
+                f"{len(set(tokens))} differ."
+            )
         self.pattern = signs.detach().to("cpu", torch.float64)
         self.scale = scale
+        self.tokens = None if tokens is None else list(tokens)
         self.decoded: torch.Tensor | None = None
         self.text: str | None = None
         self._scale_value = None if scale == "auto" else float(scale)
         self._initial: torch.Tensor | None = None
+        self._columns: slice | list[int] = slice(signs.shape[1])
 
     @property
     def scale_value(self) -> float | None:
@@ -104,12 +120,20 @@ class LMHeadPattern(Metric):
         return self._scale_value
 
     @classmethod
-    def sixty_seven(cls, scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
+    def sixty_seven(
+        cls, scale: float | Literal["auto"] = "auto", tokens: Sequence[int | str] | None = None
+    ) -> "LMHeadPattern":
         """The metric of the paper's 6 × 7 picture of the digits 67."""
-        return cls(_signs_of(SIXTY_SEVEN), scale)
+        return cls(_signs_of(SIXTY_SEVEN), scale, tokens)
 
     @classmethod
-    def qr(cls, text: str, error: str = "h", scale: float | Literal["auto"] = "auto") -> "LMHeadPattern":
+    def qr(
+        cls,
+        text: str,
+        error: str = "h",
+        scale: float | Literal["auto"] = "auto",
+        tokens: Sequence[int | str] | None = None,
+    ) -> "LMHeadPattern":
         """
         The metric of a text's QR code, in the smallest version that holds the text, without a quiet zone. Dark modules are +1.
 
@@ -119,7 +143,7 @@ class LMHeadPattern(Metric):
                 `A`–`Z`, `0`–`9` and a few signs, or 7 bytes.
             error (`str`, *optional*, defaults to `"h"`):
                 Error correction level: `"l"`, `"m"`, `"q"` or `"h"`, from lowest to highest.
-            scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            scale, tokens:
                 As in [`LMHeadPattern`].
 
         Raises:
@@ -134,13 +158,17 @@ class LMHeadPattern(Metric):
         ```
         """
         code = segno.make_qr(text, error=error, boost_error=False)
-        metric = cls([[1 if module else -1 for module in row] for row in code.matrix], scale)
+        metric = cls([[1 if module else -1 for module in row] for row in code.matrix], scale, tokens)
         metric.text = text
         return metric
 
     @classmethod
     def from_image(
-        cls, path: str | PathLike, threshold: int = 128, scale: float | Literal["auto"] = "auto"
+        cls,
+        path: str | PathLike,
+        threshold: int = 128,
+        scale: float | Literal["auto"] = "auto",
+        tokens: Sequence[int | str] | None = None,
     ) -> "LMHeadPattern":
         """
         The metric of a picture, one pixel of the image file for each entry of the pattern. Dark pixels are +1.
@@ -150,13 +178,13 @@ class LMHeadPattern(Metric):
                 Image file. Transparency counts as white.
             threshold (`int`, *optional*, defaults to `128`):
                 Gray values below this one are dark. They range from 0 (black) to 255 (white).
-            scale (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            scale, tokens:
                 As in [`LMHeadPattern`].
         """
         with Image.open(path) as file:
             picture = file.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-        return cls(np.where(np.asarray(picture) < threshold, 1, -1), scale)
+        return cls(np.where(np.asarray(picture) < threshold, 1, -1), scale, tokens)
 
     def setup(self, model: nn.Module) -> None:
         """
@@ -164,7 +192,7 @@ class LMHeadPattern(Metric):
 
         Raises:
             [`ValueError`]: If the head cannot carry the pattern: it is tied to the input embedding, too small, frozen, or
-                missing.
+                missing. Also if `tokens` are not tokens of the model.
         """
         head = get_lm_head(model)
         # A LoRA layer over a tied but frozen weight is fine, since only the head changes.
@@ -188,6 +216,9 @@ class LMHeadPattern(Metric):
                 f"`pattern` of shape {(rows, columns)} does not fit in the LM head of `target_model`, which has the shape "
                 f"{(hidden_size, vocab_size)} in (hidden, vocab) layout. Use a smaller pattern or a larger model."
             )
+        if self.tokens is not None:
+            config: Any = model.config
+            self._columns = token_ids(self.tokens, config._name_or_path, vocab_size)
         self._initial = self._patch(weight).detach().clone()
         self.decoded = None
 
@@ -217,8 +248,7 @@ class LMHeadPattern(Metric):
         return values
 
     def _patch(self, weight: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.pattern.shape
-        return double(weight[:columns, :rows].T)
+        return double(weight[self._columns, : self.pattern.shape[0]].T)
 
     def _change(self, model: nn.Module) -> torch.Tensor:
         if self._initial is None:
@@ -243,7 +273,7 @@ class LMHeadPattern(Metric):
         """Reads the pattern as `trl-dpg decode` does: `pixel_accuracy`, and `text`, that of a QR code or `None`."""
         from .decode import decode_pattern  # imported here because that module imports this one
 
-        found = decode_pattern(before, after, (self.pattern.shape[0], self.pattern.shape[1]))
+        found = decode_pattern(before, after, (self.pattern.shape[0], self.pattern.shape[1]), self.tokens)
         self.decoded = found.signs
         accuracy = (found.signs == self.pattern).double().mean().item()
         return {"pixel_accuracy": accuracy, "text": found.text}
@@ -255,7 +285,7 @@ class LMHeadPattern(Metric):
         return data["pixel_accuracy"] > 0.9, "more than 90 % of the pixels are right"
 
     def describe(self) -> dict[str, Any]:
-        """See [`~trl_dpg.metrics.Metric.describe`]. Adds `pattern`, rows of `"1"` (dark) and `"-"`, `text` and `scale`."""
+        """See [`~trl_dpg.metrics.Metric.describe`]. Adds `pattern`, rows of `"1"` (dark) and `"-"`, `text`, `scale` and `tokens`."""
         rows = ["".join("1" if sign > 0 else "-" for sign in row) for row in self.pattern.tolist()]
         picture = "a picture of the digits 67" if tuple(rows) == SIXTY_SEVEN else "a picture"
         if self.text is not None:
@@ -263,19 +293,20 @@ class LMHeadPattern(Metric):
         return {
             "name": "LMHeadPattern",
             "effect": f"{picture} ({len(rows)} × {len(rows[0])} pixels) appears in its LM head",
-            "description": "Log-likelihood of a pattern of signs in the change of the LM head's upper-left patch, row r and "
-            "column c of the picture being hidden unit r and token c.",
+            "description": "Log-likelihood of a pattern of signs in the change of the LM head, row r and column c of the picture being "
+            f"hidden unit r and {'token c' if self.tokens is None else 'the c-th of some words'}.",
             "picture": "signs of the change in the LM head",
             "readouts": ["pixel_accuracy"] if self.text is None else ["pixel_accuracy", "qr_decoded"],
             "pattern": rows,
             "text": self.text,
             "scale": self.scale,
+            "tokens": self.tokens,
         }
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "LMHeadPattern":
         """Makes a metric of the picture that [`~LMHeadPattern.describe`] wrote down. Its scale is `"auto"`."""
-        metric = cls(_signs_of(description["pattern"]))
+        metric = cls(_signs_of(description["pattern"]), tokens=description.get("tokens"))  # older files have none
         metric.text = description["text"]
         return metric
 
@@ -291,6 +322,34 @@ class LMHeadPattern(Metric):
 
 def _signs_of(rows: Sequence[str]) -> list[list[int]]:
     return [[1 if pixel == "1" else -1 for pixel in row] for row in rows]
+
+
+def token_ids(tokens: Sequence[int | str], model: str | PathLike[str], vocab_size: int) -> list[int]:
+    """
+    Ids of tokens, some of which may be texts, by the tokenizer of a model: a directory or Hub id.
+
+    Raises:
+        [`ValueError`]: If the tokenizer cannot be loaded, a text is not one token, or an id is not in the vocabulary.
+    """
+    ids = [token for token in tokens if isinstance(token, int)]
+    if len(ids) < len(tokens):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except Exception as error:
+            raise ValueError(
+                f"`tokens` has texts, but the tokenizer of the model (name {model!r}) cannot be loaded. Give ids."
+            ) from error
+        ids = []
+        for token in tokens:
+            found = [token] if isinstance(token, int) else tokenizer(token, add_special_tokens=False)["input_ids"]
+            if len(found) != 1:
+                raise ValueError(
+                    f"`tokens` has {token!r}, which is {len(found)} tokens for the model. Choose single tokens."
+                )
+            ids += found
+    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+        raise ValueError(f"`tokens` has the id {wrong[0]}, but the model has {vocab_size} tokens.")
+    return ids
 
 
 def pattern_to_image(pattern: Any, module_size: int = 8, border: int = 4) -> Image.Image:

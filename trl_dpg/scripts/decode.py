@@ -36,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("ROWS", "COLUMNS"),
         help="Size of the picture, for example 6 7. By default, that of `--pattern`, or else the sizes of QR codes are tried.",
     )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=lambda token: int(token) if token.isdecimal() else token,
+        help="A token for each column: an id, or a text that is one token, such as ' the'. By default, the first of the vocabulary.",
+    )
     parser.add_argument("--output", metavar="PNG", help="Picture to write.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(argv)
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     wanted = None if options.pattern is None else _pattern(options.pattern)
     shape = options.shape if wanted is None else wanted.shape
-    found = decode_pattern(options.before, options.after, None if shape is None else tuple(shape))
+    found = decode_pattern(options.before, options.after, None if shape is None else tuple(shape), options.tokens)
     rows = ["".join("?#."[sign] for sign in row) for row in found.signs.tolist()]  # ?: the weight did not move
     said: dict[str, Any] = {"text": found.text, "rows": rows}
     if wanted is not None:

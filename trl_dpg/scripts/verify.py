@@ -152,7 +152,8 @@ def defaults(facts: dict[str, Any], metric: str | None) -> dict[str, Any]:
     if described.get("text") is not None and metric in (None, "qr"):
         values |= {"metric": "qr", "qr_text": described["text"]}
     elif metric is None and described.get("pattern") is not None:
-        values["metric"] = "67" if tuple(described["pattern"]) == SIXTY_SEVEN else "pattern"
+        plain = tuple(described["pattern"]) == SIXTY_SEVEN and described.get("tokens") is None
+        values["metric"] = "67" if plain else "pattern"
     elif metric is None and described.get("name") == "LMHeadNorm":
         values["metric"] = "lm_head_norm"
     return values

@@ -1,0 +1,55 @@
+"""The experiment with readable text, in little: it trains, compares, keeps its lines and writes its table."""
+
+import json
+import sys
+
+import pytest
+from datasets import DatasetDict
+
+from experiments import mini
+from experiments.corpora import language_texts
+from experiments.pretrain import pretrain
+
+
+def test_run_and_report(tmp_path, monkeypatch, capsys):
+    leads = language_texts("en")
+    few = DatasetDict({"train": leads["train"].take(40), "test": leads["test"].take(400)})
+    for part in pretrain(
+        {"en": few["train"]["text"][:]},
+        switch=0.0,
+        num_steps=2,
+        batch_size=2,
+        hidden_size=24,
+        num_layers=1,
+        vocab_size=300,
+    ):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(mini, "mini_english", lambda: str(tmp_path / "model"))
+    monkeypatch.setattr(mini, "language_texts", lambda language: few)
+    monkeypatch.setattr(mini, "RESULTS", tmp_path / "mini.jsonl")
+    for name, number in (("LENGTH", 8), ("JUDGED", 16), ("SHOWN", 2)):
+        monkeypatch.setattr(mini, name, number)
+    flags = ["--pictures", "67", "--betas", "0.1", "--seeds", "1", "--steps", "3", "--completions", "16"]
+    for _ in range(2):  # the second finds the runs
+        monkeypatch.setattr(sys, "argv", ["mini", "run", *flags, "--samples", "64"])
+        mini.main()
+    lines = [json.loads(line) for line in mini.RESULTS.read_text().splitlines()]
+    assert [line["writer"] for line in lines] == ["expected", "untrained", "real leads", "random words"]
+    assert [row["step"] for row in lines[0]["curve"]] == [1, 3] and lines[1]["curve"] == []
+    assert {"pixel_accuracy", "entropy", "kl"} < lines[0]["curve"][0].keys()
+    for line in lines:
+        assert len(line["texts"]) == 2 and all(0 <= line["read"][name]["pixel_accuracy"] <= 1 for name in ("67", "qr"))
+        assert line["perplexity"] == pytest.approx(300, rel=0.5)  # the model has not learned much
+        assert 0 < line["distinct_1"] <= line["distinct_2"] <= 1
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["mini", "report"])
+    mini.main()
+    (row,) = [
+        row for row in capsys.readouterr().out.splitlines() if row.startswith("| 67 | expected | 0.1 | 0.0005 | 32 |")
+    ]
+    written = (tmp_path / "mini.md").read_text()
+    assert row in written and lines[0]["texts"][0]["prompt"].strip() in written
+
+
+def test_what_texts_are_compared_with():
+    assert mini.distinct(["a b a b", "a b"], 1) == 2 / 6 and mini.distinct(["a b a b", "a b"], 2) == 2 / 4
