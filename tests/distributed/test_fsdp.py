@@ -66,7 +66,8 @@ def test_fsdp2_equals_data_parallel(tmp_path):
     check_equal(sharded, plain, original, plain_weights)
     both = train(tmp_path / "both", FSDP2, target_fsdp=True)
     assert both[0]["target_is_sharded"] and both[0]["target_share"] == both[0]["target_size"] // 2
-    check_equal(both, plain, original, plain_weights)
+    # Rewards differ by rounding, which Adam blows up where a gradient is near zero: a thousandth of its step
+    check_equal(both, plain, original, plain_weights, atol=1e-5)
 
 
 def check_equal(run, plain, original, plain_weights, kind=("FSDP", True), atol=1e-6):
