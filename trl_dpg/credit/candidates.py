@@ -1,6 +1,6 @@
 """Log-probabilities of candidates (words, that is tokens, that could stand at a position), from TRL's own forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,7 +143,6 @@ class CandidateHead:
                 return ModelOutput()
             output = forward(*args, **kwargs)
             if self._log_probs is not None:
-                self.of_tokens = output.log_probs
                 self.result = self._compute(self._hidden, kwargs["labels"], *_head(model), output.log_probs.detach())
                 # FSDP only gathers weights again to differentiate what a module returns, so an unused field returns the result.
                 output.mean_logits = self.result
@@ -177,6 +176,19 @@ class CandidateHead:
             yield self
         finally:
             self._log_probs = self._hidden = self.result = self.of_tokens = None
+
+    def around(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """
+        The model, as TRL calls it, that keeps its log-probabilities in `of_tokens` as a tensor of their own. To differentiate in what
+        the model itself returns would start a backward pass of FSDP or DeepSpeed.
+        """
+
+        def forward(*args, **kwargs):
+            output = model(*args, **kwargs)
+            output.log_probs = self.of_tokens = output.log_probs.view_as(output.log_probs)
+            return output
+
+        return forward
 
     def _find_most_likely(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_tokens, num_candidates = self._most_likely  # type: ignore[misc]

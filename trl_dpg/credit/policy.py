@@ -100,7 +100,7 @@ class ExpectedCredit:
         # The target reads text. Special tokens are not part of it, except for the end. Its tokenizer may read a word as another one.
         known = {i for i in vocabulary.values() if i < vocab_size(target.target_model)}
         words = known - special_ids(tokenizer) - changed_words(target.processing_class) | {*target.eos_token_ids}
-        rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        rows = model.get_output_embeddings().out_features  # type: ignore[union-attr]  # ZeRO-3 leaves no shape of the weight
         self.is_word = torch.tensor([i in words for i in range(rows)])
         rows = min(len(vocabulary), rows)
         self.num_candidates = min(num_candidates or (rows if rows <= ALL_WORDS else CANDIDATES), rows)
@@ -143,7 +143,7 @@ class ExpectedCredit:
             found += [result[i, : len(row)] for i, row in enumerate(rows)]
         return found
 
-    def loss(self, policy_loss: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
+    def loss(self, policy_loss: Callable[[Any, dict[str, Any]], Tensor], model: Any, inputs: dict[str, Any]) -> Tensor:
         """
         TRL's policy loss plus the expected term.
 
@@ -151,13 +151,14 @@ class ExpectedCredit:
         loss in the token's advantage and in its log-probability.
 
         Args:
-            policy_loss (`Callable`): TRL's loss of a micro-batch.
+            policy_loss (`Callable`): TRL's loss of a model and a micro-batch.
+            model (`nn.Module`): The generator, wrapped by Accelerate.
             inputs (`dict`): The micro-batch, with `candidate_credits` and, unless all words are candidates, `candidate_ids`.
         """
         credits = inputs["candidate_credits"]
         advantages = inputs["advantages"].clone().requires_grad_()
         with self.head.log_probs(credits.shape[1], credits.shape[2], inputs.get("candidate_ids")) as head:
-            loss = policy_loss({**inputs, "advantages": advantages})
+            loss = policy_loss(head.around(model), {**inputs, "advantages": advantages})
             expected = expected_credit(head.result, credits)  # type: ignore[arg-type]
             of_tokens = head.of_tokens
         (of_advantages,) = torch.autograd.grad(loss, advantages, create_graph=True)

@@ -164,10 +164,11 @@ class Workspace:
 
     def norm(self, flat: Tensor) -> float:
         """Norm of a tensor in the layout of `phi`, over all processes."""
+        # The norm in float64 is slow and takes a copy, but it cannot underflow to zero.
         if not self.processes.in_step:
-            # The norm in float64 is slow, but it cannot underflow to zero.
             return flat.norm().item() or double(flat).norm().item()
-        return math.sqrt(self.processes.sum_float(double(flat).norm().item() ** 2))
+        squares = lambda part: self.processes.sum_float(part.norm().item() ** 2)  # noqa: E731
+        return math.sqrt(squares(flat) or squares(double(flat)))
 
     def gather_and_load_phi(self, shard: Tensor) -> Tensor:
         r"""Gathers a tensor from its shards. Also gathers \\( \phi_t \\), and loads it into the model."""

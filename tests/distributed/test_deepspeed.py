@@ -1,0 +1,30 @@
+"""The generator under DeepSpeed on two processes of a CPU: nothing changes. Needs `pip install deepspeed`."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.distributed.test_fsdp import check_equal, train
+
+
+# What `accelerate launch` makes of examples/accelerate_configs/deepspeed_zero2.yaml and deepspeed_zero3.yaml
+ZERO = {
+    2: {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    3: {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+}
+COMMON = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", ZERO)
+def test_deepspeed_equals_data_parallel(tmp_path, stage):
+    plain, original, plain_weights = train(tmp_path / "plain", {})
+    run = train(tmp_path / "zero", {**COMMON, **ZERO[stage]})
+    assert run[0]["target_is_whole"]
+    # A thousandth of Adam's step: it blows up the rounding of a gradient near zero, and ZeRO-3 sums in another order
+    check_equal(run, plain, original, plain_weights, kind=("DEEPSPEED", False), atol=1e-5)
