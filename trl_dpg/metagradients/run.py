@@ -256,19 +256,19 @@ class TargetRun:
         Adds a step's part of \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None`
         at the first step, where it is not needed.
         """
-        product = self.space.product if step > 0 else None
+        hessian_product = self.space.hessian_product if step > 0 else None
 
         def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
-            return zip(batches, differentiator(batches, direction, product), strict=True)
+            return zip(batches, differentiator(batches, direction, hessian_product), strict=True)
 
         for batch, result in self.retrying_smaller(step, work):
             self.token_metagradients[batch.token_indices()] += result
         self.progress.update()
-        if product is None:
+        if hessian_product is None:
             return None
-        self._check_finite(f"the Hessian-vector product of step {step + 1}", product)
+        self._check_finite(f"the Hessian-vector product of step {step + 1}", hessian_product)
         self.space.release_gradients()
-        return product[self.space.shard]
+        return hessian_product[self.space.shard]
 
     def result(
         self, given: Sequence[Mapping[str, Any]], differentiator: Exact | CentralDifference

@@ -145,7 +145,7 @@ class Workspace:
     def start_adjoint(self, num_steps: int) -> None:
         """Allocates the memory of the adjoint sweep. A run of one step needs hardly any."""
         if num_steps > 1:
-            self.product = self.buffer()
+            self.hessian_product = self.buffer()
             self.grad_cotangent = self.zeros(self.shard_size)
         self.own_phi = self.zeros(self.shard_size) if self.sharded else self.phi
 
