@@ -41,7 +41,8 @@ def compute_metagradients(
        \lambda_s \leftarrow (\partial U / \partial s)^\top (\lambda_\phi, \lambda_s), \quad
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
 
-    \\( Z_t \\) is that of the recipe's `loss_normalization`. All right-hand sides use the cotangents from after step t.
+    \\( Z_t \\) is that of the recipe's `loss_normalization`. All right-hand sides use \\( \lambda_\phi, \lambda_s \\) from after step t.
+
     Afterwards the model is as it was, even after an error: parameters, buffers, mode, random state and attention implementation.
     `metric` may write to trained parameters, but not to frozen ones.
 
@@ -86,7 +87,7 @@ def compute_metagradients(
     ```
     """
     args = args or TargetTrainingArguments()
-    if args.rule.needs_epsilon_root and args.adam_epsilon_root == 0:
+    if args.rule_class.needs_epsilon_root and args.adam_epsilon_root == 0:
         warnings.warn(
             "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`. Its update has no derivative where a gradient is zero, and "
             "a huge one where a gradient is close to zero, so metagradients are ill-conditioned. Set `adam_epsilon_root` to "

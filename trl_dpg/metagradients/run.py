@@ -109,9 +109,9 @@ class TargetRun:
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
-                groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
+                groups = parameter_groups(self.recipe.rule_class, self.model, self.params, decayed, rest=AdamW)
                 self.groups = self.shards.of_groups(groups)
-                sharded = all(group.rule.elementwise for group in groups)
+                sharded = all(group.rule_class.elementwise for group in groups)
                 stack.enter_context(self.shards)
                 self.space = Workspace(self.groups, self.processes, sharded)
                 with self.space.undoing_writes(), explaining_metric_memory(), self.shards.replicated():
@@ -170,12 +170,13 @@ class TargetRun:
         space, recipe, processes = self.space, self.recipe, self.processes
         with processes.failing_together():
             self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params), space)
-            parts = []
+            group_blocks = []
             for group, part in zip(self.groups, space.parts, strict=True):
                 weight_decay = recipe.weight_decay if group.decayed else 0.0
-                rule = group.rule(recipe, weight_decay, self.measured.adam_epsilon_root, group.params[0].shape)
-                parts.append(Block(part, rule))
-            self.optimizer = Optimizer(parts, recipe.learning_rates(len(self.examples)), recipe.max_grad_norm)
+                shape = group.params[0].shape  # a rule that reads it has a group for each parameter
+                rule = group.rule_class(recipe, weight_decay, self.measured.adam_epsilon_root, shape)
+                group_blocks.append(Block(part, rule))
+            self.optimizer = Optimizer(group_blocks, recipe.learning_rates(len(self.examples)), recipe.max_grad_norm)
             self._blocks = self.optimizer.blocks(0, space.size, space.device)
             num_states = self.optimizer.num_states
             self._state = [torch.zeros_like(space.phi) for _ in range(num_states if self.num_steps > 1 else 0)]
@@ -334,7 +335,7 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
         return float(recipe.adam_epsilon_root)
     square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
     square = square if space.sharded else space.sum_over_shards(square)
-    if square == 0 and recipe.rule.needs_epsilon_root:
+    if square == 0 and recipe.rule_class.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the gradient of the first batch is zero: no example in it '
             "has a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more tokens."

@@ -90,7 +90,7 @@ class Tape:
                 block.copy_(next(tensors))
                 state = tuple(next(tensors).clone() for _ in range(rule.num_states))
             else:  # the first step's adjoint does not read zeros
-                state = rule.init(block) if self.last > 0 else ()
+                state = rule.zero_state(block) if self.last > 0 else ()
             for position in range(start, self.last):
                 self.optimizer.update_(position, rule, block, state, next(tensors))
                 if position + 1 in kept:
@@ -148,7 +148,7 @@ class Cotangent:
                 state = tuple(next(tensors) for _ in range(rule.num_states))
                 self.tape.storage.drop(kept[i])
             else:  # in a run of one step, no adjoint reads zeros
-                state = rule.init(self.phi[part]) if self.tape.last > 0 else ()
+                state = rule.zero_state(self.phi[part]) if self.tape.last > 0 else ()
             yield state
 
     def keep(self, state: tuple[Tensor, ...]) -> None:

@@ -24,27 +24,27 @@ ALIGNMENT = 64
 class Group(NamedTuple):
     """Parameters with the same update rule and weight decay. A rule that is not elementwise has a group for each parameter."""
 
-    rule: "type[Update]"
+    rule_class: "type[Update]"
     decayed: bool
     params: list[nn.Parameter]
 
 
 def parameter_groups(
-    rule: "type[Update]",
+    rule_class: "type[Update]",
     model: nn.Module,
     params: list[nn.Parameter],
     decayed: list[nn.Parameter],
     rest: "type[Update]",
 ) -> list[Group]:
-    """Groups parameters by update rule and weight decay: `rule` where it suits a parameter, else the elementwise rule `rest`."""
+    """Groups parameters by update rule and weight decay: `rule_class` where it suits a parameter, else the elementwise `rest`."""
     ids = {id(param) for param in decayed}
-    suited = [param for param in params if rule.suits(param, model)]
-    groups = [] if rule.elementwise else [Group(rule, id(param) in ids, [param]) for param in suited]
+    suited = [param for param in params if rule_class.suits(param, model)]
+    groups = [] if rule_class.elementwise else [Group(rule_class, id(param) in ids, [param]) for param in suited]
     taken = {id(param) for group in groups for param in group.params}
     for is_decayed in (True, False):
         others = [p for p in params if id(p) not in taken and (id(p) in ids) == is_decayed]
         if others:
-            groups.append(Group(rule if rule.elementwise else rest, is_decayed, others))
+            groups.append(Group(rule_class if rule_class.elementwise else rest, is_decayed, others))
     return groups
 
 
@@ -70,15 +70,15 @@ class Workspace:
         self.offsets: list[int] = []
         self.parts: list[slice] = []  # part of each group in `phi`
         end = 0
-        for rule, _, params in groups:
+        for rule_class, _, params in groups:
             start = end
             for param in params:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-            self.parts.append(slice(start, end if rule.elementwise else start + params[0].numel()))
+            self.parts.append(slice(start, end if rule_class.elementwise else start + params[0].numel()))
         num_shards = processes.count if shardable and not processes.in_step else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
-        if groups[-1].rule.elementwise:  # the padding of the shards is updated too, from zero to zero
+        if groups[-1].rule_class.elementwise:  # the padding of the shards is updated too, from zero to zero
             self.parts[-1] = slice(self.parts[-1].start, self.size)
         self.sharded = num_shards > 1
         self.shard_size = self.size // num_shards

@@ -31,8 +31,8 @@ class AdamW(Update):
         self.constants |= {"weight_decay": self.weight_decay, "amsgrad": False, "maximize": False, "fused": True}
 
     @classmethod
-    def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """See [`Update.stock`]. PyTorch's optimizer has no `epsilon_root`."""
+    def torch_optimizer(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
+        """See [`Update.torch_optimizer`]. PyTorch's optimizer has no `epsilon_root`."""
         betas = recipe.adam_beta1, recipe.adam_beta2
         return torch.optim.AdamW(params, recipe.learning_rate, betas, recipe.adam_epsilon, weight_decay)
 

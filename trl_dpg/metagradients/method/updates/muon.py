@@ -41,7 +41,7 @@ class Muon(Update):
         return param.ndim == 2 and not any(param is other for module in outer for other in module.parameters())
 
     @classmethod
-    def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
+    def torch_optimizer(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
         momentum, nesterov = _momentum(recipe)
         rate, adjust = recipe.learning_rate, "match_rms_adamw"
         return torch.optim.Muon(params, rate, weight_decay, momentum, nesterov, adjust_lr_fn=adjust)
@@ -58,12 +58,12 @@ class Muon(Update):
         $$ \nu = \lambda_{b'} + \mu \lambda_u, \quad \lambda_g = (1 - \mu) (\lambda_u + \nu) \text{ with Nesterov's momentum, else }
            \nu = \lambda_{b'} + \lambda_u, \quad \lambda_g = (1 - \mu) \nu; \quad \lambda_b = \mu \nu $$
         """
-        direction = self._momentum_step_(grad, *(state or self.init(grad))).detach().view(self.shape)
+        direction = self._momentum_step_(grad, *(state or self.zero_state(grad))).detach().view(self.shape)
         with torch.enable_grad():
             update = orthogonalized(direction.requires_grad_())
         (of_direction,) = torch.autograd.grad(update, direction, of_phi.view(self.shape) * (-rate * self.rate_factor))
         of_direction = of_direction.reshape(-1)
-        (of_buffer,) = of_state or self.init(grad)
+        (of_buffer,) = of_state or self.zero_state(grad)
         of_buffer.add_(of_direction, alpha=self.momentum if self.nesterov else 1.0)
         of_grad = (of_direction + of_buffer if self.nesterov else of_buffer.clone()).mul_(1 - self.momentum)
         of_buffer.mul_(self.momentum)

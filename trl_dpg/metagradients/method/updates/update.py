@@ -39,8 +39,8 @@ class Update(ABC):
     epsilon_root: float
     shape: torch.Size
 
-    def init(self, phi: Tensor) -> tuple[Tensor, ...]:
-        """The state before the first step."""
+    def zero_state(self, phi: Tensor) -> tuple[Tensor, ...]:
+        """The state before the first step, and its cotangent after the last."""
         return tuple(torch.zeros_like(phi) for _ in range(self.num_states))
 
     @classmethod
@@ -49,12 +49,12 @@ class Update(ABC):
         return True
 
     @classmethod
-    def stock(
+    def torch_optimizer(
         cls, params: list[nn.Parameter], recipe: "TargetTrainingArguments", weight_decay: float
     ) -> torch.optim.Optimizer:
         """The same rule as an optimizer of PyTorch. Validation trains with it."""
         raise ValueError(
-            f"The update rule {cls.__name__} does not define `stock`, the PyTorch optimizer that validation trains with. Define it."
+            f"The update rule {cls.__name__} does not define `torch_optimizer`, the PyTorch optimizer that validation trains with. Define it."
         )
 
     @abstractmethod
