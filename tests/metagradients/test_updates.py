@@ -273,7 +273,7 @@ def walk_back(optimizer, part, num_steps, total=float):
     for _ in range(num_steps):
         along = torch.empty_like(phi)
         inner = total(optimizer.adjoint_(tape, phi, cotangent, along))
-        if optimizer.clip_factor(tape.last) < 1:
+        if optimizer.clip_factor(tape.current) < 1:
             inner = total(optimizer.clipping_adjoint_(tape, along, inner))
         tape.pop()
         found.append((along.clone(), cotangent.phi.clone(), phi.clone(), inner))

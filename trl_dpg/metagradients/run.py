@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .method.central_difference import CentralDifference
 from .method.exact import Direction, Exact
-from .method.loss import TokenLosses, gradient
+from .method.loss import TokenLosses, accumulate_gradient
 from .method.recipe import TargetTrainingArguments
 from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
@@ -111,9 +111,9 @@ class TargetRun:
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
                 groups = parameter_groups(self.recipe.rule_class, self.model, self.params, decayed, rest=AdamW)
                 self.groups = self.shards.of_groups(groups)
-                sharded = all(group.rule_class.elementwise for group in groups)
+                elementwise = all(group.rule_class.elementwise for group in groups)
                 stack.enter_context(self.shards)
-                self.space = Workspace(self.groups, self.processes, sharded)
+                self.space = Workspace(self.groups, self.processes, may_split_tape=elementwise)
                 with self.space.undoing_writes(), explaining_metric_memory(), self.shards.replicated():
                     self.metric.setup(self.model)
                     with torch.no_grad():
@@ -143,7 +143,7 @@ class TargetRun:
         with processes.failing_together():
             grad = space.buffer()
         for step in range(self.num_steps):
-            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.example_losses_of(step)))
+            loss = self.retrying_smaller(step, partial(self._fill_gradient, grad, self.example_losses_of(step)))
             check_finite(f"the loss of step {step + 1}", torch.tensor(loss))
             self._check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
@@ -152,13 +152,13 @@ class TargetRun:
                 self.optimizer.norms.append(space.norm(grad))
             with processes.raising_later():
                 if keep_tape:
-                    kept = grad[space.shard].clone() if space.sharded else grad
+                    kept = grad[space.shard].clone() if space.tape_is_split else grad
                     state = tuple(tensor[space.shard] for tensor in self._state)
                     self.tape.push(StepInputs(space.phi[space.shard], state, kept))
                 for part, rule in self._blocks:
                     state = tuple(tensor[part] for tensor in self._state)
                     self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
-                if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
+                if keep_tape and not (self.storage.copies or space.tape_is_split) and step + 1 < self.num_steps:
                     grad = space.buffer()  # the tape has taken the old buffer over
             self.measured.losses.append(loss)
             self.progress.update()
@@ -193,17 +193,18 @@ class TargetRun:
             blocks = self.optimizer.blocks(space.shard.start, space.shard.stop, space.device)
             self.tape = Tape(self.optimizer, blocks, self.num_steps, space.load_originals, self.storage)
 
-    def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
+    def _fill_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
+        """Writes the batch's gradient over all processes to `buffer`, and returns the loss."""
         total = [0.0]
 
-        @cache  # once: until the first backward pass, the tape may still be copying the last step's gradient out of the buffer
+        @cache  # once, since it zeroes the buffer, but late, since the tape may still be copying the last step's gradient out of it
         def claim_buffer() -> None:
             self.storage.settle()
             self.space.accumulate_into(buffer)
 
         with self.processes.summing_over_processes(buffer, total):
-            total[0] = gradient(self.token_losses, self.space, batches, losses, claim_buffer)
-            claim_buffer()
+            total[0] = accumulate_gradient(self.token_losses, self.space, batches, losses, claim_buffer)
+            claim_buffer()  # for a process without micro-batches
         return total[0]
 
     def measure(self) -> None:
@@ -222,7 +223,7 @@ class TargetRun:
             space.start_adjoint(self.num_steps)
             num_tokens = sum(len(e.input_ids) for e in self.examples)
             self.token_metagradients = space.zeros(num_tokens, self.losses_per_token)
-            return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
+            return Cotangent(grad[space.shard].clone() if space.tape_is_split else grad, self.tape)
 
     def differentiator(self) -> Exact | CentralDifference:
         """What differentiates losses along a direction, as the recipe's `curvature` says."""
@@ -236,19 +237,20 @@ class TargetRun:
         is loaded into the model. At the first step, \\( \lambda_\phi \\) is not needed any more, so \\( \lambda_g \\) takes its memory.
         """
         space = self.space
-        of_grad, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
+        of_grad = cotangent.phi if step == 0 else space.grad_cotangent
+        dot_with_grad = 0.0  # so that the sum can be reached if the block raises, which is only reported there
         with self.processes.raising_later():
-            inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
-        inner = space.sum_over_shards(inner)
+            dot_with_grad = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
+        dot_with_grad = space.sum_if_split(dot_with_grad)
         if self.optimizer.clip_factor(step) < 1:
             with self.processes.raising_later():
-                inner = self.optimizer.clipping_adjoint_(self.tape, of_grad, inner)
-            inner = space.sum_over_shards(inner)
+                dot_with_grad = self.optimizer.clipping_adjoint_(self.tape, of_grad, dot_with_grad)
+            dot_with_grad = space.sum_if_split(dot_with_grad)
         with self.processes.raising_later():
             self.tape.pop()
         vector = space.gather_and_load_phi(of_grad)
         self._check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
-        return Direction(vector, inner, self.example_losses_of(step))
+        return Direction(vector, dot_with_grad, self.example_losses_of(step))
 
     def add_token_metagradients(
         self, step: int, differentiator: Exact | CentralDifference, direction: Direction
@@ -334,7 +336,8 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
     square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
-    square = square if space.sharded else space.sum_over_shards(square)
+    if space.processes.in_step:  # the model is in shards, and this is the gradient of this process's part
+        square = space.processes.sum_float(square)
     if square == 0 and recipe.rule_class.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the gradient of the first batch is zero: no example in it '

@@ -56,7 +56,7 @@ class TokenLosses(nn.Module):
         return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)
 
 
-def gradient(
+def accumulate_gradient(
     losses: TokenLosses,
     space: Workspace,
     batches: list[MicroBatch],

@@ -61,10 +61,10 @@ class Workspace:
     Args:
         groups (`Sequence[Group]`): Distinct parameters, on one device and of one dtype. Groups stay together, in order.
         processes ([`Processes`]): The processes that share the run.
-        shardable (`bool`): Whether the tape and cotangents may be split, since all update rules are elementwise.
+        may_split_tape (`bool`): Whether the tape and cotangents may be split, since all update rules are elementwise.
     """
 
-    def __init__(self, groups: Sequence[Group], processes: Processes, shardable: bool):
+    def __init__(self, groups: Sequence[Group], processes: Processes, may_split_tape: bool):
         self.processes = processes
         self.params = [param for group in groups for param in group.params]
         self.offsets: list[int] = []
@@ -76,13 +76,13 @@ class Workspace:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
             self.parts.append(slice(start, end if rule_class.elementwise else start + params[0].numel()))
-        num_shards = processes.count if shardable and not processes.in_step else 1
+        num_shards = processes.count if may_split_tape and not processes.in_step else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
         if groups[-1].rule_class.elementwise:  # the padding of the shards is updated too, from zero to zero
             self.parts[-1] = slice(self.parts[-1].start, self.size)
-        self.sharded = num_shards > 1
+        self.tape_is_split = num_shards > 1
         self.shard_size = self.size // num_shards
-        first = processes.index * self.shard_size if self.sharded else 0
+        first = processes.index * self.shard_size if self.tape_is_split else 0
         self.shard = slice(first, first + self.shard_size)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.phi = self.buffer()
@@ -147,7 +147,7 @@ class Workspace:
         if num_steps > 1:
             self.hessian_product = self.buffer()
             self.grad_cotangent = self.zeros(self.shard_size)
-        self.own_phi = self.zeros(self.shard_size) if self.sharded else self.phi
+        self.own_phi = self.zeros(self.shard_size) if self.tape_is_split else self.phi
 
     def load_originals(self, out: Tensor) -> None:
         """Writes the parameters from before the context was entered to `out`: all of them, or this process's shard."""
@@ -158,9 +158,9 @@ class Workspace:
             if start < stop:
                 out[start - first : stop - first] = data.reshape(-1)[start - offset : stop - offset]
 
-    def sum_over_shards(self, number: float) -> float:
+    def sum_if_split(self, number: float) -> float:
         """Sums a number over the processes, if each of them holds only a part of the parameters."""
-        return self.processes.sum_float(number) if self.sharded or self.processes.in_step else number
+        return self.processes.sum_float(number) if self.tape_is_split or self.processes.in_step else number
 
     def norm(self, flat: Tensor) -> float:
         """Norm of a tensor in the layout of `phi`, over all processes."""
@@ -171,7 +171,7 @@ class Workspace:
 
     def gather_and_load_phi(self, shard: Tensor) -> Tensor:
         r"""Gathers a tensor from its shards. Also gathers \\( \phi_t \\), and loads it into the model."""
-        if not self.sharded:
+        if not self.tape_is_split:
             return shard
         self.phi.copy_(self.processes.gather(self.own_phi))
         return self.processes.gather(shard)

@@ -80,34 +80,35 @@ class Optimizer:
     @torch.no_grad()
     def adjoint_(self, tape: "Tape", phi: Tensor, cotangent: "Cotangent", out: Tensor) -> float:
         r"""
-        Adjoint of the last step on the tape, without that of clipping. \\( \lambda_\phi, \lambda_s \\) after the step's update become
-        those before it, and `phi`, shape `(n,)`, becomes \\( \phi_t \\).
+        Adjoint of the tape's current step, without that of clipping. \\( \lambda_\phi, \lambda_s \\) after the step's update become
+        those before it, and `phi`, shape `(size,)`, becomes \\( \phi_t \\).
 
-        `out`, shape `(n,)`, becomes \\( \lambda_{g'} \\). At the first step it may be `cotangent.phi`. Returns
+        `out`, shape `(size,)`, becomes \\( \lambda_{g'} \\). At the first step it may be `cotangent.phi`. Returns
         \\( \langle \lambda_{g'}, g_t \rangle \\) over these elements.
         """
-        step, inner = tape.last, torch.zeros((), dtype=torch.float64, device=float64_device(phi.device))
+        step = tape.current
+        dot_with_grad = torch.zeros((), dtype=torch.float64, device=float64_device(phi.device))
         for (part, rule), before, of_state in zip(tape.blocks, tape.restore(phi), cotangent.states(), strict=True):
             clipped, of_phi = self._clipped(step, before.grad), cotangent.phi[part]
             of_grad = rule.adjoint_(step, self.rates[step], before.phi, before.state, clipped, of_phi, of_state)
-            inner += double(torch.dot(of_grad, before.grad))
+            dot_with_grad += double(torch.dot(of_grad, before.grad))
             out[part].copy_(of_grad)
             if step > 0:
                 cotangent.keep(of_state)
-        return inner.item()
+        return dot_with_grad.item()
 
     @torch.no_grad()
-    def clipping_adjoint_(self, tape: "Tape", out: Tensor, inner: float) -> float:
+    def clipping_adjoint_(self, tape: "Tape", out: Tensor, dot_with_grad: float) -> float:
         r"""
         Adjoint of the same step's clipping, if it clipped:
 
         $$ \lambda_g = c\, \lambda_{g'} - \frac{c\, \langle \lambda_{g'}, g \rangle}{(\lVert g \rVert + 10^{-6}) \lVert g \rVert} g $$
 
-        `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `inner` is the result of that method, summed over all elements.
-        Returns \\( \langle \lambda_g, g_t \rangle \\) over these elements.
+        `out` of [`~Optimizer.adjoint_`] becomes \\( \lambda_g \\). `dot_with_grad` is the result of that method, summed over all
+        elements. Returns \\( \langle \lambda_g, g_t \rangle \\) over these elements.
         """
-        norm, factor = self.norms[tape.last], self.clip_factor(tape.last)
-        radial, result = factor * inner / ((norm + 1e-6) * norm) if norm > 0 else 0.0, 0.0
+        norm, factor = self.norms[tape.current], self.clip_factor(tape.current)
+        radial, result = factor * dot_with_grad / ((norm + 1e-6) * norm) if norm > 0 else 0.0, 0.0
         for (part, _), grad in zip(tape.blocks, tape.storage.stream(tape.gradients[-1]), strict=True):
             of_grad = out[part].mul_(factor).sub_(grad, alpha=radial)
             result += torch.dot(of_grad, grad).item()

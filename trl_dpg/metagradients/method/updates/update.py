@@ -17,8 +17,8 @@ class Update(ABC):
     r"""
     Update rule \\( (\phi', s') = U(\phi, s, g) \\) of some parameters, and its adjoint.
 
-    All tensors are flat, shape `(n,)`. For an elementwise rule, they hold any part of the parameters. For any other rule, they hold one
-    whole parameter, row by row.
+    All tensors are flat, shape `(size,)`. For an elementwise rule, they hold any part of the parameters. For any other rule, they hold
+    one whole parameter, row by row.
 
     Attributes:
         recipe ([`TargetTrainingArguments`]): Hyperparameters.
@@ -77,5 +77,5 @@ class Update(ABC):
 
         `of_phi` is \\( \lambda_{\phi'} \\) and becomes \\( \lambda_\phi \\). `of_state` is \\( \lambda_{s'} \\) and becomes
         \\( \lambda_s \\), whose value at step 0 is not used. An empty tuple, in a run of one step, stands for zeros. `state` is empty
-        at step 0, and may be overwritten.
+        at step 0, and may be overwritten. `phi` and `grad` must not be changed.
         """
