@@ -37,15 +37,11 @@ class AdamW(Update):
         return torch.optim.AdamW(params, recipe.learning_rate, betas, recipe.adam_epsilon, weight_decay)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        if (
-            self.epsilon_root > 0
-        ):  # the kernel has no r; v is raised by r (1 - beta2) / beta2, as the kernel multiplies it by beta2
+        if self.epsilon_root > 0:  # the kernel has no r
             if self.recipe.adam_beta2 == 0:
                 state[1].zero_()
-            state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)
-        count = torch.full(
-            (), float(step), dtype=torch.float32, device=phi.device
-        )  # the kernel adds 1, and takes float32 only
+            state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)  # the kernel multiplies v by beta2
+        count = torch.full((), float(step), dtype=torch.float32, device=phi.device)  # the kernel adds 1; float32 only
         adamw([phi], [grad], [state[0]], [state[1]], [], [count], lr=rate, **self.constants)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
