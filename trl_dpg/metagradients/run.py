@@ -238,7 +238,7 @@ class TargetRun:
         """
         space = self.space
         of_grad = cotangent.phi if step == 0 else space.grad_cotangent
-        dot_with_grad = 0.0  # so that the sum can be reached if the block raises, which is only reported there
+        dot_with_grad = 0.0  # stays so if the block raises: all processes learn of that in the sum
         with self.processes.raising_later():
             dot_with_grad = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
         dot_with_grad = space.sum_if_split(dot_with_grad)

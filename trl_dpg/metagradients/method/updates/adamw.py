@@ -40,7 +40,7 @@ class AdamW(Update):
         if self.epsilon_root > 0:  # the kernel has no r
             if self.recipe.adam_beta2 == 0:
                 state[1].zero_()
-            state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)  # the kernel multiplies v by beta2
+            state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)  # the kernel will multiply v by beta2
         count = torch.full((), float(step), dtype=torch.float32, device=phi.device)  # the kernel adds 1; float32 only
         adamw([phi], [grad], [state[0]], [state[1]], [], [count], lr=rate, **self.constants)
 
