@@ -35,7 +35,7 @@ SETTINGS = {"gpt2-shaped": [(16, 64, (1, 8, 32), 32)], "smollm2": [(8, 64, (1, 4
 def training_gradients(kept: list[list[Tensor]], given: bool) -> Iterator[None]:
     """Keeps the gradients of all training steps, or replaces them by those in `given`."""
     steps = iter(list(kept))
-    gradient = run.gradient
+    gradient = run.accumulate_gradient
 
     def kept_or_given(losses, space, *rest):
         loss = gradient(losses, space, *rest)
@@ -46,11 +46,11 @@ def training_gradients(kept: list[list[Tensor]], given: bool) -> Iterator[None]:
             kept.append([param.grad.clone() for param in space.params])
         return loss
 
-    run.gradient = kept_or_given
+    run.accumulate_gradient = kept_or_given
     try:
         yield
     finally:
-        run.gradient = gradient
+        run.accumulate_gradient = gradient
 
 
 def main() -> None:

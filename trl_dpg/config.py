@@ -288,7 +288,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         recipes = [recipe, *variant_recipes(recipe, self.target_variants, "target_variants")]
         if not self.target_fsdp:
             return
-        for optim in [r.optim for r in recipes if not r.rule.elementwise]:
+        for optim in [r.optim for r in recipes if not r.rule_class.elementwise]:
             raise ValueError(
                 f"`target_fsdp=True` does not go with `target_optim={optim!r}`, which needs whole matrices. Set "
                 '`target_fsdp=False`, or `target_optim="adamw"`.'

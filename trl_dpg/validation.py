@@ -61,7 +61,7 @@ def validate(
     prepared = prepare_examples(examples, args.max_length, vocab_size(model))
     check_positions(model, max(len(e.input_ids) for e in prepared))
     metric = as_metric(metric)
-    groups = parameter_groups(args.rule, model, params, decayed_parameters(model, params, args), rest=AdamW)
+    groups = parameter_groups(args.rule_class, model, params, decayed_parameters(model, params, args), rest=AdamW)
     groups = shards.of_groups(groups)
     params = [param for group in groups for param in group.params]
     with restored(model), shards, _restored_parameters(params), torch.enable_grad():
@@ -108,7 +108,8 @@ def _fine_tune(
 ) -> list[float]:
     """Takes all steps, and returns their losses."""
     params: list[Any] = [param for group in groups for param in group.params]
-    optimizers = [g.rule.stock(g.params, args, args.weight_decay if g.decayed else 0.0) for g in groups]
+    decays = [args.weight_decay if group.decayed else 0.0 for group in groups]
+    optimizers = [g.rule_class.torch_optimizer(g.params, args, decay) for g, decay in zip(groups, decays, strict=True)]
     for param in params:  # zeros, since a batch without a supervised token is a step too, as in the reward
         param.grad = torch.zeros_like(param)
     token_losses, size = TokenLosses(model, args.bf16), args.micro_batch_size

@@ -243,7 +243,7 @@ def differentiate(losses, num, distance=None):
         list(range(num)), ids, ids, ids, ids[..., None][..., :0], ones, ones.long(), ones, 2 * torch.arange(num)
     )
     before = torch.full((num,), 3.0, dtype=torch.float64)
-    with Workspace([Group(SGD, True, [losses.at])], Processes(None), shardable=False) as space:
+    with Workspace([Group(SGD, True, [losses.at])], Processes(None), may_split_tape=False) as space:
         central, product = CentralDifference(Exact(losses, space), tolerance=0.01), space.buffer()
         if distance is not None:
             central._length, central._farthest = distance, 1.0

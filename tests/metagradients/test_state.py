@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
 from trl_dpg.metagradients.method.exact import Direction, Exact
-from trl_dpg.metagradients.method.loss import TokenLosses, gradient
+from trl_dpg.metagradients.method.loss import TokenLosses, accumulate_gradient
 from trl_dpg.metagradients.method.updates import AdamW
 from trl_dpg.metagradients.runtime.examples import BUSY_TOKENS, micro_batches, prepare_examples
 from trl_dpg.metagradients.runtime.model import check_model
@@ -347,13 +347,13 @@ def test_derivatives_over_micro_batches(size):
     model = gpt2().eval()
     losses, alone, examples = TokenLosses(model, False), Processes(None), prepare_examples(make_examples(), 16, VOCAB)
     results = []
-    with Workspace([Group(AdamW, True, list(model.parameters()))], alone, shardable=False) as space:
+    with Workspace([Group(AdamW, True, list(model.parameters()))], alone, may_split_tape=False) as space:
         for micro_batch_size in (None, size):
             args = TargetTrainingArguments()
             batches = micro_batches(examples, list(range(6)), args, micro_batch_size, space.phi, alone)
             values, grad, product = torch.zeros(6, dtype=torch.float64), space.buffer(), space.buffer()
             space.accumulate_into(grad)
-            gradient(losses, space, batches, values, lambda: None)
+            accumulate_gradient(losses, space, batches, values, lambda: None)
             vector = torch.ones_like(space.buffer())[: space.size]
             exact, direction = Exact(losses, space), Direction(vector, 0.0, values)
             double_backward = torch.cat(exact(batches, direction, product))

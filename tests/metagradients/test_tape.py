@@ -58,7 +58,7 @@ def cut(optimizer, device, size=None):
     if size is None:
         return optimizer.blocks(0, SIZE, device)
     pieces = []
-    for part, rule in optimizer.parts:
+    for part, rule in optimizer.group_blocks:
         pieces += [Block(slice(i, min(i + size, part.stop)), rule) for i in range(part.start, part.stop, size)]
     return pieces
 
@@ -85,7 +85,7 @@ def record(tape, optimizer, num_steps, device=CPU):
         naive.append(StepInputs(phi.clone(), tuple(t.clone() for t in state), grad.clone()))
         optimizer.norms.append(grad.norm().item())
         tape.push(StepInputs(phi, state, grad))
-        for part, rule in optimizer.parts:
+        for part, rule in optimizer.group_blocks:
             optimizer.update_(step, rule, phi[part], tuple(t[part] for t in state), grad[part])
     return naive
 
@@ -123,7 +123,7 @@ def check_walk(name, num_steps, location, device, size, tmp_path):
         expected = torch.empty_like(phi)
         factor = optimizer.clip_factor(step)
         grad = before.grad * factor if factor < 1 else before.grad
-        for part, rule in optimizer.parts:
+        for part, rule in optimizer.group_blocks:
             state, of_state = (tuple(t[part].clone() for t in ts) for ts in (before.state, expected_state))
             of_phi = expected_phi[part]
             expected[part] = rule.adjoint_(

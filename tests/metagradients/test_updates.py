@@ -90,7 +90,7 @@ def test_update_is_that_of_torch(name, max_grad_norm, monkeypatch):
     rules = [make_rule(name, weight_decay) for weight_decay in (0.3, 0.0)]
     ours = [tensor(0), tensor(1)]
     theirs = [torch.nn.Parameter(t.view(SHAPE).clone()) for t in ours]
-    stock = [rule.stock([p], rule.recipe, rule.weight_decay) for rule, p in zip(rules, theirs, strict=True)]
+    stock = [rule.torch_optimizer([p], rule.recipe, rule.weight_decay) for rule, p in zip(rules, theirs, strict=True)]
     states, optimizer = [zeros(rule) for rule in rules], Optimizer([], rates, max_grad_norm)
     for step, rate in enumerate(rates):
         grads = [tensor(10 * step + i, scale=10.0 ** (step - 3)) for i in (2, 3)]
@@ -238,7 +238,7 @@ def test_clip_adjoint(max_norm):
     (expected,) = torch.autograd.grad(clipped, grad, cotangent)
     grad, actual = grad.detach(), cotangent.clone()
     optimizer, tape = one_step(max_norm, grad)
-    phi, (rule,) = torch.zeros_like(grad), [rule for _, rule in optimizer.parts]
+    phi, (rule,) = torch.zeros_like(grad), [rule for _, rule in optimizer.group_blocks]
     optimizer.update_(0, rule, phi, (), grad)
     torch.testing.assert_close(-phi, clipped.detach())
     if optimizer.clip_factor(0) < 1:
@@ -275,7 +275,7 @@ def walk_back(optimizer, part, num_steps, total=float):
     for _ in range(num_steps):
         along = torch.empty_like(phi)
         inner = total(optimizer.adjoint_(tape, phi, cotangent, along))
-        if optimizer.clip_factor(tape.last) < 1:
+        if optimizer.clip_factor(tape.current) < 1:
             inner = total(optimizer.clipping_adjoint_(tape, along, inner))
         tape.pop()
         found.append((along.clone(), cotangent.phi.clone(), phi.clone(), inner))
@@ -303,7 +303,7 @@ def test_walking_back_is_autograd(name, max_grad_norm):
         clipped = grad * torch.clamp(max_grad_norm / (grad.norm() + 1e-6), max=1.0) if max_grad_norm else grad
         halves = [
             reference(rule, step, optimizer.rates[step], phi[part], [t[part] for t in state], clipped[part])
-            for part, rule in optimizer.parts
+            for part, rule in optimizer.group_blocks
         ]
         phi, *state = (torch.cat(pair) for pair in zip(*halves, strict=True))
     expected = torch.autograd.grad(phi, [*grads, *before], tensor(1))

@@ -20,7 +20,8 @@ class TokenAdvantages:
 
     Let \\( r_{ij} \\) be the credit of token j of completion i, and \\( \gamma \\) the discount. The token's reward-to-go is
     \\( R_{ij} = \sum_{s \ge j} \gamma^{s-j} r_{is} \\). Its advantage is \\( R_{ij} - \bar R_j \\), with the mean over the completions
-    that reach position j. The unit is the root mean square of these advantages over the batch, but not less than a given least unit.
+    that reach position j. Positions count the tokens that the generator wrote. The unit is the root mean square of these
+    advantages over the batch, but not less than a given least unit.
 
     Attributes:
         advantages (`Tensor`):
@@ -105,7 +106,7 @@ def token_advantages(
             Metagradients of each completion's candidates, shape `(tokens, k)`; NaN for none.
     """
     num, length = len(credits), max(map(len, masks))
-    exists = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
+    by_generator = pad_sequence([torch.tensor(mask, dtype=torch.bool) for mask in masks], batch_first=True)
     # Index of each credit's token among all tokens of the batch. It is only used if the generator wrote the token.
     taking_part = [i for i in range(num) if len(masks[i]) > 0]
     places = torch.cat([i * length + torch.tensor(owners[i], dtype=torch.long) for i in taking_part])
@@ -123,22 +124,22 @@ def token_advantages(
 
     # Each row is sorted so that the generator's own tokens come first. So a tool's tokens neither add steps of discount nor enter the
     # baseline. The order is restored at the end.
-    order = (~exists).int().argsort(dim=1, stable=True)
-    exists, own = exists.gather(1, order), own.gather(1, order)
-    to_go = torch.zeros(num, length + 1, dtype=torch.float64)
+    order = (~by_generator).int().argsort(dim=1, stable=True)
+    by_generator, own = by_generator.gather(1, order), own.gather(1, order)
+    to_go = torch.zeros(num, length + 1, dtype=torch.float64)  # the last column stays zero: nothing follows there
     for j in reversed(range(length)):
         to_go[:, j] = own[:, j] + discount * to_go[:, j + 1]
-    count = exists.sum(dim=0).clamp(min=1)
-    mean = (to_go[:, :-1] * exists).sum(dim=0) / count
-    advantages = (to_go[:, :-1] - mean) * exists
-    spread = (advantages.square().sum() / exists.sum().clamp(min=1)).sqrt().item()
-    largest = (to_go[:, :-1] * exists).abs().max().item()
-    if spread <= ROUNDING * largest:  # all completions are equal
+    count = by_generator.sum(dim=0).clamp(min=1)
+    mean = (to_go[:, :-1] * by_generator).sum(dim=0) / count
+    advantages = (to_go[:, :-1] - mean) * by_generator
+    spread = (advantages.square().sum() / by_generator.sum().clamp(min=1)).sqrt().item()
+    largest = (to_go[:, :-1] * by_generator).abs().max().item()
+    if spread <= ROUNDING * largest:  # all completions are equal, and their differences mere rounding
         advantages.zero_()
         spread = largest
     unit = max(spread, least_unit)
     following = discount * torch.cat([advantages[:, 1:], torch.zeros(num, 1)], dim=1)
-    advantages, following = (torch.zeros_like(values).scatter(1, order, values) for values in (advantages, following))
+    advantages, following = (torch.zeros_like(part).scatter(1, order, part) for part in (advantages, following))
     if of_candidates is not None:
         advantages = torch.where(of_candidates.isnan().all(dim=2), advantages, following)
         of_candidates = of_candidates / (unit or 1.0)

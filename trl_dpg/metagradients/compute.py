@@ -34,12 +34,14 @@ def compute_metagradients(
     $$ g_t = \nabla_\phi L_t(\phi_t; w), \quad L_t = \sum_{i \in B_t} w_i \ell_i(\phi_t) / Z_t, \quad
        (\phi_{t+1}, s_{t+1}) = U(\phi_t, s_t, g_t) $$
 
-    $$ \lambda_\phi \leftarrow \nabla \Phi(\phi_{K+1}), \; \lambda_s \leftarrow 0, \quad \text{then at once for each of } t = K, \dots, 1: $$
+    $$ \lambda_\phi \leftarrow \nabla \Phi(\phi_{K+1}), \; \lambda_s \leftarrow 0, \quad \text{then for } t = K, \dots, 1: $$
 
     $$ \lambda_g = (\partial U / \partial g)^\top (\lambda_\phi, \lambda_s), \quad
        \lambda_\phi \leftarrow (\partial U / \partial \phi)^\top (\lambda_\phi, \lambda_s) + H_t \lambda_g, \quad
        \lambda_s \leftarrow (\partial U / \partial s)^\top (\lambda_\phi, \lambda_s), \quad
        r_{ij} \mathrel{+}= \langle \nabla_\phi \ell_{ij}(\phi_t), \lambda_g \rangle / Z_t, \quad r_i = \sum_j r_{ij} $$
+
+    \\( Z_t \\) is that of the recipe's `loss_normalization`. All right-hand sides use \\( \lambda_\phi, \lambda_s \\) from after step t.
 
     Afterwards the model is as it was, even after an error: parameters, buffers, mode, random state and attention implementation.
     `metric` may write to trained parameters, but not to frozen ones.
@@ -85,7 +87,7 @@ def compute_metagradients(
     ```
     """
     args = args or TargetTrainingArguments()
-    if args.rule.needs_epsilon_root and args.adam_epsilon_root == 0:
+    if args.rule_class.needs_epsilon_root and args.adam_epsilon_root == 0:
         warnings.warn(
             "`adam_epsilon_root` is 0, as in `torch.optim.AdamW`. Its update has no derivative where a gradient is zero, and "
             "a huge one where a gradient is close to zero, so metagradients are ill-conditioned. Set `adam_epsilon_root` to "
@@ -97,10 +99,10 @@ def compute_metagradients(
         cotangent = run.metric_gradient()
         differentiator = run.differentiator()
         for step in reversed(range(run.num_steps)):
-            direction = run.walk_back_update(step, cotangent)  # also loads phi_t into the model
-            product = run.add_token_metagradients(step, differentiator, direction)
-            if product is not None:
-                cotangent.phi += product
+            direction = run.walk_back_update(step, cotangent)  # updates `cotangent` in place, and loads phi_t
+            hessian_product = run.add_token_metagradients(step, differentiator, direction)
+            if hessian_product is not None:
+                cotangent.phi += hessian_product
         return run.result(examples, differentiator)
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .method.central_difference import CentralDifference
 from .method.exact import Direction, Exact
-from .method.loss import TokenLosses, gradient
+from .method.loss import TokenLosses, accumulate_gradient
 from .method.recipe import TargetTrainingArguments
 from .method.tape import Cotangent, StepInputs, Tape, tape_tensors
 from .method.updates import AdamW
@@ -109,11 +109,11 @@ class TargetRun:
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))
                 decayed = decayed_parameters(self.model, self.params, self.recipe)
-                groups = parameter_groups(self.recipe.rule, self.model, self.params, decayed, rest=AdamW)
+                groups = parameter_groups(self.recipe.rule_class, self.model, self.params, decayed, rest=AdamW)
                 self.groups = self.shards.of_groups(groups)
-                sharded = all(group.rule.elementwise for group in groups)
+                elementwise = all(group.rule_class.elementwise for group in groups)
                 stack.enter_context(self.shards)
-                self.space = Workspace(self.groups, self.processes, sharded)
+                self.space = Workspace(self.groups, self.processes, may_split_tape=elementwise)
                 with self.space.undoing_writes(), explaining_metric_memory(), self.shards.replicated():
                     self.metric.setup(self.model)
                     with torch.no_grad():
@@ -143,7 +143,7 @@ class TargetRun:
         with processes.failing_together():
             grad = space.buffer()
         for step in range(self.num_steps):
-            loss = self.retrying_smaller(step, partial(self._sum_gradient, grad, self.example_losses_of(step)))
+            loss = self.retrying_smaller(step, partial(self._fill_gradient, grad, self.example_losses_of(step)))
             check_finite(f"the loss of step {step + 1}", torch.tensor(loss))
             self._check_finite(f"the gradient of step {step + 1}", grad)
             if step == 0:
@@ -152,13 +152,13 @@ class TargetRun:
                 self.optimizer.norms.append(space.norm(grad))
             with processes.raising_later():
                 if keep_tape:
-                    kept = grad[space.shard].clone() if space.sharded else grad
+                    kept = grad[space.shard].clone() if space.tape_is_split else grad
                     state = tuple(tensor[space.shard] for tensor in self._state)
                     self.tape.push(StepInputs(space.phi[space.shard], state, kept))
                 for part, rule in self._blocks:
                     state = tuple(tensor[part] for tensor in self._state)
                     self.optimizer.update_(step, rule, space.phi[part], state, grad[part])
-                if keep_tape and not (self.storage.copies or space.sharded) and step + 1 < self.num_steps:
+                if keep_tape and not (self.storage.copies or space.tape_is_split) and step + 1 < self.num_steps:
                     grad = space.buffer()  # the tape has taken the old buffer over
             self.measured.losses.append(loss)
             self.progress.update()
@@ -170,12 +170,13 @@ class TargetRun:
         space, recipe, processes = self.space, self.recipe, self.processes
         with processes.failing_together():
             self.measured.adam_epsilon_root = _epsilon_root(recipe, grad, sum(p.numel() for p in self.params), space)
-            parts = []
+            group_blocks = []
             for group, part in zip(self.groups, space.parts, strict=True):
                 weight_decay = recipe.weight_decay if group.decayed else 0.0
-                rule = group.rule(recipe, weight_decay, self.measured.adam_epsilon_root, group.params[0].shape)
-                parts.append(Block(part, rule))
-            self.optimizer = Optimizer(parts, recipe.learning_rates(len(self.examples)), recipe.max_grad_norm)
+                shape = group.params[0].shape  # a rule that reads it has a group for each parameter
+                rule = group.rule_class(recipe, weight_decay, self.measured.adam_epsilon_root, shape)
+                group_blocks.append(Block(part, rule))
+            self.optimizer = Optimizer(group_blocks, recipe.learning_rates(len(self.examples)), recipe.max_grad_norm)
             self._blocks = self.optimizer.blocks(0, space.size, space.device)
             num_states = self.optimizer.num_states
             self._state = [torch.zeros_like(space.phi) for _ in range(num_states if self.num_steps > 1 else 0)]
@@ -192,17 +193,18 @@ class TargetRun:
             blocks = self.optimizer.blocks(space.shard.start, space.shard.stop, space.device)
             self.tape = Tape(self.optimizer, blocks, self.num_steps, space.load_originals, self.storage)
 
-    def _sum_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
+    def _fill_gradient(self, buffer: Tensor, losses: Tensor, batches: list[MicroBatch]) -> float:
+        """Writes the batch's gradient over all processes to `buffer`, and returns the loss."""
         total = [0.0]
 
-        @cache  # once: until the first backward pass, the tape may still be copying the last step's gradient out of the buffer
+        @cache  # once, since it zeroes the buffer, but late, since the tape may still be copying the last step's gradient out of it
         def claim_buffer() -> None:
             self.storage.settle()
             self.space.accumulate_into(buffer)
 
         with self.processes.summing_over_processes(buffer, total):
-            total[0] = gradient(self.token_losses, self.space, batches, losses, claim_buffer)
-            claim_buffer()
+            total[0] = accumulate_gradient(self.token_losses, self.space, batches, losses, claim_buffer)
+            claim_buffer()  # for a process without micro-batches
         return total[0]
 
     def measure(self) -> None:
@@ -221,7 +223,7 @@ class TargetRun:
             space.start_adjoint(self.num_steps)
             num_tokens = sum(len(e.input_ids) for e in self.examples)
             self.token_metagradients = space.zeros(num_tokens, self.losses_per_token)
-            return Cotangent(grad[space.shard].clone() if space.sharded else grad, self.tape)
+            return Cotangent(grad[space.shard].clone() if space.tape_is_split else grad, self.tape)
 
     def differentiator(self) -> Exact | CentralDifference:
         """What differentiates losses along a direction, as the recipe's `curvature` says."""
@@ -235,19 +237,20 @@ class TargetRun:
         is loaded into the model. At the first step, \\( \lambda_\phi \\) is not needed any more, so \\( \lambda_g \\) takes its memory.
         """
         space = self.space
-        of_grad, inner = cotangent.phi if step == 0 else space.grad_cotangent, 0.0
+        of_grad = cotangent.phi if step == 0 else space.grad_cotangent
+        dot_with_grad = 0.0  # stays so if the block raises: all processes learn of that in the sum
         with self.processes.raising_later():
-            inner = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
-        inner = space.sum_over_shards(inner)
+            dot_with_grad = self.optimizer.adjoint_(self.tape, space.own_phi, cotangent, of_grad)
+        dot_with_grad = space.sum_if_split(dot_with_grad)
         if self.optimizer.clip_factor(step) < 1:
             with self.processes.raising_later():
-                inner = self.optimizer.clipping_adjoint_(self.tape, of_grad, inner)
-            inner = space.sum_over_shards(inner)
+                dot_with_grad = self.optimizer.clipping_adjoint_(self.tape, of_grad, dot_with_grad)
+            dot_with_grad = space.sum_if_split(dot_with_grad)
         with self.processes.raising_later():
             self.tape.pop()
         vector = space.gather_and_load_phi(of_grad)
         self._check_finite(f"the cotangent of the gradient of step {step + 1}", vector)
-        return Direction(vector, inner, self.example_losses_of(step))
+        return Direction(vector, dot_with_grad, self.example_losses_of(step))
 
     def add_token_metagradients(
         self, step: int, differentiator: Exact | CentralDifference, direction: Direction
@@ -256,19 +259,19 @@ class TargetRun:
         Adds a step's part of \\( r_{ij} \\) to `token_metagradients`. Returns this process's shard of \\( H_t \lambda_g \\), or `None`
         at the first step, where it is not needed.
         """
-        product = self.space.product if step > 0 else None
+        hessian_product = self.space.hessian_product if step > 0 else None
 
         def work(batches: list[MicroBatch]) -> Iterable[tuple[MicroBatch, Tensor]]:
-            return zip(batches, differentiator(batches, direction, product), strict=True)
+            return zip(batches, differentiator(batches, direction, hessian_product), strict=True)
 
         for batch, result in self.retrying_smaller(step, work):
             self.token_metagradients[batch.token_indices()] += result
         self.progress.update()
-        if product is None:
+        if hessian_product is None:
             return None
-        self._check_finite(f"the Hessian-vector product of step {step + 1}", product)
+        self._check_finite(f"the Hessian-vector product of step {step + 1}", hessian_product)
         self.space.release_gradients()
-        return product[self.space.shard]
+        return hessian_product[self.space.shard]
 
     def result(
         self, given: Sequence[Mapping[str, Any]], differentiator: Exact | CentralDifference
@@ -333,8 +336,9 @@ def _epsilon_root(recipe: TargetTrainingArguments, grad: Tensor, num_parameters:
     if recipe.adam_epsilon_root != "auto":
         return float(recipe.adam_epsilon_root)
     square = grad.to(float64_device(grad.device)).norm(dtype=torch.float64).item() ** 2
-    square = square if space.sharded else space.sum_over_shards(square)
-    if square == 0 and recipe.rule.needs_epsilon_root:
+    if space.processes.in_step:  # the model is in shards, and this is the gradient of this process's part
+        square = space.processes.sum_float(square)
+    if square == 0 and recipe.rule_class.needs_epsilon_root:
         raise ValueError(
             '`adam_epsilon_root="auto"` needs a gradient to measure, but the gradient of the first batch is zero: no example in it '
             "has a supervised token, or all weights are 0. Give a number, for example 1e-9, or examples with two or more tokens."

@@ -32,18 +32,16 @@ class CentralDifference:
     The error is estimated from losses. With \\( \Delta = \tfrac{1}{2} \mathrm{mean}_i |\ell_i^+ - \ell_i^-| \\) in nats per token
     and \\( \ell_i \\) from the forward sweep, the estimate is the largest of
 
-    - truncation, \\( 2 \rho^2 \\) with \\( \rho = \sum_i |\ell_i^+ - 2 \ell_i + \ell_i^-| / \sum_i |\ell_i^+ - \ell_i^-| \\);
-    - rounding, \\( \nu / \Delta \\), where \\( \nu \\) is the mean loss in nats per token times the floating-point precision;
+    - truncation, \\( 2 \max(\rho^2 - R^2, 0) \\) with \\( \rho = \sum_i |\ell_i^+ - 2 \ell_i + \ell_i^-| / \sum_i |\ell_i^+ - \ell_i^-| \\);
+    - rounding, \\( R = \nu / \Delta \\), where \\( \nu \\) is the mean loss in nats per token times the floating-point precision;
     - the mismatch, the relative difference between the weighted sum of the examples' derivatives and
       \\( \langle g_t, \lambda_g \rangle \\), which the optimizer's adjoint gives.
 
-    The next \\( \epsilon \\) minimizes the sum of truncation, \\( \propto \epsilon^2 \\), and rounding, \\( \propto 1 / \epsilon \\).
-    If the mismatch exceeds rounding by more than the truncation estimate, the excess is used as the truncation.
-    The first \\( \epsilon \\) changes the losses of a few examples by 5e-4 nats per token (6e-7 in float64). It is smaller if the
-    best \\( \epsilon \\) of these examples is smaller. If a step's error is above the tolerance, the step is repeated once with a better
-    \\( \epsilon \\), if there is one, and then by [`Exact`].
-
-    `exact` takes over the steps whose error is above `tolerance`.
+    The next step takes the length \\( \epsilon \lVert \lambda_g \rVert \\) that minimizes the sum of truncation,
+    \\( \propto \epsilon^2 \\), and rounding, \\( \propto 1 / \epsilon \\). If the mismatch exceeds rounding by more than the truncation
+    estimate, the excess is used as the truncation. The first \\( \epsilon \\) changes the losses of a few examples by 5e-4 nats per token
+    (6e-7 in float64). It is smaller if the best \\( \epsilon \\) of these examples is smaller. If a step's error is above
+    `tolerance`, the step is repeated once with a better \\( \epsilon \\), if there is one, and then by `exact`.
     """
 
     def __init__(self, exact: Exact, tolerance: float):
@@ -64,7 +62,7 @@ class CentralDifference:
             if product is not None:
                 product.zero_()
             return [torch.zeros_like(batch.token_weights(candidates=True)) for batch in batches]
-        self._epsilon_now, before = 0.0, self._length
+        self._epsilon_now, before = 0.0, self._length  # the caller has just loaded phi_t
         try:
             return self._differentiate(batches, direction, norm, product)
         except BaseException:  # the caller may try again with smaller micro-batches
@@ -78,13 +76,14 @@ class CentralDifference:
         for _ in range(2):
             length = self._length
             results, error = self._difference(batches, direction, norm, product)
-            if error <= self.tolerance or length / 1.5 < self._length < 1.5 * length:
-                break  # otherwise the length was wrong, and a second difference costs less than the exact derivatives
+            length_was_good = length / 1.5 < self._length < 1.5 * length
+            if error <= self.tolerance or length_was_good:
+                break  # otherwise a second difference may do, and costs less than the exact derivatives
         accepted = error <= self.tolerance  # false for NaN
         if not accepted:
             self._length = 0.0  # this step says nothing about a good length
             self._move_to(0.0, direction.vector)
-            if product is None:  # this is the first step: the original parameters leave no rounding error
+            if product is None:  # at the first step, the parameters are at hand without the rounding errors of moves
                 self.space.load_originals(self.space.phi)
             results = self.exact(batches, direction, product)
         self.errors.append(error if accepted else 0.0)
@@ -98,8 +97,8 @@ class CentralDifference:
         With `refine`, two more passes may shorten the length, if these examples are at most a quarter of the batch. Two gradients of
         the batch at a wrong length would cost more.
         """
-        size = self.space.norm(self.space.phi) or 1.0
-        self._length, self._farthest = FIRST_LENGTH * size, 0.1 * size
+        param_norm = self.space.norm(self.space.phi) or 1.0
+        self._length, self._farthest = FIRST_LENGTH * param_norm, 0.1 * param_norm
         wanted = FIRST_CHANGE * torch.finfo(self.space.dtype).eps ** (1 / 3)
         # The number of examples does not depend on the size of micro-batches, so neither does the length.
         num = sum(len(batch.input_ids) for batch in batches)
@@ -155,30 +154,31 @@ class CentralDifference:
                     results[i] = results[i] + sign * values
             for batch, ahead, behind in zip(batches, *changes, strict=True):
                 odd, even, nats = ahead - behind, ahead + behind, batch.nats_per_loss()
-                weighted = odd * double(batch.weights) / (2 * epsilon)
+                derivatives = odd * double(batch.weights) / (2 * epsilon)
                 losses = direction.example_losses[batch.indices] * nats
-                columns = losses, (odd * nats).abs(), (even * nats).abs(), weighted, weighted.abs()
+                columns = losses, (odd * nats).abs(), (even * nats).abs(), derivatives, derivatives.abs()
                 parts = len(batch.indices), *(column.sum().item() for column in columns)
                 sums[:] = [total + part for total, part in zip(sums, parts, strict=True)]
         return [result / (2 * epsilon) for result in results], self._estimate_and_adapt(sums, direction.dot_with_grad)
 
-    def _estimate_and_adapt(self, sums: list[float], inner: float) -> float:
-        """Returns the estimated error of a difference, and sets the next length. `inner` is NaN if `sums` cover only some examples."""
-        count, loss, first, second, found, size = sums
+    def _estimate_and_adapt(self, sums: list[float], dot_with_grad: float) -> float:
+        """Returns the estimated error of a difference, and sets the next length. Without all examples, `dot_with_grad` is NaN."""
+        count, loss_sum, odd_sum, even_sum, derivative_sum, derivative_size = sums
         if count == 0:  # no supervised token on any process: all derivatives are 0, and a good length stays unknown
             self._length = 0.0
             return 0.0
-        if not math.isfinite(first + second + loss + found):
+        if not math.isfinite(odd_sum + even_sum + loss_sum + derivative_sum):
             self._length /= 10
             return math.inf
-        if first == 0:  # no loss moved by more than rounding
+        if odd_sum == 0:  # no loss moved by more than rounding
             self._length = min(100 * self._length, self._farthest)
             return math.inf
-        rounding = torch.finfo(self.space.dtype).eps * 2 * loss / first
-        missed = abs(found - inner) / size if size > 0 and not math.isnan(inner) else 0.0
+        rounding = torch.finfo(self.space.dtype).eps * 2 * loss_sum / odd_sum
+        is_known = derivative_size > 0 and not math.isnan(dot_with_grad)
+        mismatch = abs(derivative_sum - dot_with_grad) / derivative_size if is_known else 0.0
         # If one example is far less linear than the others, the means hardly show it, but the mismatch does.
-        truncation = max(2 * max((second / first) ** 2 - rounding**2, 0.0), missed - rounding)
+        truncation = max(2 * max((even_sum / odd_sum) ** 2 - rounding**2, 0.0), mismatch - rounding)
         factor = (rounding / (2 * max(truncation, 1e-12))) ** (1 / 3)
         # Near rounding, the second difference says nothing: the factor is limited.
         self._length = min(self._length * min(max(factor, 0.1), max(10.0, rounding / 1e-3)), self._farthest)
-        return max(truncation, rounding, missed)
+        return max(truncation, rounding, mismatch)

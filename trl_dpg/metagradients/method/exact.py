@@ -19,11 +19,11 @@ from .loss import TokenLosses
 
 
 class Direction(NamedTuple):
-    r"""The cotangent \\( \lambda_g \\) of a step's gradient, with two results of the forward sweep at that step."""
+    r"""The cotangent \\( \lambda_g \\) of a step's gradient, with two values to check derivatives along it."""
 
     vector: Tensor  # lambda_g, shape (size,)
-    dot_with_grad: float  # <lambda_g, g_t>
-    example_losses: Tensor  # losses of all examples, shape (n,)
+    dot_with_grad: float  # <lambda_g, g_t>, from the adjoint of the update
+    example_losses: Tensor  # l_i(phi_t) / Z_t of all examples, from the forward sweep, shape (n,)
 
 
 class Exact:
@@ -62,11 +62,11 @@ class Exact:
                 sums[0] += weighted.sum().item()
                 sums[1] += weighted.abs().sum().item()
                 results.append(result)
-        found, size = sums
-        if abs(found - direction.dot_with_grad) > 0.1 * size and not self.token_losses.bf16:
+        derivative_sum, derivative_size = sums
+        if abs(derivative_sum - direction.dot_with_grad) > 0.1 * derivative_size and not self.token_losses.bf16:
             warnings.warn(
-                f"The examples' derivatives sum to {found:.3g}, but the training gradient says {direction.dot_with_grad:.3g}. Either "
-                "the derivatives are mere rounding errors: raise `learning_rate` or `adam_epsilon_root`. Or the model's gradient is not the "
+                f"The examples' derivatives sum to {derivative_sum:.3g}, but the training gradient says {direction.dot_with_grad:.3g}. "
+                "Either the derivatives are mere rounding errors: raise `learning_rate` or `adam_epsilon_root`. Or the model's gradient is not the "
                 "derivative of its loss, and metagradients are wrong. `check_metagradients` tells which is the case.",
                 stacklevel=3,
             )

@@ -52,11 +52,11 @@ class TokenLosses(nn.Module):
             if len(rows) < len(losses):  # padding, or tokens that are not supervised
                 supervised = rows * logits.shape[1] + columns
                 losses, targets = losses.index_select(0, supervised), targets.index_select(0, supervised)
-        losses = losses * batch.inverse_z[rows, None]
+        losses = losses * batch.inverse_z[rows, None]  # Z_t may depend on the example, see `loss_normalization`
         return losses if targets.shape[1] == 1 else losses.masked_fill(targets < 0, 0.0)
 
 
-def gradient(
+def accumulate_gradient(
     losses: TokenLosses,
     space: Workspace,
     batches: list[MicroBatch],

@@ -167,7 +167,7 @@ class TargetTrainingArguments:
 
         - There is no dropout and no mixed precision.
         - Shuffled examples have another order. With `train_sampling_strategy="sequential"`, batches are the same.
-        - `SFTTrainer` drops examples without any label before it forms batches. Rewards and validation do so too; the engine does not.
+        - `SFTTrainer` drops examples without any label before it forms batches. Rewards and validation do so too; [`compute_metagradients`] does not.
         - If a model's class is not named `...ForCausalLM` (GPT-2), Transformers counts an example's first label in the loss's
           denominator, although nothing predicts the first token. With this label at -100, the two agree.
 
@@ -177,8 +177,8 @@ class TargetTrainingArguments:
         return cls(**recipe_of_sft(config, overrides))
 
     @property
-    def rule(self) -> type[Update]:
-        """The update rule that `optim` names."""
+    def rule_class(self) -> type[Update]:
+        """The class of update rules that `optim` names."""
         return UPDATES[self.optim] if isinstance(self.optim, str) else self.optim
 
     def num_steps(self, num_examples: int) -> int:

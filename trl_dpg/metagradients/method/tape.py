@@ -25,7 +25,7 @@ class StepInputs(NamedTuple):
 
     phi: Tensor
     state: tuple[Tensor, ...]
-    grad: Tensor
+    grad: Tensor  # not clipped
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Tape:
 
     When the adjoint sweep is done with a step, the room of its gradient is used for more states. The forward sweep therefore keeps
     its first state at three quarters of the steps. On its way from a kept state, `restore` keeps one at a third of the way, at a
-    third of the rest, and so on. Each step takes one to four repeated updates. AdamW takes up to seven at K from 10 to 29, where no
-    state fits at first (`benchmarks/results/replays.md`).
+    third of the rest, and so on. On average, a step takes up to four repeated updates. AdamW takes up to seven at K from 10 to
+    29, where no state fits at first (`benchmarks/results/replays.md`).
 
     All work goes block by block. Of a tape outside of the device, only a few blocks are in the device's memory at a time.
     """
@@ -48,7 +48,7 @@ class Tape:
     optimizer: Optimizer
     blocks: list[Block]  # parts that the tensors are kept in
     num_steps: int
-    load_originals: Callable[[Tensor], None]  # writes the parameters before the first step into a tensor of shape (n,)
+    load_originals: Callable[[Tensor], None]  # writes the parameters before the first step into a flat tensor
     storage: Storage
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Tape:
         self._next_kept = -(-3 * self.num_steps // 4)
 
     @property
-    def last(self) -> int:
-        """Index of the last step on the tape, counted from 0."""
+    def current(self) -> int:
+        """Index of the step to walk back next: the last one on the tape, counted from 0."""
         return len(self.gradients) - 1
 
     def push(self, inputs: StepInputs) -> None:
-        """Keeps a step's gradient without a copy, and at some steps a copy of the parameters and optimizer state before the step."""
+        """Puts a step's gradient into the storage, and at some steps a copy of the parameters and optimizer state before the step."""
         step = len(self.gradients)
         if step == self._next_kept and self._has_room(self.num_steps, len(self.states) + 1):
             tensors = (inputs.phi, *inputs.state)
@@ -75,8 +75,8 @@ class Tape:
     @torch.no_grad()
     def restore(self, phi: Tensor) -> Iterator[StepInputs]:
         """
-        Restores the inputs of the last step's update, block by block. `phi`, shape `(n,)`, becomes the parameters before that step.
-        States on the way are kept if there is room.
+        Restores the inputs of the current step's update, block by block. `phi`, shape `(size,)`, becomes the parameters before
+        that step. States on the way are kept if there is room.
         """
         start, keys = self._to_read()
         if start == 0:
@@ -90,22 +90,22 @@ class Tape:
                 block.copy_(next(tensors))
                 state = tuple(next(tensors).clone() for _ in range(rule.num_states))
             else:  # the first step's adjoint does not read zeros
-                state = rule.init(block) if self.last > 0 else ()
-            for position in range(start, self.last):
+                state = rule.zero_state(block) if self.current > 0 else ()
+            for position in range(start, self.current):
                 self.optimizer.update_(position, rule, block, state, next(tensors))
                 if position + 1 in kept:
                     kept[position + 1].append(self._keep([block, *state], rule))
             yield StepInputs(block, state, next(tensors))
 
     def pop(self) -> None:
-        """Removes the last step."""
+        """Removes the current step."""
         self.storage.drop(self.gradients.pop())
         if self.gradients:
             self.storage.expect(self._to_read()[1])
 
     def _to_read(self) -> tuple[int, list[Any]]:
         """The step where `restore` starts, and keys of all tensors it reads. Drops states that lie after that step."""
-        while self.states and self.states[-1][0] > self.last:
+        while self.states and self.states[-1][0] > self.current:
             for keys in self.states.pop()[1]:
                 self.storage.drop(keys)
         start, state = self.states[-1] if self.states else (0, [])
@@ -115,9 +115,9 @@ class Tape:
 
     def _positions_to_keep(self, position: int) -> list[int]:
         positions: list[int] = []
-        while position < self.last:
-            position += -(-(self.last - position) // 3)
-            if position < self.last and self._has_room(self.last + 1, len(self.states) + len(positions) + 1):
+        while position < self.current:
+            position += -(-(self.current - position) // 3)
+            if position < self.current and self._has_room(self.current + 1, len(self.states) + len(positions) + 1):
                 positions.append(position)
         return positions
 
@@ -130,7 +130,7 @@ class Tape:
 
 class Cotangent:
     r"""
-    \\( \lambda_\phi \\), shape `(n,)`, and \\( \lambda_s \\) between two steps of the adjoint sweep.
+    \\( \lambda_\phi \\), shape `(size,)`, and \\( \lambda_s \\) between two steps of the adjoint sweep.
 
     Model calls do not need \\( \lambda_s \\), so it lies in the tape's storage during these calls.
     """
@@ -148,7 +148,7 @@ class Cotangent:
                 state = tuple(next(tensors) for _ in range(rule.num_states))
                 self.tape.storage.drop(kept[i])
             else:  # in a run of one step, no adjoint reads zeros
-                state = rule.init(self.phi[part]) if self.tape.last > 0 else ()
+                state = rule.zero_state(self.phi[part]) if self.tape.current > 0 else ()
             yield state
 
     def keep(self, state: tuple[Tensor, ...]) -> None:

@@ -86,7 +86,7 @@ def _require(name: str, value: Any, requirement: str, holds: Callable[[float], b
 
 
 def _check_combinations(recipe: "TargetTrainingArguments") -> None:
-    if recipe.rule.needs_epsilon_root and recipe.adam_epsilon == 0 and recipe.adam_epsilon_root == 0:
+    if recipe.rule_class.needs_epsilon_root and recipe.adam_epsilon == 0 and recipe.adam_epsilon_root == 0:
         raise ValueError(
             "`adam_epsilon` and `adam_epsilon_root` are both 0, so AdamW divides by zero wherever a gradient is zero. Set "
             "`adam_epsilon_root`, for example to 1e-9."

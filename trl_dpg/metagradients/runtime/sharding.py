@@ -222,10 +222,10 @@ class Shards:
         """
         if not self._layouts:
             return groups
-        for rule, *_ in groups:
-            if not rule.elementwise:
+        for rule_class, *_ in groups:
+            if not rule_class.elementwise:
                 raise ValueError(
-                    f'`optim` needs whole matrices ({rule.__name__}), but the target is in shards. Set `optim="adamw"` or "sgd", '
+                    f'`optim` needs whole matrices ({rule_class.__name__}), but the target is in shards. Set `optim="adamw"` or "sgd", '
                     "or do not shard the target (`target_fsdp=False` in the trainer)."
                 )
         return [group._replace(params=[self._layouts[id(p)].local for p in group.params]) for group in groups]

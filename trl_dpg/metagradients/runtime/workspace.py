@@ -24,27 +24,27 @@ ALIGNMENT = 64
 class Group(NamedTuple):
     """Parameters with the same update rule and weight decay. A rule that is not elementwise has a group for each parameter."""
 
-    rule: "type[Update]"
+    rule_class: "type[Update]"
     decayed: bool
     params: list[nn.Parameter]
 
 
 def parameter_groups(
-    rule: "type[Update]",
+    rule_class: "type[Update]",
     model: nn.Module,
     params: list[nn.Parameter],
     decayed: list[nn.Parameter],
     rest: "type[Update]",
 ) -> list[Group]:
-    """Groups parameters by update rule and weight decay: `rule` where it suits a parameter, else the elementwise rule `rest`."""
+    """Groups parameters by update rule and weight decay: `rule_class` where it suits a parameter, else the elementwise `rest`."""
     ids = {id(param) for param in decayed}
-    suited = [param for param in params if rule.suits(param, model)]
-    groups = [] if rule.elementwise else [Group(rule, id(param) in ids, [param]) for param in suited]
+    suited = [param for param in params if rule_class.suits(param, model)]
+    groups = [] if rule_class.elementwise else [Group(rule_class, id(param) in ids, [param]) for param in suited]
     taken = {id(param) for group in groups for param in group.params}
     for is_decayed in (True, False):
         others = [p for p in params if id(p) not in taken and (id(p) in ids) == is_decayed]
         if others:
-            groups.append(Group(rule if rule.elementwise else rest, is_decayed, others))
+            groups.append(Group(rule_class if rule_class.elementwise else rest, is_decayed, others))
     return groups
 
 
@@ -61,28 +61,28 @@ class Workspace:
     Args:
         groups (`Sequence[Group]`): Distinct parameters, on one device and of one dtype. Groups stay together, in order.
         processes ([`Processes`]): The processes that share the run.
-        shardable (`bool`): Whether the tape and cotangents may be split, since all update rules are elementwise.
+        may_split_tape (`bool`): Whether the tape and cotangents may be split, since all update rules are elementwise.
     """
 
-    def __init__(self, groups: Sequence[Group], processes: Processes, shardable: bool):
+    def __init__(self, groups: Sequence[Group], processes: Processes, may_split_tape: bool):
         self.processes = processes
         self.params = [param for group in groups for param in group.params]
         self.offsets: list[int] = []
         self.parts: list[slice] = []  # part of each group in `phi`
         end = 0
-        for rule, _, params in groups:
+        for rule_class, _, params in groups:
             start = end
             for param in params:
                 self.offsets.append(end)
                 end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-            self.parts.append(slice(start, end if rule.elementwise else start + params[0].numel()))
-        num_shards = processes.count if shardable and not processes.in_step else 1
+            self.parts.append(slice(start, end if rule_class.elementwise else start + params[0].numel()))
+        num_shards = processes.count if may_split_tape and not processes.in_step else 1
         self.size = -(-end // (ALIGNMENT * num_shards)) * ALIGNMENT * num_shards
-        if groups[-1].rule.elementwise:  # the padding of the shards is updated too, from zero to zero
+        if groups[-1].rule_class.elementwise:  # the padding of the shards is updated too, from zero to zero
             self.parts[-1] = slice(self.parts[-1].start, self.size)
-        self.sharded = num_shards > 1
+        self.tape_is_split = num_shards > 1
         self.shard_size = self.size // num_shards
-        first = processes.index * self.shard_size if self.sharded else 0
+        first = processes.index * self.shard_size if self.tape_is_split else 0
         self.shard = slice(first, first + self.shard_size)
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.phi = self.buffer()
@@ -145,9 +145,9 @@ class Workspace:
     def start_adjoint(self, num_steps: int) -> None:
         """Allocates the memory of the adjoint sweep. A run of one step needs hardly any."""
         if num_steps > 1:
-            self.product = self.buffer()
+            self.hessian_product = self.buffer()
             self.grad_cotangent = self.zeros(self.shard_size)
-        self.own_phi = self.zeros(self.shard_size) if self.sharded else self.phi
+        self.own_phi = self.zeros(self.shard_size) if self.tape_is_split else self.phi
 
     def load_originals(self, out: Tensor) -> None:
         """Writes the parameters from before the context was entered to `out`: all of them, or this process's shard."""
@@ -158,9 +158,9 @@ class Workspace:
             if start < stop:
                 out[start - first : stop - first] = data.reshape(-1)[start - offset : stop - offset]
 
-    def sum_over_shards(self, number: float) -> float:
+    def sum_if_split(self, number: float) -> float:
         """Sums a number over the processes, if each of them holds only a part of the parameters."""
-        return self.processes.sum_float(number) if self.sharded or self.processes.in_step else number
+        return self.processes.sum_float(number) if self.tape_is_split or self.processes.in_step else number
 
     def norm(self, flat: Tensor) -> float:
         """Norm of a tensor in the layout of `phi`, over all processes."""
@@ -172,7 +172,7 @@ class Workspace:
 
     def gather_and_load_phi(self, shard: Tensor) -> Tensor:
         r"""Gathers a tensor from its shards. Also gathers \\( \phi_t \\), and loads it into the model."""
-        if not self.sharded:
+        if not self.tape_is_split:
             return shard
         self.phi.copy_(self.processes.gather(self.own_phi))
         return self.processes.gather(shard)

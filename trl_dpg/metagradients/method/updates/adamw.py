@@ -31,17 +31,17 @@ class AdamW(Update):
         self.constants |= {"weight_decay": self.weight_decay, "amsgrad": False, "maximize": False, "fused": True}
 
     @classmethod
-    def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
-        """See [`Update.stock`]. PyTorch's optimizer has no `epsilon_root`."""
+    def torch_optimizer(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
+        """See [`Update.torch_optimizer`]. PyTorch's optimizer has no `epsilon_root`."""
         betas = recipe.adam_beta1, recipe.adam_beta2
         return torch.optim.AdamW(params, recipe.learning_rate, betas, recipe.adam_epsilon, weight_decay)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        if self.epsilon_root > 0:  # the kernel has no r, so r is added to v before
+        if self.epsilon_root > 0:  # the kernel has no r
             if self.recipe.adam_beta2 == 0:
                 state[1].zero_()
-            state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)
-        count = torch.full((), float(step), dtype=torch.float32, device=phi.device)  # the kernel takes float32 only
+            state[1].add_((1 - self.beta2) / self.beta2 * self.epsilon_root)  # the kernel will multiply v by beta2
+        count = torch.full((), float(step), dtype=torch.float32, device=phi.device)  # the kernel adds 1; float32 only
         adamw([phi], [grad], [state[0]], [state[1]], [], [count], lr=rate, **self.constants)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:

@@ -41,14 +41,14 @@ class Muon(Update):
         return param.ndim == 2 and not any(param is other for module in outer for other in module.parameters())
 
     @classmethod
-    def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
+    def torch_optimizer(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
         momentum, nesterov = _momentum(recipe)
         rate, adjust = recipe.learning_rate, "match_rms_adamw"
         return torch.optim.Muon(params, rate, weight_decay, momentum, nesterov, adjust_lr_fn=adjust)
 
     def update_(self, step: int, rate: float, phi: Tensor, state: tuple[Tensor, ...], grad: Tensor) -> None:
-        direction = orthogonalized(self._momentum_step_(grad, *state).view(self.shape))
-        phi.mul_(1 - rate * self.weight_decay).add_(direction.reshape(-1), alpha=-rate * self.rate_factor)
+        orthogonal = orthogonalized(self._momentum_step_(grad, *state).view(self.shape))
+        phi.mul_(1 - rate * self.weight_decay).add_(orthogonal.reshape(-1), alpha=-rate * self.rate_factor)
 
     def adjoint_(self, step, rate, phi, state, grad, of_phi, of_state) -> Tensor:
         r"""
@@ -58,14 +58,14 @@ class Muon(Update):
         $$ \nu = \lambda_{b'} + \mu \lambda_u, \quad \lambda_g = (1 - \mu) (\lambda_u + \nu) \text{ with Nesterov's momentum, else }
            \nu = \lambda_{b'} + \lambda_u, \quad \lambda_g = (1 - \mu) \nu; \quad \lambda_b = \mu \nu $$
         """
-        direction = self._momentum_step_(grad, *(state or self.init(grad))).detach().view(self.shape)
+        u = self._momentum_step_(grad, *(state or self.zero_state(grad))).detach().view(self.shape)
         with torch.enable_grad():
-            update = orthogonalized(direction.requires_grad_())
-        (of_direction,) = torch.autograd.grad(update, direction, of_phi.view(self.shape) * (-rate * self.rate_factor))
-        of_direction = of_direction.reshape(-1)
-        (of_buffer,) = of_state or self.init(grad)
-        of_buffer.add_(of_direction, alpha=self.momentum if self.nesterov else 1.0)
-        of_grad = (of_direction + of_buffer if self.nesterov else of_buffer.clone()).mul_(1 - self.momentum)
+            orthogonal = orthogonalized(u.requires_grad_())
+        (of_u,) = torch.autograd.grad(orthogonal, u, of_phi.view(self.shape) * (-rate * self.rate_factor))
+        of_u = of_u.reshape(-1)
+        (of_buffer,) = of_state or self.zero_state(grad)
+        of_buffer.add_(of_u, alpha=self.momentum if self.nesterov else 1.0)
+        of_grad = (of_u + of_buffer if self.nesterov else of_buffer.clone()).mul_(1 - self.momentum)
         of_buffer.mul_(self.momentum)
         of_phi.mul_(1 - rate * self.weight_decay)
         return of_grad

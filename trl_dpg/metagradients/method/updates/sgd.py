@@ -22,7 +22,7 @@ class SGD(Update):
         self.num_states = 1 if self.momentum > 0 else 0
 
     @classmethod
-    def stock(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
+    def torch_optimizer(cls, params, recipe, weight_decay) -> torch.optim.Optimizer:
         momentum, nesterov = recipe.momentum or 0.0, bool(recipe.nesterov)
         return torch.optim.SGD(params, recipe.learning_rate, momentum, weight_decay=weight_decay, nesterov=nesterov)
 
@@ -45,7 +45,7 @@ class SGD(Update):
         """
         of_grad = of_phi * -rate
         if self.momentum > 0:
-            (of_buffer,) = of_state or self.init(grad)
+            (of_buffer,) = of_state or self.zero_state(grad)
             of_buffer.add_(of_grad, alpha=self.momentum if self.recipe.nesterov else 1.0)
             of_grad = of_grad.add_(of_buffer) if self.recipe.nesterov else of_buffer.clone()
             of_buffer.mul_(self.momentum)

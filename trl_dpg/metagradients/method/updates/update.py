@@ -17,8 +17,8 @@ class Update(ABC):
     r"""
     Update rule \\( (\phi', s') = U(\phi, s, g) \\) of some parameters, and its adjoint.
 
-    All tensors are flat, shape `(n,)`. For an elementwise rule, they hold any part of the parameters. For any other rule, they hold one
-    whole parameter, row by row.
+    All tensors are flat, shape `(size,)`. For an elementwise rule, they hold any part of the parameters. For any other rule, they hold
+    one whole parameter, row by row.
 
     Attributes:
         recipe ([`TargetTrainingArguments`]): Hyperparameters.
@@ -39,8 +39,8 @@ class Update(ABC):
     epsilon_root: float
     shape: torch.Size
 
-    def init(self, phi: Tensor) -> tuple[Tensor, ...]:
-        """The state before the first step."""
+    def zero_state(self, phi: Tensor) -> tuple[Tensor, ...]:
+        """The state before the first step, and its cotangent after the last."""
         return tuple(torch.zeros_like(phi) for _ in range(self.num_states))
 
     @classmethod
@@ -49,12 +49,12 @@ class Update(ABC):
         return True
 
     @classmethod
-    def stock(
+    def torch_optimizer(
         cls, params: list[nn.Parameter], recipe: "TargetTrainingArguments", weight_decay: float
     ) -> torch.optim.Optimizer:
         """The same rule as an optimizer of PyTorch. Validation trains with it."""
         raise ValueError(
-            f"The update rule {cls.__name__} does not define `stock`, the PyTorch optimizer that validation trains with. Define it."
+            f"The update rule {cls.__name__} does not define `torch_optimizer`, the PyTorch optimizer that validation trains with. Define it."
         )
 
     @abstractmethod
@@ -77,5 +77,5 @@ class Update(ABC):
 
         `of_phi` is \\( \lambda_{\phi'} \\) and becomes \\( \lambda_\phi \\). `of_state` is \\( \lambda_{s'} \\) and becomes
         \\( \lambda_s \\), whose value at step 0 is not used. An empty tuple, in a run of one step, stands for zeros. `state` is empty
-        at step 0, and may be overwritten.
+        at step 0, and may be overwritten. `phi` and `grad` must not be changed.
         """
