@@ -318,8 +318,8 @@ def describe(summary: dict[str, Any], output: str) -> str:
         lines.append(f"Mean Spearman correlation between the rankings of two draws: {summary['spearman']:.2f}.")
     if summary["unstable_draws"] > 0:
         lines.append(
-            f"Warning: in {summary['unstable_draws']} of {summary['draws']} draws, scores are out of proportion. These scores mean little: "
-            "the run multiplies small changes. Lower `learning_rate`, or take fewer steps by a larger `batch_size`."
+            f"Warning: in {summary['unstable_draws']} of {summary['draws']} draws, scores are out of proportion: such a run multiplies small "
+            "changes. The median outvotes few such draws. Against many, lower `learning_rate` or take fewer steps by a larger `batch_size`."
         )
     lines += [f"Rows flagged {kind!r}: {count:,}." for kind, count in summary["flags"].items() if count > 0]
     return "\n".join([*lines, f"Written: {os.path.join(output, FILES[-1])}"])
