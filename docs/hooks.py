@@ -50,7 +50,7 @@ def on_files(files, config):
             continue
         text = (ROOT / path).read_text(encoding="utf-8")
         if path.suffix == ".md":  # its links are relative to the repository
-            text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+            text = re.sub(r"!\[[^\]]*\]\([^)]*\)|<img [^>]*>", "", text)
             text = re.sub(r"\[((?:[^\[\]])*)\]\((?!https?:)[^)]*\)", r"\1", text)
         else:
             text = f"# {path.name}\n\n`{path}`\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{text}\n````\n"

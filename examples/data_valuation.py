@@ -25,7 +25,7 @@ from trl_dpg.scripts.value import describe, summarize, value_examples, write_val
 from trl_dpg.target import load_target_model, load_target_tokenizer
 
 
-def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning_rate: float = 5e-4) -> None:
+def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning_rate=5e-4, batch_size=64) -> None:
     """Writes the ranking of `num_examples` leads over `num_draws` orders, and what `num_runs` fine-tuning runs of each half say of it."""
     folder, leads, name = Path(output), damaged_leads(num_examples, num_metric=24, num_test=48), smollm2()
     tokenizer = load_target_tokenizer(name)
@@ -33,7 +33,8 @@ def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning
     model = load_target_model(name, peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     examples = dataset_examples(leads["train"].select_columns("text"), tokenizer)
     metric, test = (LanguageModelingLikelihood(leads[s], tokenizer, 16, max_length=48) for s in ("metric", "test"))
-    recipe = TargetTrainingArguments(learning_rate=learning_rate, batch_size=64, micro_batch_size=16, max_length=48)
+    sizes = {"batch_size": batch_size, "micro_batch_size": 16, "max_length": 48}
+    recipe = TargetTrainingArguments(learning_rate=learning_rate, **sizes)
 
     if not (folder / "valuation.json").exists():  # an hour is not spent twice
         valuation = value_examples(model, examples, metric, recipe, num_draws)

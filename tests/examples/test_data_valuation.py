@@ -69,7 +69,9 @@ def test_auc():
 def test_damaged_texts_rank_lower(leads, tmp_path, capsys, monkeypatch):
     # all parameters: adapters of a random model this small learn too little
     monkeypatch.setattr(data_valuation, "LoraConfig", lambda **kwargs: None)
-    data_valuation.main(str(tmp_path / "out"), num_examples=64, num_draws=2, num_runs=2, learning_rate=1e-2)
+    data_valuation.main(
+        str(tmp_path / "out"), num_examples=64, num_draws=2, num_runs=2, learning_rate=1e-2, batch_size=16
+    )
     names = {"results.md", "scores.jsonl", "scores.parquet", "valuation.json", "index.html"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 

@@ -404,13 +404,17 @@ BAD_MODELS = {
     "compiled": (
         lambda: torch.compile(gpt2()),
         ValueError,
-        r"The target model is what `torch.compile.*Pass the module itself.*`model.compile\(\)`",
+        r"The target model is a wrapper that `torch.compile.*Pass the module itself.*`model.compile\(\)`",
     ),
-    "compiled-part": (compiled_part, ValueError, "`transformer.h.0` of the target model is what `torch.compile"),
+    "compiled-part": (
+        compiled_part,
+        ValueError,
+        "`transformer.h.0` of the target model is a wrapper that `torch.compile",
+    ),
     "data-parallel": (
         lambda: nn.DataParallel(gpt2()),
         ValueError,
-        "The target model is wrapped in DataParallel.*Pass the model that is in it",
+        "The target model is wrapped in DataParallel.*Unwrap the model",
     ),
     "meta": (lambda: gpt2().to("meta"), ValueError, "all of its weights.*on the meta device"),
     "prompt-tuning": (prompt_tuned, ValueError, "gives 6 logits for 4 tokens.*prompt tuning.*another adapter"),
