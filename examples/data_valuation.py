@@ -35,14 +35,12 @@ def main(output: str, num_examples: int, num_draws: int, num_runs: int, learning
     metric, test = (LanguageModelingLikelihood(leads[s], tokenizer, 16, max_length=48) for s in ("metric", "test"))
     sizes = {"batch_size": batch_size, "micro_batch_size": 16, "max_length": 48}
     recipe = TargetTrainingArguments(learning_rate=learning_rate, **sizes)
-
     if not (folder / "valuation.json").exists():  # an hour is not spent twice
         valuation = value_examples(model, examples, metric, recipe, num_draws)
         summary = summarize(valuation, model, metric, "Wikipedia leads, half of them damaged")
         write_valuation(folder, leads["train"], valuation, summary, tokenizer)
     summary = json.loads((folder / "valuation.json").read_text(encoding="utf-8"))
     print(describe(summary, output), flush=True)
-
     scores = load_dataset("parquet", data_files=str(folder / "scores.parquet"), split="train").sort("index")["score"]
     rankings = {"metagradient": list(scores), "lowest loss": likelihoods(model, examples, 48)}
     other_orders = replace(recipe, seed=num_draws)  # none that the ranking saw
