@@ -44,6 +44,7 @@ def main(directory, output, **fields):
         eval_steps=2,
         eval_on_start=True,
         learning_rate=1e-2,
+        adam_epsilon=1e-4,  # at 1e-8, Adam blows up the rounding of gradients near zero
         target_batch_size=5,
         target_learning_rate=1e-3,
         **fields,

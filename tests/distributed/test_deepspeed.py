@@ -20,11 +20,13 @@ COMMON = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false", "DS
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None,
+    reason="DeepSpeed is an extra that no test environment installs: pip install deepspeed",
+)
 @pytest.mark.parametrize("stage", ZERO)
 def test_deepspeed_equals_data_parallel(tmp_path, stage):
     plain, original, plain_weights = train(tmp_path / "plain", {})
     run = train(tmp_path / "zero", {**COMMON, **ZERO[stage]})
     assert run[0]["target_is_whole"]
-    # A thousandth of Adam's step: it blows up the rounding of a gradient near zero, and ZeRO-3 sums in another order
-    check_equal(run, plain, original, plain_weights, kind=("DEEPSPEED", False), atol=1e-5)
+    check_equal(run, plain, original, plain_weights, kind=("DEEPSPEED", False))
