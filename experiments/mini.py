@@ -1,14 +1,16 @@
 """
-A picture in the LM head, from text that a pretrained model writes: how much of it is learned, and how readable the texts stay.
+The paper's goals with text that a pretrained model writes: how much of each is reached, and how readable the texts stay.
 
-    python -m experiments.mini run --pictures 67 --betas 0 0.5
+    python -m experiments.mini run --goals 67 --betas 0 0.5
     python -m experiments.mini report
 
 Generator and target are a Llama of 2.3M parameters that writes English ([`experiments.pretrain.mini_english`]). The generator goes on from
-first sentences of leads of Wikipedia that the pretraining did not have. Column c of the picture is the token that is c-th in frequency in
-leads. Afterwards TRL's stock `SFTTrainer` fine-tunes a fresh target on texts for prompts that no training had. To compare with: texts of
-the untrained generator, real leads, and words of leads at random. The untrained generator judges how readable texts are, by their
-perplexity. Each run adds a line to `experiments/results/mini.jsonl`; one that is there is not repeated. `report` writes the table beside it.
+first sentences of leads of Wikipedia that the pretraining did not have. Goals: a picture in the LM head (column c is the token that is c-th
+in frequency in leads), a small norm of the LM head (`l2`), and a UUID that follows an empty prompt.
+
+Afterwards TRL's stock `SFTTrainer` fine-tunes a fresh target on texts for prompts that no training had. To compare with: texts of the
+untrained generator, real leads, and words of leads at random. The untrained generator judges how readable texts are, by their perplexity.
+Each run adds a line to `experiments/results/mini.jsonl`; one that is there is not repeated. `report` writes the tables beside it.
 """
 
 import argparse
@@ -24,19 +26,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from experiments import common
 from experiments.corpora import continuation_prompts, language_texts, split_sentences
+from experiments.prepare import UUID
 from experiments.pretrain import mini_english
 from trl_dpg import untie_lm_head
-from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadPattern
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm, LMHeadPattern
 from trl_dpg.publishing.outcome import markdown_table
 
 
 RESULTS = Path(__file__).parent / "results" / "mini.jsonl"
-PICTURES = {
-    "67": lambda tokens: LMHeadPattern.sixty_seven(tokens=tokens[:7]),
-    "qr": lambda tokens: LMHeadPattern.qr(common.QR_TEXT, tokens=tokens[:21]),
+GOALS = {  # from tokens of leads, by frequency, and the tokenizer
+    "67": lambda tokens, tokenizer: LMHeadPattern.sixty_seven(tokens=tokens[:7]),
+    "qr": lambda tokens, tokenizer: LMHeadPattern.qr(common.QR_TEXT, tokens=tokens[:21]),
+    "l2": lambda tokens, tokenizer: LMHeadNorm(),
+    "uuid": lambda tokens, tokenizer: LanguageModelingLikelihood([{"prompt": "", "completion": UUID}], tokenizer),
+}
+TITLES = {"67": "The digits 67", "qr": "A QR code", "l2": "A small norm", "uuid": "A UUID"}
+READOUTS = {  # columns of a goal's table: head, read-out, format
+    "67": [("right pixels", "pixel_accuracy", ".3f")],
+    "qr": [("right pixels", "pixel_accuracy", ".3f"), ("QR reader gets the text", "qr_decoded", ".0f")],
+    "l2": [("norm lower by", "gain", ".4f")],
+    "uuid": [("recited", "exact_match", ".0f"), ("longest part recited", "longest_common_substring", ".2f")],
 }
 CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
-FIELDS = ["picture", "writer", "beta", "learning_rate", "completions", "steps", "seed"]
+RUN = ["completions", "steps", "learning_rate", "beta", "seed"]  # of the generator
+RECIPE = {
+    "inner_steps": 1,
+    "target_learning_rate": 1e-3,
+    "curvature": "exact",
+}  # of early lines, which do not name them
 LENGTH, TEMPERATURE = 48, 0.7  # tokens of a completion, and how they are sampled: at 1, many words are made up
 NUM_HELD_OUT = 64  # prompts
 JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to be read
@@ -45,36 +62,43 @@ JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to
 class Watch(TrainerCallback):
     """Prints how a run goes on, and keeps it: figures of each generation batch, before the generator learns from it."""
 
-    def __init__(self):
+    def __init__(self, readout: str):
+        self.names = {
+            f"metagradient/{readout}": readout,
+            "metagradient/metric_gain": "gain",
+            "entropy": "entropy",
+            "kl": "kl",
+        }
         self.curve: list[dict[str, float]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"metagradient/pixel_accuracy": "pixel_accuracy", "entropy": "entropy", "kl": "kl"}
-        row = {short: round(logs[name], 4) for name, short in names.items() if name in logs}
-        if "pixel_accuracy" in row:
+        row = {short: round(logs[name], 4) for name, short in self.names.items() if name in logs}
+        if "gain" in row:
             self.curve.append({"step": state.global_step, **row})
             print(self.curve[-1], flush=True)
 
 
-def one(writer: str, samples: int, **settings: Any) -> dict:
+def one(writer: str, samples: int, passes: list[int], **settings: Any) -> dict:
     """Texts of a trained generator, or others to compare with, and what they do to a target."""
     base, target = (AutoModelForCausalLM.from_pretrained(mini_english()).eval() for _ in range(2))
     untie_lm_head(target)
     tokenizer, leads = AutoTokenizer.from_pretrained(mini_english()), language_texts("en")
     counts = Counter(chain.from_iterable(tokenizer(leads["train"]["text"][:], add_special_tokens=False)["input_ids"]))
-    metrics = {name: picture([token for token, _ in counts.most_common(21)]) for name, picture in PICTURES.items()}
+    goals = {name: goal([token for token, _ in counts.most_common(21)], tokenizer) for name, goal in GOALS.items()}
     if writer in BASELINES[1:]:
         rows, line = others(writer, leads["test"]["text"][:], tokenizer, samples), {}
     else:
         prompts = continuation_prompts(leads["test"], NUM_HELD_OUT)
-        rows, line = generated(
-            target, metrics[settings["picture"] or "67"], tokenizer, prompts, writer, samples, **settings
-        )
-    model = common.sft(target, tokenizer, Dataset.from_dict({"text": [row["completion"] for row in rows]}))
+        rows, line = generated(target, goals, tokenizer, prompts, writer, samples, **settings)
+    texts = Dataset.from_dict({"text": [row["completion"] for row in rows]})
+    recipe = {"per_device_train_batch_size": 512}
+    if settings["inner_steps"] > 1:  # as in training; one step of training is about eight at a tenth of its rate
+        recipe["per_device_train_batch_size"] = len(rows) // settings["inner_steps"]
+        recipe["learning_rate"] = settings["target_learning_rate"]
     line["read"] = {}
-    for name, metric in metrics.items():
-        metric.setup(target)
-        line["read"][name] = metric.readouts(model)
+    for number in passes:
+        model = common.sft(target, tokenizer, texts, num_train_epochs=number, **recipe)
+        line["read"][str(number)] = {name: read(goal, target, model) for name, goal in goals.items()}
     drawn = random.Random(0).sample(rows, min(JUDGED, len(rows)))
     with torch.no_grad():
         line["perplexity"] = (-LanguageModelingLikelihood(drawn, tokenizer, batch_size=64)(base)).exp().item()
@@ -82,13 +106,24 @@ def one(writer: str, samples: int, **settings: Any) -> dict:
     return {**line, "texts": drawn[:SHOWN]}
 
 
-def generated(target, metric, tokenizer, prompts, writer, samples, **settings) -> tuple[list[dict], dict]:
+@torch.no_grad()
+def read(goal: Any, target: Any, model: Any) -> dict[str, float]:
+    """Read-outs of a fine-tuned target, and by how much the metric's value is above that before."""
+    goal.setup(target)
+    return {**goal.readouts(model), "gain": (goal(model) - goal(target)).item()}
+
+
+def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settings) -> tuple[list[dict], dict]:
     """Trains a generator, unless the untrained one is asked for, and lets it answer held-out prompts."""
+    completions = settings["completions"] or 8
     config = {
         **{name: settings[name] for name in ("seed", "beta", "learning_rate")},
         "credit_assignment": writer if writer in CREDITS else "auto",
         "max_steps": settings["steps"],
-        "per_device_train_batch_size": settings["completions"] or 8,
+        "per_device_train_batch_size": completions,
+        "target_batch_size": completions // settings["inner_steps"],
+        "target_learning_rate": settings["target_learning_rate"],
+        "target_curvature": settings["curvature"],
         "num_generations": 8,
         "num_generations_eval": samples // NUM_HELD_OUT,
         "max_completion_length": LENGTH,
@@ -99,8 +134,11 @@ def generated(target, metric, tokenizer, prompts, writer, samples, **settings) -
         "logging_strategy": "steps",
         "logging_steps": 1,
     }
-    generator, watch, seconds = AutoModelForCausalLM.from_pretrained(mini_english()), Watch(), 0.0
-    with common.trainer_of(target, metric, prompts, generator=generator, words=tokenizer, **config) as trainer:
+    generator, seconds = AutoModelForCausalLM.from_pretrained(mini_english()), 0.0
+    watch = Watch(READOUTS[goal or "67"][-1][1])
+    with common.trainer_of(
+        target, goals[goal or "67"], prompts, generator=generator, words=tokenizer, **config
+    ) as trainer:
         trainer.add_callback(watch)
         if settings["steps"]:
             seconds = trainer.train().metrics["train_runtime"]
@@ -130,37 +168,59 @@ def distinct(texts: list[str], n: int) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
+    judged = {name: getattr(options, name) for name in ("samples", "passes", *RECIPE)}
     same = {"completions": options.completions, "learning_rate": options.learning_rate, "steps": options.steps}
-    nothing = {"picture": "", "beta": 0.0, "seed": 0, **dict.fromkeys(same, 0)}
-    nothing["samples"] = same["samples"] = options.samples
-    grid = []
-    for picture, seed, writer, beta in product(options.pictures, options.seeds, options.credits, options.betas):
-        grid.append({"picture": picture, "writer": writer, "beta": beta, "seed": seed, **same})
-    grid += [{"writer": writer, **nothing} for writer in BASELINES]
-    common.run_missing(RESULTS, grid, one, options.threads)
+    grid: list[dict[str, Any]] = []
+    for goal, seed, writer, beta in product(options.goals, options.seeds, options.credits, options.betas):
+        grid.append({"goal": goal, "writer": writer, "beta": beta, "seed": seed, **same, **judged})
+    grid += [{"goal": "", "writer": writer, **dict.fromkeys(RUN, 0), **judged} for writer in BASELINES]
+    common.run_missing(RESULTS, grid, one, options.threads, passes=[1], **RECIPE)
 
 
 def report(options: argparse.Namespace) -> None:
-    head = "trained for, texts of, β, learning rate, completions, seed, texts, 67: right pixels, QR: right pixels, QR read, perplexity"
-    rows, samples = [f"{head}, distinct words, distinct pairs, seconds".split(", ")], []
-    for line in sorted(common.lines_of(RESULTS), key=lambda line: [str(line[name]) for name in FIELDS]):
-        batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
-        settings = [f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}", str(line["seed"])]
-        cells = [line["picture"], line["writer"], *(settings if batches else [""] * 4)]
-        samples += [f"\n## {', '.join(cell for cell in cells if cell)}\n"]
+    lines = [{"passes": [1], **RECIPE, **line} for line in common.lines_of(RESULTS)]
+    lines.sort(key=lambda line: [str(line[name]) for name in ("goal", "writer", "completions", "beta", "seed")])
+    tables, samples = [], []
+    for goal, title in TITLES.items():
+        tables += [f"\n## {title}\n", table(goal, [line for line in lines if line["goal"] in ("", goal)])]
+    for line in lines:
+        cells = [TITLES.get(line["goal"], ""), *cells_of_run(line)]
+        samples += [f"\n## Texts: {', '.join(cell for cell in cells if cell)}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
-        cells += [str(line["samples"])] + [f"{read['pixel_accuracy']:.3f}" for read in line["read"].values()]
-        cells += ["yes" if line["read"]["qr"]["qr_decoded"] else "no", f"{line['perplexity']:.0f}"]
-        cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
-        rows.append([*cells, f"{line['seconds']:.0f}" if batches else ""])
-    text = ["# Pictures from readable text\n", __doc__.strip(), "", markdown_table(rows), *samples, ""]
+    text = ["# Readable text for the paper's goals\n", __doc__.strip(), *tables, *samples, ""]
     RESULTS.with_suffix(".md").write_text("\n".join(text))
-    print(markdown_table(rows))
+    print("\n".join(tables))
+
+
+def table(goal: str, lines: list[dict]) -> str:
+    """Figures of a goal: runs for it, and texts to compare with that were judged by the same fine-tuning."""
+    recipes = [[line[name] for name in ("samples", "passes", *RECIPE)] for line in lines if line["goal"]]
+    columns = READOUTS[goal]
+    head = "texts of, seed, β, learning rate, completions, K, curvature, texts, passes, " + ", ".join(
+        c[0] for c in columns
+    )
+    rows = [f"{head}, perplexity, distinct words, distinct pairs, seconds".split(", ")]
+    for line in lines:
+        if [line[name] for name in ("samples", "passes", *RECIPE)] not in recipes:
+            continue
+        for passes, read in line["read"].items():
+            if goal in read:
+                cells = [*cells_of_run(line), str(line["samples"]), passes]
+                cells += [f"{read[goal][name]:{form}}" for _, name, form in columns] + [f"{line['perplexity']:.0f}"]
+                cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
+                rows.append([*cells, f"{line['seconds']:.0f}" if line["steps"] else ""])
+    return markdown_table(rows)
+
+
+def cells_of_run(line: dict) -> list[str]:
+    batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
+    settings = [str(line["seed"]), f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}"]
+    return [line["writer"], *(settings if batches else [""] * 4), str(line["inner_steps"]), line["curvature"]]
 
 
 def main() -> None:
     parser, runner = common.commands(__doc__.splitlines()[1], run, report)
-    runner.add_argument("--pictures", nargs="+", choices=list(PICTURES), default=list(PICTURES))
+    runner.add_argument("--goals", nargs="+", choices=list(GOALS), default=list(GOALS))
     runner.add_argument("--credits", nargs="*", choices=CREDITS, default=["expected"])
     runner.add_argument(
         "--betas", nargs="+", type=float, default=[0.0], help="weight of the divergence from the untrained generator"
@@ -168,7 +228,13 @@ def main() -> None:
     runner.add_argument("--learning_rate", type=float, default=5e-4, help="of the generator")
     runner.add_argument("--completions", type=int, default=128, help="a generation batch")
     runner.add_argument("--steps", type=int, default=100, help="of the generator, two a generation batch")
+    runner.add_argument("--inner_steps", type=int, default=1, help="of the target (K), which share a generation batch")
+    runner.add_argument("--target_learning_rate", type=float, default=RECIPE["target_learning_rate"])
+    runner.add_argument("--curvature", choices=["exact", "central_difference"], default="exact")
     runner.add_argument("--samples", type=int, default=512, help="texts for stock SFT")
+    runner.add_argument(
+        "--passes", nargs="+", type=int, default=[1], help="of stock SFT over these texts; each judged"
+    )
     options = parser.parse_args()
     options.function(options)
 

@@ -29,26 +29,29 @@ def test_run_and_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mini, "RESULTS", tmp_path / "mini.jsonl")
     for name, number in (("LENGTH", 8), ("JUDGED", 16), ("SHOWN", 2)):
         monkeypatch.setattr(mini, name, number)
-    flags = ["--pictures", "67", "--betas", "0.1", "--seeds", "1", "--steps", "3", "--completions", "16"]
+    flags = ["--goals", "67", "l2", "uuid", "--betas", "0.1", "--seeds", "1", "--steps", "3", "--completions", "16"]
     for _ in range(2):  # the second finds the runs
         monkeypatch.setattr(sys, "argv", ["mini", "run", *flags, "--samples", "64"])
         mini.main()
     lines = [json.loads(line) for line in mini.RESULTS.read_text().splitlines()]
-    assert [line["writer"] for line in lines] == ["expected", "untrained", "real leads", "random words"]
-    assert [row["step"] for row in lines[0]["curve"]] == [1, 3] and lines[1]["curve"] == []
+    assert [line["writer"] for line in lines] == [*["expected"] * 3, "untrained", "real leads", "random words"]
+    assert [row["step"] for row in lines[0]["curve"]] == [1, 3] and lines[3]["curve"] == []
     assert {"pixel_accuracy", "entropy", "kl"} < lines[0]["curve"][0].keys()
     for line in lines:
-        assert len(line["texts"]) == 2 and all(0 <= line["read"][name]["pixel_accuracy"] <= 1 for name in ("67", "qr"))
+        reads = line["read"]["1"]
+        assert len(line["texts"]) == 2 and all(0 <= reads[name]["pixel_accuracy"] <= 1 for name in ("67", "qr"))
+        assert reads["uuid"]["gain"] != 0 and reads["l2"]["gain"] != 0
         assert line["perplexity"] == pytest.approx(300, rel=0.5)  # the model has not learned much
         assert 0 < line["distinct_1"] <= line["distinct_2"] <= 1
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["mini", "report"])
     mini.main()
-    (row,) = [
-        row for row in capsys.readouterr().out.splitlines() if row.startswith("| 67 | expected | 0.1 | 0.0005 | 32 |")
+    rows = [
+        row for row in capsys.readouterr().out.splitlines() if row.startswith("| expected | 1 | 0.1 | 0.0005 | 32 |")
     ]
+    assert len(rows) == 3  # a table a goal
     written = (tmp_path / "mini.md").read_text()
-    assert row in written and lines[0]["texts"][0]["prompt"].strip() in written
+    assert all(row in written for row in rows) and lines[0]["texts"][0]["prompt"].strip() in written
 
 
 def test_what_texts_are_compared_with():
