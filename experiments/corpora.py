@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_dpg.testing import build_once
 
 
+PROMPT_WORDS = 20  # at most, of a first sentence to go on from
 HANDBOOK = "/usr/share/doc/debian-handbook/html"
 
 
@@ -132,8 +133,15 @@ def language_texts(language: str) -> DatasetDict:
 
 
 def likelihood_texts(language: str, num_metric: int, num_test: int, max_words: int = 24) -> DatasetDict:
-    """Held-out texts, cut after `max_words`. The likelihood of `metric` is the goal, and `test` judges. Column `text`."""
-    texts = [" ".join(text.split()[:max_words]) for text in language_texts(language)["test"]["text"]]
+    """
+    Held-out texts, cut after `max_words`. The likelihood of `metric` is the goal, and `test` judges. Column `text`.
+
+    English ones begin with a longer sentence than any prompt of [`continuation_prompts`].
+    """
+    texts = language_texts(language)["test"]["text"][:]
+    if language == "en":
+        texts = [text for text in texts if len(split_sentences(text)[0].split()) > PROMPT_WORDS]
+    texts = [" ".join(text.split()[:max_words]) for text in texts]
     if num_metric + num_test > len(texts):
         raise ValueError(f"`num_metric` + `num_test` is {num_metric + num_test}, of {len(texts)} held-out texts.")
     parts = {"metric": texts[:num_metric], "test": texts[num_metric:][:num_test]}
@@ -175,7 +183,7 @@ def damage(text: str, kind: str, rng: random.Random) -> str:
     return text
 
 
-def continuation_prompts(texts: Dataset, test_size: int, max_words: int = 20) -> DatasetDict:
+def continuation_prompts(texts: Dataset, test_size: int, max_words: int = PROMPT_WORDS) -> DatasetDict:
     """First sentences of at most `max_words`, which a model without a chat template continues: `train`, `test`; column `prompt`."""
     prompts = dict.fromkeys(split_sentences(text)[0] for text in texts["text"])
     short = [prompt for prompt in prompts if len(prompt.split()) <= max_words]

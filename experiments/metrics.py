@@ -26,6 +26,10 @@ class Texts(LanguageModelingLikelihood):
         return {**super().readouts(model), "held_out_perplexity": (-self.held_out(model)).exp().item()}
 
 
+class English(Texts):
+    language = "en"
+
+
 class Spanish(Texts):
     language = "es"
 

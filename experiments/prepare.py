@@ -20,7 +20,14 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from experiments.corpora import continuation_prompts, language_texts, rephrase_prompts, smollm2, wikipedia_leads
+from experiments.corpora import (
+    continuation_prompts,
+    language_texts,
+    likelihood_texts,
+    rephrase_prompts,
+    smollm2,
+    wikipedia_leads,
+)
 from experiments.pretrain import mini_english, tiny_multilingual
 from trl_dpg.testing import (
     ONE_SPECIAL_TOKEN,
@@ -80,9 +87,16 @@ def multilingual(folder: Path, seed: int, languages: tuple[str, ...]) -> None:
 
 
 def mini(folder: Path, seed: int) -> None:
-    """A model that writes English as both models (trained here in a quarter of an hour, once), and first sentences to go on with."""
+    """
+    A model that writes English as both models (trained here in a quarter of an hour, once), and first sentences to go on with.
+
+    Also `real.jsonl`: leads that neither the model nor the metric `experiments.metrics:English` has.
+    """
+    leads = language_texts("en")["test"]
     link_models(folder, mini_english(seed))
-    save_prompts(folder, continuation_prompts(language_texts("en")["test"], test_size=64))
+    save_prompts(folder, continuation_prompts(leads, test_size=64))
+    metric = tuple(text for part in likelihood_texts("en", 32, 32).values() for text in part["text"])
+    save_rows(folder / "real.jsonl", [{"text": text} for text in leads["text"] if not text.startswith(metric)])
 
 
 def wikipedia(folder: Path, seed: int, max_words: int, held_out: int) -> None:

@@ -33,6 +33,15 @@ def test_two_rounds(run, tmp_path):
     assert {"results.md", "rounds.png"} <= {path.name for path in (tmp_path / "there").iterdir()}
 
 
+def test_real_texts(run, tmp_path):
+    texts = tmp_path / "real.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("red green", "blue red")))
+    run("--rounds", "1", "--sft_steps", "2", "--real_texts", str(texts))
+    first, last = json.loads((tmp_path / "there" / "results.json").read_text())["rounds"]
+    assert first["real"] == first["loop"]
+    assert len({last[who]["lm_head_norm"] for who in ("loop", "control", "real")}) == 3
+
+
 def test_patterns_are_refused(run):
     with pytest.raises(ValueError, match="a change since the last round"):
         run("--metric", "qr")

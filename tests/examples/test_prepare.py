@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import prepare as module
-from experiments.corpora import language_texts, wikipedia_leads
+from experiments.corpora import language_texts, likelihood_texts, wikipedia_leads
 from experiments.prepare import UUID, hex_tokenizer, main, prepare
 from trl_dpg.testing import ONE_SPECIAL_TOKEN, WORDS, tiny_causal_lm, tiny_prompts
 
@@ -99,3 +99,8 @@ def test_mini(tmp_path, monkeypatch):
     train, test = (prompts_of(folder / f"{name}.jsonl") for name in ("prompts", "held_out"))
     assert len(test) == 64 and not set(train) & set(test)
     assert not any(text.startswith(tuple(test)) for text in language_texts("en")["train"]["text"][:])
+    metric = [text for part in likelihood_texts("en", 32, 32).values() for text in part["text"]]
+    assert not any(text.startswith(tuple(test + train)) for text in metric)
+    real = [json.loads(line)["text"] for line in (folder / "real.jsonl").read_text().splitlines()]
+    assert len(real) == len(language_texts("en")["test"]) - 64
+    assert not any(text.startswith(tuple(metric)) for text in real)
