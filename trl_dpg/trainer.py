@@ -305,6 +305,11 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
                 prompt_ids, completion_ids, forward, args.per_device_train_batch_size, self.accelerator.device
             )
 
+    def _calculate_rewards(self, *args):
+        # TRL's logs have one column for all rewards of one name.
+        self._rewards = super()._calculate_rewards(*args)
+        return self._rewards
+
     def _generate_and_score_completions(self, inputs):
         """
         Generates and scores a batch as TRL does, with advantages that suit `args.reward`.
@@ -321,15 +326,14 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             return output
         total = len(inputs) * self.accelerator.num_processes
         mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
-        rewards = torch.tensor([list(self._logs["rewards"][name])[-total:] for name in self.reward_func_names]).T
-        weights = self.reward_weights.to(rewards.device, copy=True)
+        weights = self.reward_weights.to(self._rewards.device, copy=True)
         if gives_credit:
             weights[0] = 0.0
         group_size = self.num_generations if gives_credit else total
         advantages = reward_advantages(
-            rewards, weights, group_size, self.scale_rewards, self.multi_objective_aggregation
+            self._rewards, weights, group_size, self.scale_rewards, self.multi_objective_aggregation
         )
-        output["advantages"] = advantages[mine].to(self.accelerator.device)
+        output["advantages"] = advantages[mine]
         if gives_credit:
             self._give_credit(output, mine)
         else:  # the completions table shows these advantages, too
@@ -345,7 +349,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         training, name = self.target_training, self.reward_func_names[0]
         logs: Any = self._logs
         completions = list(logs["completion"])[-total:]
-        texts, raw = [completion_text(completion) for completion in completions], logs["rewards"][name]
+        texts, raw = [completion_text(completion) for completion in completions], self._rewards[:, 0].tolist()
         if isinstance(training, TargetReward):
             texts, raw = training.texts, logs["extra"][f"{name}_raw"]
         step = self.state.global_step + 1

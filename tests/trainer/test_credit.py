@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,21 @@ def test_other_rewards_are_added(batch, scale_rewards):
     found = sorted(inputs["advantages"].tolist())
     assert torch.allclose(torch.tensor(found), torch.tensor(sorted(padded.tolist())), atol=1e-5)
     assert trainer.reward_weights.tolist() == [3.0, 0.5]
+
+
+def scaled_length(completions, factor, **kwargs):
+    return [factor * len(text) for text in completions]
+
+
+@pytest.mark.parametrize("fields", [{"credit_assignment": "token"}, {"reward": "naive"}], ids=["token", "naive"])
+def test_other_rewards_of_one_name(batch, fields):
+    """Partials have the name of their function, and so one column in TRL's logs. Each of them counts."""
+    opposite = [partial(scaled_length, factor=factor) for factor in (1.0, -1.0)]
+    _, without = batch(**fields)
+    trainer, inputs = batch(**fields, reward_funcs=opposite)
+    assert trainer.reward_func_names[1:] == ["scaled_length"] * 2
+    assert without["advantages"].any()
+    torch.testing.assert_close(inputs["advantages"], without["advantages"])
 
 
 @pytest.mark.parametrize(
