@@ -485,6 +485,13 @@ def test_credit_is_seen(make_trainer):
     assert "&lt;eos&gt;" in page or all(word[0] != "<eos>" for s in samples for word in s["words"])
 
 
+def test_positions_outside_the_loss_have_no_gradient():
+    """TRL gives their tokens the log-probability 0, so candidates can seem to have any."""
+    log_probs = torch.tensor([[[100.0, 0.0, -3.0]]], requires_grad=True)
+    (0.0 * expected_credit(log_probs, torch.tensor([[[1.0, -1.0, 0.5]]]))).sum().backward()
+    assert (log_probs.grad == 0).all()
+
+
 @pytest.mark.parametrize("size", [4, 2048], ids=["one-chunk", "three-chunks"])
 def test_logits_of_candidates_in_chunks(size):
     """As by plain operations, with their derivatives."""

@@ -37,7 +37,8 @@ def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
 class _ExpectedCredit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs, credits):
-        probs = log_probs.exp().masked_fill_(credits.isnan(), 0.0)
+        # Outside the loss, TRL gives tokens the log-probability 0, so that of a candidate can be above 0 there, even huge.
+        probs = log_probs.clamp(max=0.0).exp_().masked_fill_(credits.isnan(), 0.0)
         credits = credits.nan_to_num(nan=0.0)
         mean = torch.linalg.vecdot(probs, credits) / probs.sum(dim=2).clamp(min=1e-30)
         ctx.save_for_backward(probs.mul_(credits.sub_(mean[..., None])))
