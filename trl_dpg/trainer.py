@@ -204,7 +204,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             # A vLLM engine resets the seed of its process, without regard to `args.seed`.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
-        # TRL counts a completion as ended if its last token is one of these.
+        # TRL counts a completion as ended if its last token is one of these. Generation itself does not stop at the padding token.
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
@@ -269,7 +269,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         self._expected_credit = None
         if self.credit_assignment == "expected":
             self._expected_credit = ExpectedCredit(
-                model, self._tokenizer, target, self.temperature, args.credit_candidates
+                model, self._tokenizer, target, self.eos_token_ids, self.temperature, args.credit_candidates
             )
 
     # A generation batch: prompts, completions, rewards, advantages
