@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..metagradients.kernels.chunked_head import ADJUSTMENTS
 
@@ -90,22 +91,24 @@ class CandidateLogits(torch.autograd.Function):
     def forward(ctx, hidden, weight, ids):
         ctx.save_for_backward(hidden, weight, ids)
         logits = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-        for c in CandidateLogits.chunks(hidden, ids):
-            logits[c] = torch.bmm(weight[ids[c]].float(), hidden[c].float()[:, :, None])[:, :, 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for c in CandidateLogits.chunks(hidden, ids):
+                logits[c] = torch.bmm(weight[ids[c]].float(), hidden[c].float()[:, :, None])[:, :, 0]
         return logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, cotangent):
         hidden, weight, ids = ctx.saved_tensors
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for c in CandidateLogits.chunks(hidden, ids):
-            if of_hidden is not None:
-                of_hidden[c] = torch.bmm(cotangent[c][:, None], weight[ids[c]].float())[:, 0].to(hidden.dtype)
-            if of_weight is not None:
-                rows = cotangent[c][:, :, None] * hidden[c].float()[:, None]
-                of_weight.index_add_(0, ids[c].flatten(), rows.flatten(0, 1).to(weight.dtype))
+        with maybe_gather_lm_head_ctx(weight):
+            of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            for c in CandidateLogits.chunks(hidden, ids):
+                if of_hidden is not None:
+                    of_hidden[c] = torch.bmm(cotangent[c][:, None], weight[ids[c]].float())[:, 0].to(hidden.dtype)
+                if of_weight is not None:
+                    rows = cotangent[c][:, :, None] * hidden[c].float()[:, None]
+                    of_weight.index_add_(0, ids[c].flatten(), rows.flatten(0, 1).to(weight.dtype))
         return of_hidden, of_weight, None
 
     @staticmethod
@@ -140,11 +143,13 @@ class CandidateHead:
         def with_candidates(*args, **kwargs):
             if self._most_likely is not None:
                 hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-                self.result = self._find_most_likely(hidden, *_head(model))
+                with _head(model) as head:
+                    self.result = self._find_most_likely(hidden, *head)
                 return ModelOutput()
             output = forward(*args, **kwargs)
             if self._log_probs is not None:
-                self.result = self._compute(self._hidden, kwargs["labels"], *_head(model), output.log_probs.detach())
+                with _head(model) as head:
+                    self.result = self._compute(self._hidden, kwargs["labels"], *head, output.log_probs.detach())
                 # FSDP only gathers weights again to differentiate what a module returns, so an unused field returns the result.
                 output.mean_logits = self.result
             return output
@@ -193,14 +198,15 @@ class CandidateHead:
 
     def _find_most_likely(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_tokens, num_candidates = self._most_likely  # type: ignore[misc]
-        rows = hidden[:, -num_tokens - 1 : -1]
+        rows = hidden[:, -num_tokens - 1 : -1].to(weight.dtype)  # which `cast_lm_head_to_fp32` changes
         return torch.stack([F.linear(row, weight, bias).topk(num_candidates).indices for row in rows])
 
     def _compute(self, hidden, labels, weight, bias, log_probs) -> Tensor:
         num_tokens, num_candidates, ids = self._log_probs  # type: ignore[misc]
         hidden = hidden[:, -num_tokens - 1 : -1]
         if ids is None:
-            logits = F.linear(hidden, weight, bias).float() / self.temperature
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = F.linear(hidden.to(weight.dtype), weight, bias).float() / self.temperature
             return logits[..., :num_candidates] - logits.detach().logsumexp(dim=2, keepdim=True)
         every = torch.cat([ids, labels[:, -num_tokens:, None]], dim=2).clamp(min=0)
         logits = CandidateLogits.apply(hidden.flatten(0, 1), weight, every.flatten(0, 1)).view(every.shape)
@@ -212,9 +218,12 @@ class CandidateHead:
             self._hidden = output.last_hidden_state
 
 
-def _head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+@contextmanager
+def _head(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the LM head, whole inside the context even if it is in shards. TRL gathers it in the same way."""
     head: Any = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
-    if isinstance(weight, DTensor):  # in shards; TRL gathers it in the same way
-        return weight.full_tensor(), None if bias is None else bias.full_tensor()
-    return weight, bias
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    with maybe_gather_lm_head_ctx(weight, bias):  # of ZeRO-3
+        yield weight, bias
