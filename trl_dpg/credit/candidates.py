@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..metagradients.kernels.chunked_head import ADJUSTMENTS
 
@@ -100,15 +99,14 @@ class CandidateLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, cotangent):
         hidden, weight, ids = ctx.saved_tensors
-        with maybe_gather_lm_head_ctx(weight):
-            of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-            for c in CandidateLogits.chunks(hidden, ids):
-                if of_hidden is not None:
-                    of_hidden[c] = torch.bmm(cotangent[c][:, None], weight[ids[c]].float())[:, 0].to(hidden.dtype)
-                if of_weight is not None:
-                    rows = cotangent[c][:, :, None] * hidden[c].float()[:, None]
-                    of_weight.index_add_(0, ids[c].flatten(), rows.flatten(0, 1).to(weight.dtype))
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for c in CandidateLogits.chunks(hidden, ids):
+            if of_hidden is not None:
+                of_hidden[c] = torch.bmm(cotangent[c][:, None], weight[ids[c]].float())[:, 0].to(hidden.dtype)
+            if of_weight is not None:
+                rows = cotangent[c][:, :, None] * hidden[c].float()[:, None]
+                of_weight.index_add_(0, ids[c].flatten(), rows.flatten(0, 1).to(weight.dtype))
         return of_hidden, of_weight, None
 
     @staticmethod
@@ -143,13 +141,11 @@ class CandidateHead:
         def with_candidates(*args, **kwargs):
             if self._most_likely is not None:
                 hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-                with _head(model) as head:
-                    self.result = self._find_most_likely(hidden, *head)
+                self.result = self._find_most_likely(hidden, *_head(model))
                 return ModelOutput()
             output = forward(*args, **kwargs)
             if self._log_probs is not None:
-                with _head(model) as head:
-                    self.result = self._compute(self._hidden, kwargs["labels"], *head, output.log_probs.detach())
+                self.result = self._compute(self._hidden, kwargs["labels"], *_head(model), output.log_probs.detach())
                 # FSDP only gathers weights again to differentiate what a module returns, so an unused field returns the result.
                 output.mean_logits = self.result
             return output
@@ -218,12 +214,9 @@ class CandidateHead:
             self._hidden = output.last_hidden_state
 
 
-@contextmanager
-def _head(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the LM head, whole inside the context even if it is in shards. TRL gathers it in the same way."""
+def _head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     head: Any = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
-    if isinstance(weight, DTensor):
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    with maybe_gather_lm_head_ctx(weight, bias):  # of ZeRO-3
-        yield weight, bias
+    if isinstance(weight, DTensor):  # in shards; TRL gathers it in the same way
+        return weight.full_tensor(), None if bias is None else bias.full_tensor()
+    return weight, bias
