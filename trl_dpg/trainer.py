@@ -204,7 +204,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             # A vLLM engine resets the seed of its process, without regard to `args.seed`.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
         self.target_training.generator_processing_class = self._tokenizer
-        # TRL counts a completion as ended if its last token is one of these.
+        # TRL counts a completion as ended if its last token is one of these. Generation itself does not stop at the padding token.
         self.target_training.eos_token_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._set_up_credit()
         self.add_callback(FiniteStepsCallback(self))
@@ -269,7 +269,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         self._expected_credit = None
         if self.credit_assignment == "expected":
             self._expected_credit = ExpectedCredit(
-                model, self._tokenizer, target, self.temperature, args.credit_candidates
+                model, self._tokenizer, target, self.eos_token_ids, self.temperature, args.credit_candidates
             )
 
     # A generation batch: prompts, completions, rewards, advantages
@@ -305,6 +305,11 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
                 prompt_ids, completion_ids, forward, args.per_device_train_batch_size, self.accelerator.device
             )
 
+    def _calculate_rewards(self, *args):
+        # TRL's logs have one column for all rewards of one name.
+        self._rewards = super()._calculate_rewards(*args)
+        return self._rewards
+
     def _generate_and_score_completions(self, inputs):
         """
         Generates and scores a batch as TRL does, with advantages that suit `args.reward`.
@@ -321,15 +326,14 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
             return output
         total = len(inputs) * self.accelerator.num_processes
         mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
-        rewards = torch.tensor([list(self._logs["rewards"][name])[-total:] for name in self.reward_func_names]).T
-        weights = self.reward_weights.to(rewards.device, copy=True)
+        weights = self.reward_weights.to(self._rewards.device, copy=True)
         if gives_credit:
             weights[0] = 0.0
         group_size = self.num_generations if gives_credit else total
         advantages = reward_advantages(
-            rewards, weights, group_size, self.scale_rewards, self.multi_objective_aggregation
+            self._rewards, weights, group_size, self.scale_rewards, self.multi_objective_aggregation
         )
-        output["advantages"] = advantages[mine].to(self.accelerator.device)
+        output["advantages"] = advantages[mine]
         if gives_credit:
             self._give_credit(output, mine)
         else:  # the completions table shows these advantages, too
@@ -345,7 +349,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         training, name = self.target_training, self.reward_func_names[0]
         logs: Any = self._logs
         completions = list(logs["completion"])[-total:]
-        texts, raw = [completion_text(completion) for completion in completions], logs["rewards"][name]
+        texts, raw = [completion_text(completion) for completion in completions], self._rewards[:, 0].tolist()
         if isinstance(training, TargetReward):
             texts, raw = training.texts, logs["extra"][f"{name}_raw"]
         step = self.state.global_step + 1

@@ -30,7 +30,7 @@ class CPUAcceleratorState(AcceleratorState):
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def main(directory, output, **fields):
+def main(directory, output, num_words=60, **fields):
     on_cpu = {"use_cpu": True}
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # which Accelerate leaves out if it is asked for a CPU
         on_cpu = {"use_cpu": False, "ddp_backend": "gloo"}
@@ -51,7 +51,7 @@ def main(directory, output, **fields):
     )
     state = args.distributed_state
     with state.main_process_first():
-        generator, target = save_tiny_models(os.path.join(directory, "models"))
+        generator, target = save_tiny_models(os.path.join(directory, "models"), num_words=num_words)
     prompts = tiny_prompts(12, 3)
     metric = LMHeadPattern.sixty_seven(scale="auto")
     trainer = DatasetPolicyGradientTrainer(generator, target, metric, args, prompts["train"], prompts["test"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,32 @@ def test_gradient_of_the_expected_term(batch, candidates, peft_config):
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("candidates", [None, 5], ids=["all", "five"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_probs_with_the_head_in_float32(batch, causal_lm, candidates, autocast):
+    """The rest of the model is in bfloat16, by its weights or by autocast."""
+    model = causal_lm() if autocast else causal_lm().to(torch.bfloat16)
+    trainer, inputs = batch(
+        model=model,
+        bf16=autocast,
+        cast_lm_head_to_fp32=True,
+        credit_assignment="expected",
+        credit_candidates=candidates,
+    )
+    whole = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")]
+    length, ids = inputs["completion_ids"].shape[1], inputs.get("candidate_ids")
+    with torch.no_grad(), trainer.accelerator.autocast():
+        hidden = model.base_model(whole[0], attention_mask=whole[1]).last_hidden_state
+        with trainer._expected_credit.head.log_probs(length, candidates or 64, ids) as head:
+            trainer._get_per_token_logps_and_entropies(model, *whole, length)
+            found = head.result
+    assert hidden.dtype == (torch.float32 if autocast else torch.bfloat16)
+    expected = F.linear(hidden[:, -length - 1 : -1].float(), model.lm_head.weight).log_softmax(dim=2)
+    expected = expected if ids is None else expected.gather(2, ids.clamp(min=0))
+    written = inputs["completion_mask"] == 1
+    torch.testing.assert_close(found[written], expected[written], rtol=1e-5, atol=1e-5)
+
+
 def test_the_loss_is_not_differentiated_in_what_the_model_returns(batch):
     """FSDP and DeepSpeed would take that for the beginning of a backward pass."""
     trainer, inputs = batch(credit_assignment="expected")
@@ -272,6 +299,8 @@ def test_special_tokens_are_no_words(batch, tokenizer, causal_lm, candidates):
     found = {int(i) for example in trainer.target_training._examples for i in example["candidates"].flatten()}
     never = {tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "<bos>", "<unk>", "the")}
     assert tokenizer.eos_token_id in found and not never & found
+    offered = {int(i) for ids in trainer.target_training.candidate_ids for i in ids.flatten()}
+    assert tokenizer.eos_token_id in offered and not never & offered
 
 
 def test_the_paper_is_unchanged(batch):
@@ -300,6 +329,21 @@ def test_other_rewards_are_added(batch, scale_rewards):
     found = sorted(inputs["advantages"].tolist())
     assert torch.allclose(torch.tensor(found), torch.tensor(sorted(padded.tolist())), atol=1e-5)
     assert trainer.reward_weights.tolist() == [3.0, 0.5]
+
+
+def scaled_length(completions, factor, **kwargs):
+    return [factor * len(text) for text in completions]
+
+
+@pytest.mark.parametrize("fields", [{"credit_assignment": "token"}, {"reward": "naive"}], ids=["token", "naive"])
+def test_other_rewards_of_one_name(batch, fields):
+    """Partials have the name of their function, and so one column in TRL's logs. Each of them counts."""
+    opposite = [partial(scaled_length, factor=factor) for factor in (1.0, -1.0)]
+    _, without = batch(**fields)
+    trainer, inputs = batch(**fields, reward_funcs=opposite)
+    assert trainer.reward_func_names[1:] == ["scaled_length"] * 2
+    assert without["advantages"].any()
+    torch.testing.assert_close(inputs["advantages"], without["advantages"])
 
 
 @pytest.mark.parametrize(
@@ -467,6 +511,13 @@ def test_credit_is_seen(make_trainer):
     page = write_report(folder).read_text()
     assert page.count('class="word plus"') + page.count('class="word minus"') == sum(len(s["words"]) for s in samples)
     assert "&lt;eos&gt;" in page or all(word[0] != "<eos>" for s in samples for word in s["words"])
+
+
+def test_positions_outside_the_loss_have_no_gradient():
+    """TRL gives their tokens the log-probability 0, so candidates can seem to have any."""
+    log_probs = torch.tensor([[[100.0, 0.0, -3.0]]], requires_grad=True)
+    (0.0 * expected_credit(log_probs, torch.tensor([[[1.0, -1.0, 0.5]]]))).sum().backward()
+    assert (log_probs.grad == 0).all()
 
 
 @pytest.mark.parametrize("size", [4, 2048], ids=["one-chunk", "three-chunks"])

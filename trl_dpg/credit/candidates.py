@@ -37,7 +37,8 @@ def expected_credit(log_probs: Tensor, credits: Tensor) -> Tensor:
 class _ExpectedCredit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs, credits):
-        probs = log_probs.exp().masked_fill_(credits.isnan(), 0.0)
+        # Outside the loss, TRL gives tokens the log-probability 0, so that of a candidate can be above 0 there, even huge.
+        probs = log_probs.clamp(max=0.0).exp_().masked_fill_(credits.isnan(), 0.0)
         credits = credits.nan_to_num(nan=0.0)
         mean = torch.linalg.vecdot(probs, credits) / probs.sum(dim=2).clamp(min=1e-30)
         ctx.save_for_backward(probs.mul_(credits.sub_(mean[..., None])))
@@ -89,8 +90,9 @@ class CandidateLogits(torch.autograd.Function):
     def forward(ctx, hidden, weight, ids):
         ctx.save_for_backward(hidden, weight, ids)
         logits = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-        for c in CandidateLogits.chunks(hidden, ids):
-            logits[c] = torch.bmm(weight[ids[c]].float(), hidden[c].float()[:, :, None])[:, :, 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for c in CandidateLogits.chunks(hidden, ids):
+                logits[c] = torch.bmm(weight[ids[c]].float(), hidden[c].float()[:, :, None])[:, :, 0]
         return logits
 
     @staticmethod
@@ -192,14 +194,15 @@ class CandidateHead:
 
     def _find_most_likely(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_tokens, num_candidates = self._most_likely  # type: ignore[misc]
-        rows = hidden[:, -num_tokens - 1 : -1]
+        rows = hidden[:, -num_tokens - 1 : -1].to(weight.dtype)  # which `cast_lm_head_to_fp32` changes
         return torch.stack([F.linear(row, weight, bias).topk(num_candidates).indices for row in rows])
 
     def _compute(self, hidden, labels, weight, bias, log_probs) -> Tensor:
         num_tokens, num_candidates, ids = self._log_probs  # type: ignore[misc]
         hidden = hidden[:, -num_tokens - 1 : -1]
         if ids is None:
-            logits = F.linear(hidden, weight, bias).float() / self.temperature
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = F.linear(hidden.to(weight.dtype), weight, bias).float() / self.temperature
             return logits[..., :num_candidates] - logits.detach().logsumexp(dim=2, keepdim=True)
         every = torch.cat([ids, labels[:, -num_tokens:, None]], dim=2).clamp(min=0)
         logits = CandidateLogits.apply(hidden.flatten(0, 1), weight, every.flatten(0, 1)).view(every.shape)

@@ -80,6 +80,8 @@ class ExpectedCredit:
             Tokenizer of the generator.
         target ([`~trl_dpg.fine_tuning.TargetFineTuning`]):
             The target, which has the same vocabulary.
+        eos_token_ids (`list[int]`):
+            Tokens at which generation stops.
         temperature (`float`):
             Sampling temperature, which logits are divided by.
         num_candidates (`int`, *optional*):
@@ -91,6 +93,7 @@ class ExpectedCredit:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         target: Any,
+        eos_token_ids: list[int],
         temperature: float,
         num_candidates: int | None,
     ):
@@ -99,7 +102,7 @@ class ExpectedCredit:
         vocabulary = tokenizer.get_vocab()
         # The target reads text. Special tokens are not part of it, except for the end. Its tokenizer may read a word as another one.
         known = {i for i in vocabulary.values() if i < vocab_size(target.target_model)}
-        words = known - special_ids(tokenizer) - changed_words(target.processing_class) | {*target.eos_token_ids}
+        words = known - special_ids(tokenizer) - changed_words(target.processing_class) | {*eos_token_ids}
         rows = model.get_output_embeddings().out_features  # type: ignore[union-attr]  # ZeRO-3 leaves no shape of the weight
         self.is_word = torch.tensor([i in words for i in range(rows)])
         rows = min(len(vocabulary), rows)
