@@ -317,6 +317,11 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         if number is not None and not (isinstance(number, int) and number >= 2):
             raise ValueError(f"`credit_candidates` must be None or a whole number of at least 2, got {number!r}.")
 
+    def tokens(self) -> list[str]:
+        """The access tokens in this configuration."""
+        of_models = [(kwargs or {}).get("token") for kwargs in (self.model_init_kwargs, self.target_model_init_kwargs)]
+        return [token for token in (self.hub_token, *of_models) if token and isinstance(token, str)]
+
     def without_tokens(self) -> "DatasetPolicyGradientConfig":
         """A copy without access tokens, which may be written to a file."""
         public = copy.copy(self)
