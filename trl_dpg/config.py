@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
@@ -237,9 +238,10 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
         self._check_credit()
         check_ratio(self.replay_ratio)
-        if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
+        uses_deepspeed = self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")  # set by `accelerate launch`
+        if self.nonfinite == "skip" and (uses_deepspeed or self.fp16):
             raise ValueError(
-                f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
+                f"`nonfinite='skip'` does not go with {'DeepSpeed' if uses_deepspeed else '`fp16`'}, which makes or skips steps "
                 "itself. Set `nonfinite='raise'`."
             )
         if self.reward == "language_identification" and self.reward_language is None:

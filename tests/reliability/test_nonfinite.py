@@ -164,11 +164,14 @@ def test_validation(make_trainer):
     assert trainer.evaluate()["eval_metric"] == -math.inf
 
 
-def test_bad_settings(make_config):
+def test_bad_settings(make_config, monkeypatch):
     with pytest.raises(ValueError, match="`nonfinite` must be 'raise' or 'skip', got 'ignore'"):
         make_config(nonfinite="ignore")
-    with pytest.raises(ValueError, match="`nonfinite='skip'` does not go with `deepspeed`"):
+    with pytest.raises(ValueError, match="`nonfinite='skip'` does not go with DeepSpeed"):
         make_config(nonfinite="skip", deepspeed={"train_batch_size": "auto"})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as by `accelerate launch --use_deepspeed`
+    with pytest.raises(ValueError, match="`nonfinite='skip'` does not go with DeepSpeed"):
+        make_config(nonfinite="skip")
 
 
 WORKER = """
