@@ -172,7 +172,7 @@ class ReportCallback(TrainerCallback):
     def _draw(self, state) -> None:
         history, facts = state.log_history, self._write_run()
         if any("loss" in row or "eval_metric" in row for row in history):
-            plot_learning_curve(history, self.folder / "curve.png", main_readout(facts))
+            plot_learning_curve(history, self.folder / "curve.png", main_readout(facts), facts["reward"])
         if any(row.get("entropy") is not None for row in history):
             plot_series(history, "entropy", self.folder / "entropy.png", "entropy, nats per token")
         rewards = read_rows(self.folder / "rewards.jsonl")
