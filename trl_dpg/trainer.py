@@ -95,7 +95,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         args ([`DatasetPolicyGradientConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Prompts, as in [`~trl.GRPOTrainer`]: a column `"prompt"`, plain or conversational.
+            Prompts, as in [`~trl.GRPOTrainer`]: a column `"prompt"`, plain or conversational. Needed with `environment_factory`,
+            too: if an environment's `reset` writes the prompts, each row holds `[{"role": "user", "content": ""}]`.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of these, *optional*):
             Held-out prompts for validation, see [`~DatasetPolicyGradientTrainer.evaluation_loop`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
