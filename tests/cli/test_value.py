@@ -250,7 +250,9 @@ def test_tokenizer_is_that_of_the_revision(here, monkeypatch):
     loaded = {}
     for name in ("load_target_tokenizer", "load_target_model"):
         load = getattr(value, name)
-        monkeypatch.setattr(value, name, lambda *a, f=load, n=name, **k: loaded.update({n: k["revision"]}) or f(*a, **k))
+        monkeypatch.setattr(
+            value, name, lambda *a, f=load, n=name, **k: loaded.update({n: k["revision"]}) or f(*a, **k)
+        )
     assert main(flags(model_revision="v2")) == 0
     assert loaded == {"load_target_tokenizer": "v2", "load_target_model": "v2"}
 

@@ -50,7 +50,9 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     `trl.rewards`, or dotted import paths) are further rewards.
     """
 
-    target_model_name_or_path: str | None = option(None, "Target: id or directory of a model or of an adapter, with its tokenizer.")
+    target_model_name_or_path: str | None = option(
+        None, "Target: id or directory of a model or of an adapter, with its tokenizer."
+    )
     eval_dataset_name: str | None = option(
         None,
         "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
