@@ -323,8 +323,9 @@ class DatasetPolicyGradientConfig(GRPOConfig):
 
     def tokens(self) -> list[str]:
         """The access tokens in this configuration."""
-        of_models = [(kwargs or {}).get("token") for kwargs in (self.model_init_kwargs, self.target_model_init_kwargs)]
-        return [token for token in (self.hub_token, *of_models) if token and isinstance(token, str)]
+        kwargs = (self.model_init_kwargs, self.target_model_init_kwargs)
+        tokens = [self.hub_token, *(of_model.get("token") for of_model in kwargs if isinstance(of_model, dict))]
+        return [token for token in tokens if token and isinstance(token, str)]
 
     def without_tokens(self) -> "DatasetPolicyGradientConfig":
         """A copy without access tokens, which may be written to a file."""

@@ -165,7 +165,7 @@ class ReportCallback(TrainerCallback):
         processes, machine = self.trainer.accelerator.num_processes, describe_machine(self.trainer.args.device)
         facts["hardware"] = f"{processes} processes, {machine}" if processes > 1 else machine
         facts["date"] = datetime.now(UTC).date().isoformat()
-        facts["command"] = public_command(sys.argv, self.trainer.args.tokens())
+        facts["command"] = public_command(sys.argv, self.trainer.args.tokens())  # type: ignore[attr-defined]
         (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return facts
 
