@@ -73,7 +73,7 @@ def write_card(name: str) -> Path:
         found = json.loads(verification.read_text())
         facts["verification"] = found | found.get("data", {})  # as `trl-dpg verify` writes it
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    plot_learning_curve(log, folder / "curve.png", main_readout(facts))
+    plot_learning_curve(log, folder / "curve.png", main_readout(facts), facts["reward"])
     if trainer.metric.picture() is not None:
         plot_pattern(*trainer.metric.picture(), folder / "pattern.png")
     command = f"python -m experiments.prepare {kind} && trl-dpg train --config examples/configs/{name}.yaml"

@@ -74,6 +74,22 @@ def test_curve(tmp_path):
     plot_learning_curve([{"step": 2, "train_loss": 1.0}], tmp_path / "empty.png")
 
 
+def test_curve_of_another_reward_and_of_several_validation_sets(tmp_path):
+    log = [
+        {"step": 1, "naive/metric_gain": 0.2, "naive/std": 1e-4},
+        {"step": 1, "eval_a_metric_gain": 0.1, "eval_a_metric": 9.0},
+        {"step": 1, "eval_b_metric_gain": 0.3},
+    ]
+    top, bottom = plot_learning_curve(log, tmp_path / "curve.png", reward="naive").axes
+    assert {line.get_label(): line.get_ydata().tolist() for line in top.lines} == {
+        "training batches": [0.2],
+        "validation on a": [0.1],
+        "validation on b": [0.3],
+    }
+    assert len({line.get_color() for line in top.lines}) == 3
+    assert bottom.lines[0].get_ydata().tolist() == [1e-4]
+
+
 def test_curves_of_several_runs(tmp_path):
     def log(*values):
         return [{"step": step, "eval_pixel_accuracy": value, "epoch": 0} for step, value in values]

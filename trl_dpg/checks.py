@@ -15,6 +15,11 @@ from .replay import check_replay
 
 logger = logging.get_logger(__name__)
 
+# TRL needs no prompts there, but puts this one in their place.
+OF_AN_ENVIRONMENT = (
+    "If an environment's `reset` writes the prompts, give each row the prompt [{'role': 'user', 'content': ''}]."
+)
+
 
 def check_arguments(model, target_model, metric, args, train_dataset, eval_dataset, replay_dataset) -> None:
     """Raises a [`ValueError`] if arguments of the trainer do not fit together."""
@@ -44,9 +49,12 @@ def check_arguments(model, target_model, metric, args, train_dataset, eval_datas
 
 def _check_train_dataset(args: DatasetPolicyGradientConfig, dataset: Any) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
+        remedy = (
+            f"Pass one. {OF_AN_ENVIRONMENT}" if dataset is None else "Make one, for example by `Dataset.from_list`."
+        )
         raise ValueError(
             "`train_dataset` must be a `datasets.Dataset` or `IterableDataset` of prompts, got "
-            f"{type(dataset).__name__}."
+            f"{type(dataset).__name__}. {remedy}"
         )
     check_prompts("train_dataset", dataset)
     if isinstance(dataset, IterableDataset):
@@ -69,7 +77,8 @@ def check_prompts(name: str, dataset: Any) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
     if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename or add one.")
+        remedy = OF_AN_ENVIRONMENT if "environment" in dataset.column_names else "Rename or add one."
+        raise ValueError(f"`{name}` has the columns {dataset.column_names} but no `prompt`. {remedy}")
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
 

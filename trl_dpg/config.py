@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers.utils import is_in_notebook
 from trl import GRPOConfig
 
@@ -98,7 +99,7 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             - `"raise"`: the run ends with a `FloatingPointError` that names the step and the quantity.
             - `"skip"`: this generation batch leaves generator and optimizer unchanged. It is counted as `metagradient/skipped`, or
               as `nonfinite_steps` if the generator's own step was not finite. A validation that is not finite gets an `eval_metric`
-              of minus infinity. Not with DeepSpeed or fp16, which decide about steps themselves.
+              of minus infinity, and the worst possible figure of `metric_for_best_model`. Not with DeepSpeed or fp16, which decide about steps themselves.
         reward_language (`str`, *optional*):
             Language for `reward="language_identification"`, as a code such as `"es"`.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
@@ -237,9 +238,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
         self._check_credit()
         check_ratio(self.replay_ratio)
-        if self.nonfinite == "skip" and (self.deepspeed or self.fp16):
+        uses_deepspeed = self.deepspeed or parse_flag_from_env(
+            "ACCELERATE_USE_DEEPSPEED"
+        )  # set by `accelerate launch`
+        if self.nonfinite == "skip" and (uses_deepspeed or self.fp16):
             raise ValueError(
-                f"`nonfinite='skip'` does not go with `{'deepspeed' if self.deepspeed else 'fp16'}`, which makes or skips steps "
+                f"`nonfinite='skip'` does not go with {'DeepSpeed' if uses_deepspeed else '`fp16`'}, which makes or skips steps "
                 "itself. Set `nonfinite='raise'`."
             )
         if self.reward == "language_identification" and self.reward_language is None:
@@ -316,6 +320,12 @@ class DatasetPolicyGradientConfig(GRPOConfig):
         number = self.credit_candidates  # with one candidate alone, there is nothing to compare
         if number is not None and not (isinstance(number, int) and number >= 2):
             raise ValueError(f"`credit_candidates` must be None or a whole number of at least 2, got {number!r}.")
+
+    def tokens(self) -> list[str]:
+        """The access tokens in this configuration."""
+        kwargs = (self.model_init_kwargs, self.target_model_init_kwargs)
+        tokens = [self.hub_token, *(of_model.get("token") for of_model in kwargs if isinstance(of_model, dict))]
+        return [token for token in tokens if token and isinstance(token, str)]
 
     def without_tokens(self) -> "DatasetPolicyGradientConfig":
         """A copy without access tokens, which may be written to a file."""

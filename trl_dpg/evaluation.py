@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -77,17 +78,37 @@ class EvaluationMixin(GRPOTrainer):
         self.model.eval()  # type: ignore[union-attr]
         examples = self._generate_examples(dataloader)
         texts = [example["completion"] for example in examples]
-        # Every process runs the same validation, since it is one short fine-tuning run.
-        with failing_together(self.accelerator):
-            figures = self._validate(examples)
-            if self.text_evaluation is not None:
-                figures.update(self.text_evaluation(texts))
         trained = indices_to_train_on(examples, self.target_training.args.max_length)
-        figures["empty"] = len(examples) - len(trained)
-        figures["distinct"] = len(set(texts)) / len(texts)
-        figures["completion_length"] = sum(example["length"] for example in examples) / len(examples)
+        with failing_together(self.accelerator):
+            # Every process runs the same validation, since it is one short fine-tuning run.
+            figures = self._validate(examples)
+            figures["empty"] = len(examples) - len(trained)
+            figures["distinct"] = len(set(texts)) / len(texts)
+            figures["completion_length"] = sum(example["length"] for example in examples) / len(examples)
+            # A judge may be paid for each call, or answer differently.
+            of_texts = [self._evaluate_texts(texts, figures) if self.accelerator.is_main_process else {}]
+        figures |= broadcast_object_list(of_texts)[0]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        if figures["metric"] == -math.inf and self.args.metric_for_best_model is not None:
+            best = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+            if best.startswith(f"{metric_key_prefix}_"):  # so that this generator is never the best one
+                metrics[best] = -math.inf if self.args.greater_is_better else math.inf
         return EvalLoopOutput(predictions=texts, label_ids=None, metrics=metrics, num_samples=len(texts))  # type: ignore[arg-type]
+
+    def _evaluate_texts(self, texts: list[str], figures: dict[str, float]) -> dict[str, float]:
+        """The figures of `text_evaluation`, beside those of the validation itself."""
+        if self.text_evaluation is None:
+            return {}
+        values = self.text_evaluation(texts)
+        if not isinstance(values, dict) or not all(isinstance(value, Real) for value in values.values()):
+            raise ValueError(
+                f"`text_evaluation` must return a dict of numbers, got {values!r:.120}. Return names and floats."
+            )
+        if taken := sorted(name for name in figures.keys() & values.keys() if figures[name] != values[name]):
+            raise ValueError(
+                f"`text_evaluation` returned {taken}, which validation has with other values. Choose other names."
+            )
+        return values
 
     def _generate_examples(self, dataloader: DataLoader) -> list[dict[str, Any]]:
         """Generates completions of held-out prompts, and makes training examples of those of all processes."""

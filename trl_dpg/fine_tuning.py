@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .replay import Replay, check_replay
 from .sft_rows import Row, check_loss, row_text
 from .target import load_target_model, load_target_tokenizer
 from .validation import validate
-from .variants import Variant, make_variants, variant_recipes, with_models
+from .variants import Variant, make_variants, variant_recipes, with_measured, with_models
 
 
 class TargetFineTuning:
@@ -225,8 +224,7 @@ class TargetFineTuning:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores the result of [`~TargetFineTuning.state`], except for values that are now fixed by the recipe."""
-        if self.args.adam_epsilon_root == "auto":
-            self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
+        self.args = with_measured(self.args, state)
         self.metric.load_state(state["metric"])
         for variant, measured in zip(self.variants, state.get("variants", ()), strict=False):
             if variant is not None:

@@ -68,7 +68,7 @@ def load_target_model(
         # Without `trust_remote_code`, no code of the model runs, and Transformers does not ask for permission at a prompt.
         model_init_kwargs = {"dtype": torch.float32, "trust_remote_code": False, **model_init_kwargs}
         adapter_kwargs = {name: model_init_kwargs[name] for name in HUB_KWARGS if name in model_init_kwargs}
-        config = _adapter_config(model, **adapter_kwargs)
+        config = adapter_config(model, **adapter_kwargs)
         if config is not None:
             _check_adapter(model, peft_config)
             adapter, model = model, str(config.base_model_name_or_path)
@@ -131,7 +131,8 @@ def shard_target_model(model: TargetModel, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
+def adapter_config(name: str, **hub_kwargs: Any) -> PeftConfig | None:
+    """The configuration of an adapter, from its id or directory. `None` for a model."""
     try:
         if find_adapter_config_file(name, **hub_kwargs) is None:
             return None
@@ -213,7 +214,7 @@ def load_target_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     # Without tokenizer files, Transformers makes a tokenizer that has special tokens only.
     if error is not None or len(tokenizer) <= len(tokenizer.all_special_ids):
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        config = _adapter_config(name, **hub_kwargs)
+        config = adapter_config(name, **hub_kwargs)
         if config is not None:
             return load_target_tokenizer(
                 str(config.base_model_name_or_path), **{**kwargs, "revision": config.revision}

@@ -95,7 +95,8 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         args ([`DatasetPolicyGradientConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Prompts, as in [`~trl.GRPOTrainer`]: a column `"prompt"`, plain or conversational.
+            Prompts, as in [`~trl.GRPOTrainer`]: a column `"prompt"`, plain or conversational. Needed with `environment_factory`,
+            too: if an environment's `reset` writes the prompts, each row holds `[{"role": "user", "content": ""}]`.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of these, *optional*):
             Held-out prompts for validation, see [`~DatasetPolicyGradientTrainer.evaluation_loop`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -123,7 +124,7 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
         text_evaluation (`Callable`, *optional*):
             Evaluates the texts that validation generates: takes the list of texts, and returns a dict of floats, which are reported
             with `eval_metric`. For example `functools.partial(evaluate_texts, language="es")`, see
-            [`~trl_dpg.metrics.evaluate_texts`], or a judge of your own.
+            [`~trl_dpg.metrics.evaluate_texts`], or a judge of your own. It is called on the main process alone.
         replay_dataset ([`~datasets.Dataset`] or `list[dict]`, *optional*):
             Real data to mix into every run of the target, with the share `args.replay_ratio`. Rows have `text`, `prompt` and
             `completion`, or `messages`. Every fifth row, from the first on, is used in validations only, the other rows in training

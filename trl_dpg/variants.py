@@ -46,11 +46,15 @@ class Variant:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores the result of [`~Variant.state`], except for values that are now fixed by the recipe."""
-        if self.args.adam_epsilon_root == "auto":
-            self.args = replace(self.args, adam_epsilon_root=state["adam_epsilon_root"])
-        sizes = [size for size in (self.args.micro_batch_size, state["micro_batch_size"]) if size is not None]
-        self.args = replace(self.args, micro_batch_size=min(sizes, default=None))
+        self.args = with_measured(self.args, state)
         self.metric_state = state["metric"]
+
+
+def with_measured(recipe: TargetTrainingArguments, state: dict[str, Any]) -> TargetTrainingArguments:
+    """A recipe with the values that a checkpoint holds: an epsilon for `"auto"`, and micro-batches halved where memory ran out."""
+    root = state["adam_epsilon_root"] if recipe.adam_epsilon_root == "auto" else recipe.adam_epsilon_root
+    sizes = [size for size in (recipe.micro_batch_size, state.get("micro_batch_size")) if size is not None]
+    return replace(recipe, adam_epsilon_root=root, micro_batch_size=min(sizes, default=None))
 
 
 def variant_recipes(

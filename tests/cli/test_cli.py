@@ -406,6 +406,30 @@ def test_train(here, capsys):
     assert (here / page).read_text().lower().startswith("<!doctype html>")
 
 
+@pytest.fixture
+def adapter(here):
+    """An adapter for the target, without a tokenizer of its own."""
+    config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained("target"), config).save_pretrained("adapter")
+    return "adapter"
+
+
+def test_train_for_an_adapter(here, adapter):
+    Dataset.from_list([{"text": "air and sun"}]).to_json("metric.jsonl")
+    changes = {"target_model_name_or_path": adapter, "metric": "likelihood", "metric_dataset": "metric.jsonl"}
+    assert train.main(flags(**changes)) == 0
+    assert json.loads((here / "run" / "dpg.json").read_text())["target"]["adapter"]
+
+
+def test_check_of_an_adapter(adapter, capsys):
+    Dataset.from_list([{"text": "good ask blue old"}, {"text": "air and sun cat"}] * 2).to_json("data.jsonl")
+    Dataset.from_list([{"text": "air and sun"}]).to_json("metric.jsonl")
+    metric = ["--metric", "likelihood", "--metric_dataset", "metric.jsonl"]
+    argv = ["check", "--model", adapter, "--dataset", "data.jsonl", "--num_examples", "4", "--learning_rate", "1e-4"]
+    assert main([*argv, *metric, "--dtype", "float64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "passed"
+
+
 def test_a_file_for_trl_grpo_will_do(here):
     """Other rewards and a mixture of data sets, as `trl grpo` takes them."""
     (here / "length_rewards.py").write_text(

@@ -246,6 +246,17 @@ def test_prompts_and_messages(here):
     assert "".join(of_first["token_texts"]) == "air and " + ROWS[0]["text"]
 
 
+def test_tokenizer_is_that_of_the_revision(here, monkeypatch):
+    loaded = {}
+    for name in ("load_target_tokenizer", "load_target_model"):
+        load = getattr(value, name)
+        monkeypatch.setattr(
+            value, name, lambda *a, f=load, n=name, **k: loaded.update({n: k["revision"]}) or f(*a, **k)
+        )
+    assert main(flags(model_revision="v2")) == 0
+    assert loaded == {"load_target_tokenizer": "v2", "load_target_model": "v2"}
+
+
 def test_adapter_and_another_metric(here, capsys):
     changes = {"metric_texts": None, "metric": "lm_head_norm", "lora_r": 2, "lora_target_modules": "all-linear"}
     assert main([*flags(**changes), "--json"]) == 2

@@ -65,6 +65,15 @@ def test_two_processes_equal_one(scenario, tmp_path):
     assert_close(one, two)
 
 
+def test_texts_are_judged_once(tmp_path):
+    first, second = launch("judge", 2, tmp_path)
+    assert first == [0.25, "planted failure"]
+    assert second == [
+        0.25,
+        "The run ends because another process failed. ArithmeticError on process 0: planted failure",
+    ]
+
+
 def test_a_run_is_resumed_with_its_target_in_shards(tmp_path):
     """To the last bit, from the middle of a generation batch."""
     results = launch("resumed", 2, tmp_path)

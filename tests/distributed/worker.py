@@ -8,6 +8,7 @@ import zlib
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_dpg import DatasetPolicyGradientConfig, DatasetPolicyGradientTrainer, MetagradientReward
@@ -141,6 +142,31 @@ def our_trainer(state, directory):
     rows = record(trainer)
     trainer.train()
     return {"rows": rows}
+
+
+def judge(state, directory):
+    """A judge of texts that answers the main process alone, and then fails. Returns what each process reported."""
+
+    def text_evaluation(texts):
+        if not state.is_main_process or not answers:
+            raise ArithmeticError("planted failure")
+        return answers.pop()
+
+    answers = [{"verdict": 0.25}]
+    args = DatasetPolicyGradientConfig(
+        directory, **COMMON, per_device_train_batch_size=4, per_device_eval_batch_size=4
+    )
+    prompts, tokenizer = tiny_prompts(12, 3), tiny_tokenizer()
+    trainer = DatasetPolicyGradientTrainer(
+        tiny_causal_lm(), tiny_causal_lm(seed=1), LMHeadPattern.sixty_seven(), args, prompts["train"], prompts["test"],
+        tokenizer, tokenizer, text_evaluation=text_evaluation,
+    )  # fmt: skip
+    reported = [trainer.evaluate()["eval_verdict"]]
+    try:
+        trainer.evaluate()
+    except (ArithmeticError, RuntimeError) as error:
+        reported.append(str(error))
+    return gather_object([reported])
 
 
 def resumed(state, directory):

@@ -75,6 +75,14 @@ def test_what_cannot_be_added(other):
         float("nan") * LMHeadNorm()
 
 
+def test_a_sum_needs_a_weight(causal_lm):
+    model, nothing = causal_lm(), 0 * LMHeadNorm()
+    for use in (nothing.setup, nothing):
+        with pytest.raises(ValueError, match="all weights .* are 0"):
+            use(model)
+    assert (nothing + LMHeadNorm())(model) == LMHeadNorm()(model)
+
+
 def test_readouts_of_all_parts(gpt2, tokenizer, move):
     parts = [LMHeadPattern([[1, -1]]), LanguageModelingLikelihood(ROWS, tokenizer), Perplexity(OTHER, tokenizer)]
     metric = parts[0] + parts[1] - 0 * parts[2] + Perplexity(ROWS, tokenizer)

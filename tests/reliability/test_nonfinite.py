@@ -161,14 +161,43 @@ def test_validation(make_trainer):
     with pytest.raises(FloatingPointError, match="a validation's metric"):
         trainer.evaluate()
     trainer = make_trainer(metric=broken, nonfinite="skip")
-    assert trainer.evaluate()["eval_metric"] == -math.inf
+    figures = trainer.evaluate()
+    assert {name for name, value in figures.items() if value == -math.inf} == {"eval_metric", "eval_metric_gain"}
 
 
-def test_bad_settings(make_config):
+@pytest.mark.parametrize("best", ["target_loss", "eval_pixel_accuracy", "eval_metric", "share"])
+def test_a_broken_validation_is_never_the_best(make_trainer, best):
+    """Whatever is compared, whatever is better."""
+
+    class Broken(LMHeadNorm):
+        def __call__(self, model):
+            return super().__call__(model) * (math.nan if step() == 2 and not trainer.model.training else 1)
+
+        def readouts(self, model):
+            return {"pixel_accuracy": 0.5}
+
+    def step():
+        return trainer.state.global_step
+
+    greater = best not in ("target_loss", "eval_metric")
+    trainer = make_trainer(
+        metric=Broken(), nonfinite="skip", eval_strategy="steps", eval_steps=1, save_strategy="best", metric_for_best_model=best,
+        greater_is_better=greater, text_evaluation=lambda texts: {"share": float(step())},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    rows = [row for row in trainer.state.log_history if "eval_metric" in row]
+    assert rows[1][f"eval_{best.removeprefix('eval_')}"] == (-math.inf if greater else math.inf)
+
+
+def test_bad_settings(make_config, monkeypatch):
     with pytest.raises(ValueError, match="`nonfinite` must be 'raise' or 'skip', got 'ignore'"):
         make_config(nonfinite="ignore")
-    with pytest.raises(ValueError, match="`nonfinite='skip'` does not go with `deepspeed`"):
+    with pytest.raises(ValueError, match="`nonfinite='skip'` does not go with DeepSpeed"):
         make_config(nonfinite="skip", deepspeed={"train_batch_size": "auto"})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as by `accelerate launch --use_deepspeed`
+    with pytest.raises(ValueError, match="`nonfinite='skip'` does not go with DeepSpeed"):
+        make_config(nonfinite="skip")
 
 
 WORKER = """

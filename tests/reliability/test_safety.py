@@ -186,9 +186,25 @@ def test_names_do_not_lead_out_of_the_folder(name, make_config, make_trainer, tm
 
 
 def test_no_token_is_written_anywhere(make_config, make_trainer, tmp_path, monkeypatch, caplog, capfd):
-    """Every byte of what a run writes: checkpoints, arguments, events, cards, completions, logs, the terminal."""
-    tokens = {name: f"hf_{name}{'x' * 20}" for name in ("environment", "argument", "keyword", "target")}
+    """Every byte of what a run writes: checkpoints, arguments, events, cards, completions, logs, report, the terminal."""
+    tokens = {name: f"hf_{name}{'x' * 20}" for name in ("environment", "argument", "keyword", "target", "own")}
     monkeypatch.setenv("HF_TOKEN", tokens["environment"])
+    command = [
+        "train.py",
+        "--hub_tok",
+        tokens["argument"],
+        f"--hub-token={tokens['argument']}",
+        "--my_token",
+        tokens["own"],
+    ]
+    command += [
+        "--model_init_kwargs",
+        json.dumps({"token": tokens["keyword"]}),
+        "--dataset_name",
+        "/home/me/data.jsonl",
+    ]
+    command += [f'--target_model_init_kwargs={{"token": "{tokens["target"]}"}}', "--output_dir=/home/me/run"]
+    monkeypatch.setattr("sys.argv", command)
     generator, target = save_tiny_models(str(tmp_path / "models"))
     output = tmp_path / "run"
     args = make_config(
@@ -222,6 +238,9 @@ def test_no_token_is_written_anywhere(make_config, make_trainer, tmp_path, monke
     assert [
         (where, name) for where, data in contents.items() for name, token in tokens.items() if token.encode() in data
     ] == []
+    shown = json.loads((output / "report" / "run.json").read_text())["command"]
+    assert "--my_token HIDDEN" in shown and "--dataset_name data.jsonl" in shown and "--output_dir=run" in shown
+    assert "/home" not in shown
     saved = torch.load(output / "training_args.bin", weights_only=False)
     assert saved.hub_token is None and saved.target_learning_rate == args.target_learning_rate
 

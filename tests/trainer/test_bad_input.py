@@ -60,7 +60,11 @@ class TestBeforeAnyModelIsLoaded:
                 {"train_dataset": Dataset.from_dict({"prompt": ["the red sun"] * 9, "completions": [1] * 9})},
                 r"`train_dataset` has the columns \['completions'\].*Rename them",
             ),
-            ({"train_dataset": None}, "`train_dataset` must be a `datasets.Dataset`.*got NoneType"),
+            ({"train_dataset": None}, "`train_dataset` must be a `datasets.Dataset`.*got NoneType.*`reset` writes"),
+            (
+                {"train_dataset": Dataset.from_dict({"environment": ["game"] * 16})},
+                "no `prompt`.*`reset` writes the prompts, give each row the prompt",
+            ),
             ({"train_dataset": ["the red sun"] * 9}, "`train_dataset` must be a `datasets.Dataset`.*got list"),
             ({"eval_dataset": Dataset.from_dict({"prompt": []})}, "`eval_dataset` is empty"),
             (

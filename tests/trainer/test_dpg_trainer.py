@@ -352,6 +352,15 @@ class TestEvaluation:
         with pytest.raises(ValueError, match="All 12 completions are empty or one token long"):
             trainer.evaluate()
 
+    def test_evaluation_of_texts(self, make_trainer):
+        assert make_trainer(text_evaluation=lambda texts: {"count": len(texts)}).evaluate()["eval_count"] == 12
+        for taken in ("metric", "pixel_accuracy", "distinct"):
+            trainer = make_trainer(text_evaluation=lambda texts, name=taken: {name: 42.0})
+            with pytest.raises(ValueError, match=rf"`text_evaluation` returned \['{taken}'\].*Choose other names"):
+                trainer.evaluate()
+        with pytest.raises(ValueError, match="`text_evaluation` must return a dict of numbers, got None"):
+            make_trainer(text_evaluation=lambda texts: None).evaluate()
+
     def test_during_training(self, make_trainer):
         trainer = make_trainer(eval_strategy="steps", eval_steps=1, max_steps=3)
         trainer.train()

@@ -73,7 +73,8 @@ class Calculator:
         return float(self.calls)
 
 
-def test_environment_is_passed_on(make_trainer, causal_lm, byte_tokenizer):  # noqa: F811
+@pytest.mark.parametrize("writes_prompts", [False, True])
+def test_environment_is_passed_on(make_trainer, causal_lm, byte_tokenizer, writes_prompts):  # noqa: F811
     call = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call>'
     prompts = []
 
@@ -87,6 +88,9 @@ def test_environment_is_passed_on(make_trainer, causal_lm, byte_tokenizer):  # n
 
     sizes = {"vocab_size": len(byte_tokenizer), "max_position_embeddings": 2048}
     data: dict[str, Dataset] = {"train_dataset": conversations(8), "eval_dataset": conversations(2)}
+    if writes_prompts:
+        empty = [{"role": "user", "content": ""}]
+        data = {name: Dataset.from_dict({"prompt": [empty] * len(rows)}) for name, rows in data.items()}
     trainer = make_trainer(
         model=causal_lm(**sizes),
         target_model=causal_lm(seed=1, **sizes),
@@ -101,6 +105,6 @@ def test_environment_is_passed_on(make_trainer, causal_lm, byte_tokenizer):  # n
     trainer.train()
     assert trainer.reward_func_names == ["metagradient", "Calculator"]
     assert list(trainer._logs["rewards"]["Calculator"]) == [1.0, 0.0] * 4
-    assert all("times Go." in prompt for prompt in prompts)
+    assert all(("user\n Go." if writes_prompts else "times Go.") in prompt for prompt in prompts)
     assert [e["text"] for e in trainer.target_training._examples] == ["I ask.\n42", "No."] * 4
-    assert trainer.predict(conversations(2)).predictions[0] == "I ask.\n42"
+    assert trainer.predict(data["eval_dataset"]).predictions[0] == "I ask.\n42"

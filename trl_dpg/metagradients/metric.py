@@ -163,7 +163,7 @@ class WeightedSum(Metric):
             Weights and metrics.
 
     Raises:
-        [`ValueError`]: If a weight is not finite.
+        [`ValueError`]: If a weight is not finite. In `setup` and in calls, also if all weights are 0.
 
     Example:
 
@@ -195,11 +195,20 @@ class WeightedSum(Metric):
             names.append(f"{name}_{number + 1}" if number else name)
         return names
 
+    def _check_weights(self) -> None:  # not in `__init__`, since `0 * a` may become a part of another sum
+        if not any(weight for weight, _ in self.parts):
+            raise ValueError(
+                f"`metric` {self.describe()['name']!r} trains nothing, since all weights of its parts are 0. Add a part with "
+                "another weight."
+            )
+
     def setup(self, model: nn.Module) -> None:
+        self._check_weights()
         for _, metric in self.parts:
             metric.setup(model)
 
     def __call__(self, model: nn.Module) -> Tensor:
+        self._check_weights()
         values = [double(weight * evaluate(metric, model)) for weight, metric in self.parts if weight != 0]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 

@@ -77,10 +77,7 @@ class LanguageModelingLikelihood(Metric):
         batch_size: int = 8,
         max_length: int | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 (a context and a supervised token), got {max_length}.")
+        check_sizes(batch_size, max_length)
         self.processing_class: Any = processing_class
         self.batch_size = batch_size
         self.max_length = max_length
@@ -213,9 +210,11 @@ class LanguageModelingLikelihood(Metric):
         if "text" in self._columns:
             input_ids = self.processing_class(example["text"])["input_ids"]
             return input_ids, input_ids
+        from trl.data_utils import common_prefix_length  # imported here since other metrics do not need TRL
+
         prompt_ids = self.processing_class(example["prompt"])["input_ids"]
         input_ids = self.processing_class(example["prompt"] + example["completion"])["input_ids"]
-        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, input_ids, strict=False)))
+        start = common_prefix_length(prompt_ids, input_ids)
         if start == 0:
             input_ids, start = [self._context_token(index), *input_ids], 1
         return input_ids, [-100] * start + input_ids[start:]
@@ -252,6 +251,14 @@ class Perplexity(LanguageModelingLikelihood):
             "effect": f"its perplexity on {texts} rises",
             "description": f"Perplexity of {texts}.",
         }
+
+
+def check_sizes(batch_size: int, max_length: int | None) -> None:
+    """Raises a [`ValueError`] if no row can be scored."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2 (a context and a supervised token), got {max_length}.")
 
 
 def score_rows(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

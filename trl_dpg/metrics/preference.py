@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..metagradients.metric import Metric
-from .likelihood import Row, check_rows, load_processing_class, score_rows
+from .likelihood import Row, check_rows, check_sizes, load_processing_class, score_rows
 
 
 class PreferenceMargin(Metric):
@@ -61,10 +61,7 @@ class PreferenceMargin(Metric):
     ):
         if not 0 < beta < float("inf"):
             raise ValueError(f"`beta` must be a positive number, got {beta}.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 (a context and a supervised token), got {max_length}.")
+        check_sizes(batch_size, max_length)
         self.processing_class: Any = processing_class
         self.beta, self.batch_size, self.max_length = beta, batch_size, max_length
         self._pairs = list(dataset)

@@ -115,14 +115,10 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
 
     ```
     """
-    suffix = "_metric_gain"
-    prefixes = dict.fromkeys(
-        key.removesuffix(suffix) for row in history for key in row if key.startswith("eval_") and key.endswith(suffix)
-    )
     end_of_training = [index for index, row in enumerate(history) if "train_runtime" in row]
     summary: dict[str, Any] = {}
-    for prefix in prefixes:
-        indices = [i for i, row in enumerate(history) if f"{prefix}{suffix}" in row]
+    for prefix in validation_names(history):
+        indices = [i for i, row in enumerate(history) if f"{prefix}_metric_gain" in row]
         rows = [history[i] for i in indices]
         first, last = rows[0]["step"], rows[-1]["step"]
         after = [row for row in rows if row["step"] == last]
@@ -135,6 +131,13 @@ def summarize_validation(history: Sequence[dict[str, Any]], best_step: int | Non
             "after": _means(after, prefix),
         }
     return summary
+
+
+def validation_names(history: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the validation data in a log: `"eval"`, or `"eval_NAME"` for several."""
+    end = "_metric_gain"
+    keys = (key for row in history for key in row)
+    return list(dict.fromkeys(key.removesuffix(end) for key in keys if key.startswith("eval_") and key.endswith(end)))
 
 
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, Any]:

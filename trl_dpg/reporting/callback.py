@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import wraps
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,15 +165,14 @@ class ReportCallback(TrainerCallback):
         processes, machine = self.trainer.accelerator.num_processes, describe_machine(self.trainer.args.device)
         facts["hardware"] = f"{processes} processes, {machine}" if processes > 1 else machine
         facts["date"] = datetime.now(UTC).date().isoformat()
-        program, *arguments = (Path(word).name if os.path.isabs(word) else word for word in sys.argv)
-        facts["command"] = shlex.join([Path(program).name, *arguments])
+        facts["command"] = public_command(sys.argv, self.trainer.args.tokens())  # type: ignore[attr-defined]
         (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return facts
 
     def _draw(self, state) -> None:
         history, facts = state.log_history, self._write_run()
         if any("loss" in row or "eval_metric" in row for row in history):
-            plot_learning_curve(history, self.folder / "curve.png", main_readout(facts))
+            plot_learning_curve(history, self.folder / "curve.png", main_readout(facts), facts["reward"])
         if any(row.get("entropy") is not None for row in history):
             plot_series(history, "entropy", self.folder / "entropy.png", "entropy, nats per token")
         rewards = read_rows(self.folder / "rewards.jsonl")
@@ -240,6 +240,33 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):  # the process was killed while it wrote this line
             rows.append(json.loads(line))
     return rows
+
+
+def public_command(argv: list[str], tokens: list[str]) -> str:
+    """
+    A command line without paths and tokens. Hides `tokens`, and the values of all flags whose names end in "token".
+
+    Example:
+
+    ```python
+    >>> public_command(["/bin/train", "--my_token", "a", "--kwargs", "token: b", "--output_dir=/home/me/run"], tokens=["b"])
+    "train --my_token HIDDEN --kwargs 'token: HIDDEN' --output_dir=run"
+
+    ```
+    """
+    words = []
+    for flag, word in pairwise(["", *argv]):
+        start, value = "", word
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            start = flag + equals
+        if value and flag.startswith("--") and flag.endswith("token"):
+            value = "HIDDEN"
+        words.append(start + (Path(value).name if os.path.isabs(value) else value))
+    command = shlex.join(words)
+    for token in tokens:
+        command = command.replace(token, "HIDDEN")
+    return command
 
 
 def changed_settings(args: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..metagradients.check import SHIFTS, MetagradientCheck
+from ..publishing.facts import validation_names
 
 
 if TYPE_CHECKING:
@@ -18,15 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DARK, LIGHT, WRONG_DARK, WRONG_LIGHT, UNMOVED = "black", "white", "#a50f15", "#fcae91", "#969696"
-DOTS: dict[str, Any] = {"color": "tab:orange", "linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
+DOTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5, "alpha": 0.7}
 DPI = 150
 
 
 def plot_learning_curve(
-    log_history: Sequence[dict[str, Any]], path: str | PathLike[str], readout: str = "metric_gain"
+    log_history: Sequence[dict[str, Any]],
+    path: str | PathLike[str],
+    readout: str = "metric_gain",
+    reward: str = "metagradient",
 ) -> "Figure":
     """
-    Draws a read-out over training, with the standard deviation of the raw metagradients below.
+    Draws a read-out over training, with the standard deviation of the raw rewards below.
 
     Args:
         log_history (`Sequence[dict]`):
@@ -35,18 +39,22 @@ def plot_learning_curve(
             PNG file to write.
         readout (`str`, *optional*, defaults to `"metric_gain"`):
             The read-out to draw: `"metric_gain"` or the name of a read-out of the metric. A line shows its values on training
-            batches. Dots show its values in validation.
+            batches. Dots show its values in validation, with a color for each validation set.
+        reward (`str`, *optional*, defaults to `"metagradient"`):
+            The reward of the run, `args.reward`. Only `"metagradient"` and `"naive"` have values on training batches.
     """
     figure = _figure(7, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.5])
-    _plot(top, log_history, f"metagradient/{readout}", label="training batches", color="tab:blue")
-    _plot(top, log_history, f"eval_{readout}", label="validation (held-out prompts, torch AdamW)", **DOTS)
+    _plot(top, log_history, f"{reward}/{readout}", label="training batches", color="tab:blue")
+    for number, name in enumerate(validation_names(log_history), start=1):
+        of_set = f"on {name.removeprefix('eval_')}" if name != "eval" else "(held-out prompts, torch AdamW)"
+        _plot(top, log_history, f"{name}_{readout}", label=f"validation {of_set}", color=f"C{number}", **DOTS)
     if readout == "pixel_accuracy":
         top.axhline(0.5, color="tab:gray", linestyle=":", label="chance")
     _finish(top, readout.replace("_", " "), x_label="")
-    _plot(bottom, log_history, "metagradient/std", color="tab:gray")
+    _plot(bottom, log_history, f"{reward}/std", color="tab:gray")
     bottom.set_yscale("log")
-    _finish(bottom, "std of raw\nmetagradients")
+    _finish(bottom, f"std of raw\n{'metagradients' if reward == 'metagradient' else 'rewards'}")
     figure.savefig(path, dpi=DPI)
     return figure
 

@@ -298,9 +298,6 @@ class TargetReward(TargetFineTuning, ABC):
         super().load_state(state)
         self.largest_std = state.get(f"{self.__name__}_largest_std", 0.0)  # that of another reward has other units
         self.skipped = state.get("skipped", False)
-        sizes = [size for size in (self.args.micro_batch_size, state.get("micro_batch_size")) if size is not None]
-        if sizes:  # after memory ran out, the checkpoint's size is smaller
-            self.args = replace(self.args, micro_batch_size=min(sizes))
 
 
 def mean_figures(outputs: Iterable[TrainingOutput]) -> dict[str, float]:

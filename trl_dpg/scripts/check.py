@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..config import DatasetPolicyGradientConfig
 from ..metagradients import TargetTrainingArguments, check_metagradients
 from ..reporting.plotting import plot_check
+from ..target import load_target_model, load_target_tokenizer
 from .common import MetricArguments, Parser, at_least_one, load_texts, loading, make_folder_for, option
 
 
@@ -33,7 +33,7 @@ class CheckArguments(MetricArguments):
     """Arguments of `trl-dpg check`, added to those of [`MetricArguments`] and [`~trl_dpg.metagradients.TargetTrainingArguments`]."""
 
     metric: str = field(default="lm_head_norm", metadata=MetricArguments.__dataclass_fields__["metric"].metadata)
-    model: str = option("", "The target: a directory or an id on the Hub, with tokenizer.")
+    model: str = option("", "The target: directory or id of a model or of an adapter, with tokenizer.")
     dataset: str = option("", "Data to fine-tune on: a file or a data set's id.")
     dataset_config: str | None = option(None, "Configuration of `dataset`.")
     dataset_split: str = option("train", "Split of `dataset`.")
@@ -94,9 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     make_folder_for(args.plot, "plot")
     accelerator = Accelerator()
     with loading(args.model, "model"):
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    model.to(accelerator.device)
+        tokenizer = load_target_tokenizer(args.model)
+        model: Any = load_target_model(args.model, dtype=getattr(torch, args.dtype)).to(accelerator.device)
     examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     try:
         probes = args.num_probes, args.num_reweightings, args.radius, args.check_seed

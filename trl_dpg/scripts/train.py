@@ -26,6 +26,7 @@ from ..config import DatasetPolicyGradientConfig
 from ..console import SummaryCallback, summary
 from ..metrics import evaluate_texts
 from ..reporting import write_report
+from ..target import adapter_config
 from ..trainer import DatasetPolicyGradientTrainer
 from .common import (
     MetricArguments,
@@ -49,7 +50,9 @@ class DPGScriptArguments(MetricArguments, GRPOScriptArguments):
     `trl.rewards`, or dotted import paths) are further rewards.
     """
 
-    target_model_name_or_path: str | None = option(None, "Target: a model id or a directory with its tokenizer.")
+    target_model_name_or_path: str | None = option(
+        None, "Target: id or directory of a model or of an adapter, with its tokenizer."
+    )
     eval_dataset_name: str | None = option(
         None,
         "Held-out prompts, a file or a data set's id. By default the split `dataset_test_split` of `dataset_name`, "
@@ -139,7 +142,10 @@ def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixtu
             raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
     for name, value in names.items():
         with loading(value, name):
-            AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
+            if (
+                name == "model_name_or_path" or adapter_config(value) is None
+            ):  # an adapter has no configuration of a model
+                AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
     for name in script_args.reward_funcs or []:
         load_reward(name)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint)

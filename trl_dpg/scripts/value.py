@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = Accelerator()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the result alone
         with loading(args.model, "model"):
-            tokenizer = load_target_tokenizer(args.model)
+            tokenizer = load_target_tokenizer(args.model, revision=model_args.model_revision)
         rows, examples = load_data(args, tokenizer, recipe.max_length)
         metric = load_metric(args, tokenizer, recipe.max_length)
         model = load_model(args, model_args, recipe.seed, accelerator.device)
