@@ -142,9 +142,8 @@ def check_arguments(script_args: Any, training_args: Any, model_args: Any, mixtu
             raise ValueError(f"`{name}` is missing. Pass `--{name}`, or set it in the file of `--config`.")
     for name, value in names.items():
         with loading(value, name):
-            if (
-                name == "model_name_or_path" or adapter_config(value) is None
-            ):  # an adapter has no configuration of a model
+            # An adapter has no configuration of a model.
+            if name == "model_name_or_path" or adapter_config(value) is None:
                 AutoConfig.from_pretrained(value, trust_remote_code=training_args.trust_remote_code)
     for name in script_args.reward_funcs or []:
         load_reward(name)
