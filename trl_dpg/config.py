@@ -99,7 +99,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
             - `"raise"`: the run ends with a `FloatingPointError` that names the step and the quantity.
             - `"skip"`: this generation batch leaves generator and optimizer unchanged. It is counted as `metagradient/skipped`, or
               as `nonfinite_steps` if the generator's own step was not finite. A validation that is not finite gets an `eval_metric`
-              of minus infinity, and the worst possible figure of `metric_for_best_model`. Not with DeepSpeed or fp16, which decide about steps themselves.
+              of minus infinity, and the worst possible figure of `metric_for_best_model`. Not with DeepSpeed or fp16, which decide
+              about steps themselves.
         reward_language (`str`, *optional*):
             Language for `reward="language_identification"`, as a code such as `"es"`.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
@@ -238,9 +239,8 @@ class DatasetPolicyGradientConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}.")
         self._check_credit()
         check_ratio(self.replay_ratio)
-        uses_deepspeed = self.deepspeed or parse_flag_from_env(
-            "ACCELERATE_USE_DEEPSPEED"
-        )  # set by `accelerate launch`
+        # `accelerate launch` sets this variable, and `self.deepspeed` stays empty.
+        uses_deepspeed = self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if self.nonfinite == "skip" and (uses_deepspeed or self.fp16):
             raise ValueError(
                 f"`nonfinite='skip'` does not go with {'DeepSpeed' if uses_deepspeed else '`fp16`'}, which makes or skips steps "
