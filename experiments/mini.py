@@ -184,8 +184,9 @@ def report(options: argparse.Namespace) -> None:
     for goal, title in TITLES.items():
         tables += [f"\n## {title}\n", table(goal, [line for line in lines if line["goal"] in ("", goal)])]
     for line in lines:
-        cells = [TITLES.get(line["goal"], ""), *cells_of_run(line)]
-        samples += [f"\n## Texts: {', '.join(cell for cell in cells if cell)}\n"]
+        run = f", seed {line['seed']}, β = {line['beta']:g}, K = {line['inner_steps']}" if line["goal"] else ""
+        goal = f"{TITLES[line['goal']]}, " if line["goal"] else ""
+        samples += [f"\n## {line['samples']:,} texts: {goal}{line['writer']}{run}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
     text = ["# Readable text for the paper's goals\n", __doc__.strip(), *tables, *samples, ""]
     RESULTS.with_suffix(".md").write_text("\n".join(text))
