@@ -251,11 +251,15 @@ def public_command(argv: list[str], tokens: list[str]) -> str:
     ```python
     >>> public_command(["/bin/train", "--my_token", "a", "--kwargs", "token: b", "--output_dir=/home/me/run"], tokens=["b"])
     "train --my_token HIDDEN --kwargs 'token: HIDDEN' --output_dir=run"
+    >>> public_command(["/home/me/trl_dpg/scripts/train.py", "--seed", "1"], tokens=[])
+    'trl-dpg train --seed 1'
 
     ```
     """
-    words = []
-    for flag, word in pairwise(["", *argv]):
+    script = Path(argv[0])
+    # `trl-dpg train` and `accelerate launch -m trl_dpg.scripts.train` both run this file.
+    words = ["trl-dpg", "train"] if script.parts[-3:] == ("trl_dpg", "scripts", "train.py") else [script.name]
+    for flag, word in pairwise(argv):
         start, value = "", word
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
