@@ -115,7 +115,7 @@ def read(goal: Any, target: Any, model: Any) -> dict[str, float]:
 
 def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settings) -> tuple[list[dict], dict]:
     """Trains a generator, unless the untrained one is asked for, and lets it answer held-out prompts."""
-    completions = settings["completions"] or 8
+    completions = settings["completions"] or 8 * settings["inner_steps"]
     config = {
         **{name: settings[name] for name in ("seed", "beta", "learning_rate")},
         "credit_assignment": writer if writer in CREDITS else "auto",
