@@ -237,11 +237,9 @@ class DatasetPolicyGradientTrainer(EvaluationMixin, ResumingMixin, PublishingMix
 
         target_model = load(target_model, **kwargs)
         kwargs.pop("revision", None)  # belongs to the target alone, not to the models of variants
-        data = {
-            "replay_dataset": replay_dataset,
-            "replay_ratio": args.replay_ratio,
-            "variants": with_models(args.target_variants, processing_class, partial(load, **kwargs)) or None,
-        }
+        trust = kwargs["trust_remote_code"]
+        variants = with_models(args.target_variants, processing_class, partial(load, **kwargs), trust)
+        data = {"replay_dataset": replay_dataset, "replay_ratio": args.replay_ratio, "variants": variants or None}
         target = target_model, metric, recipe, processing_class, formatting_func
         batch = {"num_generations": args.num_generations, "nonfinite": args.nonfinite, **loss, **data}
         if args.reward == "metagradient":

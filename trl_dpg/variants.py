@@ -99,13 +99,15 @@ def with_models(
     variants: list[dict[str, Any]] | None,
     processing_class: PreTrainedTokenizerBase | None,
     load: Callable[[str], TargetModel],
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """The variants with loaded models in place of names. Each model is loaded once, and must have the target's vocabulary."""
     models: dict[str, TargetModel] = {}
     for name in dict.fromkeys(variant.get("model") for variant in variants or []):
         if not isinstance(name, str):
             continue
-        if processing_class and load_target_tokenizer(name).get_vocab() != processing_class.get_vocab():
+        vocabulary = processing_class and processing_class.get_vocab()
+        if vocabulary and vocabulary != load_target_tokenizer(name, trust_remote_code=trust_remote_code).get_vocab():
             raise ValueError(
                 f"`model` {name!r} of a variant has another vocabulary than the target, so it would misread the target's tokens. Use a "
                 "model with the target's tokenizer."

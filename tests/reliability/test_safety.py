@@ -151,6 +151,13 @@ def test_a_model_that_holds_code_is_refused(model_with_code, make_trainer, token
     assert not marker.exists()
 
 
+def test_code_of_a_variants_model_runs_if_the_user_says_so(model_with_code, make_trainer):
+    folder, marker = model_with_code
+    with pytest.raises(AttributeError, match="own"):  # the file has none of the classes
+        make_trainer(target_variants=[{}, {"model": folder}], trust_remote_code=True)
+    assert marker.exists()
+
+
 def test_weights_are_safetensors(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
