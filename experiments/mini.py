@@ -49,14 +49,12 @@ READOUTS = {  # columns of a goal's table: head, read-out, format. The first is 
 }
 CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
 RUN = ["completions", "steps", "learning_rate", "beta", "seed"]  # of the generator
-RECIPE = {
-    "inner_steps": 1,
-    "target_learning_rate": 1e-3,
-    "curvature": "exact",
-}  # of early lines, which do not name them
+# Of the target, as in early lines, which do not name it
+RECIPE = {"inner_steps": 1, "target_learning_rate": 1e-3, "curvature": "exact"}
 LENGTH, TEMPERATURE = 48, 0.7  # tokens of a completion, and how they are sampled: at 1, many words are made up
 NUM_HELD_OUT = 64  # prompts
 JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to be read
+SFT_FIELDS = ["samples", "passes", *RECIPE]  # texts of lines that agree in these are fine-tuned on alike
 
 
 class Watch(TrainerCallback):
@@ -168,7 +166,7 @@ def distinct(texts: list[str], n: int) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    judged = {name: getattr(options, name) for name in ("samples", "passes", *RECIPE)}
+    judged = {name: getattr(options, name) for name in SFT_FIELDS}
     same = {"completions": options.completions, "learning_rate": options.learning_rate, "steps": options.steps}
     grid: list[dict[str, Any]] = []
     for goal, seed, writer, beta in product(options.goals, options.seeds, options.credits, options.betas):
@@ -195,14 +193,14 @@ def report(options: argparse.Namespace) -> None:
 
 def table(goal: str, lines: list[dict]) -> str:
     """Figures of a goal: runs for it, and texts to compare with that were judged by the same fine-tuning."""
-    recipes = [[line[name] for name in ("samples", "passes", *RECIPE)] for line in lines if line["goal"]]
+    recipes = [[line[name] for name in SFT_FIELDS] for line in lines if line["goal"]]
     columns = READOUTS[goal]
     head = "texts of, seed, β, learning rate, completions, K, curvature, texts, passes, " + ", ".join(
         c[0] for c in columns
     )
     rows = [f"{head}, perplexity, distinct words, distinct pairs, seconds".split(", ")]
     for line in lines:
-        if [line[name] for name in ("samples", "passes", *RECIPE)] not in recipes:
+        if [line[name] for name in SFT_FIELDS] not in recipes:
             continue
         for passes, read in line["read"].items():
             if goal in read:
