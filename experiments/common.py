@@ -78,6 +78,7 @@ def trainer_of(
     replay: Any = None,
     generator: Any = None,
     words: Any = None,
+    peft_config: Any = None,
     **config,
 ) -> Iterator[Any]:
     """
@@ -96,6 +97,7 @@ def trainer_of(
             processing_class=words or tokenizer(num_words),
             target_processing_class=words or tokenizer(num_words),
             replay_dataset=replay,
+            peft_config=peft_config,
         )
         trainer.remove_callback(PrinterCallback)
         yield trainer

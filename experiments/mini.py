@@ -81,10 +81,9 @@ def one(writer: str, samples: int, passes: list[int], **settings: Any) -> dict:
     base, target = (AutoModelForCausalLM.from_pretrained(mini_english()).eval() for _ in range(2))
     untie_lm_head(target)
     tokenizer, leads = AutoTokenizer.from_pretrained(mini_english()), language_texts("en")
-    counts = Counter(chain.from_iterable(tokenizer(leads["train"]["text"][:], add_special_tokens=False)["input_ids"]))
-    goals = {name: goal([token for token, _ in counts.most_common(21)], tokenizer) for name, goal in GOALS.items()}
+    goals = goals_of(leads["train"]["text"][:], tokenizer)
     if writer in BASELINES[1:]:
-        rows, line = others(writer, leads["test"]["text"][:], tokenizer, samples), {}
+        rows, line = others(writer, leads["test"]["text"][:], tokenizer, samples, LENGTH), {}
     else:
         prompts = continuation_prompts(leads["test"], NUM_HELD_OUT)
         rows, line = generated(target, goals, tokenizer, prompts, writer, samples, **settings)
@@ -98,10 +97,20 @@ def one(writer: str, samples: int, passes: list[int], **settings: Any) -> dict:
         model = common.sft(target, tokenizer, texts, num_train_epochs=number, **recipe)
         line["read"][str(number)] = {name: read(goal, target, model) for name, goal in goals.items()}
     drawn = random.Random(0).sample(rows, min(JUDGED, len(rows)))
-    with torch.no_grad():
-        line["perplexity"] = (-LanguageModelingLikelihood(drawn, tokenizer, batch_size=64)(base)).exp().item()
-    line |= {f"distinct_{n}": distinct([row["completion"] for row in drawn], n) for n in (1, 2)}
-    return {**line, "texts": drawn[:SHOWN]}
+    return {**line, **readable(drawn, base, tokenizer), "texts": drawn[:SHOWN]}
+
+
+@torch.no_grad()
+def readable(rows: list[dict], base: Any, tokenizer: Any) -> dict[str, float]:
+    """How readable and how varied completions are: their perplexity by `base`, and different words and pairs, divided by all."""
+    perplexity = (-LanguageModelingLikelihood(rows, tokenizer, batch_size=64)(base)).exp().item()
+    completions = [row["completion"] for row in rows]
+    return {"perplexity": perplexity, **{f"distinct_{n}": distinct(completions, n) for n in (1, 2)}}
+
+
+def goals_of(leads: list[str], tokenizer: Any) -> dict[str, Any]:
+    counts = Counter(chain.from_iterable(tokenizer(leads, add_special_tokens=False)["input_ids"]))
+    return {name: goal([token for token, _ in counts.most_common(21)], tokenizer) for name, goal in GOALS.items()}
 
 
 @torch.no_grad()
@@ -147,14 +156,14 @@ def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settin
     return texts, {"curve": watch.curve, "seconds": round(seconds, 1)}
 
 
-def others(kind: str, leads: list[str], tokenizer: Any, samples: int) -> list[dict]:
+def others(kind: str, leads: list[str], tokenizer: Any, samples: int, length: int) -> list[dict]:
     """Real leads after their first sentences, as long as completions, or as many words of theirs at random."""
     rng, rows, words = random.Random(0), [], " ".join(leads).split()
     for lead in rng.sample(leads, len(leads)):
         first = split_sentences(lead)[0]
-        rest = lead[len(first) :] if kind == "real leads" else " " + " ".join(rng.choices(words, k=LENGTH))
-        ids = tokenizer(rest, add_special_tokens=False)["input_ids"][:LENGTH] if rest else []
-        if len(ids) == LENGTH:
+        rest = lead[len(first) :] if kind == "real leads" else " " + " ".join(rng.choices(words, k=length))
+        ids = tokenizer(rest, add_special_tokens=False)["input_ids"][:length] if rest else []
+        if len(ids) == length:
             rows.append({"prompt": first, "completion": tokenizer.decode(ids)})
     return rows[:samples]
 

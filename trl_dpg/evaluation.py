@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from .checks import check_prompts, warn_of_other_steps
 from .config import naming_target_fields
@@ -51,7 +53,11 @@ class EvaluationMixin(GRPOTrainer):
 
     def get_test_dataloader(self, test_dataset):
         check_prompts("test_dataset", test_dataset)
-        return self.get_eval_dataloader(test_dataset)  # TRL's method, which also takes an `IterableDataset`
+        if isinstance(test_dataset, IterableDataset):
+            test_dataset = Dataset.from_list(list(test_dataset), features=test_dataset.features)
+        # TRL would shuffle the prompts, and `predictions` would not say which text answers which prompt.
+        in_order = partial(RepeatSampler, mini_repeat_count=self.num_generations_eval, shuffle=False)
+        return self._get_dataloader(test_dataset, "test", self.args.eval_batch_size, sampler_fn=in_order)
 
     def evaluation_loop(
         self,
@@ -73,7 +79,7 @@ class EvaluationMixin(GRPOTrainer):
         of training. If there are more examples than in a generation batch, the target takes more steps (`eval_target_steps`). Held-out
         rows of `replay_dataset` are mixed in. With `args.target_variants`, each variant adds its own figures as
         `eval_variant_0_metric_gain`, ... All others belong to the recipe itself. `predict(prompts)` does the same, and also returns
-        the generated texts as `predictions`.
+        the generated texts as `predictions`: `num_generations_eval` for the first prompt, then those for the second, and so on.
         """
         self.model.eval()  # type: ignore[union-attr]
         examples = self._generate_examples(dataloader)

@@ -124,11 +124,16 @@ def test_share_of_steps_that_are_not_finite(make_trainer):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_predict(make_trainer, stream):
-    prompts = Dataset.from_dict({"prompt": ["the red sun", "you ask"]})
-    trainer = make_trainer(per_device_eval_batch_size=4)
+def test_predictions_are_in_the_order_of_the_prompts(make_trainer, tokenizer, stream):
+    def repeat(prompts, trainer):
+        ids = tokenizer(prompts)["input_ids"]
+        return {"prompt_ids": ids, "completion_ids": ids, "logprobs": None}
+
+    texts = ["the red sun", "you ask", "the sun", "you", "red"]
+    prompts = Dataset.from_dict({"prompt": texts})
+    trainer = make_trainer(rollout_func=repeat, per_device_eval_batch_size=4)
     output = trainer.predict(prompts.to_iterable_dataset() if stream else prompts)
-    assert len(output.predictions) == 8
+    assert output.predictions == [text for text in texts for _ in range(trainer.num_generations_eval)]
 
 
 def test_evaluation_sets_that_cannot_be_used(make_trainer):
