@@ -50,11 +50,12 @@ READOUTS = {  # columns of a goal's table: head, read-out, format. The first is 
 CREDITS, BASELINES = ["sequence", "token", "expected"], ["untrained", "real leads", "random words"]
 RUN = ["completions", "steps", "learning_rate", "beta", "seed"]  # of the generator
 # Of the target, as in early lines, which do not name it
-RECIPE = {"inner_steps": 1, "target_learning_rate": 1e-3, "curvature": "exact"}
+RECIPE: dict[str, Any] = {"inner_steps": 1, "target_learning_rate": 1e-3, "curvature": "exact", "epsilon_root": "auto"}
 LENGTH, TEMPERATURE = 48, 0.7  # tokens of a completion, and how they are sampled: at 1, many words are made up
 NUM_HELD_OUT = 64  # prompts
 JUDGED, SHOWN = 256, 10  # texts whose perplexity is taken, and that are kept to be read
-SFT_FIELDS = ["samples", "passes", *RECIPE]  # texts of lines that agree in these are fine-tuned on alike
+# Texts of lines that agree in these are fine-tuned on alike
+SFT_FIELDS = ["samples", "passes", "inner_steps", "target_learning_rate"]
 
 
 class Watch(TrainerCallback):
@@ -122,6 +123,7 @@ def read(goal: Any, target: Any, model: Any) -> dict[str, float]:
 
 def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settings) -> tuple[list[dict], dict]:
     """Trains a generator, unless the untrained one is asked for, and lets it answer held-out prompts."""
+    settings = {**RECIPE, **settings}
     completions = settings["completions"] or 8 * settings["inner_steps"]
     config = {
         **{name: settings[name] for name in ("seed", "beta", "learning_rate")},
@@ -131,6 +133,7 @@ def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settin
         "target_batch_size": completions // settings["inner_steps"],
         "target_learning_rate": settings["target_learning_rate"],
         "target_curvature": settings["curvature"],
+        "target_adam_epsilon_root": settings["epsilon_root"],
         "num_generations": 8,
         "num_generations_eval": samples // NUM_HELD_OUT,
         "max_completion_length": LENGTH,
@@ -176,7 +179,9 @@ def distinct(texts: list[str], n: int) -> float:
 
 def run(options: argparse.Namespace) -> None:
     judged = {name: getattr(options, name) for name in SFT_FIELDS}
-    same = {"completions": options.completions, "learning_rate": options.learning_rate, "steps": options.steps}
+    same = {
+        name: getattr(options, name) for name in ("completions", "learning_rate", "steps", "curvature", "epsilon_root")
+    }
     grid: list[dict[str, Any]] = []
     for goal, seed, writer, beta in product(options.goals, options.seeds, options.credits, options.betas):
         grid.append({"goal": goal, "writer": writer, "beta": beta, "seed": seed, **same, **judged})
@@ -204,9 +209,8 @@ def table(goal: str, lines: list[dict]) -> str:
     """Figures of a goal: runs for it, and texts to compare with that were judged by the same fine-tuning."""
     recipes = [[line[name] for name in SFT_FIELDS] for line in lines if line["goal"]]
     columns = READOUTS[goal]
-    head = "texts of, seed, β, learning rate, completions, K, curvature, texts, passes, " + ", ".join(
-        c[0] for c in columns
-    )
+    head = "texts of, seed, β, learning rate, completions, K, curvature, ε, texts, passes, "
+    head += ", ".join(column[0] for column in columns)
     rows = [f"{head}, perplexity, distinct words, distinct pairs, seconds".split(", ")]
     for line in lines:
         if [line[name] for name in SFT_FIELDS] not in recipes:
@@ -223,7 +227,12 @@ def table(goal: str, lines: list[dict]) -> str:
 def cells_of_run(line: dict) -> list[str]:
     batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
     settings = [str(line["seed"]), f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}"]
-    return [line["writer"], *(settings if batches else [""] * 4), str(line["inner_steps"]), line["curvature"]]
+    epsilon = f"{line['epsilon_root']:g}" if line["epsilon_root"] != "auto" else "auto"
+    return [line["writer"], *(settings if batches else [""] * 4), str(line["inner_steps"]), line["curvature"], epsilon]
+
+
+def epsilon_root(value: str) -> str | float:
+    return value if value == "auto" else float(value)
 
 
 def main() -> None:
@@ -239,6 +248,7 @@ def main() -> None:
     runner.add_argument("--inner_steps", type=int, default=1, help="of the target (K), which share a generation batch")
     runner.add_argument("--target_learning_rate", type=float, default=RECIPE["target_learning_rate"])
     runner.add_argument("--curvature", choices=["exact", "central_difference"], default="exact")
+    runner.add_argument("--epsilon_root", type=epsilon_root, default="auto", help="of the target's AdamW, in training")
     runner.add_argument("--samples", type=int, default=512, help="texts for stock SFT")
     runner.add_argument(
         "--passes", nargs="+", type=int, default=[1], help="of stock SFT over these texts; each judged"

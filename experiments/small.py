@@ -38,6 +38,7 @@ BASELINES = ["untrained", "real leads"]
 LENGTH, NUM_HELD_OUT, PROMPT_WORDS = 32, 64, 12  # tokens of a completion, prompts, words of a prompt at most
 DRAWS, SHOWN = 5, 10
 MICRO_BATCH = 32  # completions in memory at once
+EPSILON_ROOT = 1e-5  # of the target's AdamW, in training: about 30 times what "auto" measures
 RUN = ["steps", "completions", "learning_rate", "beta", "seed"]  # of the generator
 
 
@@ -79,6 +80,7 @@ def generated(target, goals, goal, tokenizer, prompts, samples, settings) -> tup
         "per_device_train_batch_size": MICRO_BATCH,
         "gradient_accumulation_steps": completions // MICRO_BATCH,
         "target_micro_batch_size": MICRO_BATCH,
+        "target_adam_epsilon_root": EPSILON_ROOT,
         "num_generations": 4,
         "num_generations_eval": samples // NUM_HELD_OUT,
         "max_completion_length": LENGTH,
