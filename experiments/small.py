@@ -74,7 +74,6 @@ def generated(target, goals, goal, tokenizer, prompts, samples, settings) -> tup
         **{name: settings[name] for name in ("seed", "beta", "learning_rate", "target_learning_rate")},
         "credit_assignment": settings["credit_assignment"] if steps else "auto",
         "max_steps": steps,
-        "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 4,
         "bf16": True,  # of the generator alone
         "per_device_train_batch_size": MICRO_BATCH,
