@@ -4,38 +4,39 @@ import json
 import sys
 
 import pytest
-from datasets import DatasetDict
 
 from experiments import mini
-from experiments.corpora import language_texts
-from experiments.pretrain import pretrain
 
 
-def test_run_and_report(tmp_path, monkeypatch, capsys):
-    leads = language_texts("en")
-    few = DatasetDict({"train": leads["train"].take(40), "test": leads["test"].take(400)})
-    for part in pretrain(
-        {"en": few["train"]["text"][:]},
-        switch=0.0,
-        num_steps=2,
-        batch_size=2,
-        hidden_size=24,
-        num_layers=1,
-        vocab_size=300,
-    ):
-        part.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(mini, "mini_english", lambda: str(tmp_path / "model"))
-    monkeypatch.setattr(mini, "language_texts", lambda language: few)
+def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
+    monkeypatch.setattr(mini, "mini_english", lambda: little_model)
+    monkeypatch.setattr(mini, "language_texts", lambda language: few_leads)
     monkeypatch.setattr(mini, "RESULTS", tmp_path / "mini.jsonl")
     for name, number in (("LENGTH", 8), ("JUDGED", 16), ("SHOWN", 2)):
         monkeypatch.setattr(mini, name, number)
-    flags = ["--goals", "67", "l2", "uuid", "--betas", "0.1", "--seeds", "1", "--steps", "3", "--completions", "16"]
+    flags = [
+        "--goals",
+        "67",
+        "l2",
+        "uuid",
+        "--betas",
+        "0.1",
+        "--seeds",
+        "1",
+        "--steps",
+        "3",
+        "--completions",
+        "16",
+        "--epsilon_root",
+        "1e-4",
+    ]
     for _ in range(2):  # the second finds the runs
         monkeypatch.setattr(sys, "argv", ["mini", "run", *flags, "--samples", "64"])
         mini.main()
     lines = [json.loads(line) for line in mini.RESULTS.read_text().splitlines()]
     assert [line["writer"] for line in lines] == [*["expected"] * 3, "untrained", "real leads", "random words"]
     assert [row["step"] for row in lines[0]["curve"]] == [1, 3] and lines[3]["curve"] == []
+    assert lines[0]["epsilon_root"] == 1e-4
     assert {"pixel_accuracy", "entropy", "kl"} < lines[0]["curve"][0].keys()
     for line in lines:
         reads = line["read"]["1"]
