@@ -209,7 +209,7 @@ def table(goal: str, lines: list[dict]) -> str:
     """Figures of a goal: runs for it, and texts to compare with that were judged by the same fine-tuning."""
     recipes = [[line[name] for name in SFT_FIELDS] for line in lines if line["goal"]]
     columns = READOUTS[goal]
-    head = "texts of, seed, β, learning rate, completions, K, curvature, ε, texts, passes, "
+    head = "texts of, seed, β, learning rate, completions, K, curvature, ε root, texts, passes, "
     head += ", ".join(column[0] for column in columns)
     rows = [f"{head}, perplexity, distinct words, distinct pairs, seconds".split(", ")]
     for line in lines:

@@ -14,6 +14,7 @@ repeated. `report` writes the table beside it.
 """
 
 import argparse
+import random
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -64,7 +65,7 @@ def one(goal: str, writer: str, samples: int, target_learning_rate: float, **set
         steps = {"per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": samples // MICRO_BATCH}
         model = common.sft(target, tokenizer, texts, learning_rate=target_learning_rate, **steps)
         found |= {name: read(goal, target, model) for name, goal in goals.items()}
-    return {**line, **readable(draws[0], base, tokenizer), "texts": draws[0][:SHOWN]}
+    return {**line, **readable(draws[0], base, tokenizer), "texts": random.Random(0).sample(draws[0], SHOWN)}
 
 
 def generated(target, goals, goal, tokenizer, prompts, samples, settings) -> tuple[list[list[dict]], dict]:
