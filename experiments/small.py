@@ -39,7 +39,7 @@ BASELINES = ["untrained", "real leads"]
 LENGTH, NUM_HELD_OUT, PROMPT_WORDS = 32, 64, 12  # tokens of a completion, prompts, words of a prompt at most
 DRAWS, SHOWN = 5, 10
 MICRO_BATCH = 32  # completions in memory at once
-EPSILON_ROOT = 1e-5  # of the target's AdamW, in training: about 30 times what "auto" measures
+EPSILON_ROOT = 1e-5  # of the target's AdamW, in training: far above what "auto" measures
 RUN = ["steps", "completions", "learning_rate", "beta", "seed"]  # of the generator
 
 
