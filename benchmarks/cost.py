@@ -3,12 +3,14 @@ Prints a Markdown table of what metagradients cost, divided by plain training on
 bergson 2.5.1 (MAGIC) and with autograd through the unrolled run.
 
     python -m benchmarks.cost --model gpt2-shaped --peers > benchmarks/results/cost_gpt2-shaped.md
+    python -m benchmarks.cost --model gpt2-shaped --lm_head > benchmarks/results/cost_lm_head.md
 
 A round of a large model takes half an hour. With `--rounds FILE`, each round is kept in a file when it ends, and the table covers all
 rounds of this machine in the file. So rounds can be run in parts.
 """
 
 import argparse
+import copy
 import ctypes
 import json
 import platform
@@ -25,8 +27,9 @@ import torch
 from benchmarks.common import load, make_args, make_examples, with_lora
 from benchmarks.peers.environment import bergson_metagradients
 from benchmarks.peers.unrolled import unrolled_metagradients
+from trl_dpg import untie_lm_head
 from trl_dpg.metagradients import compute_metagradients, train_and_measure
-from trl_dpg.metrics import LanguageModelingLikelihood
+from trl_dpg.metrics import LanguageModelingLikelihood, LMHeadNorm
 from trl_dpg.publishing.facts import describe_machine
 
 
@@ -59,6 +62,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
     parser.add_argument("--skip", nargs="+", default=[], help="methods whose names contain one of these words")
     parser.add_argument("--lora", action="store_true", help="only methods with LoRA")
+    parser.add_argument(
+        "--lm_head", action="store_true", help="a metric of the LM head; also where only the head is trained"
+    )
     parser.add_argument("--peers", action="store_true", help="also bergson, and the unrolled run for K up to 8")
     options = parser.parse_args()
     settings = SETTINGS[options.device]
@@ -70,13 +76,16 @@ def main() -> None:
     if options.lora and (options.peers or "LoRA" in options.skip):
         parser.error("--lora: peers train all parameters, and with `--skip LoRA` nothing is left")
 
+    if options.lm_head and (options.peers or options.lora or options.rounds is not None):
+        parser.error("--lm_head: not with --peers, --lora or --rounds, whose rows are of another metric")
+
     keep_freed_memory()
     machine = describe_machine(torch.device(options.device))
     if options.rounds is not None:
         options.rounds.touch()
     print(f"{machine}\n")
     print(
-        f"{options.model}, AdamW, float32, tape {options.tape}; the metric is the likelihood of 16 tokens. Seconds: median of the rounds, in each of "
+        f"{options.model}, AdamW, float32, tape {options.tape}; the metric is {'the norm of the LM head' if options.lm_head else 'the likelihood of 16 tokens'}. Seconds: median of the rounds, in each of "
         "which every method runs once. Ratio: median over the rounds of the seconds over those of plain training in the same "
         "round, by the same code without tape and adjoint (for bergson: by its own code, too, in brackets)."
     )
@@ -85,7 +94,11 @@ def main() -> None:
     model = load(options.model, options.device)
     lora = with_lora(load(options.model, options.device))
     queries = make_examples(options.model, 1, 16, skip=4096)  # cheap beside a step
-    metric = LanguageModelingLikelihood(queries)
+    metric: Any = LanguageModelingLikelihood(queries)
+    if options.lm_head:
+        metric = LMHeadNorm()
+        untie_lm_head(model)
+        options.skip = [*options.skip, "LoRA"]
     for num_steps, batch_size, length in settings[options.model]:
         tokens = batch_size * length
         if num_steps not in options.steps or (options.tokens is not None and tokens not in options.tokens):
@@ -134,6 +147,10 @@ def measure(options, model, lora, metric, queries, num_steps, batch_size, length
         methods["autograd through the unrolled run"] = lambda examples: unrolled_metagradients(
             model, examples, metric, exact
         )
+    if options.lm_head and num_steps == 1:
+        head = copy.deepcopy(model).requires_grad_(False)
+        head.lm_head.requires_grad_(True)
+        methods["LM head alone, exact"] = lambda examples: compute_metagradients(head, examples, metric, exact)
     if options.lora:
         methods = {name: method for name, method in methods.items() if name.startswith("LoRA")}
     methods = {name: method for name, method in methods.items() if not any(word in name for word in options.skip)}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients
@@ -76,3 +77,31 @@ def test_first_step_builds_no_graph():
     model.transformer.ln_f.weight.register_hook(lambda grad: passes.append(grad.requires_grad))
     compute_metagradients(model, EXAMPLES, lambda m: -m.lm_head.weight.norm(), TargetTrainingArguments(batch_size=6))
     assert passes == [False]
+
+
+def lm_head_norm(model):
+    return -model.lm_head.weight.norm()
+
+
+def test_metric_that_reads_the_lm_head_alone():
+    """Other layers have no tangents then. Nor do they change anything at K = 1: the result is the same if they are frozen."""
+    model, tangents = make_model(), []
+    model.transformer.register_forward_hook(
+        lambda module, args, output: tangents.append(forward_ad.unpack_dual(output.last_hidden_state).tangent)
+    )
+    args = TargetTrainingArguments(batch_size=6, adam_epsilon_root=1e-6)
+    whole = compute_metagradients(model, EXAMPLES, lm_head_norm, args).metagradients
+    assert tangents and not any(tangents)
+    model.requires_grad_(False).lm_head.requires_grad_(True)
+    alone = compute_metagradients(model, EXAMPLES, lm_head_norm, args).metagradients
+    torch.testing.assert_close(alone, whole, rtol=1e-12, atol=0)
+    assert whole.abs().min() > 0
+
+
+@pytest.mark.parametrize("activation", [SmoothCube(), OpaqueCube()], ids=["forward_mode", "double_backward"])
+def test_step_at_a_learning_rate_of_zero(activation):
+    """Its direction is zero, as are its metagradients."""
+    schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "weight_decay": 0.0}
+    args = TargetTrainingArguments(optim="sgd", batch_size=3, **schedule)
+    out = compute_metagradients(make_model(activation=activation), EXAMPLES, metric, args)
+    assert (out.metagradients == 0).sum() == 3

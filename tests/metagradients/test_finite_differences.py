@@ -21,7 +21,7 @@ from tests.metagradients.cases import (
 from trl_dpg.metagradients import TargetTrainingArguments, compute_metagradients, train_and_measure
 
 
-def finite_differences(model, examples, args, step=1e-4):
+def finite_differences(model, examples, args, step=1e-4, metric=metric):
     """Fourth-order central differences of the metric after the whole run."""
     out = []
     for i in range(len(examples)):
@@ -54,6 +54,19 @@ def test_gpt2(name):
     model, examples, args = make_model(), make_examples(), TargetTrainingArguments(**fields)
     out = compute_metagradients(model, examples, metric, args)
     assert relative_error(out.metagradients, finite_differences(model, examples, args)) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [K1, K4], ids=["k1", "k4"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_metric_that_reads_the_lm_head_alone(tied, steps):
+    """At the last step, such a metric moves no other parameter."""
+
+    def metric(model):
+        return -model.lm_head.weight.pow(4).sum()
+
+    model, examples, args = gpt2(tied), make_examples(), TargetTrainingArguments(**ADAMW, **steps)
+    out = compute_metagradients(model, examples, metric, args)
+    assert relative_error(out.metagradients, finite_differences(model, examples, args, metric=metric)) < 1e-5
 
 
 TOKENS = {"token_indices": [1, 5], "target_modules": ["wte"]}

@@ -4,7 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
@@ -53,11 +53,11 @@ class Exact:
         """
         results, sums = [], [0.0, 0.0]
         with self.space.summing_over_processes(product, sums), twice_differentiable(self.token_losses.model):
-            vectors = self.space.views(direction.vector)
+            moving = self._moving(direction.vector)
             check_second_derivatives(self, batches, product)
             for batch in batches:
                 differentiate = self._forward_mode if product is None else self._double_backward
-                result = differentiate(batch, vectors)
+                result = differentiate(batch, moving)
                 weighted = batch.example_sums(result[:, 0]) * double(batch.weights)
                 sums[0] += weighted.sum().item()
                 sums[1] += weighted.abs().sum().item()
@@ -72,10 +72,26 @@ class Exact:
             )
         return results
 
-    def _double_backward(self, batch: MicroBatch, vectors: list[Tensor], want_product: bool = True) -> Tensor:
+    def _moving(self, vector: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """
+        Trained parameters that a direction moves, with their parts of it.
+
+        At the last step, a metric that reads the LM head alone moves nothing else. The derivatives then need no pass back through the
+        other layers.
+        """
+        pairs = list(zip(self.space.params, self.space.views(vector), strict=True))
+        if self.space.processes.in_step:  # a direction may be zero in one process's part, and all must gather alike
+            return pairs
+        moves = torch.stack([part.any() for _, part in pairs]).tolist()
+        # At a learning rate of 0, nothing moves.
+        return [pair for pair, moved in zip(pairs, moves, strict=True) if moved] or pairs[:1]
+
+    def _double_backward(
+        self, batch: MicroBatch, moving: list[tuple[nn.Parameter, Tensor]], want_product: bool = True
+    ) -> Tensor:
         """Derivatives of the token losses. With `want_product`, the product accumulates in the parameters' `.grad`."""
         weights = batch.token_weights(candidates=True).requires_grad_()
-        params = self.space.params
+        params, vectors = zip(*moving, strict=True)
         with building_graph(self.token_losses.model, self.token_losses.bf16):
             loss = torch.sum(self.token_losses(batch, candidates=True) * weights)
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
@@ -83,24 +99,26 @@ class Exact:
         reached = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
         if reached:
             outputs, cotangents = zip(*reached, strict=True)
-            torch.autograd.backward(outputs, cotangents, inputs=[*params, weights] if want_product else [weights])
+            torch.autograd.backward(
+                outputs, cotangents, inputs=[*self.space.params, weights] if want_product else [weights]
+            )
         return torch.zeros_like(weights) if weights.grad is None else weights.grad
 
-    def _forward_mode(self, batch: MicroBatch, vectors: list[Tensor]) -> Tensor:
+    def _forward_mode(self, batch: MicroBatch, moving: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
         r"""Derivatives of the token losses along \\( \lambda_g \\) in forward mode, without the product."""
-        # A tangent needs the layout of its parameter. Otherwise PyTorch copies the storage of all parameters for each tangent.
-        tangents = {id(p): v for p, v in zip(self.space.params, vectors, strict=True)}
         try:
             with torch.no_grad(), forward_ad.dual_level():
-                dual_of = {id(p): forward_ad.make_dual(p.detach(), tangents[id(p)]) for p in self.space.params}
+                # A tangent needs the layout of its parameter. Otherwise PyTorch copies the storage of all parameters for each tangent.
+                dual_of = {id(p): forward_ad.make_dual(p.detach(), vector) for p, vector in moving}
                 # Each module is named once. A module with two names would get its duals twice, and would keep the first ones.
                 duals = {
                     name: standing_in(p, dual_of[id(split(p)[0])])
                     for prefix, module in self.token_losses.named_modules()
                     for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
-                    if id(split(p)[0]) in tangents
+                    if id(split(p)[0]) in dual_of
                 }
                 dual = functional_call(self.token_losses, duals, (batch, True), tie_weights=False)
-                return forward_ad.unpack_dual(dual).tangent
+                losses, change = forward_ad.unpack_dual(dual)
+                return torch.zeros_like(losses) if change is None else change
         except NotImplementedError:  # an operation without a forward-mode derivative
-            return self._double_backward(batch, vectors, want_product=False)
+            return self._double_backward(batch, moving, want_product=False)

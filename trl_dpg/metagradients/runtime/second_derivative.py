@@ -95,7 +95,7 @@ def is_twice_differentiable(exact: "Exact", batch: MicroBatch, with_product: boo
         product = space.buffer()
         space.accumulate_into(product)
         differentiate = exact._double_backward if with_product else exact._forward_mode
-        result = differentiate(batch, space.views(vector))
+        result = differentiate(batch, list(zip(space.params, space.views(vector), strict=True)))
         found, expected = (result * batch.token_weights(candidates=True)).sum(), vector.square().sum()
         # This also finds functions that are marked as once differentiable.
         if not (found - expected).abs() <= EXACTLY * expected:
