@@ -98,7 +98,7 @@ def run(reward, state, directory):
         figures |= {key: value for key, value in metrics.items() if key.startswith("eval_variant_")}
         files = sorted(Path(directory, "generated").iterdir())
         figures["saved"] = sum(Dataset.from_parquet(str(path), keep_in_memory=True).num_rows for path in files)
-    return {"steps": steps, "figures": figures}
+    return {"steps": steps, "figures": figures, "predictions": trainer.predict(prompts["test"]).predictions}
 
 
 if __name__ == "__main__":

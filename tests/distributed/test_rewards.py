@@ -44,6 +44,7 @@ def test_two_processes_equal_one(tmp_path):
             assert a["rewards"] == b["rewards"] and "nan" in a["rewards"]
             for key in ("logged", "metagradient" if reward == "mixed" else reward, "raw"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-4 * max(map(abs, a[key])))
+        assert two["predictions"] == one["predictions"] and len(set(one["predictions"])) > 1
         assert two["figures"] == pytest.approx(one["figures"], rel=1e-4, abs=1e-9)
     assert twos["mixed"]["figures"]["saved"] == 24 and twos["mixed"]["figures"]["metagradient/replayed"] == 12
     for step in twos["naive"]["steps"]:
