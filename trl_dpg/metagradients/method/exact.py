@@ -36,6 +36,7 @@ class Exact:
 
     A step takes about as long as 8 to 9 forward passes. A step of plain training takes 3. Activations take about three times the
     memory of a training step. The first step needs no product: forward-mode differentiation takes 3 forward passes there, and no graph.
+    Both leave out parameters that \\( \lambda_g \\) does not move. A metric that reads the LM head alone moves no others at the last step.
     """
 
     def __init__(self, token_losses: TokenLosses, space: Workspace):
@@ -73,12 +74,7 @@ class Exact:
         return results
 
     def _moving(self, vector: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """
-        Trained parameters that a direction moves, with their parts of it.
-
-        At the last step, a metric that reads the LM head alone moves nothing else. The derivatives then need no pass back through the
-        other layers.
-        """
+        """Trained parameters that a direction moves, with their parts of it. Derivatives do not depend on the others."""
         pairs = list(zip(self.space.params, self.space.views(vector), strict=True))
         if self.space.processes.in_step:  # a direction may be zero in one process's part, and all must gather alike
             return pairs
