@@ -148,7 +148,8 @@ def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settin
     generator, seconds = AutoModelForCausalLM.from_pretrained(mini_english()), 0.0
     watch = Watch(READOUTS[goal or "67"][0][1])
     # After one step, an LM head does not depend on how other parameters were updated. Frozen, these cost less, with equal results.
-    frozen = goal in OF_LM_HEAD and settings["inner_steps"] == 1
+    # But "auto" would then be measured on the LM head alone.
+    frozen = goal in OF_LM_HEAD and settings["inner_steps"] == 1 and settings["epsilon_root"] != "auto"
     target.requires_grad_(not frozen).lm_head.requires_grad_(True)
     with common.trainer_of(
         target, goals[goal or "67"], prompts, generator=generator, words=tokenizer, **config

@@ -64,7 +64,9 @@ def validate(
     groups = parameter_groups(args.rule_class, model, params, decayed_parameters(model, params, args), rest=AdamW)
     groups = shards.of_groups(groups)
     params = [param for group in groups for param in group.params]
-    with restored(model), shards, _restored_parameters(params), torch.enable_grad():
+    # as in a reward, whatever the caller's context is
+    autocast = torch.autocast(params[0].device.type, enabled=False, cache_enabled=False)
+    with restored(model), shards, _restored_parameters(params), torch.enable_grad(), autocast:
         make_deterministic(model)  # the reward does the same
         with explaining_metric_memory(), shards.replicated():
             metric.setup(model)

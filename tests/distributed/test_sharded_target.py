@@ -46,6 +46,8 @@ def test_two_processes_equal_one(tmp_path):
     results = launch(2, ["few", "prepared_by_accelerate", "others", "failures", "refused"], tmp_path)
     check_equal(results["few"])
     check_equal(results["prepared_by_accelerate"])
+    whole, split = results["others"]["three rows"]
+    assert split == pytest.approx(whole, rel=1e-4, abs=1e-6 * max(map(abs, whole)))
     whole, split = results["others"]["validation"]
     assert split == pytest.approx(whole, rel=1e-5, abs=1e-7) and abs(whole["metric_gain"]) > 1e-3
     assert results["others"]["verdict"] == "passed"

@@ -83,15 +83,18 @@ def lm_head_norm(model):
     return -model.lm_head.weight.norm()
 
 
-def test_metric_that_reads_the_lm_head_alone():
-    """Other layers have no tangents then. Nor do they change anything at K = 1: the result is the same if they are frozen."""
+def test_other_layers_are_left_out_for_a_metric_of_the_lm_head():
+    """No tangents go through them at K = 1. The result is the same if they are frozen."""
     model, tangents = make_model(), []
     model.transformer.register_forward_hook(
         lambda module, args, output: tangents.append(forward_ad.unpack_dual(output.last_hidden_state).tangent)
     )
+    model.lm_head.register_forward_pre_hook(
+        lambda module, args: tangents.append(forward_ad.unpack_dual(module.weight).tangent is not None)
+    )
     args = TargetTrainingArguments(batch_size=6, adam_epsilon_root=1e-6)
     whole = compute_metagradients(model, EXAMPLES, lm_head_norm, args).metagradients
-    assert tangents and not any(tangents)
+    assert tangents[-2:] == [None, True]
     model.requires_grad_(False).lm_head.requires_grad_(True)
     alone = compute_metagradients(model, EXAMPLES, lm_head_norm, args).metagradients
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=0)
@@ -105,3 +108,18 @@ def test_step_at_a_learning_rate_of_zero(activation):
     args = TargetTrainingArguments(optim="sgd", batch_size=3, **schedule)
     out = compute_metagradients(make_model(activation=activation), EXAMPLES, metric, args)
     assert (out.metagradients == 0).sum() == 3
+
+
+def test_last_step_builds_no_graph_of_gradients_for_a_metric_of_the_lm_head():
+    """Other layers are passed once in training, and once on the way back through the last of two steps."""
+    model, passes = make_model(), []
+    model.transformer.ln_f.weight.register_hook(lambda grad: passes.append(grad.requires_grad))
+    compute_metagradients(model, EXAMPLES, lm_head_norm, TargetTrainingArguments(batch_size=3))
+    assert passes == [False] * 3
+
+
+def test_metric_of_a_parameter_that_no_loss_reaches():
+    model = make_model()
+    model.alone = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    args = TargetTrainingArguments(batch_size=3, adam_epsilon_root=1e-6)
+    assert not compute_metagradients(model, EXAMPLES, lambda model: -model.alone.norm(), args).metagradients.any()

@@ -153,6 +153,47 @@ def test_trains_as_sft_trainer_does(model, recipe, tmp_path):
     assert result["target_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("model", [gpt2, llama])
+def test_trains_under_autocast_as_sft_trainer_does(model, tmp_path):
+    """Every step reads the weights that the step before has written, not copies that autocast made of older ones."""
+    model = model()
+    recipe = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    expected, losses, _ = sft(model, sft_config(tmp_path, **recipe, bf16=True))
+    args = dataclasses.replace(TargetTrainingArguments.from_sft_config(sft_config(tmp_path, **recipe)), bf16=True)
+    metric = Recorder()
+    assert compute_metagradients(model, make_examples(), metric, args).losses == pytest.approx(losses, rel=1e-3)
+    rewarded, metric = metric.params, Recorder()
+    with torch.autocast("cpu", torch.bfloat16):  # of the caller
+        validate(model, make_examples(), metric, args)
+    for params in (rewarded, metric.params):
+        for name, start in model.named_parameters():
+            assert (params[name] - expected[name]).norm() <= 2e-2 * (expected[name] - start).norm(), name
+
+
+def test_metric_under_autocast():
+    """A metric with autocast of its own reads the fine-tuned weights, and not copies from before."""
+
+    def metric(model):
+        ids = torch.tensor([[1, 2, 3, 4]])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return -torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:])
+
+    model = gpt2()
+    args = TargetTrainingArguments(optim="sgd", learning_rate=1.0)
+    out = compute_metagradients(model, make_examples(), metric, args)
+    assert abs(out.metric_after - out.metric_before) > 0.1
+    assert out.metric_after == validate(model, make_examples(), metric, args)["metric"]
+
+    def in_float32(model):
+        ids = torch.tensor([[1, 2, 3, 4]])
+        return -torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
+
+    expected = compute_metagradients(model, make_examples(), in_float32, args)
+    assert out.metric_after == pytest.approx(expected.metric_after, rel=2e-2)
+    assert (out.metagradients - expected.metagradients).norm() < 5e-2 * expected.metagradients.norm()
+
+
 def test_losses_are_sums_in_float64():
     """Of float32 losses of tokens: a sum in float32 would be off by 1e-8 and more."""
     model = llama().eval()

@@ -359,6 +359,10 @@ def test_derivatives_over_micro_batches(size):
             double_backward = torch.cat(exact(batches, direction, product))
             forward_mode = torch.cat(exact(batches, direction, None))
             assert relative_error(forward_mode, double_backward) < 1e-12
+            nowhere = Direction(torch.zeros_like(vector), 0.0, values)
+            assert not any(
+                rows.any() for rows in [*exact(batches, nowhere, space.buffer()), *exact(batches, nowhere, None)]
+            )
             results.append(torch.cat([grad, product, double_backward[:, 0], values]))
     assert relative_error(results[1], results[0]) < 1e-12
 

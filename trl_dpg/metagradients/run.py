@@ -103,8 +103,9 @@ class TargetRun:
             stack.enter_context(explaining_memory())
             stack.enter_context(restored(self.model))
             stack.enter_context(torch.enable_grad())
-            device = self.params[0].device.type  # autocast depends on `bf16` alone, not on the caller's context
-            stack.enter_context(torch.autocast(device, enabled=False))
+            # Autocast depends on `bf16` alone, not on the caller's context. Its cache would keep copies of weights until this outermost
+            # context ends, while training changes the weights.
+            stack.enter_context(torch.autocast(self.params[0].device.type, enabled=False, cache_enabled=False))
             make_deterministic(self.model)
             with self.processes.failing_together():
                 stack.enter_context(checkpointed(self.model, self.recipe.gradient_checkpointing))

@@ -36,7 +36,9 @@ class Exact:
 
     A step takes about as long as 8 to 9 forward passes. A step of plain training takes 3. Activations take about three times the
     memory of a training step. The first step needs no product: forward-mode differentiation takes 3 forward passes there, and no graph.
-    Both leave out parameters that \\( \lambda_g \\) does not move. A metric that reads the LM head alone moves no others at the last step.
+
+    Forward mode and double backward leave out parameters that \\( \lambda_g \\) does not move. For a metric that reads the LM head alone,
+    these are all others at the last step, unless this step clips.
     """
 
     def __init__(self, token_losses: TokenLosses, space: Workspace):
@@ -74,12 +76,15 @@ class Exact:
         return results
 
     def _moving(self, vector: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """Trained parameters that a direction moves, with their parts of it. Derivatives do not depend on the others."""
+        r"""
+        Trained parameters that \\( \lambda_g \\) moves, with their parts of it. Parts that are zero add nothing to
+        \\( \langle g, \lambda_g \rangle \\). A model in shards leaves out nothing.
+        """
         pairs = list(zip(self.space.params, self.space.views(vector), strict=True))
         if self.space.processes.in_step:  # a direction may be zero in one process's part, and all must gather alike
             return pairs
-        moves = torch.stack([part.any() for _, part in pairs]).tolist()
-        # At a learning rate of 0, nothing moves.
+        moves = torch.stack([part.count_nonzero() for _, part in pairs]).tolist()
+        # At a learning rate of 0, nothing moves. A graph needs an output all the same.
         return [pair for pair, moved in zip(pairs, moves, strict=True) if moved] or pairs[:1]
 
     def _double_backward(
