@@ -62,7 +62,7 @@ bench: $(VENV)/.offline-data
 	$(BIN)/python -m benchmarks.memory --device $(DEVICE) > $(RESULTS)/memory.md
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model $(GPT2) $(if $(filter cpu,$(DEVICE)),--peers) > $(RESULTS)/cost_$(GPT2).md
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model smollm2 > $(RESULTS)/cost_smollm2.md
-	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model $(GPT2) --lm_head --steps 1 8 > $(RESULTS)/cost_lm_head.md
+	$(BIN)/python -m benchmarks.cost --device $(DEVICE) --model $(GPT2) --lm_head --steps 1 > $(RESULTS)/cost_lm_head.md
 	$(BIN)/python -m benchmarks.long_run --device $(DEVICE) > $(RESULTS)/long_run.md
 
 # What only a GPU can show, in nine minutes at most; each part saves its table as it goes

@@ -3,7 +3,7 @@ Prints a Markdown table of what metagradients cost, divided by plain training on
 bergson 2.5.1 (MAGIC) and with autograd through the unrolled run.
 
     python -m benchmarks.cost --model gpt2-shaped --peers > benchmarks/results/cost_gpt2-shaped.md
-    python -m benchmarks.cost --model gpt2-shaped --lm_head --steps 1 8 > benchmarks/results/cost_lm_head.md
+    python -m benchmarks.cost --model gpt2-shaped --lm_head --steps 1 > benchmarks/results/cost_lm_head.md
 
 A round of a large model takes half an hour. With `--rounds FILE`, each round is kept in a file when it ends, and the table covers all
 rounds of this machine in the file. So rounds can be run in parts.
