@@ -39,8 +39,8 @@ BASELINES = ["untrained", "real leads"]
 LENGTH, NUM_HELD_OUT, PROMPT_WORDS = 32, 64, 12  # tokens of a completion, prompts, words of a prompt at most
 DRAWS, SHOWN = 5, 10
 MICRO_BATCH = 32  # completions in memory at once
-EPSILON_ROOT = 1e-5  # of the target's AdamW, in training: far above what "auto" measures
-RUN = ["steps", "completions", "learning_rate", "beta", "seed"]  # of the generator
+RUN = ["steps", "completions", "learning_rate", "beta", "epsilon_root", "seed"]  # of the generator
+EARLY = {"epsilon_root": 1e-5}  # in lines that do not name it
 
 
 def one(goal: str, writer: str, samples: int, target_learning_rate: float, **settings: Any) -> dict:
@@ -80,7 +80,7 @@ def generated(target, goals, goal, tokenizer, prompts, samples, settings) -> tup
         "per_device_train_batch_size": MICRO_BATCH,
         "gradient_accumulation_steps": completions // MICRO_BATCH,
         "target_micro_batch_size": MICRO_BATCH,
-        "target_adam_epsilon_root": EPSILON_ROOT,
+        "target_adam_epsilon_root": settings["epsilon_root"],
         "num_generations": 4,
         "num_generations_eval": samples // NUM_HELD_OUT,
         "max_completion_length": LENGTH,
@@ -114,16 +114,16 @@ def generated(target, goals, goal, tokenizer, prompts, samples, settings) -> tup
 
 def run(options: argparse.Namespace) -> None:
     judged = {"samples": options.samples, "target_learning_rate": options.target_learning_rate}
-    same = {name: getattr(options, name) for name in ("steps", "completions", "learning_rate", "beta")}
+    same = {name: getattr(options, name) for name in RUN[:-1]}
     grid = [{"goal": "", "writer": writer, **dict.fromkeys(RUN, 0), **judged} for writer in options.baselines]
     for seed, goal, writer in product(options.seeds, options.goals, options.credits):
         grid.append({"goal": goal, "writer": writer, "seed": seed, **same, **judged})
-    common.run_missing(RESULTS, grid, one, options.threads)
+    common.run_missing(RESULTS, grid, one, options.threads, **EARLY)
 
 
 def report(options: argparse.Namespace) -> None:
-    lines, samples = common.lines_of(RESULTS), []
-    head = "goal, measured, texts of, seed, β, completions, texts, rate of the target, mean, standard error, lowest, highest"
+    lines, samples = [{**EARLY, **line} for line in common.lines_of(RESULTS)], []
+    head = "goal, measured, texts of, seed, β, ε root, completions, texts, rate of the target, mean, standard error, lowest, highest"
     rows = [f"{head}, perplexity, distinct pairs, minutes".split(", ")]
     for goal, readout in READOUTS.items():
         recipes = [(line["samples"], line["target_learning_rate"]) for line in lines if line["goal"] == goal]
@@ -142,10 +142,15 @@ def report(options: argparse.Namespace) -> None:
 def cells_of(line: dict, goal: str, readout: str) -> list[str]:
     values = [draw[goal][readout] for draw in line["read"]]
     written = str(line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"]))
-    settings = [str(line["seed"]), f"{line['beta']:g}", written] if line["goal"] else [""] * 3
+    settings = [str(line["seed"]), f"{line['beta']:g}", f"{line['epsilon_root']:g}", written]
     figures = [mean(values), stdev(values) / len(values) ** 0.5, min(values), max(values)]
     return [
-        *(TITLES.get(goal, "Spanish texts"), MEASURED[readout], line["writer"], *settings),
+        *(
+            TITLES.get(goal, "Spanish texts"),
+            MEASURED[readout],
+            line["writer"],
+            *(settings if line["goal"] else [""] * 4),
+        ),
         *(str(line["samples"]), f"{line['target_learning_rate']:g}"),
         *(f"{figure:.4f}" for figure in figures),
         *(f"{line['perplexity']:.0f}", f"{line['distinct_2']:.2f}"),
@@ -162,6 +167,7 @@ def main() -> None:
         "--beta", type=float, default=0.1, help="weight of the divergence from the untrained generator"
     )
     runner.add_argument("--learning_rate", type=float, default=1e-3, help="of the generator")
+    runner.add_argument("--epsilon_root", type=float, default=1e-5, help="of the target's AdamW, in training")
     runner.add_argument("--completions", type=int, default=64, help="a generation batch")
     runner.add_argument("--steps", type=int, default=50, help="of the generator, two a generation batch")
     runner.add_argument("--target_learning_rate", type=float, default=1e-4)
