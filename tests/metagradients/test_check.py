@@ -18,6 +18,7 @@ from trl_dpg.metagradients import (
     TargetTrainingArguments,
     check_metagradients,
     compute_metagradients,
+    train_and_measure,
 )
 from trl_dpg.metrics import LMHeadNorm, LMHeadPattern
 from trl_dpg.testing import save_tiny_models, tiny_prompts
@@ -86,6 +87,19 @@ def test_automatic_epsilon_root_is_that_of_the_first_run():
     """Each run would find another one, as the weights of its first batch are others."""
     automatic = run(adam_epsilon_root="auto")
     assert run(adam_epsilon_root=automatic.adam_epsilon_root).to_dict() == automatic.to_dict()
+
+
+@pytest.mark.parametrize("fields", [{"adam_epsilon_root": 1.0}, {"optim": "sgd", "learning_rate": 0.1}])
+def test_run_without_epsilon_root(fields):
+    """Where an epsilon_root holds AdamW back, ordinary AdamW goes farther. SGD has none."""
+    result = run(**fields)
+    ordinary = train_and_measure(
+        gpt2().double(), EXAMPLES, likelihood, replace(GENTLE, **{**fields, "adam_epsilon_root": 0.0})
+    )
+    assert result.metric_after_without_epsilon_root == ordinary.metric_after
+    change, ordinary_change = (x - result.metric_before for x in (result.metric_after, ordinary.metric_after))
+    assert abs(ordinary_change) > 5 * abs(change) if "optim" not in fields else ordinary_change == change
+    assert f"ordinary fine-tuning: -> {ordinary.metric_after:.7g}" in str(result)
 
 
 def test_probes_are_the_largest_and_others():

@@ -80,6 +80,9 @@ class MetagradientCheck:
             and half the second difference at a hundredth of the radius. At that distance, a smooth Φ has no visible curvature.
         metric_before (`float`): Φ of the original model.
         metric_after (`float`): Φ of the fine-tuned model.
+        metric_after_without_epsilon_root (`float`):
+            Φ after the same run with `adam_epsilon_root` 0, as ordinary AdamW and validation have it. If it is far from `metric_after`,
+            metagradients are right, but for another optimizer than that of ordinary fine-tuning.
         adam_epsilon_root (`float`): The value that was used.
         radius (`float`): How far weights were moved.
         probes (`list[Probe]`): Results for single examples.
@@ -96,6 +99,7 @@ class MetagradientCheck:
     noise: float
     metric_before: float
     metric_after: float
+    metric_after_without_epsilon_root: float
     adam_epsilon_root: float
     radius: float
     probes: list[Probe]
@@ -115,6 +119,7 @@ class MetagradientCheck:
         lines = [
             f"Metagradients: {self.verdict}",
             f"metric {self.metric_before:.7g} -> {self.metric_after:.7g}, noise {self.noise:.1e}, adam_epsilon_root {self.adam_epsilon_root:.3g}",
+            f"metric without epsilon_root, as in ordinary fine-tuning: -> {self.metric_after_without_epsilon_root:.7g}",
             f"all weights ± {self.radius:g}, {len(self.predicted)} directions: correlation {self.correlation:.4f}, slope "
             f"{self.slope:.3f}, R² {self.r_squared:.4f}, smoothness {self.smoothness:.3f}",
             f"{'example':>7} {'predicted':>12} {'measured':>12} {'step error':>10} {'rounding':>9}",
@@ -145,7 +150,7 @@ def check_metagradients(
     r"""
     Compares metagradients with the measured effect of changing the examples' weights.
 
-    Costs one call of [`compute_metagradients`] and 6 + 4 (`num_probes` + `num_reweightings`) plain fine-tuning runs. Values that
+    Costs one call of [`compute_metagradients`] and 7 + 4 (`num_probes` + `num_reweightings`) plain fine-tuning runs. Values that
     the first run measures (`adam_epsilon_root="auto"`, a metric's automatic scale) are kept for the other runs.
 
     Args:
@@ -189,6 +194,7 @@ def check_metagradients(
     out = compute_metagradients(model, examples, metric, recipe, accelerator)
     recipe = replace(recipe, micro_batch_size=out.micro_batch_size, adam_epsilon_root=out.adam_epsilon_root)
     fine_tune = partial(train_and_measure, model, metric=metric, accelerator=accelerator)
+    ordinary = fine_tune(examples=examples, args=replace(recipe, adam_epsilon_root=0.0)).metric_after
 
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (num_reweightings + 2, len(examples)), generator=generator).double() * 2 - 1
@@ -202,7 +208,7 @@ def check_metagradients(
 
     noise, remedy = _estimate_noise(values)
     changes = values[NUM_NOISE_RUNS:].view(-1, len(SHIFTS)) - values[0]
-    result = _compare(out, directions, probed, changes, radius, noise)
+    result = _compare(out, ordinary, directions, probed, changes, radius, noise)
     result.verdict = judge(result)
     if result.verdict == "inconclusive":
         result.advice = [advise_on_noise(result, remedy)]
@@ -252,7 +258,13 @@ def _estimate_noise(values: Tensor) -> tuple[float, str]:
 
 
 def _compare(
-    out: MetagradientOutput, directions: Tensor, probed: Tensor, changes: Tensor, radius: float, noise: float
+    out: MetagradientOutput,
+    ordinary: float,
+    directions: Tensor,
+    probed: Tensor,
+    changes: Tensor,
+    radius: float,
+    noise: float,
 ) -> MetagradientCheck:
     """Computes all figures of the result."""
     gradients = out.metagradients.double()
@@ -271,6 +283,7 @@ def _compare(
         noise=noise,
         metric_before=out.metric_before,
         metric_after=out.metric_after,
+        metric_after_without_epsilon_root=ordinary,
         adam_epsilon_root=out.adam_epsilon_root,
         radius=radius,
         probes=[_probe(example, gradient, c, radius, noise, size) for example, gradient, c in moved],
