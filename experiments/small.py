@@ -9,7 +9,8 @@ frequency in leads), a small norm of the LM head (`l2`), a UUID that follows an 
 
 Afterwards the generator writes texts for prompts that no training had. TRL's stock `SFTTrainer` takes one step on them with a fresh target.
 This is done five times, each with new texts. To compare with: texts of the untrained generator, and real leads. The untrained generator
-judges how readable texts are, by their perplexity. Each run adds a line to `experiments/results/small.jsonl`; one that is there is not
+judges how readable texts are, by their perplexity. The *first gain in training* is that of the metric on the untrained generator's first
+batch. There, AdamW has the `epsilon_root` of training, and in SFT it has none. Each run adds a line to `experiments/results/small.jsonl`; one that is there is not
 repeated. `report` writes the table beside it.
 """
 
@@ -123,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     lines, samples = [{**EARLY, **line} for line in common.lines_of(RESULTS)], []
-    head = "goal, measured, texts of, seed, β, ε root, completions, texts, rate of the target, mean, standard error, lowest, highest"
+    head = "goal, measured, texts of, seed, β, ε root, completions, texts, rate of the target, first gain in training, mean, standard error, lowest, highest"
     rows = [f"{head}, perplexity, distinct pairs, minutes".split(", ")]
     for goal, readout in READOUTS.items():
         recipes = [(line["samples"], line["target_learning_rate"]) for line in lines if line["goal"] == goal]
@@ -152,6 +153,7 @@ def cells_of(line: dict, goal: str, readout: str) -> list[str]:
             *(settings if line["goal"] else [""] * 4),
         ),
         *(str(line["samples"]), f"{line['target_learning_rate']:g}"),
+        f"{line['curve'][0]['gain']:.4f}" if line["goal"] else "",
         *(f"{figure:.4f}" for figure in figures),
         *(f"{line['perplexity']:.0f}", f"{line['distinct_2']:.2f}"),
         f"{line['seconds'] / 60:.0f}" if line["goal"] else "",
