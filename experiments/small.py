@@ -10,8 +10,8 @@ frequency in leads), a small norm of the LM head (`l2`), a UUID that follows an 
 Afterwards the generator writes texts for prompts that no training had. TRL's stock `SFTTrainer` takes one step on them with a fresh target.
 This is done five times, each with new texts. To compare with: texts of the untrained generator, and real leads. The untrained generator
 judges how readable texts are, by their perplexity. The *first gain in training* is that of the metric on the untrained generator's first
-batch. There, AdamW has the `epsilon_root` of training, and in SFT it has none. Each run adds a line to `experiments/results/small.jsonl`; one that is there is not
-repeated. `report` writes the table beside it.
+batch. There, AdamW has the `epsilon_root` of training, and in SFT it has none. Each run adds a line to
+`experiments/results/small.jsonl`; one that is there is not repeated. `report` writes the table beside it.
 """
 
 import argparse
