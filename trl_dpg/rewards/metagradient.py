@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from ..credit import TokenAdvantages, WordCredit, aligned_candidates, token_advantages, word_credits, written_by
 from ..data import Messages
-from ..metagradients import TargetTrainingArguments, compute_metagradients
+from ..metagradients import TargetTrainingArguments, TrainingOutput, compute_metagradients, train_and_measure
 from ..sft_rows import Row
 from .base import STD_FLOOR, TargetReward, mean_figures
 
 
 logger = logging.getLogger(__name__)
+
+OTHER_OPTIMIZER = (
+    0.9  # least difference of two gains, as a share of the larger one, by which optimizers count as different
+)
 
 
 class MetagradientReward(TargetReward):
@@ -196,6 +201,7 @@ class MetagradientReward(TargetReward):
         self._candidates = None
         if self.candidate_ids is not None:
             self._candidates = [torch.zeros(example["candidates"].shape) for example in examples]
+        self._at_start = trainer_state is not None and trainer_state.global_step == 0
         return super()._values(examples, trainer_state)
 
     def measure(self, examples, datasets, args, processes) -> tuple[Tensor, dict[str, float]]:
@@ -215,6 +221,13 @@ class MetagradientReward(TargetReward):
                 "`target_adam_epsilon_root`."
             )
         figures = mean_figures(outs.values())
+        if self._at_start and args.optim == "adamw":
+            number, out = next(iter(outs.items()))
+            data = [examples[i] for i in datasets[number]] + self._real[number]
+            without = replace(args, adam_epsilon_root=0.0, micro_batch_size=out.micro_batch_size)
+            ordinary = train_and_measure(self.target_model, data, self.metric, without, accelerator=processes)
+            if processes.is_main_process:
+                warn_of_another_optimizer(out, ordinary)
         errors = [error for out in outs.values() for error in out.curvature_errors]
         if errors:
             figures["curvature_error"] = max(errors)
@@ -227,3 +240,17 @@ class MetagradientReward(TargetReward):
                 self.tape = out.plan.tape
                 if args.tape == "auto" and processes.is_main_process:
                     logger.warning("The target's tape lies on %s from here on: %s.", self.tape, out.plan)
+
+
+def warn_of_another_optimizer(out: TrainingOutput, ordinary: TrainingOutput) -> None:
+    """Warns if AdamW with the `adam_epsilon_root` of training does not do to the metric what ordinary AdamW does."""
+    gain, ordinary_gain = (run.metric_after - run.metric_before for run in (out, ordinary))
+    if abs(gain - ordinary_gain) > OTHER_OPTIMIZER * max(abs(gain), abs(ordinary_gain)):
+        logger.warning(
+            "On the first generation batch, the metric changes by %.2g with `target_adam_epsilon_root` %.2g, but by %.2g without, as in "
+            "validation and in ordinary fine-tuning. So the reward is about another optimizer. Try a %s `target_adam_epsilon_root`.",
+            gain,
+            out.adam_epsilon_root,
+            ordinary_gain,
+            "smaller" if abs(gain) < abs(ordinary_gain) else "different",
+        )
