@@ -215,7 +215,7 @@ def table(goal: str, lines: list[dict]) -> str:
     """Figures of a goal: runs for it, and texts to compare with that were judged by the same fine-tuning."""
     recipes = [[line[name] for name in SFT_FIELDS] for line in lines if line["goal"]]
     columns = READOUTS[goal]
-    head = "texts of, seed, β, learning rate, completions, K, curvature, ε root, texts, passes, "
+    head = "texts of, seed, β, learning rate, completions, K, curvature, ε root, last in training, texts, passes, "
     head += ", ".join(column[0] for column in columns)
     rows = [f"{head}, perplexity, distinct words, distinct pairs, seconds".split(", ")]
     for line in lines:
@@ -223,18 +223,21 @@ def table(goal: str, lines: list[dict]) -> str:
             continue
         for passes, read in line["read"].items():
             if goal in read:
-                cells = [*cells_of_run(line), str(line["samples"]), passes]
+                cells = [*cells_of_run(line, columns[0]), str(line["samples"]), passes]
                 cells += [f"{read[goal][name]:{form}}" for _, name, form in columns] + [f"{line['perplexity']:.0f}"]
                 cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
                 rows.append([*cells, f"{line['seconds']:.0f}" if line["steps"] else ""])
     return markdown_table(rows)
 
 
-def cells_of_run(line: dict) -> list[str]:
+def cells_of_run(line: dict, watched: tuple[str, str, str]) -> list[str]:
     batches = line["completions"] * -(-line["steps"] // common.GENERATOR["num_iterations"])
     settings = [str(line["seed"]), f"{line['beta']:g}", f"{line['learning_rate']:g}", f"{batches:,}"]
     epsilon = f"{line['epsilon_root']:g}" if line["epsilon_root"] != "auto" else "auto"
-    return [line["writer"], *(settings if batches else [""] * 4), str(line["inner_steps"]), line["curvature"], epsilon]
+    _, name, form = watched
+    last = f"{line['curve'][-1][name]:{form}}" if batches else ""
+    settings = settings if batches else [""] * 4
+    return [line["writer"], *settings, str(line["inner_steps"]), line["curvature"], epsilon, last]
 
 
 def epsilon_root(value: str) -> str | float:
