@@ -21,9 +21,8 @@ from .base import STD_FLOOR, TargetReward, mean_figures
 
 logger = logging.getLogger(__name__)
 
-OTHER_OPTIMIZER = (
-    0.9  # least difference of two gains, as a share of the larger one, by which optimizers count as different
-)
+# Two optimizers count as different if the gains of their runs differ by more than this share of the larger gain.
+OTHER_OPTIMIZER = 0.9
 
 
 class MetagradientReward(TargetReward):
