@@ -339,3 +339,26 @@ def test_epsilon_root_that_makes_another_optimizer(make_trainer, caplog, fields,
     if warned:
         gain = trainer.state.log_history[0]["metagradient/metric_gain"]
         assert f"changes by {gain:.2g} with `target_adam_epsilon_root` 1," in said[0] and "a smaller" in said[0]
+
+
+class Near(LMHeadNorm):
+    """Not a number if the head went far from its original weights."""
+
+    def setup(self, model):
+        self.original = model.lm_head.weight.detach().clone()
+
+    def __call__(self, model):
+        far = (model.lm_head.weight.detach() - self.original).abs().max() > 9e-4
+        return super().__call__(model) * (torch.nan if far else 1.0)
+
+
+def test_ordinary_run_that_is_not_finite(make_trainer, caplog):
+    """Training goes on: only a warning needs that run."""
+    trainer = make_trainer(metric=Near(), max_steps=2, target_adam_epsilon_root=1.0, target_learning_rate=1e-3)
+    with caplog.at_level("WARNING", logger="trl_dpg"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    said = [
+        text for text in caplog.messages if "Without `target_adam_epsilon_root`, as in ordinary fine-tuning" in text
+    ]
+    assert len(said) == 1 and "`metric` returned nan" in said[0]

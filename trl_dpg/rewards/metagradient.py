@@ -224,9 +224,12 @@ class MetagradientReward(TargetReward):
             number, out = next(iter(outs.items()))
             data = [examples[i] for i in datasets[number]] + self._real[number]
             without = replace(args, adam_epsilon_root=0.0, micro_batch_size=out.micro_batch_size)
-            ordinary = train_and_measure(self.target_model, data, self.metric, without, accelerator=processes)
-            if processes.is_main_process:
-                warn_of_another_optimizer(out, ordinary)
+            try:
+                ordinary = train_and_measure(self.target_model, data, self.metric, without, accelerator=processes)
+                if processes.is_main_process:
+                    warn_of_another_optimizer(out, ordinary)
+            except FloatingPointError as error:  # only the warning needs this run
+                logger.warning("Without `target_adam_epsilon_root`, as in ordinary fine-tuning: %s", error)
         errors = [error for out in outs.values() for error in out.curvature_errors]
         if errors:
             figures["curvature_error"] = max(errors)
