@@ -191,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
     grid: list[dict[str, Any]] = []
     for goal, seed, writer, beta in product(options.goals, options.seeds, options.credits, options.betas):
         grid.append({"goal": goal, "writer": writer, "beta": beta, "seed": seed, **same, **judged})
-    grid += [{"goal": "", "writer": writer, **dict.fromkeys(RUN, 0), **judged} for writer in BASELINES]
+    grid += [{"goal": "", "writer": writer, **dict.fromkeys(RUN, 0), **judged} for writer in options.baselines]
     common.run_missing(RESULTS, grid, one, options.threads, passes=[1], **RECIPE)
 
 
@@ -248,6 +248,7 @@ def main() -> None:
     parser, runner = common.commands(__doc__.splitlines()[1], run, report)
     runner.add_argument("--goals", nargs="+", choices=list(GOALS), default=list(GOALS))
     runner.add_argument("--credits", nargs="*", choices=CREDITS, default=["expected"])
+    runner.add_argument("--baselines", nargs="*", choices=BASELINES, default=BASELINES)
     runner.add_argument(
         "--betas", nargs="+", type=float, default=[0.0], help="weight of the divergence from the untrained generator"
     )
