@@ -16,7 +16,7 @@ Each run adds a line to `experiments/results/mini.jsonl`; one that is there is n
 import argparse
 import random
 from collections import Counter
-from itertools import chain, product
+from itertools import chain, cycle, islice, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def one(writer: str, samples: int, passes: list[int], **settings: Any) -> dict:
         model = common.sft(target, tokenizer, texts, num_train_epochs=number, **recipe)
         line["read"][str(number)] = {name: read(goal, target, model) for name, goal in goals.items()}
     drawn = random.Random(0).sample(rows, min(JUDGED, len(rows)))
-    return {**line, **readable(drawn, base, tokenizer), "texts": drawn[:SHOWN]}
+    return {**line, "number_of_texts": len(rows), **readable(drawn, base, tokenizer), "texts": drawn[:SHOWN]}
 
 
 @torch.no_grad()
@@ -166,15 +166,28 @@ def generated(target, goals, tokenizer, prompts, writer, samples, goal, **settin
 
 
 def others(kind: str, leads: list[str], tokenizer: Any, samples: int, length: int) -> list[dict]:
-    """Real leads after their first sentences, as long as completions, or as many words of theirs at random."""
-    rng, rows, words = random.Random(0), [], " ".join(leads).split()
-    for lead in rng.sample(leads, len(leads)):
-        first = split_sentences(lead)[0]
-        rest = lead[len(first) :] if kind == "real leads" else " " + " ".join(rng.choices(words, k=length))
-        ids = tokenizer(rest, add_special_tokens=False)["input_ids"][:length] if rest else []
-        if len(ids) == length:
-            rows.append({"prompt": first, "completion": tokenizer.decode(ids)})
-    return rows[:samples]
+    """
+    Real leads after their first sentences, in pieces as long as completions, or as many words of theirs at random. The leads may have
+    fewer pieces than `samples`. First pieces come first.
+    """
+    rng, words = random.Random(0), " ".join(leads).split()
+    leads = rng.sample(leads, len(leads))
+    if kind == "real leads":
+        rounds = zip_longest(*(pieces(lead, tokenizer, length) for lead in leads))
+        return [row for row in chain.from_iterable(rounds) if row][:samples]
+    rows = []
+    for lead in islice(cycle(leads), samples):
+        ids = tokenizer(" " + " ".join(rng.choices(words, k=length)), add_special_tokens=False)["input_ids"][:length]
+        rows.append({"prompt": split_sentences(lead)[0], "completion": tokenizer.decode(ids)})
+    return rows
+
+
+def pieces(lead: str, tokenizer: Any, length: int) -> list[dict[str, str]]:
+    """A lead after its first sentence, cut into pieces of `length` tokens. The prompt of each is the text before it."""
+    first = split_sentences(lead)[0]
+    ids = tokenizer(lead[len(first) :], add_special_tokens=False)["input_ids"] if len(lead) > len(first) else []
+    texts = [tokenizer.decode(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
+    return [{"prompt": before, "completion": text} for before, text in zip([first, *texts], texts, strict=False)]
 
 
 def distinct(texts: list[str], n: int) -> float:
@@ -196,7 +209,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    lines = [{"passes": [1], **RECIPE, **line} for line in common.lines_of(RESULTS)]
+    lines = [
+        {"passes": [1], "number_of_texts": line["samples"], **RECIPE, **line} for line in common.lines_of(RESULTS)
+    ]
     lines.sort(key=lambda line: [str(line[name]) for name in ("goal", "writer", "completions", "beta", "seed")])
     tables, samples = [], []
     for goal, title in TITLES.items():
@@ -204,7 +219,7 @@ def report(options: argparse.Namespace) -> None:
     for line in lines:
         run = f", seed {line['seed']}, β = {line['beta']:g}, K = {line['inner_steps']}" if line["goal"] else ""
         goal = f"{TITLES[line['goal']]}, " if line["goal"] else ""
-        samples += [f"\n## {line['samples']:,} texts: {goal}{line['writer']}{run}\n"]
+        samples += [f"\n## {line['number_of_texts']:,} texts: {goal}{line['writer']}{run}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
     text = ["# Readable text for the paper's goals\n", __doc__.strip(), *tables, *samples, ""]
     RESULTS.with_suffix(".md").write_text("\n".join(text))
@@ -223,7 +238,7 @@ def table(goal: str, lines: list[dict]) -> str:
             continue
         for passes, read in line["read"].items():
             if goal in read:
-                cells = [*cells_of_run(line, columns[0]), str(line["samples"]), passes]
+                cells = [*cells_of_run(line, columns[0]), str(line["number_of_texts"]), passes]
                 cells += [f"{read[goal][name]:{form}}" for _, name, form in columns] + [f"{line['perplexity']:.0f}"]
                 cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
                 rows.append([*cells, f"{line['seconds']:.0f}" if line["steps"] else ""])

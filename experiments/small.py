@@ -55,6 +55,10 @@ def one(goal: str, writer: str, samples: int, target_learning_rate: float, **set
     goals["spanish"] = LanguageModelingLikelihood(spanish, tokenizer)
     if writer == "real leads":
         rows, line = others(writer, leads["test"]["text"][:], tokenizer, samples * DRAWS, LENGTH), {}
+        if len(rows) < samples * DRAWS:
+            raise ValueError(
+                f"Real leads have {len(rows)} pieces, fewer than {DRAWS} draws of `--samples` {samples}. Leave them out of `--baselines`."
+            )
         draws = [rows[start::DRAWS] for start in range(DRAWS)]
     else:
         prompts = continuation_prompts(leads["train"], NUM_HELD_OUT, PROMPT_WORDS)

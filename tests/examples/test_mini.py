@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from experiments import mini
+from experiments.corpora import split_sentences
 
 
 def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
@@ -57,3 +59,16 @@ def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
 
 def test_what_texts_are_compared_with():
     assert mini.distinct(["a b a b", "a b"], 1) == 2 / 6 and mini.distinct(["a b a b", "a b"], 2) == 2 / 4
+
+
+def test_pieces_of_leads_and_words_at_random(few_leads, little_model):
+    tokenizer, leads = AutoTokenizer.from_pretrained(little_model), few_leads["test"]["text"][:]
+    real = mini.others("real leads", leads, tokenizer, 10**6, 4)
+    rests = [lead[len(split_sentences(lead)[0]) :] for lead in leads]
+    lengths = [len(tokenizer(rest, add_special_tokens=False)["input_ids"]) if rest else 0 for rest in rests]
+    assert len(real) == sum(length // 4 for length in lengths) > len(leads)
+    assert mini.others("real leads", leads, tokenizer, 3, 4) == real[:3]
+    second = next(row for row in real if row["prompt"] in [other["completion"] for other in real])
+    assert any(second["prompt"] + second["completion"] in lead for lead in leads)  # a piece that goes on from another
+    drawn = mini.others("random words", leads, tokenizer, 2 * len(leads), 4)
+    assert len(drawn) == 2 * len(leads) and len({row["completion"] for row in drawn}) > len(leads)
