@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PrinterCallback, TrainerCallback
@@ -236,3 +237,25 @@ def cell(found: list[dict[str, Any]]) -> str:
         return ""
     spread = f"{statistics.median(accuracies):.3f} ({accuracies[0]:.3f} to {accuracies[-1]:.3f})"
     return f"{spread}, {sum(one['read'] for one in found)}/{len(found)}"
+
+
+def plot_training(panels: dict[str, list[tuple[str, dict]]], readouts: dict[str, str], path: Path) -> None:
+    """
+    Draws what the metric's read-out was on each generation batch, before the generator learned from it: a panel for each goal.
+
+    `panels` maps a title to labels of runs and their lines in a file of results. `readouts` names the read-out of each title.
+    """
+    figure, every_axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    for axes, (title, runs) in zip(every_axes[0], panels.items(), strict=True):
+        for label, line in runs:
+            written = [(number + 1) * line["completions"] for number in range(len(line["curve"]))]
+            values = [row[readouts[title]] for row in line["curve"]]
+            axes.plot(written, values, label=label, linestyle="--" if "sequence" in label else "-")
+        axes.set(title=title, xlabel="completions", ylabel=f"{readouts[title].replace('_', ' ')}, in training")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

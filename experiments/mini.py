@@ -221,7 +221,15 @@ def report(options: argparse.Namespace) -> None:
         goal = f"{TITLES[line['goal']]}, " if line["goal"] else ""
         samples += [f"\n## {line['number_of_texts']:,} texts: {goal}{line['writer']}{run}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
-    text = ["# Readable text for the paper's goals\n", __doc__.strip(), *tables, *samples, ""]
+    runs = {
+        title: [(label_of(line), line) for line in lines if line["goal"] == goal] for goal, title in TITLES.items()
+    }
+    readouts = {title: READOUTS[goal][0][1] for goal, title in TITLES.items()}
+    common.plot_training(
+        {title: found for title, found in runs.items() if found}, readouts, RESULTS.with_suffix(".png")
+    )
+    picture = f"\n![What the metric said in training]({RESULTS.stem}.png)"
+    text = ["# Readable text for the paper's goals\n", __doc__.strip(), *tables, picture, *samples, ""]
     RESULTS.with_suffix(".md").write_text("\n".join(text))
     print("\n".join(tables))
 
@@ -243,6 +251,10 @@ def table(goal: str, lines: list[dict]) -> str:
                 cells += [f"{line[f'distinct_{n}']:.2f}" for n in (1, 2)]
                 rows.append([*cells, f"{line['seconds']:.0f}" if line["steps"] else ""])
     return markdown_table(rows)
+
+
+def label_of(line: dict) -> str:
+    return f"{line['writer']}, seed {line['seed']}, β {line['beta']:g}, ε root {line['epsilon_root']}, K {line['inner_steps']}"
 
 
 def cells_of_run(line: dict, watched: tuple[str, str, str]) -> list[str]:

@@ -139,9 +139,30 @@ def report(options: argparse.Namespace) -> None:
         of = f"{TITLES.get(line['goal'], 'Spanish texts')}, seed {line['seed']}, " if line["goal"] else ""
         samples += [f"\n## Texts: {of}{line['writer']}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
-    text = ["# The paper's goals with SmolLM2-135M\n", __doc__.strip(), "", markdown_table(rows), *samples, ""]
+    titles = {goal: TITLES.get(goal, "Spanish texts") for goal in READOUTS}
+    panels = {
+        title: [(label_of(line), line) for line in lines if line["goal"] == goal] for goal, title in titles.items()
+    }
+    readouts = {title: READOUTS[goal] for goal, title in titles.items()}
+    common.plot_training(
+        {title: runs for title, runs in panels.items() if runs}, readouts, RESULTS.with_suffix(".png")
+    )
+    picture = f"\n![What the metric said in training]({RESULTS.stem}.png)"
+    text = [
+        "# The paper's goals with SmolLM2-135M\n",
+        __doc__.strip(),
+        "",
+        markdown_table(rows),
+        picture,
+        *samples,
+        "",
+    ]
     RESULTS.with_suffix(".md").write_text("\n".join(text))
     print(markdown_table(rows))
+
+
+def label_of(line: dict) -> str:
+    return f"{line['writer']}, seed {line['seed']}, β {line['beta']:g}, ε root {line['epsilon_root']:g}, {line['completions']} a batch"
 
 
 def cells_of(line: dict, goal: str, readout: str) -> list[str]:

@@ -54,6 +54,7 @@ def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
     ]
     assert len(rows) == 3  # a table a goal
     written = (tmp_path / "mini.md").read_text()
+    assert (tmp_path / "mini.png").stat().st_size > 0
     assert all(row in written for row in rows) and lines[0]["texts"][0]["prompt"].strip() in written
 
 

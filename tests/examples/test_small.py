@@ -42,3 +42,4 @@ def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
         in rows[5]
     )
     assert rows[5] in (tmp_path / "small.md").read_text()
+    assert (tmp_path / "small.png").stat().st_size > 0
