@@ -162,7 +162,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def label_of(line: dict) -> str:
-    return f"{line['writer']}, seed {line['seed']}, β {line['beta']:g}, ε root {line['epsilon_root']:g}, {line['completions']} a batch"
+    return f"{line['writer']}, seed {line['seed']}, β {line['beta']:g}, ε root {line['epsilon_root']:g}, {line['completions']} a batch, {line['steps']} steps"
 
 
 def cells_of(line: dict, goal: str, readout: str) -> list[str]:
