@@ -245,15 +245,14 @@ def plot_training(panels: dict[str, list[tuple[str, dict]]], readouts: dict[str,
 
     `panels` maps a title to labels of runs and their lines in a file of results. `readouts` names the read-out of each title.
     """
-    figure, every_axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 4), layout="constrained", squeeze=False
-    )
+    size = 4 * len(panels), 3.5 + 0.17 * max(map(len, panels.values()))  # inches, with room for legends below
+    figure, every_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, runs) in zip(every_axes[0], panels.items(), strict=True):
         for label, line in runs:
             written = [(number + 1) * line["completions"] for number in range(len(line["curve"]))]
             values = [row[readouts[title]] for row in line["curve"]]
             axes.plot(written, values, label=label, linestyle="--" if "sequence" in label else "-")
-        axes.set(title=title, xlabel="completions", ylabel=f"{readouts[title].replace('_', ' ')}, in training")
+        axes.set(title=title, xlabel="completions", ylabel=readouts[title].replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
