@@ -244,7 +244,9 @@ def plot_training(panels: dict[str, list[tuple[str, dict]]], readouts: dict[str,
     Draws what the metric's read-out was on each generation batch, before the generator learned from it: a panel for each goal.
 
     `panels` maps a title to labels of runs and their lines in a file of results. `readouts` names the read-out of each title.
+    A title without runs has no panel.
     """
+    panels = {title: runs for title, runs in panels.items() if runs}
     size = 4 * len(panels), 3.5 + 0.17 * max(map(len, panels.values()))  # inches, with room for legends below
     figure, every_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, runs) in zip(every_axes[0], panels.items(), strict=True):

@@ -225,9 +225,7 @@ def report(options: argparse.Namespace) -> None:
         title: [(label_of(line), line) for line in lines if line["goal"] == goal] for goal, title in TITLES.items()
     }
     readouts = {title: READOUTS[goal][0][1] for goal, title in TITLES.items()}
-    common.plot_training(
-        {title: found for title, found in runs.items() if found}, readouts, RESULTS.with_suffix(".png")
-    )
+    common.plot_training(runs, readouts, RESULTS.with_suffix(".png"))
     picture = f"\n![What the metric said in training]({RESULTS.stem}.png)"
     text = ["# Readable text for the paper's goals\n", __doc__.strip(), *tables, picture, *samples, ""]
     RESULTS.with_suffix(".md").write_text("\n".join(text))

@@ -144,9 +144,7 @@ def report(options: argparse.Namespace) -> None:
         title: [(label_of(line), line) for line in lines if line["goal"] == goal] for goal, title in titles.items()
     }
     readouts = {title: READOUTS[goal] for goal, title in titles.items()}
-    common.plot_training(
-        {title: runs for title, runs in panels.items() if runs}, readouts, RESULTS.with_suffix(".png")
-    )
+    common.plot_training(panels, readouts, RESULTS.with_suffix(".png"))
     picture = f"\n![What the metric said in training]({RESULTS.stem}.png)"
     text = [
         "# The paper's goals with SmolLM2-135M\n",
