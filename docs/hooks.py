@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:)([^)\s#]*)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:)([^)\s#]*)(#[^)\s]*)?\)")
 FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</\2>)', re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash"}
 
@@ -39,7 +39,7 @@ def on_files(files, config):
         files.append(File.generated(config, notebook.src_uri.replace(".ipynb", ".md"), content=content))
     linked = set()
     for file in files.documentation_pages():
-        for _, target, _ in LINK.findall(file.content_string):
+        for _, _, target, _ in LINK.findall(file.content_string):
             if path := outside(file.src_uri, target):
                 linked.add(path)
     for path in sorted(linked):
@@ -64,7 +64,7 @@ def on_page_markdown(markdown, page, config, files):
         return markdown
 
     def replace(match):
-        text, target, anchor = match.groups()
+        image, text, target, anchor = match.groups()
         path = outside(uri, target)
         if path is None:
             return match[0].replace(".ipynb)", ".md)")
@@ -72,7 +72,7 @@ def on_page_markdown(markdown, page, config, files):
             return text  # a folder
         name = f"files/{path}" + ("" if path.suffix in (".png", ".svg") else ".md")
         up = "../" * uri.count("/")
-        return f"[{text}]({up}{name}{(anchor or '') if path.suffix == '.md' else ''})"
+        return f"{image}[{text}]({up}{name}{(anchor or '') if path.suffix == '.md' else ''})"
 
     return LINK.sub(replace, markdown)
 
