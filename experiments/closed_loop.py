@@ -4,9 +4,10 @@ Trains generator and target in turns. Each round trains the generator, fine-tune
     python -m experiments.closed_loop --config examples/configs/tiny_l2.yaml --max_steps 60 --rounds 8 --output_dir runs/closed_loop
 
 The paper does not say whether the metric then rises steadily or collapses. For comparison, another target is fine-tuned as often on
-texts of the untrained generator. With `--real_texts`, a third is fine-tuned on as many texts of a file, cut to as many tokens. The metric must mean the same for every target, as a norm or a likelihood does. Patterns are refused,
-because they are changes since the last round. `max_steps` is that of one round. Results are `results.json`, `results.md` and
-`rounds.png` in `output_dir`.
+texts of the untrained generator. With `--real_texts`, a third is fine-tuned on as many texts of a file, cut to as many tokens. The
+metric must mean the same for every target, as a norm or a likelihood does. Patterns are refused, because they are changes since the
+last round. `max_steps` is that of one round. Results are `results.json`, `results.md` and `rounds.png` in `output_dir`. Each round
+writes them anew.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from trl_dpg.scripts.train import load_datasets, make_trainer, parse
 from trl_dpg.target import load_target_model, load_target_tokenizer
 
 
-def alternate(arguments: list, rounds: int, sft_steps: int, real_texts: str | None = None) -> list[dict]:
+def alternate(arguments: list, rounds: int, sft_steps: int, real_texts: str | None = None) -> None:
     """
-    Results of each round. `arguments` are those of `trl-dpg train`. Between rounds, the models are in `output_dir`.
+    Writes the results of each round when the round ends. `arguments` are those of `trl-dpg train`. Between rounds, the models are in
+    `output_dir`.
 
     `real_texts` is a JSON Lines file with a column `text`. It is read again from its start when all texts were used.
     """
@@ -71,8 +73,8 @@ def alternate(arguments: list, rounds: int, sft_steps: int, real_texts: str | No
             {"round": number, **{who: read(metric, model) for who, model in kept_of.items()}}
             | {"entropy": entropies[-1] if entropies else None, "distinct": len(set(written)) / len(written)}
         )
+        write_results(rows, training_args.seed, Path(training_args.output_dir))
         print(json.dumps(rows[-1]), flush=True)
-    return rows
 
 
 def write_results(rows: list[dict], seed: int, folder: Path) -> None:
@@ -95,7 +97,7 @@ def write_results(rows: list[dict], seed: int, folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(folder / "rounds.png", dpi=150)
-    print(markdown_table(table))
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
             f"`metric` is {script_args.metric!r}, a change since the last round. Choose one that is the model's own, such as "
             "'lm_head_norm'."
         )
-    rows = alternate(arguments, options.rounds, options.sft_steps, options.real_texts)
-    write_results(rows, training_args.seed, Path(training_args.output_dir))
+    alternate(arguments, options.rounds, options.sft_steps, options.real_texts)
+    print((Path(training_args.output_dir) / "results.md").read_text())
 
 
 if __name__ == "__main__":
