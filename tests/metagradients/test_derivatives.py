@@ -72,11 +72,11 @@ def test_model_without_forward_mode_derivative():
 
 
 def test_first_step_builds_no_graph():
-    """At K = 1 there is one backward pass through the model, that of training: the memory is that of ordinary training."""
+    """At K = 1 there are two backward passes, those of training and of the metric: the memory is that of ordinary training."""
     model, passes = make_model(), []
     model.transformer.ln_f.weight.register_hook(lambda grad: passes.append(grad.requires_grad))
-    compute_metagradients(model, EXAMPLES, lambda m: -m.lm_head.weight.norm(), TargetTrainingArguments(batch_size=6))
-    assert passes == [False]
+    compute_metagradients(model, EXAMPLES, metric, TargetTrainingArguments(batch_size=6))
+    assert passes == [False, False]
 
 
 def lm_head_norm(model):
