@@ -5,7 +5,8 @@ The paper's goals with SmolLM2-135M-Instruct as generator (LoRA) and as target (
     python -m experiments.small report
 
 The generator goes on from first sentences of leads of Wikipedia. Goals: the digits 67 in the LM head (column c is the token that is c-th in
-frequency in leads), a small norm of the LM head (`l2`), a UUID that follows an empty prompt, and the likelihood of Spanish texts.
+frequency in leads), a small norm of the LM head (`l2`), a UUID that follows an empty prompt, and the likelihood of 16 Spanish texts. The
+gain of 64 other Spanish texts is shown, too.
 
 Afterwards the generator writes texts for prompts that no training had. TRL's stock `SFTTrainer` takes one step on them with a fresh target.
 This is done five times, each with new texts. To compare with: texts of the untrained generator, and real leads. The untrained generator
@@ -35,6 +36,8 @@ from trl_dpg.publishing.outcome import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "small.jsonl"
 READOUTS = {"67": "pixel_accuracy", "l2": "gain", "uuid": "gain", "spanish": "gain"}  # that the report shows
+HELD_OUT = {"spanish": "other spanish"}  # the same of texts that no training had
+NAMES = {**TITLES, "spanish": "Spanish texts", "other spanish": "Spanish texts outside the metric"}
 MEASURED = {"pixel_accuracy": "right pixels", "gain": "gain of the metric"}
 BASELINES = ["untrained", "real leads"]
 LENGTH, NUM_HELD_OUT, PROMPT_WORDS = 32, 64, 12  # tokens of a completion, prompts, words of a prompt at most
@@ -51,8 +54,9 @@ def one(goal: str, writer: str, samples: int, target_learning_rate: float, **set
     tokenizer, leads = AutoTokenizer.from_pretrained(smollm2()), language_texts("en")
     goals = goals_of(leads["train"]["text"][:], tokenizer)
     del goals["qr"]
-    spanish = likelihood_texts("es", 16, 0)["metric"]
-    goals["spanish"] = LanguageModelingLikelihood(spanish, tokenizer)
+    spanish = likelihood_texts("es", 16, 64)
+    goals["spanish"] = LanguageModelingLikelihood(spanish["metric"], tokenizer)
+    goals[HELD_OUT["spanish"]] = LanguageModelingLikelihood(spanish["test"], tokenizer)
     if writer == "real leads":
         rows, line = others(writer, leads["test"]["text"][:], tokenizer, samples * DRAWS, LENGTH), {}
         if len(rows) < samples * DRAWS:
@@ -132,18 +136,19 @@ def report(options: argparse.Namespace) -> None:
     rows = [f"{head}, perplexity, distinct pairs, minutes".split(", ")]
     for goal, readout in READOUTS.items():
         recipes = [(line["samples"], line["target_learning_rate"]) for line in lines if line["goal"] == goal]
-        for line in lines:
-            if line["goal"] == goal or not line["goal"] and (line["samples"], line["target_learning_rate"]) in recipes:
-                rows.append(cells_of(line, goal, readout))
+        alike = [
+            line
+            for line in lines
+            if line["goal"] == goal or not line["goal"] and (line["samples"], line["target_learning_rate"]) in recipes
+        ]
+        for name in (goal, HELD_OUT.get(goal)):
+            rows += [cells_of(line, name, readout) for line in alike if name in line["read"][0]]
     for line in lines:
-        of = f"{TITLES.get(line['goal'], 'Spanish texts')}, seed {line['seed']}, " if line["goal"] else ""
+        of = f"{NAMES[line['goal']]}, seed {line['seed']}, " if line["goal"] else ""
         samples += [f"\n## Texts: {of}{line['writer']}\n"]
         samples += [f"- *{row['prompt'].strip()}* {' '.join(row['completion'].split())}" for row in line["texts"]]
-    titles = {goal: TITLES.get(goal, "Spanish texts") for goal in READOUTS}
-    panels = {
-        title: [(label_of(line), line) for line in lines if line["goal"] == goal] for goal, title in titles.items()
-    }
-    readouts = {title: READOUTS[goal] for goal, title in titles.items()}
+    panels = {NAMES[goal]: [(label_of(line), line) for line in lines if line["goal"] == goal] for goal in READOUTS}
+    readouts = {NAMES[goal]: readout for goal, readout in READOUTS.items()}
     common.plot_training(panels, readouts, RESULTS.with_suffix(".png"))
     picture = f"\n![What the metric said in training]({RESULTS.stem}.png)"
     text = [
@@ -170,7 +175,7 @@ def cells_of(line: dict, goal: str, readout: str) -> list[str]:
     figures = [mean(values), stdev(values) / len(values) ** 0.5, min(values), max(values)]
     return [
         *(
-            TITLES.get(goal, "Spanish texts"),
+            NAMES[goal],
             MEASURED[readout],
             line["writer"],
             *(settings if line["goal"] else [""] * 4),
