@@ -27,7 +27,7 @@ def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
     ]
     for line in lines:
         first, second = line["read"]
-        assert first.keys() == {"67", "l2", "uuid", "spanish"} and first != second  # other texts each time
+        assert first.keys() == {"67", "l2", "uuid", "spanish", "other spanish"} and first != second  # other texts each time
         assert all(read["gain"] != 0 for read in first.values())
         assert len(line["texts"]) == 2
     assert [row["step"] for row in lines[2]["curve"]] == [1, 3]
@@ -35,11 +35,13 @@ def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
     monkeypatch.setattr(sys, "argv", ["small", "report"])
     small.main()
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split(" | ")[2] for row in rows] == ["untrained", "real leads", "expected"] * 2
+    assert [row.split(" | ")[2] for row in rows] == ["untrained", "real leads", "expected"] * 3
     first, spanish = lines[3]["curve"][0]["gain"], mean(draw["spanish"]["gain"] for draw in lines[3]["read"])
     assert (
         f"| Spanish texts | gain of the metric | expected | 1 | 0.1 | 1e-05 | 16 | 8 | 0.0001 | {first:.4f} | {spanish:.4f} |"
         in rows[5]
     )
+    other = mean(draw["other spanish"]["gain"] for draw in lines[3]["read"])
+    assert rows[8].startswith("| Spanish texts outside the metric |") and f"| {other:.4f} |" in rows[8]
     assert rows[5] in (tmp_path / "small.md").read_text()
     assert (tmp_path / "small.png").stat().st_size > 0
