@@ -239,6 +239,9 @@ def cell(found: list[dict[str, Any]]) -> str:
     return f"{spread}, {sum(one['read'] for one in found)}/{len(found)}"
 
 
+LINE_STYLES = {"sequence": "--", "token": ":"}  # by credit
+
+
 def plot_training(panels: dict[str, list[tuple[str, dict]]], readouts: dict[str, str], path: Path) -> None:
     """
     Draws what the metric's read-out was on each generation batch, before the generator learned from it: a panel for each goal.
@@ -253,7 +256,7 @@ def plot_training(panels: dict[str, list[tuple[str, dict]]], readouts: dict[str,
         for label, line in runs:
             written = [(number + 1) * line["completions"] for number in range(len(line["curve"]))]
             values = [row[readouts[title]] for row in line["curve"]]
-            axes.plot(written, values, label=label, linestyle="--" if "sequence" in label else "-")
+            axes.plot(written, values, label=label, linestyle=LINE_STYLES.get(line["writer"], "-"))
         axes.set(title=title, xlabel="completions", ylabel=readouts[title].replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

@@ -252,7 +252,8 @@ def table(goal: str, lines: list[dict]) -> str:
 
 
 def label_of(line: dict) -> str:
-    return f"{line['writer']}, seed {line['seed']}, β {line['beta']:g}, ε root {line['epsilon_root']}, K {line['inner_steps']}"
+    curvature = "" if line["curvature"] == "exact" else ", central differences"
+    return f"{line['writer']}, seed {line['seed']}, β {line['beta']:g}, ε root {line['epsilon_root']}, K {line['inner_steps']}{curvature}"
 
 
 def cells_of_run(line: dict, watched: tuple[str, str, str]) -> list[str]:
