@@ -27,7 +27,8 @@ def test_run_and_report(tmp_path, monkeypatch, capsys, few_leads, little_model):
     ]
     for line in lines:
         first, second = line["read"]
-        assert first.keys() == {"67", "l2", "uuid", "spanish", "other spanish"} and first != second  # other texts each time
+        assert first.keys() == {"67", "l2", "uuid", "spanish", "other spanish"}
+        assert first != second  # other texts each time
         assert all(read["gain"] != 0 for read in first.values())
         assert len(line["texts"]) == 2
     assert [row["step"] for row in lines[2]["curve"]] == [1, 3]
